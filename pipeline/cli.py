@@ -1,0 +1,245 @@
+"""The command `ood-pipeline`: reads arguments, calls the package, turns errors into exit statuses.
+
+0 success, 2 a mistake of the user's (one message, no traceback), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline import __version__
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.run import StageName
+
+app = typer.Typer(
+    name="ood-pipeline",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Evaluate out-of-distribution detectors: one forward pass, every detector, tracked in MLflow.\n\n"
+    "Start with `ood-pipeline run quickstart`.",
+)
+console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+ConfigFile = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A config file, or the name of a bundled one.")
+]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one value; may be repeated.")
+]
+Workspace = Annotated[str, typer.Option(help="Folder for features, fits and runs; overrides the config's.")]
+
+
+def _load(source: str, overrides: list[str], workspace: str) -> Config:
+    from pipeline import config
+
+    changes = [*overrides, f"workspace={workspace}"] if workspace else overrides
+    return config.load(source, changes)
+
+
+def _execute(settings: Config, first: StageName, last: StageName, fresh: bool = False) -> None:
+    """Run stages and show what came of them."""
+    from pipeline import report, run
+    from pipeline.progress import Display
+
+    options = run.Options(first=first, last=last, fresh=fresh)
+    outcome = run.execute(settings, options, Display(console))
+    if last in ("evaluate", "report"):
+        console.print(report.console_table(outcome.folder))
+    console.print(f"results  {outcome.folder}")
+    if last == "report":
+        console.print(f"report   {outcome.folder / 'report' / 'index.html'}")
+    if outcome.link:
+        console.print(f"mlflow   {outcome.link}")
+    if outcome.warning:
+        console.print(f"warning  {outcome.warning}", markup=False)
+
+
+@app.command()
+def run(
+    source: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006 - typer copies defaults
+    workspace: Workspace = "",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do everything again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show the plan; start nothing.")
+    ] = False,
+) -> None:
+    """Run a whole evaluation; a run that was interrupted goes on where it stopped.
+
+    Example: `ood-pipeline run quickstart --set extract.batch_size=64 --workspace /tmp/ood`
+    """
+    settings = _load(source, overrides, workspace)
+    if dry_run:
+        _show_plan(settings)
+    else:
+        _execute(settings, "extract", "report", fresh)
+
+
+def _stage(name: StageName, summary: str) -> None:
+    """Add the command of one stage."""
+
+    def command(
+        source: ConfigFile,
+        overrides: Overrides = [],  # noqa: B006 - typer copies defaults
+        workspace: Workspace = "",
+    ) -> None:
+        _execute(_load(source, overrides, workspace), name, name)
+
+    command.__doc__ = f"{summary}\n\nExample: `ood-pipeline {name} quickstart`"
+    app.command(name)(command)
+
+
+_stage("extract", "Only the forward pass: features of every image, cached for all later runs.")
+_stage("fit", "Fit the detectors on cached features; refused before `extract`.")
+_stage("score", "Score cached rows with fitted detectors; refused before `fit`.")
+_stage("evaluate", "Metrics from score tables; refused before `score`.")
+
+
+@app.command()
+def report(
+    source: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006 - typer copies defaults
+    workspace: Workspace = "",
+    track: Annotated[bool, typer.Option("--track", help="Send the results to MLflow, too.")] = False,
+) -> None:
+    """Write the report of a finished evaluation again, and send it to MLflow with `--track`.
+
+    Example: `ood-pipeline report quickstart --track`
+    """
+    changes = [*overrides, *([] if track else ["tracking.enabled=false"])]
+    _execute(_load(source, changes, workspace), "report", "report")
+
+
+@app.command()
+def validate(
+    source: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006 - typer copies defaults
+    workspace: Workspace = "",
+) -> None:
+    """Open data and model and check that everything goes together; starts no long work.
+
+    Example: `ood-pipeline validate quickstart`
+    """
+    _show_plan(_load(source, overrides, workspace))
+
+
+def _show_plan(settings: Config) -> None:
+    """What was found and what a run would do."""
+    from rich.table import Table
+
+    from pipeline.prepare import prepare
+
+    ready = prepare(settings)
+    weight, _ = ready.classifier.head
+    taps = ready.classifier.taps
+    console.print(f"model     {settings.model.name}: {weight.shape[0]} classes, feature {weight.shape[1]}")
+    console.print(f"taps      head {taps.head}; blocks {', '.join(taps.blocks) or 'none'}")
+    table = Table("dataset", "role", "images", "labels", "features cached")
+    for dataset in settings.datasets:
+        job = ready.jobs[dataset.name]
+        classes = len([label for label in job.manifest.class_count if label >= 0])
+        cached = "yes" if job.complete else "no"
+        table.add_row(dataset.name, dataset.role, f"{job.manifest.rows:,}", f"{classes} classes", cached)
+    console.print(table)
+    todo = [job for job in ready.jobs.values() if not job.complete]
+    rows = sum(job.manifest.rows for job in todo)
+    size = sum(job.manifest.rows for job in ready.jobs.values()) * 4 * (sum(weight.shape) + len(taps.blocks))
+    console.print(f"forward   {rows:,} images; cache {size / 2**20:,.1f} MiB in all")
+    for label, detector in ready.detectors.items():
+        extra = ", ".join(f"{type(spec).__name__} pass" for spec in detector.passes())
+        flag = "  [bold]uses OOD data[/bold]" if detector.uses_ood() else ""
+        console.print(f"detector  {label:<14} {detector.title}{'; ' + extra if extra else ''}{flag}")
+
+
+@app.command()
+def detectors(name: Annotated[str, typer.Argument(help="One detector in full.")] = "") -> None:
+    """List the detectors, or explain one: formula, needs, parameters with defaults, paper.
+
+    Example: `ood-pipeline detectors grood`
+    """
+    from pipeline import detectors as found
+
+    if name:
+        _explain(name)
+        return
+    from rich.table import Table
+
+    table = Table("name", "method", "reads", "learns from")
+    for known in found.names():
+        detector = found.get(known)
+        needs = detector().needs_train()
+        table.add_row(
+            known, detector.title, ", ".join(detector.columns), "training rows" if needs else "nothing"
+        )
+    console.print(table)
+
+
+def _explain(name: str) -> None:
+    from pipeline import detectors as found
+
+    detector = found.get(name)
+    console.print(f"[bold]{escape(detector.title)}[/bold]  {escape(detector.paper)}\n")
+    console.print(escape(detector.formula) + "\n")
+    console.print(f"reads: {', '.join(detector.columns)}; higher = more OOD")
+    passes = ", ".join(type(spec).__name__ for spec in detector().passes())
+    console.print(
+        f"extra passes: {passes or 'none'}; nearest neighbours: {'yes' if detector.neighbours else 'no'}\n"
+    )
+    for key, field in detector.model_fields.items():
+        console.print(f"  [bold]{key}[/bold] = {field.default!r}  {escape(field.description or '')}")
+
+
+@app.command()
+def doctor(
+    uri: Annotated[
+        str, typer.Option("--mlflow", help="Also ask this MLflow server whether it is there.")
+    ] = "",
+) -> None:
+    """Versions, what torch and FAISS see of the machine, and free disk; exit status 1 if something is wrong.
+
+    Example: `ood-pipeline doctor --mlflow http://127.0.0.1:5000`
+    """
+    from pipeline.doctor import examine
+
+    problems = 0
+    for finding in examine(uri):
+        mark = "[green]ok[/green]  " if finding.good else "[red]bad[/red] "
+        console.print(f"{mark} {finding.what:<12} {escape(finding.text)}")
+        problems += not finding.good
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options of the command itself."""
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    sys.path.insert(0, str(Path.cwd()))  # `factory` modules of the user's
+    path = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))  # the same for Ray's workers
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
+        raise SystemExit(2) from None

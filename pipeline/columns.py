@@ -1,0 +1,38 @@
+"""Names of the columns that travel between the stages, and what they hold.
+
+A batch is a mapping from column name to equally long arrays. Nothing here reads or writes files.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEY = "key"
+"""string; unique in its dataset: relative path, or array name and row number."""
+LABEL = "label"
+"""int32; the class index, -1 where it is unknown."""
+PREDICTION = "prediction"
+"""int32; argmax of the classifier's logits."""
+FEATURE = "feature"
+"""float32 (D,); input of the classifier's last linear layer."""
+LOGITS = "logits"
+"""float32 (C,); output of the classifier's last linear layer."""
+BLOCK_NORM = "block_norm"
+"""float32 (B,); FeatureNorm of each block, in the order the model runs them."""
+IS_OOD = "is_ood."
+"""bool; prefix of one column per detector in the score tables of unlabelled datasets."""
+
+Batch = Mapping[str, NDArray[Any]]
+Float = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+def padded(values: NDArray[Any], size: int) -> NDArray[Any]:
+    """The first axis brought to `size` by repeating the last row; at least one row must be there.
+
+    Convolutions and matrix products give a row the same bits whatever stands beside it, but not whatever
+    the number of rows: a fixed shape makes results independent of how rows are cut into parts.
+    """
+    return values[np.minimum(np.arange(size), len(values) - 1)]

@@ -1,0 +1,355 @@
+"""One run, as a validated and frozen configuration: YAML in, pydantic models out.
+
+Reads the config file and nothing else; whether paths exist and models fit is checked by the stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline import detectors
+from pipeline.detectors.base import Detector
+from pipeline.errors import UserError, unknown
+
+Role = Literal["train", "id", "near_ood", "far_ood", "shifted_id", "ood_val", "unlabelled"]
+LABELLED_ROLES = ("train", "id", "shifted_id")
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
+"""A name that is a folder, a column and an MLflow metric at once."""
+
+
+class Frozen(BaseModel):
+    """Base of all sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Transform(Frozen):
+    """From a decoded image to the network's input; the ID normalisation for every dataset."""
+
+    resize: int | None = Field(default=None, ge=1, description="shorter side in pixels; null keeps the size")
+    crop: int = Field(ge=1, description="side of the central square that the network sees")
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, ...] = Field(description="per channel, for pixels scaled to [0, 1]")
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(description="per channel")
+    channels: Literal[1, 3] = 3
+
+    @model_validator(mode="after")
+    def _one_value_per_channel(self) -> Transform:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(
+                f"mean has {len(self.mean)} and std {len(self.std)} values, expected {self.channels} each"
+            )
+        return self
+
+
+class Model(Frozen):
+    """The classifier."""
+
+    source: Literal["torchvision", "factory"]
+    name: str = Field(description="torchvision name, or 'package.module:function' or './file.py:function'")
+    weights: str | None = Field(
+        default=None,
+        description="state dict (.safetensors, or .pt read with weights_only), or 'random'; "
+        "null keeps what a factory returns",
+    )
+    head: str = Field(default="auto", description="module name of the last linear layer")
+    blocks: Literal["auto"] | tuple[str, ...] = Field(default="auto", description="FeatureNorm candidates")
+    transform: Transform | str = Field(
+        default="auto", description="auto, the name of a torchvision weights preset, or written out"
+    )
+
+
+class Dataset(Frozen):
+    """One set of images and the part it plays."""
+
+    name: Name
+    role: Role
+    format: str
+    path: str = Field(description="file or folder; 'package://module/file' for data inside a package")
+    images: str | None = Field(default=None, description="npz: name of the image array")
+    labels: str | None = Field(default=None, description="npz: name of the label array; idx: label file")
+
+
+class Extract(Frozen):
+    """The forward pass."""
+
+    batch_size: int = Field(default=256, ge=1)
+    shard_rows: int = Field(default=2048, ge=1, description="images per output file, the unit of resume")
+    actors: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto", description="model copies; auto = as many as the cluster has room for"
+    )
+    cpus_per_actor: float = Field(default=1, gt=0)
+    gpus_per_actor: float = Field(default=0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto = cuda where gpus_per_actor > 0"
+    )
+    max_bad_fraction: float = Field(
+        default=0.01, ge=0, le=1, description="share of unreadable images above which the run fails"
+    )
+
+
+class Index(Frozen):
+    """The nearest-neighbour index over training rows."""
+
+    kind: str = Field(default="flat", description="'flat' (exact) or a FAISS factory string")
+    shards: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    cpus_per_shard: float = Field(default=1, gt=0)
+    gpus_per_shard: float = Field(default=0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto = cuda where gpus_per_shard > 0"
+    )
+
+
+class Tracking(Frozen):
+    """Where MLflow finds the results."""
+
+    uri: str | None = Field(default=None, description="null = SQLite file in the workspace")
+    experiment: str = "ood-evaluation"
+    enabled: bool = True
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> Tracking:
+        if self.uri and "@" in self.uri.partition("://")[2].partition("/")[0]:
+            raise ValueError("a config must not hold credentials; set MLFLOW_TRACKING_USERNAME and _PASSWORD")
+        return self
+
+
+class DetectorEntry(Frozen):
+    """A detector under the name its column has."""
+
+    label: Name
+    method: str
+    parameters: dict[str, Any] = {}
+
+    def build(self) -> Detector:
+        """The detector with its parameters validated.
+
+        Raises:
+            UserError: unknown method or parameter, or a value out of range.
+        """
+        try:
+            return detectors.get(self.method).model_validate(self.parameters)
+        except ValidationError as error:
+            raise UserError(_explain(error, f"detectors.{self.label}", detectors.get(self.method))) from None
+
+
+def _entries(value: Any) -> Any:
+    """Accept 'all', a list of names, and {name: parameters} with an optional `method`."""
+    if value == "all":
+        value = detectors.names()
+    if not isinstance(value, list):
+        raise ValueError("expected 'all' or a list of detectors")
+    entries: list[Any] = []
+    for item in value:
+        if isinstance(item, str):
+            entries.append({"label": item, "method": item})
+        elif isinstance(item, dict) and not set(item) <= {"label", "method", "parameters"}:
+            for label, given in item.items():
+                parameters = dict(given or {})
+                method = parameters.pop("method", label)
+                entries.append({"label": label, "method": method, "parameters": parameters})
+        else:
+            entries.append(item)
+    return entries
+
+
+class Config(Frozen):
+    """One run."""
+
+    name: Name
+    seed: int = Field(default=0, ge=0)
+    workspace: str = "./workspace"
+    model: Model
+    datasets: tuple[Dataset, ...] = Field(min_length=1)
+    detectors: Annotated[tuple[DetectorEntry, ...], BeforeValidator(_entries)] = Field(min_length=1)
+    extract: Extract = Extract()
+    index: Index = Index()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Config:
+        for what, found in (
+            ("datasets", [dataset.name for dataset in self.datasets]),
+            ("detectors", [entry.label for entry in self.detectors]),
+        ):
+            twice = sorted({name for name in found if found.count(name) > 1})
+            if twice:
+                raise ValueError(f"{what}: the name {twice[0]!r} is used twice; give each its own")
+        reserved = {"near_ood", "far_ood", "fs_near_ood", "fs_far_ood"}
+        for dataset in self.datasets:
+            if dataset.name in reserved:
+                raise ValueError(f"datasets: {dataset.name!r} is the name of a group; choose another")
+        return self
+
+    def built(self) -> dict[str, Detector]:
+        """The detectors with validated parameters, by label."""
+        return {entry.label: entry.build() for entry in self.detectors}
+
+    def of_role(self, *roles: str) -> list[Dataset]:
+        """The datasets that play one of these parts, in config order."""
+        return [dataset for dataset in self.datasets if dataset.role in roles]
+
+
+def load(source: str, overrides: list[str] | None = None) -> Config:
+    """Read a config file, or a bundled one by name, and apply `key.path=value` overrides.
+
+    Raises:
+        UserError: missing file, invalid YAML, unknown key, value of a wrong type or out of range,
+            unknown detector; the message names file and key.
+    """
+    path = locate(source)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping with the keys name, model, datasets, detectors")
+    for override in overrides or []:
+        _set(data, override)
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(error, str(path), Config)) from None
+    config.built()
+    return _absolute(config, path.parent)
+
+
+def locate(source: str) -> Path:
+    """Path of a config file, given its path or the name of a bundled one."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    folder = bundled()
+    if (folder / f"{source}.yaml").is_file():
+        return folder / f"{source}.yaml"
+    known = ", ".join(sorted(found.stem for found in folder.glob("*.yaml")))
+    raise UserError(f"{source}: no such config file. Give a path, or the name of a bundled one: {known}.")
+
+
+def bundled() -> Path:
+    """Folder of the configs that come with the package."""
+    installed = Path(str(files("pipeline"))) / "configs"
+    return installed if installed.is_dir() else Path(str(files("pipeline"))).parent / "configs"
+
+
+def resolve(path: str) -> Path:
+    """File behind a configured path; 'package://module/file' lies inside an installed package."""
+    if not path.startswith("package://"):
+        return Path(path)
+    module, _, name = path.removeprefix("package://").partition("/")
+    try:
+        return Path(str(files(module))) / name
+    except ModuleNotFoundError:
+        raise UserError(f"{path}: no package named {module!r} is installed.") from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; loads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-serialisable value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    """Apply one `key.path=value`; the value is read as YAML, list items by number or name."""
+    target, separator, text = override.partition("=")
+    if not separator or not target:
+        raise UserError(f"--set {override}: expected key.path=value, e.g. extract.batch_size=64")
+    *parents, last = target.split(".")
+    node: Any = data
+    for key in parents:
+        node = _item(node, key, override) if isinstance(node, list) else node.setdefault(key, {})
+        if not isinstance(node, dict | list):
+            raise UserError(f"--set {override}: {key!r} is a value, not a section")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML: {error}") from None
+    if isinstance(node, list):
+        node[node.index(_item(node, last, override))] = value
+    else:
+        node[last] = value
+
+
+def _item(items: list[Any], key: str, override: str) -> Any:
+    """List item by position or by its name."""
+    if key.isdecimal() and int(key) < len(items):
+        return items[int(key)]
+    for item in items:
+        if isinstance(item, dict) and (item.get("name") == key or key in item):
+            return item if item.get("name") == key else item[key]
+    known = [str(item.get("name", *item)) if isinstance(item, dict) else str(item) for item in items]
+    raise UserError(f"--set {override}: {unknown('item', key, known)}")
+
+
+def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
+    """One line per problem: where, what, and the closest valid key."""
+    lines = []
+    for problem in error.errors():
+        location = [part for part in problem["loc"] if part != "Transform"]
+        place = f"{where}: {'.'.join(map(str, location))}" if location else where
+        if problem["type"] == "extra_forbidden":
+            key = str(location[-1])
+            lines.append(f"{place}: {unknown('key', key, _keys(root, location[:-1]))}")
+        else:
+            silent = problem["type"] == "missing" or isinstance(problem["input"], dict | list)
+            got = "" if silent else f", got {problem['input']!r:.200}"
+            lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}{got}.")
+    return "\n".join(lines)
+
+
+def _keys(root: Any, location: list[Any]) -> list[str]:
+    """Field names of the section at a location below a model class."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = root.model_fields[part].annotation
+        found = [
+            kind
+            for kind in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        root = found[0]
+    return sorted(root.model_fields)
+
+
+def _absolute(config: Config, base: Path) -> Config:
+    """Paths beside the config file become absolute; the workspace is relative to the current folder."""
+
+    def beside(path: str | None) -> str | None:
+        if path is None or "://" in path or path == "random":
+            return path
+        return str((base / Path(path).expanduser()).resolve())
+
+    model = config.model
+    name = model.name
+    if model.source == "factory" and name.rpartition(":")[0].endswith(".py"):
+        file, _, function = name.rpartition(":")
+        name = f"{beside(file)}:{function}"
+    datasets = tuple(
+        dataset.model_copy(
+            update={
+                "path": beside(dataset.path) if dataset.format != "python" else dataset.path,
+                "labels": beside(dataset.labels) if dataset.format == "idx" else dataset.labels,
+            }
+        )
+        for dataset in config.datasets
+    )
+    return config.model_copy(
+        update={
+            "workspace": str(Path(config.workspace).expanduser().resolve()),
+            "model": model.model_copy(update={"name": name, "weights": beside(model.weights)}),
+            "datasets": datasets,
+        }
+    )

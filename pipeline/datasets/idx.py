@@ -1,0 +1,63 @@
+"""IDX files as MNIST and its relatives are published, plain or gzipped; streamed."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import Dataset, resolve
+from pipeline.datasets import _arrays
+from pipeline.errors import UserError
+
+_UINT8 = 8
+
+
+def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+    """Rows of the image file `path`, labelled by the file `labels` where one is named."""
+    where = f"datasets.{dataset.name}"
+    try:
+        labels = None
+        if dataset.labels is not None:
+            source = _file(dataset.labels, f"{where}.labels")
+            with _open(source) as stream:
+                shape = _header(stream, 1, f"{where}.labels: {source}")
+                labels = np.frombuffer(stream.read(shape[0]), np.uint8)
+        source = _file(dataset.path, f"{where}.path")
+        with _open(source) as stream:
+            shape = _header(stream, 3, f"{where}.path: {source}")
+            checked = None if labels is None else _arrays.check_labels(f"{where}.labels", labels, shape[0])
+            yield from _arrays.rows(_stem(source), _arrays.read_chunks(stream, shape, str(source)), checked)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{where}: {source} is damaged: {error}") from None
+
+
+def _file(path: str, where: str) -> Path:
+    found = resolve(path)
+    if not found.is_file():
+        raise UserError(f"{where}: no such file: {found}")
+    return found
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz")
+
+
+def _header(stream: BinaryIO, dimensions: int, where: str) -> tuple[int, ...]:
+    """Shape of the array; only unsigned bytes are images or labels."""
+    magic = stream.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] != _UINT8 or magic[3] != dimensions:
+        raise UserError(f"{where}: not an IDX file of unsigned bytes with {dimensions} dimension(s).")
+    sizes = stream.read(4 * dimensions)
+    if len(sizes) < 4 * dimensions:
+        raise UserError(f"{where}: the file ends inside its header.")
+    return struct.unpack(f">{dimensions}I", sizes)

@@ -1,0 +1,63 @@
+"""Image and label arrays in a NumPy .npz file; streamed, never loaded whole, never unpickled."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.lib import format as npy
+
+from pipeline.config import Dataset, resolve
+from pipeline.datasets import _arrays
+from pipeline.errors import UserError, unknown
+
+
+def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+    """Rows of the array `images`, labelled by the array `labels` where one is named."""
+    path, where = resolve(dataset.path), f"datasets.{dataset.name}"
+    if not path.is_file():
+        raise UserError(f"{where}.path: no such file: {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = dataset.images or _only(archive, where)
+            labels = None
+            if dataset.labels is not None:
+                with _open(archive, dataset.labels, f"{where}.labels") as stream:
+                    labels = npy.read_array(stream, allow_pickle=False)
+            with _open(archive, name, f"{where}.images") as stream:
+                shape, fortran, dtype = _header(stream)
+                _arrays.check_shape(f"{where}.images", shape, dtype)
+                if fortran:
+                    raise UserError(f"{where}.images: the array is in Fortran order; save it in C order.")
+                checked = (
+                    None if labels is None else _arrays.check_labels(f"{where}.labels", labels, shape[0])
+                )
+                yield from _arrays.rows(name, _arrays.read_chunks(stream, shape, str(path)), checked)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{where}.path: {path} is not a readable .npz file: {error}") from None
+
+
+def _only(archive: zipfile.ZipFile, where: str) -> str:
+    names = _names(archive)
+    if len(names) == 1:
+        return names[0]
+    raise UserError(f"{where}.images: the file has several arrays; name one of {', '.join(names)}.")
+
+
+def _names(archive: zipfile.ZipFile) -> list[str]:
+    return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def _open(archive: zipfile.ZipFile, name: str, where: str) -> BinaryIO:
+    if name not in _names(archive):
+        raise UserError(f"{where}: {unknown('array', name, _names(archive))}")
+    return cast(BinaryIO, archive.open(f"{name}.npy"))
+
+
+def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    major, _ = npy.read_magic(stream)
+    read_header = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
+    return read_header(stream)

@@ -1,0 +1,145 @@
+"""The contract of a detector: what it declares, and the scorer it is fitted to.
+
+Array in, array out: nothing here or in any detector imports Ray, torch, FAISS or MLflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.columns import Batch, Float, Mask
+from pipeline.statistics import Statistics
+
+
+class Pass(BaseModel):
+    """A small extra pass through the network that a detector needs at fit time.
+
+    Equal passes are run once, however many detectors ask for them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Mixup(Pass):
+    """Mean feature of training images mixed, at `block`, with their runner-up class.
+
+    Result: `mean` (D,) float64 and `samples` () int, the number of images that went in.
+    """
+
+    block: str = "auto"
+    weight: float = Field(default=0.8, ge=0, le=1)
+    samples: int = Field(default=1000, ge=1)
+    class_samples: int | None = Field(default=100, ge=1)
+
+
+class Noise(Pass):
+    """Mean feature of the blurred noise images the classifier is least sure about.
+
+    Result: `mean` (D,) float64 and `samples` () int, the number of images kept.
+    """
+
+    samples: int = Field(default=1000, ge=10)
+    keep: float = Field(default=0.1, gt=0, le=1)
+
+
+class Jigsaw(Pass):
+    """FeatureNorm of training images over FeatureNorm of their jigsaws, for every block.
+
+    Result: `ratio` (B,) float64, `stderr` (B,) float64 and `samples` () int.
+    """
+
+    samples: int = Field(default=10_000, ge=2)
+    grid: int = Field(default=3, ge=2)
+
+
+@dataclass(frozen=True)
+class Training:
+    """All a detector may learn from."""
+
+    weight: NDArray[np.float32]
+    """(C, D) weight of the classifier's last linear layer."""
+    bias: NDArray[np.float32]
+    """(C,) its bias; zeros where it has none."""
+    blocks: tuple[str, ...] = ()
+    """Names of the blocks behind the columns of `block_norm`."""
+    train: Statistics | None = None
+    """Statistics of the training rows; None if no detector of the run needs them."""
+    ood_val: Statistics | None = None
+    """Statistics of the OOD validation rows; None if no detector of the run needs them."""
+    passes: Mapping[Pass, Mapping[str, NDArray[np.float64]]] = field(default_factory=dict)
+    """Results of the extra passes, by specification."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Vectors of training rows in which the nearest neighbours of every row are looked up."""
+
+    embed: Callable[[Batch], NDArray[np.float32]]
+    """Batch -> (N, E) float32; used for the training rows and for the queries."""
+    keep: Callable[[Batch], Mask]
+    """Batch of training rows -> (N,) bool; which of them enter the bank."""
+    k: int
+    """How many neighbours are looked up."""
+
+
+class Scorer(Protocol):
+    """A fitted detector: pure, picklable, float64 (N,) out, higher = more OOD."""
+
+    def __call__(self, batch: Batch) -> Float:
+        """Score one batch."""
+        ...
+
+
+class Detector(BaseModel):
+    """A method with its hyper-parameters, before it has seen data.
+
+    A subclass is one file in this package; the file name is its name in the config. A scorer that
+    has an attribute `bank` (a `Bank`) finds the Euclidean distances to its `k` nearest neighbours,
+    nearest first, in the column `NEIGHBOURS`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: ClassVar[str]
+    """Name of the method and its year, as the literature writes them."""
+    paper: ClassVar[str]
+    """Authors, title, venue and year, arXiv id."""
+    formula: ClassVar[str]
+    """The score in the paper's symbols, with the sign we use."""
+    columns: ClassVar[tuple[str, ...]]
+    """Columns of the feature table that the scorer reads."""
+    statistics: ClassVar[bool] = False
+    """Whether `fit` reads `Training.train`."""
+    neighbours: ClassVar[bool] = False
+    """Whether the scorer has a bank of training rows."""
+
+    def passes(self) -> tuple[Pass, ...]:
+        """Extra passes through the network that `fit` reads."""
+        return ()
+
+    def uses_ood(self) -> bool:
+        """Whether `fit` reads `Training.ood_val`; marked wherever a result is shown."""
+        return False
+
+    def needs_train(self) -> bool:
+        """Whether the run must have training data."""
+        return self.statistics or self.neighbours or bool(self.passes())
+
+    def fit(self, train: Training) -> Scorer:
+        """Fit to the training data."""
+        raise NotImplementedError
+
+
+NEIGHBOURS = "neighbours"
+"""(N, k) float64; distances a scorer with a bank finds in its batch, nearest first."""
+
+
+def bank_of(scorer: Scorer) -> Bank | None:
+    """The bank a scorer needs, if it needs one."""
+    return getattr(scorer, "bank", None)

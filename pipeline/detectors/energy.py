@@ -1,0 +1,52 @@
+"""Energy: the free energy of the logits, a smooth MaxLogit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field, FiniteFloat
+from scipy.special import logsumexp
+
+from pipeline.columns import LOGITS, Batch, Float
+from pipeline.detectors.base import Detector, Training
+
+
+class Energy(Detector):
+    """Free energy of the logits."""
+
+    title: ClassVar[str] = "Energy (2020)"
+    paper: ClassVar[str] = (
+        "Liu, Wang, Owens, Li: Energy-based Out-of-distribution Detection. NeurIPS 2020, arXiv:2010.03759"
+    )
+    formula: ClassVar[str] = "score = -T · log Σ_c exp(z_c / T)"
+    columns: ClassVar[tuple[str, ...]] = (LOGITS,)
+
+    temperature: FiniteFloat = Field(
+        default=1.0, gt=0, description="T, divides the logits z; towards 0 the score becomes MaxLogit"
+    )
+
+    def fit(self, train: Training) -> EnergyScorer:
+        """Nothing is fitted."""
+        return EnergyScorer(self.temperature)
+
+
+@dataclass(frozen=True)
+class EnergyScorer:
+    """Free energy of stored logits."""
+
+    temperature: float
+
+    def __call__(self, batch: Batch) -> Float:
+        """Free energy.
+
+        Args:
+            batch: `logits` (N, C) float.
+
+        Returns:
+            (N,) float64.
+        """
+        logits = np.asarray(batch[LOGITS], dtype=np.float64)
+        score: Float = -self.temperature * logsumexp(logits / self.temperature, axis=1)
+        return score

@@ -1,0 +1,75 @@
+"""KNN: distance to the k-th nearest training feature on the unit sphere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from pipeline.columns import FEATURE, Batch, Float, Mask
+from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Training
+
+
+class Knn(Detector):
+    """Deep nearest neighbours over all training rows."""
+
+    title: ClassVar[str] = "KNN (2022)"
+    paper: ClassVar[str] = (
+        "Sun, Ming, Zhu, Li: Out-of-Distribution Detection with Deep Nearest Neighbors. "
+        "ICML 2022, arXiv:2204.06507"
+    )
+    formula: ClassVar[str] = (
+        "score = ‖n(h) - n(h_(k))‖_2, n(h) = h / ‖h‖_2, n(h_(k)) the k-th nearest to n(h) among training rows"
+    )
+    columns: ClassVar[tuple[str, ...]] = (FEATURE,)
+    neighbours: ClassVar[bool] = True
+
+    k: int = Field(default=50, ge=1, description="the distance to the k-th nearest training row is the score")
+
+    def fit(self, train: Training) -> KnnScorer:
+        """Nothing is fitted but the bank."""
+        return KnnScorer(self.k)
+
+
+@dataclass(frozen=True)
+class KnnScorer:
+    """Distance to the k-th neighbour in the bank."""
+
+    k: int
+
+    @property
+    def bank(self) -> Bank:
+        """All training rows, as unit vectors."""
+        return Bank(embed=unit_feature, keep=every_row, k=self.k)
+
+    def __call__(self, batch: Batch) -> Float:
+        """Distance to the k-th nearest unit vector.
+
+        Args:
+            batch: `neighbours` (N, >= k) float, nearest first.
+
+        Returns:
+            (N,) float64 in [0, 2].
+        """
+        return np.asarray(batch[NEIGHBOURS], dtype=np.float64)[:, self.k - 1]
+
+
+def normalize(feature: NDArray[Any]) -> Float:
+    """Rows of (N, D) divided by their L2 norm, as float64; a zero row stays zero."""
+    rows = np.asarray(feature, dtype=np.float64)
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: Float = np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
+    return unit
+
+
+def unit_feature(batch: Batch) -> NDArray[np.float32]:
+    """(N, D) float32, the normalised features."""
+    return normalize(batch[FEATURE]).astype(np.float32)
+
+
+def every_row(batch: Batch) -> Mask:
+    """(N,) bool, all true."""
+    return np.ones(len(batch[FEATURE]), dtype=np.bool_)

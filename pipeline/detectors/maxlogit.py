@@ -1,0 +1,45 @@
+"""MaxLogit: the largest logit, which unlike MSP keeps the scale of the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from pipeline.columns import LOGITS, Batch, Float
+from pipeline.detectors.base import Detector, Training
+
+
+class MaxLogit(Detector):
+    """Maximum logit; no parameters."""
+
+    title: ClassVar[str] = "MaxLogit (2022)"
+    paper: ClassVar[str] = (
+        "Hendrycks et al.: Scaling Out-of-Distribution Detection for Real-World Settings. "
+        "ICML 2022, arXiv:1911.11132"
+    )
+    formula: ClassVar[str] = "score = -max_c z_c"
+    columns: ClassVar[tuple[str, ...]] = (LOGITS,)
+
+    def fit(self, train: Training) -> MaxLogitScorer:
+        """Nothing is fitted."""
+        return MaxLogitScorer()
+
+
+@dataclass(frozen=True)
+class MaxLogitScorer:
+    """Maximum of stored logits."""
+
+    def __call__(self, batch: Batch) -> Float:
+        """Negative largest logit.
+
+        Args:
+            batch: `logits` (N, C) float.
+
+        Returns:
+            (N,) float64.
+        """
+        logits = np.asarray(batch[LOGITS], dtype=np.float64)
+        score: Float = -logits.max(axis=1)
+        return score

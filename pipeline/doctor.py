@@ -1,0 +1,71 @@
+"""What is installed and what the machine offers: everything a run trips over, in one list."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from urllib.error import URLError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination."""
+
+    what: str
+    text: str
+    good: bool = True
+
+
+def examine(mlflow_uri: str = "") -> Iterator[Finding]:
+    """All findings."""
+    yield Finding("python", platform.python_version())
+    for name in ("ood-pipeline", "ray", "torch", "torchvision", "pyarrow", "mlflow"):
+        yield Finding(name, version(name))
+    yield _torch()
+    yield _faiss()
+    yield Finding("cpus", str(os.cpu_count()))
+    yield Finding("ray cluster", os.environ.get("RAY_ADDRESS", "none; a local one is started for each run"))
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    yield Finding("disk", f"{free:,.1f} GiB free here", free > 1)
+    if mlflow_uri:
+        yield _mlflow(mlflow_uri)
+
+
+def _torch() -> Finding:
+    import torch
+
+    count = torch.cuda.device_count()
+    names = ", ".join(torch.cuda.get_device_name(number) for number in range(count))
+    return Finding("torch sees", names or f"no GPU (built for {torch.version.cuda or 'CPU'})")
+
+
+def _faiss() -> Finding:
+    """FAISS must be there exactly once: its builds overwrite each other's files."""
+    builds = []
+    for name in ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu12", "faiss-cuda"):
+        try:
+            builds.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    if len(builds) != 1:
+        found = ", ".join(builds) or "none"
+        advice = "Install exactly one: pip install 'ood-pipeline[cpu]' or 'ood-pipeline[gpu]'."
+        return Finding("faiss", f"{found}. {advice}", good=False)
+    import faiss
+
+    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    return Finding("faiss", f"{builds[0]}, {gpus} GPU")
+
+
+def _mlflow(uri: str) -> Finding:
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
+            return Finding("mlflow", f"{uri} answers {answer.status}")
+    except (URLError, ValueError, OSError) as error:
+        return Finding("mlflow", f"{uri} does not answer: {error}. Start it, or check the URL.", good=False)

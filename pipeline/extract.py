@@ -1,0 +1,323 @@
+"""The single forward pass: every image once through the classifier, one feature row or one error each.
+
+A dataset is cut into numbered shards. The actor that takes a shard writes its part under a temporary
+name and renames it, so a retry overwrites and a resumed run does only the shards whose part is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.util.annotations import RayDeprecationWarning
+
+from pipeline import cluster, config, images, store
+from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
+from pipeline.datasets import Manifest
+from pipeline.errors import UserError
+from pipeline.model import Classifier, load
+
+ERRORS = b"errors"
+"""Key of the Parquet footer under which a part lists its bad rows as JSON [[key, reason], ...]."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One dataset to extract, with its place in the cache."""
+
+    dataset: str
+    manifest: Manifest
+    folder: str
+    identity: dict[str, Any]
+    """Everything the features depend on; its digest is part of the folder's name."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows are there."""
+        return (Path(self.folder) / store.MANIFEST).is_file()
+
+
+def identity(classifier: Classifier, manifest: Manifest, settings: config.Extract) -> dict[str, Any]:
+    """What the features of a dataset depend on; equal identities have bit-equal features."""
+    return {
+        "weights": classifier.digest,
+        "architecture": classifier.architecture,
+        "head": classifier.taps.head,
+        "blocks": list(classifier.taps.blocks),
+        "transform": classifier.transform.model_dump(mode="json"),
+        "images": manifest.digest,
+        "numerics": {
+            "dtype": "float32",
+            "batch_size": settings.batch_size,
+            "device": device(settings.device, settings.gpus_per_actor),
+        },
+    }
+
+
+def device(configured: str, gpus: float) -> str:
+    """'cpu' or 'cuda', decided by the config alone."""
+    if configured == "auto":
+        return "cuda" if gpus > 0 else "cpu"
+    return configured
+
+
+def job(dataset: config.Dataset, manifest: Manifest, parts: dict[str, Any], workspace: Path) -> Job:
+    """The job of one dataset; its folder is named by the digest of its identity."""
+    folder = workspace / "features" / f"{dataset.name}-{config.digest(parts)[:16]}"
+    return Job(dataset.name, manifest, str(folder), parts)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows [start, stop) of a manifest and the part they become."""
+
+    dataset: str
+    manifest: str
+    start: int
+    stop: int
+    part: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all extractions of a run share."""
+
+    model: config.Model
+    settings: config.Extract
+    seed: int
+    digest: str
+
+
+class Extractor:
+    """Model actor: takes shards, writes parts, returns receipts."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.settings = plan.settings
+        self.classifier = load_in_worker(plan)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Extract one shard (given as a row of `Shard` fields) and write its part."""
+        started = time.perf_counter()
+        shard = Shard(**row)
+        table = Manifest(shard.manifest, 0, "", {}).read(shard.start, shard.stop)
+        features, errors, forwarded = extract_rows(self.classifier, table, self.settings.batch_size)
+        store.write_table(Path(shard.part), features.replace_schema_metadata({ERRORS: json.dumps(errors)}))
+        return {
+            "dataset": shard.dataset,
+            "rows": len(table),
+            "errors": len(errors),
+            "forwarded": forwarded,
+            "started": time.time() - (time.perf_counter() - started),
+            "seconds": time.perf_counter() - started,
+        }
+
+
+def load_in_worker(plan: Plan) -> Classifier:
+    """Load the classifier on the actor's device and make sure that it is the one the driver saw."""
+    settings = plan.settings
+    torch.set_num_threads(max(1, int(settings.cpus_per_actor)))
+    where = device(settings.device, settings.gpus_per_actor)
+    if where == "cuda" and not torch.cuda.is_available():
+        raise UserError("extract.device: cuda is not available on a worker. Set extract.device to cpu.")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    classifier = load(plan.model, plan.seed, where)
+    if classifier.digest != plan.digest:
+        raise UserError(f"model.weights: {plan.model.weights} is not what the driver loaded; it was changed.")
+    return classifier
+
+
+def decode_rows(classifier: Classifier, table: pa.Table) -> tuple[images.Pixels, list[int], list[list[str]]]:
+    """Fetch and decode rows of a manifest.
+
+    Returns:
+        Pixels (n, H, W, channels) of the good rows, their positions, and [key, reason] of the others.
+    """
+    pixels, good, errors = [], [], []
+    for position, row in enumerate(table.select(["key", "uri", "bytes", "shape"]).to_pylist()):
+        try:
+            content = row["bytes"] if row["bytes"] is not None else Path(row["uri"]).read_bytes()
+            shape = None if row["shape"] is None else tuple(row["shape"])
+            pixels.append(images.decode(content, shape, classifier.transform))
+            good.append(position)
+        except Exception as error:  # any byte string may come along; the row is counted as an error
+            errors.append([row["key"], f"{type(error).__name__}: {error}"])
+    return np.stack(pixels) if pixels else np.empty((0,), np.uint8), good, errors
+
+
+def extract_rows(
+    classifier: Classifier, table: pa.Table, batch_size: int
+) -> tuple[pa.Table, list[list[str]], int]:
+    """Feature rows and errors of a table of manifest rows, and how many images were forwarded.
+
+    Every forward pass has `batch_size` rows, the last image standing in for missing ones: the bits of a
+    feature then do not depend on which rows share its batch.
+    """
+    columns: dict[str, list[NDArray[Any]]] = {}
+    errors: list[list[str]] = []
+    forwarded = 0
+    for start in range(0, len(table), batch_size):
+        rows = table.slice(start, batch_size)
+        pixels, good, bad = decode_rows(classifier, rows)
+        errors += bad
+        if not good:
+            continue
+        forward = classifier.forward(padded(pixels, batch_size))
+        output = {name: values[: len(good)] for name, values in forward.items()}
+        forwarded += len(good)
+        finite = np.all([np.isfinite(values).all(axis=1) for values in output.values()], axis=0)
+        keys = rows["key"].take(good).to_numpy()
+        errors += [[key, "the network's output is not finite"] for key in keys[~finite]]
+        labels = rows["label"].take(good).to_numpy()
+        prediction = output[LOGITS].argmax(axis=1).astype(np.int32)
+        for name, values in {KEY: keys, LABEL: labels, PREDICTION: prediction, **output}.items():
+            columns.setdefault(name, []).append(values[finite])
+    return _feature_table(classifier, columns), errors, forwarded
+
+
+def _feature_table(classifier: Classifier, columns: dict[str, list[NDArray[Any]]]) -> pa.Table:
+    """The rows in the order and with the types of the contract, also when there are none."""
+    weight, _ = classifier.head
+    widths = {FEATURE: weight.shape[1], LOGITS: weight.shape[0], BLOCK_NORM: len(classifier.taps.blocks)}
+    schema = pa.schema(
+        [
+            (KEY, pa.string()),
+            (LABEL, pa.int32()),
+            (PREDICTION, pa.int32()),
+            *((name, pa.list_(pa.float32(), width)) for name, width in widths.items() if width),
+        ]
+    )
+    if not columns:
+        return schema.empty_table()
+    arrays = {name: np.concatenate(columns[name]) for name in schema.names}
+    return store.arrow_columns(arrays).cast(schema)
+
+
+def shards(job: Job, shard_rows: int) -> list[Shard]:
+    """All shards of a dataset, in manifest order."""
+    return [
+        Shard(
+            dataset=job.dataset,
+            manifest=job.manifest.path,
+            start=start,
+            stop=min(start + shard_rows, job.manifest.rows),
+            part=str(Path(job.folder) / store.part_name(number)),
+        )
+        for number, start in enumerate(range(0, job.manifest.rows, shard_rows))
+    ]
+
+
+def missing(job: Job, shard_rows: int) -> list[Shard]:
+    """The shards still to do; parts that were cut differently by an interrupted run are removed."""
+    folder = Path(job.folder)
+    plan = folder / "_plan.json"
+    if folder.is_dir() and (not plan.is_file() or store.read_json(plan) != {"shard_rows": shard_rows}):
+        for part in folder.glob("part-*.parquet"):
+            part.unlink()
+    store.write_json(plan, {"shard_rows": shard_rows})
+    return [shard for shard in shards(job, shard_rows) if not Path(shard.part).is_file()]
+
+
+def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> dict[str, float]:
+    """Extract what is not in the cache, all datasets in one Ray Data execution and one actor pool.
+
+    Args:
+        jobs: all datasets of the run.
+        plan: the model and the settings.
+        progress: called with the receipt of every finished shard.
+
+    Returns:
+        Numbers for the record: images forwarded, seconds of model work, images per second.
+
+    Raises:
+        UserError: too many unreadable images, or a shard that cannot be done.
+    """
+    unfinished = [job for job in jobs if not job.complete]
+    todo = [shard for job in unfinished for shard in missing(job, plan.settings.shard_rows)]
+    receipts = list(_execute(todo, plan, progress)) if todo else []
+    for job in unfinished:
+        finish(job, plan.settings)
+    forwarded = sum(receipt["forwarded"] for receipt in receipts)
+    began = min((receipt["started"] for receipt in receipts), default=0.0)
+    ended = max((receipt["started"] + receipt["seconds"] for receipt in receipts), default=0.0)
+    return {
+        "images": sum(job.manifest.rows for job in jobs),
+        "forward_images": forwarded,
+        "steady_seconds": ended - began,
+        "images_per_second": forwarded / (ended - began) if receipts else 0.0,
+    }
+
+
+def _execute(todo: list[Shard], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> Any:
+    """Stream receipts out of one Ray Data execution."""
+    settings = plan.settings
+    fits = cluster.capacity(settings.cpus_per_actor, settings.gpus_per_actor, "extract")
+    actors = min(fits if settings.actors == "auto" else settings.actors, len(todo))
+    if actors > fits:
+        raise UserError(f"extract.actors: {actors} asked for, the cluster has room for {fits}. Lower it.")
+    rows = ray.data.from_items([asdict(shard) for shard in todo], override_num_blocks=len(todo))
+    with warnings.catch_warnings():
+        # The named parameters of Ray 2.60 cannot bound the retries of a shard that kills its process.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        receipts = rows.map(
+            Extractor,
+            fn_constructor_kwargs={"plan": plan},
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=settings.cpus_per_actor,
+            num_gpus=settings.gpus_per_actor or None,
+            max_restarts=4,
+            max_task_retries=2,
+        )
+    for receipt in receipts.iter_rows():
+        progress(receipt)
+        yield receipt
+
+
+def finish(job: Job, settings: config.Extract) -> None:
+    """Count every row, write `errors.parquet`, and mark the dataset complete.
+
+    Raises:
+        UserError: if more than `max_bad_fraction` of the images are bad; names the first of them.
+    """
+    folder = Path(job.folder)
+    part_rows, errors = [], list[list[str]]()
+    for shard in shards(job, settings.shard_rows):
+        metadata = pq.read_metadata(shard.part)
+        part_rows.append(metadata.num_rows)
+        found = json.loads(metadata.metadata[ERRORS])
+        errors += found
+        if metadata.num_rows + len(found) != shard.stop - shard.start:
+            raise RuntimeError(
+                f"{shard.part}: {metadata.num_rows} features and {len(found)} errors do not add up"
+            )
+    if len(errors) > settings.max_bad_fraction * job.manifest.rows:
+        first = "; ".join(f"{key} ({reason})" for key, reason in errors[:3])
+        raise UserError(
+            f"datasets.{job.dataset}: {len(errors)} of {job.manifest.rows} images are bad, more than "
+            f"extract.max_bad_fraction = {settings.max_bad_fraction:g}. First: {first}. "
+            "Mend or remove them, or raise the limit."
+        )
+    columns = [[error[position] for error in errors] for position in (0, 1)]
+    schema = pa.schema([("key", pa.string()), ("reason", pa.string())])
+    store.write_table(folder / "errors.parquet", pa.table(columns, schema))
+    store.remove_drafts(folder)
+    record = {
+        "dataset": job.dataset,
+        "rows": job.manifest.rows,
+        "features": sum(part_rows),
+        "errors": len(errors),
+        "part_rows": part_rows,
+        "identity": job.identity,
+    }
+    store.write_json(folder / store.MANIFEST, record)

@@ -1,0 +1,109 @@
+"""From stored bytes to the pixels a classifier sees: decode, resize, crop. No torch, no files.
+
+Pillow is the reference decoder. Like torchvision it ignores EXIF rotation, takes the first frame of an
+animation, and converts colour modes with `Image.convert`.
+"""
+
+import io
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.config import Transform
+
+MAX_PIXELS = 100_000_000
+"""Larger images are refused before their pixels are decoded (decompression bombs)."""
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+Pixels = NDArray[np.uint8]
+
+
+def decode(content: bytes, shape: tuple[int, ...] | None, transform: Transform) -> Pixels:
+    """Pixels of one image, ready for normalisation.
+
+    Args:
+        content: an encoded image file, or raw uint8 pixels if `shape` is given.
+        shape: (H, W) or (H, W, channels) of raw pixels; None for encoded images.
+        transform: target size and channels.
+
+    Returns:
+        (crop, crop, channels) uint8.
+
+    Raises:
+        Exception: whatever Pillow raises on bytes that are no readable image.
+        ValueError: an empty file, an image over `MAX_PIXELS`, or one smaller than the crop.
+    """
+    side, channels = transform.crop, transform.channels
+    if shape is not None:
+        if shape[:2] == (side, side) and transform.resize in (None, side) and _channels(shape) == channels:
+            return np.frombuffer(content, np.uint8).reshape(side, side, channels)
+        image = Image.fromarray(np.frombuffer(content, np.uint8).reshape(_squeezed(shape)))
+        return _fit(image, transform)
+    if not content:
+        raise ValueError("empty file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            return _fit(image, transform)
+
+
+def _channels(shape: tuple[int, ...]) -> int:
+    return shape[2] if len(shape) == 3 else 1
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if len(shape) == 3 and shape[2] == 1 else shape
+
+
+def _fit(image: Image.Image, transform: Transform) -> Pixels:
+    """Convert, resize the shorter side, and cut out the centre (torchvision's rounding)."""
+    image = image.convert("L" if transform.channels == 1 else "RGB")
+    side = transform.crop
+    if transform.resize is not None and transform.resize != min(image.size):
+        width, height = image.size
+        short = min(width, height)
+        size = tuple(
+            transform.resize if length == short else int(transform.resize * length / short)
+            for length in (width, height)
+        )
+        image = image.resize(size, _FILTERS[transform.interpolation])
+    if min(image.size) < side:
+        raise ValueError(f"{image.width} x {image.height} pixels is smaller than the {side} pixel crop")
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    pixels = np.asarray(image.crop((left, top, left + side, top + side)))
+    return pixels.reshape(side, side, transform.channels)
+
+
+def jigsaw(pixels: Pixels, grid: int, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
+    """An image and its jigsaw puzzle: the same tiles in another order (Yu et al., CVPR 2023, sec. 3.3).
+
+    Both are cropped to a multiple of `grid`, so that no border tells them apart, and the identity
+    permutation is never drawn.
+
+    Args:
+        pixels: (H, W, channels) uint8.
+        grid: tiles per side, at least 2.
+        rng: source of the permutation.
+
+    Returns:
+        The cropped image and its jigsaw, each (grid * (H // grid), grid * (W // grid), channels) uint8.
+    """
+    height, width = pixels.shape[0] // grid, pixels.shape[1] // grid
+    whole = pixels[: height * grid, : width * grid]
+    tiles = (
+        whole.reshape(grid, height, grid, width, -1).swapaxes(1, 2).reshape(grid * grid, height, width, -1)
+    )
+    order = rng.permutation(grid * grid)
+    while np.array_equal(order, np.arange(grid * grid)):
+        order = rng.permutation(grid * grid)
+    shuffled = tiles[order].reshape(grid, grid, height, width, -1).swapaxes(1, 2)
+    return whole, np.ascontiguousarray(shuffled.reshape(whole.shape))

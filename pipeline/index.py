@@ -1,0 +1,225 @@
+"""Nearest neighbours in banks of training vectors: FAISS in Ray actors, each holding a range of every bank.
+
+Neighbours are merged in shard order, ties by row, so any number of shards gives the result of one index.
+Their distances are then computed again in float64 from the stored vectors: FAISS' own come from
+‖a‖² + ‖b‖² - 2ab in float32, which loses the small ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from pipeline import cluster, config, store
+from pipeline.columns import Float
+from pipeline.errors import UserError
+
+AUTO_SHARD_BYTES = 8 * 2**30
+"""With `shards: auto` a shard holds at most this much."""
+
+Vectors = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class BankFiles:
+    """A bank on disk: .npy pieces in row order."""
+
+    folder: str
+    counts: tuple[int, ...]
+    width: int
+
+    @property
+    def rows(self) -> int:
+        """Vectors in the bank."""
+        return sum(self.counts)
+
+    def pieces(self) -> list[Vectors]:
+        """Memory-mapped pieces."""
+        return [
+            np.load(Path(self.folder) / f"bank-{number:05d}.npy", mmap_mode="r")
+            for number in range(len(self.counts))
+        ]
+
+    def ranges(self, start: int, stop: int) -> list[Vectors]:
+        """Vectors [start, stop), memory-mapped, in the pieces they lie in."""
+        found, offset = [], 0
+        for piece in self.pieces():
+            found.append(piece[max(start - offset, 0) : max(stop - offset, 0)])
+            offset += len(piece)
+        return found
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Neighbours of a batch of queries, nearest first by `rank`."""
+
+    rank: NDArray[np.float32]
+    """(N, k) the distance FAISS ordered by; inf where it found none."""
+    row: Ids
+    """(N, k) rows of the bank; -1 where it found none."""
+    distance: Float
+    """(N, k) Euclidean distance in float64."""
+
+
+def merge(found: Sequence[Neighbours], k: int) -> Neighbours:
+    """The k nearest of several shards, ties in the order of the shards."""
+    rank = np.concatenate([part.rank for part in found], axis=1)
+    order = np.argsort(rank, axis=1, kind="stable")[:, :k]
+    columns = {
+        name: np.take_along_axis(
+            np.concatenate([getattr(part, name) for part in found], axis=1), order, axis=1
+        )
+        for name in ("rank", "row", "distance")
+    }
+    return Neighbours(**columns)
+
+
+class Shard:
+    """One range of rows of every bank. Not an actor itself; `start` makes actors of it."""
+
+    def __init__(self, number: int, of: int, settings: config.Index) -> None:
+        self.number, self.of, self.settings = number, of, settings
+        self.source: dict[str, Any] = {}
+        self.indexes: dict[str, Any] = {}
+        self.vectors: dict[str, Vectors] = {}
+        self.offset: dict[str, int] = {}
+        faiss.omp_set_num_threads(max(1, int(settings.cpus_per_shard)))
+
+    def load(self, label: str, bank: BankFiles) -> None:
+        """Build or read back the index of this shard's rows.
+
+        Raises:
+            UserError: GPU asked for but not in this build of FAISS, or a factory string it refuses.
+        """
+        start = bank.rows * self.number // self.of
+        stop = bank.rows * (self.number + 1) // self.of
+        self.offset[label] = start
+        if self.settings.kind == "flat":
+            index = faiss.IndexFlatL2(bank.width)
+            for piece in bank.ranges(start, stop):
+                index.add(np.ascontiguousarray(piece))
+            stored = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * bank.width)
+            self.vectors[label] = stored.reshape(index.ntotal, bank.width)
+        else:
+            self.vectors[label] = np.concatenate(bank.ranges(start, stop))
+            index = self._trained(bank, self.vectors[label])
+        self.source[label] = index
+        self.indexes[label] = self._on_device(index)
+
+    def search(self, label: str, queries: Vectors, k: int, exact: bool = False) -> Neighbours:
+        """The k nearest vectors of this shard for (N, width) float32 queries."""
+        vectors = self.vectors[label]
+        if exact:
+            rank, row = faiss.knn(queries, vectors, min(k, len(vectors)))
+        else:
+            rank, row = self.indexes[label].search(queries, min(k, len(vectors)))
+        found = row >= 0
+        near = vectors[np.where(found, row, 0)].astype(np.float64)
+        distance = np.linalg.norm(near - queries[:, None].astype(np.float64), axis=2)
+        return Neighbours(
+            rank=np.where(found, rank, np.inf).astype(np.float32),
+            row=np.where(found, row + self.offset[label], -1),
+            distance=np.where(found, distance, np.inf),
+        )
+
+    def _trained(self, bank: BankFiles, vectors: Vectors) -> Any:
+        """An index by factory string, trained once and kept beside the bank."""
+        name = config.digest([self.settings.kind, self.number, self.of])[:16]
+        path = Path(bank.folder) / f"index-{name}.faiss"
+        if path.is_file():
+            try:
+                return faiss.read_index(str(path))
+            except RuntimeError as error:
+                logging.getLogger(__name__).warning("%s is damaged (%s); building it again", path, error)
+        try:
+            index = faiss.index_factory(bank.width, self.settings.kind)
+            index.train(vectors)
+            index.add(vectors)
+        except RuntimeError as error:
+            reason = str(error).rpartition("Error: ")[2] or str(error)
+            raise UserError(f"index.kind: FAISS refuses {self.settings.kind!r}: {reason}") from None
+        with store.atomic(path) as draft:
+            faiss.write_index(index, str(draft))
+        return index
+
+    def _on_device(self, index: Any) -> Any:
+        if device(self.settings) == "cpu":
+            return index
+        if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+            raise UserError(
+                "index.device: cuda was asked for, but this FAISS sees no GPU. "
+                "Install the extra `gpu` instead of `cpu` on a machine with one, or set index.device to cpu."
+            )
+        self.resources = faiss.StandardGpuResources()
+        return faiss.index_cpu_to_gpu(self.resources, 0, index)
+
+
+def device(settings: config.Index) -> str:
+    """'cpu' or 'cuda', decided by the config alone."""
+    if settings.device == "auto":
+        return "cuda" if settings.gpus_per_shard > 0 else "cpu"
+    return settings.device
+
+
+@dataclass(frozen=True)
+class Index:
+    """Handles of the shard actors; travels to the tasks that search."""
+
+    shards: tuple[Any, ...]
+
+    def search(self, label: str, queries: Vectors, k: int, exact: bool = False) -> Neighbours:
+        """The k nearest vectors of a bank.
+
+        Args:
+            label: detector whose bank is searched.
+            queries: (N, width) float32; keep N fixed for reproducible bits.
+            k: how many.
+            exact: by exhaustive search, whatever the index is.
+        """
+        found = [shard.search.remote(label, queries, k, exact) for shard in self.shards]
+        return merge([cluster.get(part) for part in found], k)
+
+    def stop(self) -> None:
+        """End the actors."""
+        for shard in self.shards:
+            ray.kill(shard)
+
+
+def start(banks: Mapping[str, BankFiles], settings: config.Index) -> Index:
+    """Start the shard actors and load every bank into them."""
+    largest = max(bank.rows * bank.width * 4 for bank in banks.values())
+    count = max(1, -(-largest // AUTO_SHARD_BYTES)) if settings.shards == "auto" else settings.shards
+    smallest = min(bank.rows for bank in banks.values())
+    if count > smallest:
+        raise UserError(f"index.shards is {count} but the smallest bank has {smallest} rows; lower it.")
+    fits = cluster.capacity(settings.cpus_per_shard, settings.gpus_per_shard, "index")
+    spare = ray.cluster_resources().get("CPU", 0) - count * settings.cpus_per_shard
+    if count > fits or spare < 1:
+        raise UserError(
+            f"index.shards: {count} shards of {settings.cpus_per_shard:g} CPU and "
+            f"{settings.gpus_per_shard:g} GPU leave no CPU for scoring on this cluster. "
+            "Lower shards or cpus_per_shard, or add nodes."
+        )
+    remote = ray.remote(Shard).options(num_cpus=settings.cpus_per_shard, num_gpus=settings.gpus_per_shard)
+    index = Index(tuple(remote.remote(number, count, settings) for number in range(count)))
+    for label, bank in banks.items():
+        loading = [shard.load.remote(label, bank) for shard in index.shards]
+        for reference in loading:
+            cluster.get(reference)
+    return index
+
+
+def recall(index: Index, label: str, queries: Vectors) -> float:
+    """Share of queries whose nearest neighbour is the exact one (equal distances count)."""
+    found = index.search(label, queries, 1).distance[:, 0]
+    exact = index.search(label, queries, 1, exact=True).distance[:, 0]
+    return float(np.mean(found <= exact))

@@ -1,0 +1,212 @@
+"""The classifier: built, loaded, described, and run on fixed batches.
+
+Whatever builds it, from here on a classifier is pixels in, penultimate feature, logits and block norms out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline import config, imports, taps
+from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
+from pipeline.config import Transform
+from pipeline.errors import UserError, unknown
+from pipeline.images import Pixels
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier in eval mode with its taps and its transform."""
+
+    module: nn.Module
+    transform: Transform
+    taps: taps.Taps
+    digest: str
+    """SHA-256 of the state dict."""
+    architecture: str
+    """SHA-256 of the module tree and of the source that built it."""
+    device: str = "cpu"
+
+    @property
+    def head(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Weight (C, D) and bias (C,) of the last linear layer."""
+        weight, bias = taps.head_weight(self.module.get_submodule(self.taps.head))
+        return weight.float().cpu().numpy(), bias.float().cpu().numpy()
+
+    def images(self, pixels: Pixels) -> Tensor:
+        """Normalise (N, H, W, channels) uint8 to (N, channels, H, W) float32 on the device."""
+        tensor = torch.tensor(pixels, device=self.device).permute(0, 3, 1, 2)
+        return self.normalise(tensor.float().div_(255))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Apply the transform's mean and std to (N, channels, H, W) float32 in [0, 1], in place."""
+        shape = (1, -1, 1, 1)
+        mean = torch.tensor(self.transform.mean, device=self.device).view(shape)
+        std = torch.tensor(self.transform.std, device=self.device).view(shape)
+        return pixels.sub_(mean).div_(std)
+
+    def forward(self, pixels: Pixels, blocks: bool = True) -> dict[str, NDArray[np.float32]]:
+        """Feature (N, D), logits (N, C) and, if there are blocks and `blocks` is set, FeatureNorm (N, B)."""
+        return self.forward_images(self.images(pixels), blocks)
+
+    def forward_images(self, images: Tensor, blocks: bool = True) -> dict[str, NDArray[np.float32]]:
+        """The same for normalised images (N, channels, H, W)."""
+        feature: list[Tensor] = []
+        norms: dict[str, Tensor] = {}
+        hooks: dict[str, Any] = {name: _norm_into(norms, name) for name in self.taps.blocks if blocks}
+        with self.tapped(feature), taps.hooked(self.module, hooks), torch.inference_mode():
+            logits = self.module(images)
+        result = {FEATURE: feature[0].float().cpu().numpy(), LOGITS: logits.float().cpu().numpy()}
+        if norms:
+            result[BLOCK_NORM] = torch.stack([norms[name] for name in self.taps.blocks], dim=1).cpu().numpy()
+        return result
+
+    @contextmanager
+    def tapped(self, feature: list[Tensor]) -> Iterator[None]:
+        """Append the penultimate feature (N, D) of every forward pass to `feature`."""
+
+        def keep(_: nn.Module, inputs: Any) -> None:
+            feature.append(taps.penultimate(inputs[0]))
+
+        handle = self.module.get_submodule(self.taps.head).register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def load(model: config.Model, seed: int, device: str = "cpu") -> Classifier:
+    """Build a classifier, load its weights and find its taps.
+
+    Raises:
+        UserError: unknown name, weights that are missing or do not fit, taps that cannot be found.
+    """
+    torch.manual_seed(seed)
+    module, transform, source = _factory(model) if model.source == "factory" else _torchvision(model)
+    if model.weights not in (None, "random"):
+        _load_weights(module, str(model.weights))
+    module.eval().requires_grad_(False)
+    try:
+        probe = torch.rand(2, transform.channels, transform.crop, transform.crop)
+        found = taps.find(module, probe, model.head, None if model.blocks == "auto" else model.blocks)
+    except RuntimeError as error:
+        raise UserError(
+            f"model: it does not run on {transform.channels} x {transform.crop} x {transform.crop} images: "
+            f"{error}. Check model.transform."
+        ) from error
+    architecture = hashlib.sha256(repr(module).encode() + source).hexdigest()
+    return Classifier(module.to(device), transform, found, _digest(module), architecture, device)
+
+
+def feature_norm(maps: Tensor) -> Tensor:
+    """FeatureNorm of a block (Yu et al., CVPR 2023, eq. 1): mean over channels of the L2 norm of the ReLU.
+
+    Args:
+        maps: (N, M, H, W) output of the block, any floating dtype; reduced in float32.
+
+    Returns:
+        (N,) float32, >= 0.
+    """
+    return torch.linalg.vector_norm(maps.float().relu(), dim=(2, 3)).mean(dim=1)
+
+
+def _norm_into(norms: dict[str, Tensor], name: str) -> Any:
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        norms[name] = feature_norm(output)
+
+    return keep
+
+
+def _factory(model: config.Model) -> tuple[nn.Module, Transform, bytes]:
+    function = imports.load_function(model.name, "model.name")
+    module = function()
+    if not isinstance(module, nn.Module):
+        raise UserError(
+            f"model.name: {model.name} returned {type(module).__name__}; expected a torch.nn.Module."
+        )
+    if not isinstance(model.transform, Transform):
+        raise UserError("model.transform: a factory has no preset; give crop, mean and std.")
+    return module, model.transform, imports.source_of(function)
+
+
+def _torchvision(model: config.Model) -> tuple[nn.Module, Transform, bytes]:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model.name not in known:
+        raise UserError(f"model.name: {unknown('torchvision model', model.name, known)}")
+    if model.weights is None:
+        raise UserError("model.weights: name a weights file (.safetensors or .pt), or 'random' for tests.")
+    module = torchvision.models.get_model(model.name, weights=None)
+    transform = model.transform
+    if not isinstance(transform, Transform):
+        presets = torchvision.models.get_model_weights(model.name).__members__
+        transform = _preset(transform, {name: weights.transforms() for name, weights in presets.items()})
+    return module, transform, torchvision.__version__.encode()
+
+
+def _preset(name: str, presets: dict[str, Any]) -> Transform:
+    """Transform of one of the published weights; "auto" only where all of them share it."""
+    if name != "auto" and name not in presets:
+        raise UserError(f"model.transform: {unknown('preset', name, ['auto', *presets])}")
+    chosen = {
+        key: Transform(
+            resize=preset.resize_size[0],
+            crop=preset.crop_size[0],
+            interpolation=preset.interpolation.value,
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+        )
+        for key, preset in presets.items()
+        if name in ("auto", key)
+    }
+    if len(set(chosen.values())) != 1:
+        raise UserError(
+            f"model.transform: the published weights of this model use different transforms; "
+            f"name the one yours were trained with: {', '.join(chosen)}."
+        )
+    return next(iter(chosen.values()))
+
+
+def _load_weights(module: nn.Module, weights: str) -> None:
+    """Load a state dict without running anything stored in it."""
+    path = config.resolve(weights)
+    if not path.is_file():
+        raise UserError(f"model.weights: no such file: {path}")
+    try:
+        state = _read_state(path)
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except Exception as error:
+        raise UserError(f"model.weights: {path} cannot be loaded: {error}") from error
+    if missing or unexpected:
+        raise UserError(
+            f"model.weights: {path} does not fit the model: {len(missing)} entries missing "
+            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})."
+        )
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return state.get("state_dict", state)  # type: ignore[no-any-return]
+
+
+def _digest(module: nn.Module) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

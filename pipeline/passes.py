@@ -1,0 +1,236 @@
+"""Extra passes through the network at fit time, each over a few seeded training images or noise.
+
+What cannot be had from stored features: GROOD's mixed-up images and noise, NormRatio's jigsaws. Pieces of
+a pass run on a pool of model actors and are merged in order, so the result does not depend on the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.util import ActorPool
+from scipy.special import logsumexp
+from torchvision.transforms.functional import gaussian_blur
+
+from pipeline import cluster, extract, images, taps
+from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS, Float, padded
+from pipeline.datasets import Manifest
+from pipeline.detectors.base import Jigsaw, Mixup, Noise, Pass
+from pipeline.errors import UserError
+from pipeline.extract import Plan
+
+Result = dict[str, NDArray[Any]]
+Index = NDArray[np.int64]
+
+
+class Worker:
+    """Model actor of the pool."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.classifier = extract.load_in_worker(plan)
+        self.size = plan.settings.batch_size
+        self.seed = plan.seed
+
+    def _batches(self, train: Manifest, rows: Index) -> Iterator[tuple[images.Pixels, Index]]:
+        """Decodable images of some rows (ascending), at most `size` at once, and their rows."""
+        for start in range(0, len(rows), self.size):
+            piece = rows[start : start + self.size]
+            pixels, good, _ = extract.decode_rows(self.classifier, train.take(piece))
+            if good:
+                yield pixels, piece[good]
+
+    def _forward(self, pixels: images.Pixels, blocks: bool) -> dict[str, NDArray[np.float32]]:
+        output = self.classifier.forward(padded(pixels, self.size), blocks)
+        return {name: values[: len(pixels)] for name, values in output.items()}
+
+    def norm_ratios(self, train: Manifest, rows: Index, grid: int) -> Float:
+        """(n, B) FeatureNorm of images over that of their jigsaws; NaN where the jigsaw's is zero."""
+        ratios = []
+        for pixels, kept in self._batches(train, rows):
+            pairs = [
+                images.jigsaw(image, grid, np.random.default_rng([self.seed, row]))
+                for image, row in zip(pixels, kept.tolist(), strict=True)
+            ]
+            whole, puzzle = (np.stack(side) for side in zip(*pairs, strict=True))
+            norms = self._forward(whole, blocks=True)[BLOCK_NORM].astype(np.float64)
+            shuffled = self._forward(puzzle, blocks=True)[BLOCK_NORM].astype(np.float64)
+            ratios.append(np.divide(norms, shuffled, out=np.full_like(norms, np.nan), where=shuffled > 0))
+        return np.concatenate(ratios)
+
+    def runners_up(self, train: Manifest, rows: Index) -> tuple[Index, Index]:
+        """The decodable ones of some rows, and the class with the second largest logit of each."""
+        found = [
+            (kept, np.argsort(self._forward(pixels, blocks=False)[LOGITS], axis=1)[:, -2])
+            for pixels, kept in self._batches(train, rows)
+        ]
+        kept, classes = (np.concatenate(side) for side in zip(*found, strict=True))
+        return kept, classes
+
+    def mean_map(self, train: Manifest, rows: Index, block: str) -> NDArray[np.float32]:
+        """Mean output of a block over some rows."""
+        total: Any = 0.0
+        count = 0
+        for pixels, kept in self._batches(train, rows):
+            seen: list[torch.Tensor] = []
+            with taps.hooked(self.classifier.module, {block: lambda _, __, out, seen=seen: seen.append(out)}):
+                self._forward(pixels, blocks=False)
+            total = total + seen[0][: len(kept)].double().sum(dim=0).cpu().numpy()
+            count += len(kept)
+        mean: NDArray[np.float32] = (total / count).astype(np.float32)
+        return mean
+
+    def mixed_sum(self, train: Manifest, rows: Index, others: list[Any], spec: Mixup) -> tuple[Float, int]:
+        """Sum of the penultimate features of some rows mixed with one map each, and their number."""
+        of_row = dict(zip(rows.tolist(), others, strict=True))
+        total, count = np.zeros(self.classifier.head[0].shape[1]), 0
+        for pixels, kept in self._batches(train, rows):
+            maps = padded(np.stack([of_row[row] for row in kept.tolist()]), self.size)
+            other = torch.tensor(maps, device=self.classifier.device)
+
+            def mix(_: Any, __: Any, own: torch.Tensor, other: torch.Tensor = other) -> torch.Tensor:
+                return spec.weight * own + (1 - spec.weight) * other
+
+            with taps.hooked(self.classifier.module, {spec.block: mix}):
+                total += self._forward(pixels, blocks=False)[FEATURE].astype(np.float64).sum(axis=0)
+            count += len(kept)
+        return total, count
+
+    def noise(self, piece: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Penultimate features and logsumexp of the logits of blurred uniform noise, normalised."""
+        transform, rng = self.classifier.transform, np.random.default_rng([self.seed, piece])
+        shape = (self.size, transform.channels, transform.crop, transform.crop)
+        uniform = torch.tensor(rng.random(shape, dtype=np.float32))
+        sigmas = rng.uniform(0.2, 5, self.size).tolist()
+        blurred = [gaussian_blur(image, [7, 5], sigma) for image, sigma in zip(uniform, sigmas, strict=True)]
+        pixels = torch.stack(blurred).to(self.classifier.device)
+        output = self.classifier.forward_images(self.classifier.normalise(pixels), blocks=False)
+        return output[FEATURE][:count], logsumexp(output[LOGITS][:count], axis=1)
+
+
+class Runner:
+    """Runs passes on a pool of model actors, started for the first pass and ended with the `with` block."""
+
+    def __init__(self, train: Manifest, plan: Plan, early: str | None) -> None:
+        """Args: the training images, the model, and the block that `auto` means for mixing."""
+        self.train, self.plan, self.early = train, plan, early
+        self.actors: list[Any] = []
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def _pool(self) -> ActorPool:
+        if not self.actors:
+            settings = self.plan.settings
+            fits = cluster.capacity(settings.cpus_per_actor, settings.gpus_per_actor, "extract")
+            count = fits if settings.actors == "auto" else min(fits, settings.actors)
+            gpus = settings.gpus_per_actor
+            remote = ray.remote(Worker).options(num_cpus=settings.cpus_per_actor, num_gpus=gpus)
+            self.actors = [remote.remote(self.plan) for _ in range(count)]
+        return ActorPool(self.actors)
+
+    def each(self, call: Callable[[Any, Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
+        """Results of a call on the pool, in the order of the arguments."""
+        return iter(self._pool().map(call, list(arguments)))
+
+    def pieces(self, rows: Index) -> list[Index]:
+        """Rows in pieces of one batch."""
+        size = self.plan.settings.batch_size
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def sample(self, spec: Pass, samples: int) -> Index:
+        """Seeded training rows, as equally many of each class as there are; ascending."""
+        rng = np.random.default_rng([self.plan.seed, *type(spec).__name__.encode()])
+        return stratified(self.train.labels(), samples, rng)
+
+    def run(self, spec: Pass) -> Result:
+        """Run one pass."""
+        return _PASSES[type(spec)](self, spec)
+
+    def jigsaw(self, spec: Jigsaw) -> Result:
+        """NormRatio (Yu et al., CVPR 2023, eq. 4): mean over images of the ratio, and its standard error."""
+        pieces = self.pieces(self.sample(spec, spec.samples))
+        found = self.each(lambda worker, rows: worker.norm_ratios.remote(self.train, rows, spec.grid), pieces)
+        ratios = np.concatenate(list(found))
+        usable = np.isfinite(ratios).sum(axis=0)
+        mean = np.divide(
+            np.nansum(ratios, axis=0), usable, out=np.full(len(usable), np.nan), where=usable > 0
+        )
+        squares = np.nansum((ratios - mean) ** 2, axis=0)
+        stderr = np.sqrt(squares / np.maximum(usable - 1, 1) / np.maximum(usable, 1))
+        return {"ratio": mean, "stderr": stderr, "samples": np.array(len(ratios))}
+
+    def mixup(self, spec: Mixup) -> Result:
+        """Mean feature of training images mixed with the mean map of their runner-up class."""
+        spec = spec.model_copy(update={"block": self.early if spec.block == "auto" else spec.block})
+        if spec.block is None:
+            raise UserError("grood.mixup_layer: the model has no block to mix at; name a layer.")
+        found = self.each(
+            lambda worker, rows: worker.runners_up.remote(self.train, rows),
+            self.pieces(self.sample(spec, spec.samples)),
+        )
+        rows, classes = (np.concatenate(side) for side in zip(*found, strict=True))
+        maps = self._class_maps(spec, np.unique(classes))
+        grouped = [np.sort(piece) for piece in self.pieces(rows[np.argsort(classes, kind="stable")])]
+        runner_up = dict(zip(rows.tolist(), classes.tolist(), strict=True))
+        sums = self.each(
+            lambda worker, piece: worker.mixed_sum.remote(
+                self.train, piece, [maps[runner_up[row]] for row in piece.tolist()], spec
+            ),
+            grouped,
+        )
+        totals, counts = zip(*sums, strict=True)
+        return {"mean": np.sum(totals, axis=0) / sum(counts), "samples": np.array(sum(counts))}
+
+    def _class_maps(self, spec: Mixup, classes: Index) -> dict[int, NDArray[np.float32]]:
+        """Mean map of the mixing block for some classes: prototypes p^early (ElAraby et al., eq. 7)."""
+        labels = self.train.labels()
+        rng = np.random.default_rng([self.plan.seed, *b"class maps"])
+        order = rng.permutation(len(labels))
+        rows = [np.sort(order[labels[order] == label][: spec.class_samples]) for label in classes]
+        found = self.each(lambda worker, some: worker.mean_map.remote(self.train, some, spec.block), rows)
+        return dict(zip(classes.tolist(), found, strict=True))
+
+    def noise(self, spec: Noise) -> Result:
+        """Mean feature of the share of noise images with the lowest logsumexp."""
+        size = self.plan.settings.batch_size
+        counts = [
+            (piece, min(size, spec.samples - start))
+            for piece, start in enumerate(range(0, spec.samples, size))
+        ]
+        found = self.each(lambda worker, piece: worker.noise.remote(*piece), counts)
+        feature, energy = (np.concatenate(side) for side in zip(*found, strict=True))
+        kept = np.argsort(energy, kind="stable")[: max(1, round(spec.keep * spec.samples))]
+        return {"mean": feature[kept].astype(np.float64).mean(axis=0), "samples": np.array(len(kept))}
+
+
+_PASSES: dict[type[Pass], Callable[[Runner, Any], Result]] = {
+    Jigsaw: Runner.jigsaw,
+    Mixup: Runner.mixup,
+    Noise: Runner.noise,
+}
+
+
+def stratified(labels: NDArray[np.int32], samples: int, rng: np.random.Generator) -> Index:
+    """Rows drawn without replacement, class by class in turns, ascending.
+
+    Args:
+        labels: (N,) int.
+        samples: how many; all rows if there are fewer.
+        rng: source of the draw.
+    """
+    order = rng.permutation(len(labels))
+    shuffled = labels[order]
+    by_class = np.argsort(shuffled, kind="stable")
+    _, starts, counts = np.unique(shuffled[by_class], return_index=True, return_counts=True)
+    turn = np.empty(len(labels), dtype=np.int64)
+    turn[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
+    return np.sort(order[np.argsort(turn, kind="stable")[:samples]])

@@ -1,0 +1,162 @@
+"""Everything that can be known before long work starts: data opened, model loaded, needs checked.
+
+Starts no Ray and makes no forward pass over a dataset; every mistake of the user's surfaces here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__, config, extract, store
+from pipeline.columns import BLOCK_NORM
+from pipeline.config import Config, Dataset
+from pipeline.datasets import Manifest, compile_manifest
+from pipeline.detectors.base import Detector, Mixup
+from pipeline.errors import UserError, unknown
+from pipeline.model import Classifier, load
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    config: Config
+    workspace: Path
+    classifier: Classifier
+    detectors: dict[str, Detector]
+    jobs: dict[str, extract.Job]
+    """Extraction jobs by dataset name."""
+
+    @property
+    def plan(self) -> extract.Plan:
+        """What all forward passes share."""
+        settings = self.config
+        return extract.Plan(settings.model, settings.extract, settings.seed, self.classifier.digest)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.workspace / "runs" / self.config.name
+
+    def of_role(self, *roles: str) -> list[extract.Job]:
+        """Jobs of the datasets with these roles."""
+        return [self.jobs[dataset.name] for dataset in self.config.of_role(*roles)]
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What fitted detectors depend on besides their own parameters."""
+        return {
+            "train": [job.identity for job in self.of_role("train")],
+            "ood_val": [job.identity for job in self.of_role("ood_val")],
+            "seed": self.config.seed,
+        }
+
+    @property
+    def scoring(self) -> str:
+        """Digest of what scores depend on besides the rows that are scored."""
+        entries = {
+            label: [type(detector).__name__, detector.model_dump(mode="json")]
+            for label, detector in self.detectors.items()
+        }
+        return config.digest([entries, self.training, self.config.index.kind, __version__])
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what the results depend on."""
+        roles = [(dataset.role, self.jobs[dataset.name].identity) for dataset in self.config.datasets]
+        names = [dataset.name for dataset in self.config.datasets]
+        return config.digest([self.scoring, roles, names])
+
+
+def prepare(settings: Config) -> Prepared:
+    """Open the data, load the model and check that they go together.
+
+    Raises:
+        UserError: the first thing found wrong, naming file, key or field and the fix.
+    """
+    detectors = settings.built()
+    _check_roles(settings, detectors)
+    workspace = Path(settings.workspace)
+    if "://" in settings.workspace:
+        raise UserError(f"workspace: got {settings.workspace}; expected a local or shared folder.")
+    store.require_writable(workspace, "workspace")
+    classifier = load(settings.model, settings.seed)
+    _check_blocks(classifier, detectors)
+    manifests = {
+        dataset.name: compile_manifest(dataset, workspace / "manifests") for dataset in settings.datasets
+    }
+    for dataset in settings.datasets:
+        _check_labels(dataset, manifests[dataset.name], len(classifier.head[1]))
+    jobs = {}
+    for dataset in settings.datasets:
+        manifest = manifests[dataset.name]
+        parts = extract.identity(classifier, manifest, settings.extract)
+        jobs[dataset.name] = extract.job(dataset, manifest, parts, workspace)
+    prepared = Prepared(settings, workspace, classifier, detectors, jobs)
+    _check_neighbours(prepared)
+    return prepared
+
+
+def _check_roles(settings: Config, detectors: dict[str, Detector]) -> None:
+    if not settings.of_role("id"):
+        raise UserError("datasets: none has role 'id'; add the ID test images.")
+    if len(settings.of_role("train")) > 1:
+        raise UserError("datasets: several have role 'train'; expected at most one. Put the images together.")
+    for label, detector in detectors.items():
+        if detector.needs_train() and not settings.of_role("train"):
+            raise UserError(
+                f"detectors.{label}: it learns from training images, but no dataset has role 'train'. "
+                "Add one, or drop the detector."
+            )
+        if detector.uses_ood() and not settings.of_role("ood_val"):
+            raise UserError(
+                f"detectors.{label}: it uses OOD validation images, but no dataset has role 'ood_val'. "
+                "Add one, or choose other parameters."
+            )
+
+
+def _check_blocks(classifier: Classifier, detectors: dict[str, Detector]) -> None:
+    """Blocks that detectors name, or need at all."""
+    modules = [name for name, _ in classifier.module.named_modules() if name]
+    for label, detector in detectors.items():
+        if BLOCK_NORM in detector.columns and not classifier.taps.blocks:
+            raise UserError(
+                f"detectors.{label}: the model has no block that gives (N, M, H, W) maps. "
+                "Name some with model.blocks, or drop the detector."
+            )
+        named = getattr(detector, "block", "auto")
+        if named not in ("auto", *classifier.taps.blocks):
+            raise UserError(f"detectors.{label}.block: {unknown('block', named, classifier.taps.blocks)}")
+        for spec in detector.passes():
+            if isinstance(spec, Mixup) and spec.block not in ("auto", *modules):
+                raise UserError(f"detectors.{label}: {unknown('layer', spec.block, modules)}")
+
+
+def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:
+    """Labels within the head's classes, and every class present where order or training depends on it."""
+    if dataset.role not in config.LABELLED_ROLES:
+        return
+    outside = sorted(label for label in manifest.class_count if not 0 <= label < classes)
+    if outside:
+        raise UserError(
+            f"datasets.{dataset.name}: label {outside[0]} is outside the head's classes 0..{classes - 1}. "
+            "Check that labels and model belong together."
+        )
+    absent = sorted(set(range(classes)) - set(manifest.class_count))
+    if absent and (dataset.role == "train" or dataset.format == "imagefolder"):
+        shown = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
+        raise UserError(
+            f"datasets.{dataset.name}: {len(absent)} of the head's {classes} classes have no images "
+            f"({shown}). Class folders are numbered in sorted order, and training needs every class; "
+            "add the missing ones."
+        )
+
+
+def _check_neighbours(prepared: Prepared) -> None:
+    rows = sum(job.manifest.rows for job in prepared.of_role("train"))
+    for label, detector in prepared.detectors.items():
+        k = getattr(detector, "k", 0)
+        if detector.neighbours and k > rows:
+            raise UserError(f"detectors.{label}.k is {k} but there are {rows} training images; lower k.")

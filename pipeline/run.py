@@ -1,0 +1,450 @@
+"""One evaluation from config to report: every stage reuses what is already in the workspace.
+
+Extract, fit, score, evaluate, report. A killed run is continued by running it again.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from os import getpid
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from pipeline import cluster, config, evaluate, extract, fit, index, passes, report, score, store, track
+from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
+from pipeline.detectors.base import Jigsaw, Pass, Training, bank_of
+from pipeline.errors import UserError
+from pipeline.prepare import Prepared, prepare
+from pipeline.progress import Display
+
+StageName = Literal["extract", "fit", "score", "evaluate", "report"]
+STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report")
+
+_EVALUATED = "_evaluated.json"
+_RECALL_QUERIES = 1024
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a command asks for beyond the config."""
+
+    first: StageName = "extract"
+    """Stages before this one must be done already."""
+    last: StageName = "report"
+    fresh: bool = False
+    """Do everything again."""
+    publish: bool = True
+    """Send the results to MLflow, if the config says so too."""
+
+
+@dataclass
+class Outcome:
+    """What the command line shows at the end."""
+
+    folder: Path
+    link: str = ""
+    warning: str = ""
+
+
+def execute(settings: config.Config, options: Options, display: Display) -> Outcome:
+    """Run the stages from `options.first` to `options.last`.
+
+    Raises:
+        UserError: anything the user can mend; earlier results stay as they are.
+    """
+    with display.stage("prepare") as stage:
+        ready = prepare(settings)
+        images = sum(job.manifest.rows for job in ready.jobs.values())
+        stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
+    with _alone(ready.workspace), cluster.session(), ThreadPoolExecutor(1) as threads:
+        if options.fresh:
+            _forget(ready)
+        run = Run(ready, options, display)
+        tracking = run.tracked(threads)
+        try:
+            for name in STAGES[: STAGES.index(options.last) + 1]:
+                getattr(run, name)()
+        except BaseException as error:
+            run.record.close("failed")
+            tracking.fail(error)
+            raise
+        return Outcome(ready.folder, *tracking.publish(display))
+
+
+@contextmanager
+def _alone(workspace: Path) -> Iterator[None]:
+    """Hold the workspace; its holder is named to whoever comes second."""
+    owner = workspace / ".owner.json"
+    lock = FileLock(workspace / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = store.read_json(owner) if owner.is_file() else {}
+        raise UserError(
+            f"workspace: {workspace} is in use by process {holder.get('pid', '?')} on "
+            f"{holder.get('host', '?')} since {holder.get('since', '?')}. "
+            "Wait for it, or use another workspace."
+        ) from None
+    try:
+        store.write_json(owner, {"pid": getpid(), "host": socket.gethostname(), "since": _now()})
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _forget(ready: Prepared) -> None:
+    """Drop the run folder and the features of its datasets."""
+    for folder in (ready.folder, *(Path(job.folder) for job in ready.jobs.values())):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Record:
+    """`manifest.json` of a run: what was run on what, and how long it took; rewritten after every stage."""
+
+    def __init__(self, ready: Prepared) -> None:
+        classifier, settings = ready.classifier, ready.config
+        self.path = ready.folder / "manifest.json"
+        self.content: dict[str, Any] = {
+            "name": settings.name,
+            "fingerprint": ready.fingerprint,
+            "status": "running",
+            "started": _now(),
+            "finished": None,
+            "seed": settings.seed,
+            "versions": _versions(),
+            "git_commit": _git_commit(),
+            "model": {
+                **settings.model.model_dump(include={"source", "name", "weights"}),
+                "weights_digest": classifier.digest,
+                "classes": len(classifier.head[1]),
+                "feature_dim": classifier.head[0].shape[1],
+                "head": classifier.taps.head,
+                "blocks": list(classifier.taps.blocks),
+            },
+            "datasets": {dataset.name: _dataset(ready, dataset) for dataset in settings.datasets},
+            "detectors": {label: _detector(ready, label) for label in ready.detectors},
+            "passes": [],
+            "index": {},
+            "stages": {},
+        }
+
+    def write(self) -> None:
+        """Write the record as it stands."""
+        store.write_json(self.path, self.content)
+
+    def close(self, status: str) -> None:
+        """Write the record for the last time."""
+        self.content |= {"status": status, "finished": _now()}
+        self.write()
+
+
+@dataclass
+class Run:
+    """The stages of one evaluation; each leaves its results in the workspace and the record."""
+
+    ready: Prepared
+    options: Options
+    display: Display
+    record: Record = field(init=False)
+    fitted: fit.Fitted | None = None
+
+    def __post_init__(self) -> None:
+        folder = self.ready.folder
+        evaluated = folder / _EVALUATED
+        if evaluated.is_file() and store.read_json(evaluated) != self.ready.fingerprint:
+            for name in (_EVALUATED, "metrics.parquet", "metrics.csv", "metrics.json", "thresholds.json"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "report", ignore_errors=True)
+        self.record = Record(self.ready)
+        self.record.write()
+        store.write_text(folder / "config.yaml", config.dump(self.ready.config))
+
+    @contextmanager
+    def stage(self, name: StageName, total: int = 0) -> Iterator[Any]:
+        """Show a stage and record its wall time."""
+        started = time.perf_counter()
+        with self.display.stage(name, total) as shown:
+            yield shown
+        numbers = self.record.content["stages"].setdefault(name, {})
+        numbers["seconds"] = round(time.perf_counter() - started, 3)
+        self.record.write()
+
+    def may_work(self, name: StageName) -> bool:
+        """Whether this stage may compute what is missing."""
+        return STAGES.index(name) >= STAGES.index(self.options.first)
+
+    def tracked(self, threads: ThreadPoolExecutor) -> Tracked:
+        """The MLflow run of this evaluation, opened while the first stage works."""
+        settings = self.ready.config.tracking
+        if not settings.enabled or not self.options.publish or self.options.last != "report":
+            return Tracked(None)
+        uri = settings.uri or f"sqlite:///{self.ready.workspace / 'mlflow.db'}"
+        name = self.ready.config.name
+        folder = self.ready.folder
+        opening = threads.submit(track.begin, folder, uri, settings.experiment, name, self.ready.fingerprint)
+        return Tracked(opening)
+
+    def extract(self) -> None:
+        """Features of every image of every dataset."""
+        jobs = list(self.ready.jobs.values())
+        unfinished = [job for job in jobs if not job.complete]
+        if unfinished and not self.may_work("extract"):
+            names = ", ".join(job.dataset for job in unfinished)
+            raise UserError(f"extract: no features of {names}. Run `ood-pipeline extract` first.")
+        rows = sum(job.manifest.rows for job in unfinished)
+        with self.stage("extract", rows) as shown:
+            numbers = extract.run(jobs, self.ready.plan, lambda receipt: shown.advance(receipt["rows"]))
+            self.record.content["stages"]["extract"] = numbers
+            for job in jobs:
+                counted = store.read_json(Path(job.folder) / store.MANIFEST)
+                entry = self.record.content["datasets"][job.dataset]
+                entry |= {"features": counted["features"], "errors": counted["errors"]}
+            shown.note = f"{numbers['forward_images']:,} of {numbers['images']:,} images forwarded"
+            if numbers["forward_images"]:
+                shown.note += f", {numbers['images_per_second']:,.0f} images/s once running"
+
+    def fit(self) -> None:
+        """Statistics, extra passes and banks; nothing is fitted that no detector needs."""
+        detectors = self.ready.detectors
+        mode: Literal["reuse", "frozen", "fresh"] = "fresh" if self.options.fresh else "reuse"
+        cache = fit.Cache(self.ready.workspace / "fits", mode if self.may_work("fit") else "frozen")
+        with self.stage("fit") as shown:
+            training = self._training(cache)
+            trains = self.ready.of_role("train")
+            source = (_table(trains[0]), self.ready.training) if trains else None
+            self.fitted = fit.detectors(detectors, training, cache, source)
+            done = [type(spec).__name__.lower() for spec in training.passes]
+            shown.note = ", ".join([f"{len(detectors)} detectors", *(f"{name} pass" for name in done)])
+
+    def _training(self, cache: fit.Cache) -> Training:
+        """All that detectors may learn from, as far as one of them needs it."""
+        ready, detectors = self.ready, self.ready.detectors.values()
+        weight, bias = ready.classifier.head
+        found = Training(weight, bias, ready.classifier.taps.blocks)
+        train = ood_val = None
+        if any(detector.statistics for detector in detectors):
+            train = self._statistics(cache, "train")
+        if any(detector.uses_ood() for detector in detectors):
+            ood_val = self._statistics(cache, "ood_val")
+        specs = list(dict.fromkeys(spec for detector in detectors for spec in detector.passes()))
+        results = self._passes(cache, specs) if specs else {}
+        return Training(found.weight, found.bias, found.blocks, train, ood_val, results)
+
+    def _statistics(self, cache: fit.Cache, role: str) -> Any:
+        classes = len(self.ready.classifier.head[1])
+        parts = [
+            fit.statistics(cache, _table(job), job.identity, classes) for job in self.ready.of_role(role)
+        ]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total.merge(part)
+        return total
+
+    def _passes(self, cache: fit.Cache, specs: list[Pass]) -> dict[Pass, passes.Result]:
+        """Results of the extra passes; the model actors start only if one is not in the cache."""
+        ready = self.ready
+        results: dict[Pass, passes.Result] = {}
+        with passes.Runner(
+            ready.of_role("train")[0].manifest, ready.plan, ready.classifier.taps.early
+        ) as runner:
+            for spec in specs:
+                kind = type(spec).__name__.lower()
+                identity = {"pass": spec.model_dump(), "training": ready.training}
+
+                def compute(spec: Pass = spec) -> Mapping[str, NDArray[Any]]:
+                    return runner.run(spec)
+
+                results[spec] = cache.get(f"{kind} pass", identity, compute)
+                self.record.content["passes"].append(self._describe(kind, spec, results[spec]))
+        return results
+
+    def _describe(self, kind: str, spec: Pass, result: passes.Result) -> dict[str, Any]:
+        entry = {"kind": kind, "spec": spec.model_dump(), "samples": int(result["samples"])}
+        if isinstance(spec, Jigsaw):
+            entry["blocks"] = list(self.ready.classifier.taps.blocks)
+            entry |= {name: result[name].tolist() for name in ("ratio", "stderr")}
+        return entry
+
+    def score(self) -> None:
+        """Scores of every row of every dataset but the training one."""
+        fitted = self.fitted
+        assert fitted is not None
+        jobs = self._score_jobs()
+        unfinished = [job for job in jobs if not job.complete]
+        if unfinished and not self.may_work("score"):
+            names = ", ".join(job.dataset for job in unfinished)
+            raise UserError(f"score: no scores of {names}. Run `ood-pipeline score` first.")
+        rows = sum(job.features.rows for job in unfinished)
+        with self.stage("score", rows) as shown:
+            if unfinished:
+                self._score(unfinished, fitted, lambda receipt: shown.advance(receipt["rows"]))
+            shown.note = f"{rows:,} rows"
+            self.record.content["stages"]["score"] = {"rows": rows}
+
+    def _score(self, jobs: list[score.Job], fitted: fit.Fitted, progress: Callable[[Any], None]) -> None:
+        searched = index.start(fitted.banks, self.ready.config.index) if fitted.banks else None
+        try:
+            if searched is not None:
+                self._describe_index(searched, fitted)
+            score.run(jobs, score.Scoring(fitted.scorers, self._columns(), searched), progress)
+        finally:
+            if searched is not None:
+                searched.stop()
+
+    def _describe_index(self, searched: index.Index, fitted: fit.Fitted) -> None:
+        """Record the banks, and for approximate ones how often the true neighbour is found."""
+        kind = self.ready.config.index.kind
+        rows = _table(self.ready.of_role("id")[0]).read(0, _RECALL_QUERIES, self._columns())
+        for label, files in fitted.banks.items():
+            bank = bank_of(fitted.scorers[label])
+            assert bank is not None
+            exact = kind == "flat"
+            self.record.content["index"][label] = {
+                "rows": files.rows,
+                "dim": files.width,
+                "kind": kind,
+                "shards": len(searched.shards),
+                "recall_at_1": 1.0 if exact else index.recall(searched, label, bank.embed(rows)),
+            }
+
+    def _columns(self) -> tuple[str, ...]:
+        norms = (BLOCK_NORM,) if self.ready.classifier.taps.blocks else ()
+        return (KEY, LABEL, PREDICTION, FEATURE, LOGITS, *norms)
+
+    def _score_jobs(self) -> list[score.Job]:
+        jobs = []
+        for dataset in self.ready.config.datasets:
+            if dataset.role != "train":
+                job = self.ready.jobs[dataset.name]
+                inputs = config.digest([self.ready.scoring, job.identity])
+                folder = str(self._scores(dataset.name))
+                jobs.append(score.Job(dataset.name, _table(job), folder, inputs))
+        return jobs
+
+    def _scores(self, dataset: str) -> Path:
+        return self.ready.folder / "scores" / dataset
+
+    def evaluate(self) -> None:
+        """Metrics, thresholds, and flags on unlabelled data."""
+        done = self.ready.folder / _EVALUATED
+        if not done.is_file() and not self.may_work("evaluate"):
+            raise UserError("evaluate: no metrics of this run. Run `ood-pipeline evaluate` first.")
+        with self.stage("evaluate") as shown:
+            if not done.is_file():
+                roles: dict[str, dict[str, str]] = {}
+                for dataset in self.ready.config.datasets:
+                    roles.setdefault(dataset.role, {})[dataset.name] = str(self._scores(dataset.name))
+                scores = evaluate.Scores(roles, self.ready.config.seed)
+                table, thresholds = evaluate.run(scores, list(self.ready.detectors))
+                for folder in scores.of("unlabelled").values():
+                    score.flag(Path(folder), thresholds)
+                evaluate.write(self.ready.folder, table, thresholds)
+                store.write_json(done, self.ready.fingerprint)
+            self._note_accuracy()
+            shown.note = self._accuracy_note()
+
+    def _note_accuracy(self) -> None:
+        for row in store.read_json(self.ready.folder / "metrics.json"):
+            if row["metric"] == "id_accuracy":
+                self.record.content["datasets"][row["dataset"]]["accuracy"] = row["value"]
+
+    def _accuracy_note(self) -> str:
+        datasets = self.record.content["datasets"].items()
+        found = [(name, entry["accuracy"]) for name, entry in datasets if entry["accuracy"] is not None]
+        return ", ".join(f"accuracy on {name} {value:.2%}" for name, value in found)
+
+    def report(self) -> None:
+        """The page with tables and charts."""
+        self.record.close("finished")
+        with self.stage("report") as shown:
+            shown.note = str(report.write(self.ready.folder))
+
+
+@dataclass
+class Tracked:
+    """MLflow beside the run; what goes wrong with it is told, and costs no result."""
+
+    opening: Future[track.Session] | None
+
+    def publish(self, display: Display) -> tuple[str, str]:
+        """Send the results; returns where to see them, and a warning if that failed."""
+        if self.opening is None:
+            return "", ""
+        try:
+            with display.stage("track"):
+                session = self.opening.result()
+                track.publish(session)
+            return track.link(session), ""
+        except track.TrackingError as error:
+            return "", str(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Mark the run as failed."""
+        if self.opening is None:
+            return
+        try:
+            track.fail(self.opening.result(), f"{type(error).__name__}: {error}")
+        except (track.TrackingError, UserError):
+            return
+
+
+def _table(job: extract.Job) -> store.Table:
+    return store.Table.open(Path(job.folder))
+
+
+def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
+    job = ready.jobs[dataset.name]
+    return {
+        **dataset.model_dump(include={"role", "format", "path"}),
+        "rows": job.manifest.rows,
+        "features": None,
+        "errors": None,
+        "hash": Path(job.folder).name.rpartition("-")[2],
+        "digest": job.manifest.digest,
+        "accuracy": None,
+    }
+
+
+def _detector(ready: Prepared, label: str) -> dict[str, Any]:
+    detector = ready.detectors[label]
+    return {
+        "method": type(detector).__module__.rpartition(".")[2],
+        "title": detector.title,
+        "parameters": detector.model_dump(mode="json"),
+        "uses_ood": detector.uses_ood(),
+        "columns": list(detector.columns),
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("ood-pipeline", "ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "mlflow")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _git_commit() -> str | None:
+    """Commit of the folder the run was started in, if git knows it."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

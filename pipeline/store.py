@@ -1,0 +1,153 @@
+"""Tables and documents on disk: written under a temporary name, renamed when complete, read in slices.
+
+A folder of parts is complete when its `_manifest.json` exists; that file is always written last.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.columns import padded
+from pipeline.errors import UserError
+
+MANIFEST = "_manifest.json"
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it if the block succeeds and removed if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file atomically."""
+    with atomic(path) as draft:
+        pq.write_table(table, draft, compression="lz4", row_group_size=1024)
+
+
+def require_writable(folder: Path, field: str) -> None:
+    """Refuse a folder that cannot be made or written to.
+
+    Raises:
+        UserError: naming the config field and the reason.
+    """
+    probe = folder / f".write-test-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{field}: cannot write to {folder}: {error.strerror}. Choose another folder."
+        ) from None
+
+
+def part_name(number: int) -> str:
+    """File name of one part; parts in name order are rows in manifest order."""
+    return f"part-{number:05d}.parquet"
+
+
+def arrow_columns(columns: Mapping[str, NDArray[Any]]) -> pa.Table:
+    """Equally long arrays as a table; (N, D) arrays become fixed-size lists."""
+    return pa.table({name: _arrow(values) for name, values in columns.items()})
+
+
+def numpy_columns(table: pa.Table, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """The named columns as arrays; fixed-size lists become (N, D)."""
+    return {name: _numpy(table[name].combine_chunks()) for name in names}
+
+
+def _arrow(values: NDArray[Any]) -> pa.Array:
+    if values.ndim == 1:
+        return pa.array(values)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+
+def _numpy(column: pa.Array) -> NDArray[Any]:
+    if pa.types.is_fixed_size_list(column.type):
+        return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+    return column.to_numpy(zero_copy_only=False)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A complete folder of Parquet parts, addressed by row number."""
+
+    folder: str
+    part_rows: tuple[int, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> Table:
+        """Open a complete folder."""
+        return cls(str(folder), tuple(read_json(folder / MANIFEST)["part_rows"]))
+
+    @property
+    def rows(self) -> int:
+        """Number of rows in all parts."""
+        return sum(self.part_rows)
+
+    def parts(self) -> list[Path]:
+        """Paths of the parts, in row order."""
+        return [Path(self.folder) / part_name(number) for number in range(len(self.part_rows))]
+
+    def slices(self, size: int) -> list[tuple[int, int]]:
+        """Row ranges of a fixed size, independent of how the rows lie in parts."""
+        return [(start, min(start + size, self.rows)) for start in range(0, self.rows, size)]
+
+    def read(self, start: int, stop: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Columns of rows [start, stop)."""
+        tables, offset = [], 0
+        for path, rows in zip(self.parts(), self.part_rows, strict=True):
+            first, last = max(start - offset, 0), min(stop - offset, rows)
+            if first < last:
+                tables.append(pq.read_table(path, columns=list(names)).slice(first, last - first))
+            offset += rows
+        return numpy_columns(pa.concat_tables(tables), names)
+
+
+def fixed_batches(
+    columns: Mapping[str, NDArray[Any]], size: int
+) -> Iterator[tuple[dict[str, NDArray[Any]], int]]:
+    """Batches of exactly `size` rows, padded at the end, and how many of their rows are real."""
+    rows = len(next(iter(columns.values())))
+    for start in range(0, rows, size):
+        count = min(size, rows - start)
+        yield {name: padded(values[start : start + count], size) for name, values in columns.items()}, count
+
+
+def remove_drafts(folder: Path) -> None:
+    """Delete what writers that were killed left behind."""
+    for draft in folder.glob(".part-*"):
+        draft.unlink(missing_ok=True)

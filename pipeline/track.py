@@ -1,0 +1,425 @@
+"""Sends a run folder to MLflow; the only module that knows MLflow.
+
+The folder is the journal: all that is sent is read from it, so sending can be repeated and a server that is
+down costs nothing. MLflow is imported inside functions, because that takes seconds, and is given explicit run
+ids only, so other users of MLflow in the process are not disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from filelock import FileLock
+from pyarrow import parquet
+
+from pipeline.errors import UserError
+
+PATIENCE = 120.0
+"""Seconds after which `publish` begins no further detector; publishing again sends the rest."""
+
+_SQLITE = "sqlite:///"
+_HTTP = re.compile(r"https?://([^\s/?#@]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d+)?(/[^\s?#@]*)?")
+_VIEW = (
+    "/#/experiments/{}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    "&searchFilter=tags.mlflow.parentRunId%20%3D%20%27{}%27"
+    "&orderByKey=metrics.%60auroc%2Fnear_ood%60&orderByAsc=false"
+)
+"""Charts of the detectors, best first; without an order the page shows only the parent and hides them."""
+_ARTIFACTS = ("config.yaml", "manifest.json", "metrics.csv", "metrics.json")
+_TEXT = {".yaml", ".json", ".csv", ".html", ".md", ".svg"}
+_MAX_KEY, _MAX_PARAM, _MAX_TAG, _MAX_DIGEST = 240, 6000, 8000, 36
+
+_Items = Iterable[tuple[tuple[str, ...], Any]]
+"""Values, each with the parts its key is made of."""
+
+
+class TrackingError(Exception):
+    """MLflow could not be reached or refused; the results on disk are not affected."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One evaluation in one MLflow store."""
+
+    run: Path
+    uri: str = field(repr=False)
+    """With its credentials; never written anywhere."""
+    experiment_id: str
+    run_id: str
+
+
+@dataclass(frozen=True)
+class _Content:
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: dict[str, float]
+
+
+def redact(text: str) -> str:
+    """The text without the `user:password@` of any URI in it."""
+    return re.sub(r'(?<=://)[^\s/?#"<>]*@', "", text)
+
+
+def begin(run: Path, uri: str, experiment: str, name: str, fingerprint: str) -> Session:
+    """Open the parent run of an evaluation, or continue the one that `<run>/mlflow.json` names.
+
+    Creates the store, the experiment and the run, so that nothing is created while workers run. Another
+    fingerprint, store or experiment than recorded means a new parent run.
+
+    Raises:
+        UserError: if the URI is neither an SQLite file nor an HTTP server.
+        TrackingError: if MLflow fails; the run folder is then unchanged.
+    """
+    uri, old = _absolute(uri), _record(run)
+    record = {"uri": redact(uri), "experiment": experiment, "fingerprint": fingerprint}
+    with _sending(uri, "open the run"):
+        client = _client(uri)
+        record["experiment_id"] = experiment_id = _experiment(client, uri, experiment)
+        if record.items() <= old.items() and _reopened(client, old["run_id"]):
+            run_id, children = old["run_id"], old["children"]
+        else:
+            opened = client.create_run(experiment_id, tags={"fingerprint": fingerprint}, run_name=name)
+            run_id, children = opened.info.run_id, {}
+    _write_record(run, record | {"run_id": run_id, "children": children, "published": False})
+    return Session(run, uri, experiment_id, run_id)
+
+
+def publish(session: Session) -> None:
+    """Send everything in the run folder and finish the runs; may be repeated.
+
+    What the store already holds is not sent again. A parameter keeps its first value, as MLflow demands.
+
+    Raises:
+        TrackingError: if MLflow fails or takes longer than `PATIENCE`.
+    """
+    run, deadline = session.run, time.monotonic() + PATIENCE
+    manifest, thresholds = _read_json(run / "manifest.json"), _read_json(run / "thresholds.json")
+    rows = parquet.read_table(run / "metrics.parquet").to_pylist()
+    parent = _parent(manifest, yaml.safe_load((run / "config.yaml").read_text("utf-8")), rows)
+    children = {label: _child(label, manifest, rows, thresholds[label]) for label in manifest["detectors"]}
+    with _sending(session.uri, "take the results"), TemporaryDirectory() as folder:
+        client = _client(session.uri)
+        found = client.get_run(session.run_id)
+        _log(client, found, parent)
+        client.log_inputs(session.run_id, _inputs(manifest["datasets"]))
+        ids = _log_children(client, session, children, deadline)
+        _stage(run, Path(folder))
+        client.log_artifacts(session.run_id, folder)
+        if "failure" in found.data.tags:
+            client.delete_tag(session.run_id, "failure")
+        finished = round(datetime.fromisoformat(manifest["finished"]).timestamp() * 1000)
+        client.set_terminated(session.run_id, "FINISHED", max(finished, found.info.start_time))
+    _write_record(run, _record(run) | {"children": ids, "published": True})
+
+
+def fail(session: Session, reason: str) -> None:
+    """Mark the parent run as failed.
+
+    Raises:
+        TrackingError: if MLflow fails.
+    """
+    with _sending(session.uri, "mark the run as failed"):
+        client = _client(session.uri)
+        client.set_tag(session.run_id, "failure", _text(reason, _MAX_TAG))
+        client.set_terminated(session.run_id, "FAILED")
+
+
+def link(session: Session) -> str:
+    """URL of the charts; for a local store two lines, the command that serves them and the URL."""
+    view = _VIEW.format(session.experiment_id, session.run_id)
+    if not session.uri.startswith(_SQLITE):
+        return redact(session.uri) + view
+    port = next(filter(_is_free, range(5000, 65536)))
+    mlflow = "mlflow" if shutil.which("mlflow") else f"{shlex.quote(sys.executable)} -m mlflow"
+    return (
+        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {mlflow} server"
+        f" --backend-store-uri {shlex.quote(session.uri)} --host 127.0.0.1 --port {port} --workers 1\n"
+        f"http://127.0.0.1:{port}{view}"
+    )
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _absolute(uri: str) -> str:
+    path = uri.removeprefix(_SQLITE)
+    if uri.startswith(_SQLITE) and path and "?" not in path:
+        return f"{_SQLITE}{Path(path).absolute()}"
+    if _HTTP.fullmatch(uri):
+        return uri.rstrip("/")
+    raise UserError(
+        f"tracking.uri: not an MLflow store, got a URI that begins with {uri.split(':')[0]!r};"
+        " expected sqlite:///<path>.db or http(s)://<host>:<port>. Correct it; a password in it must be"
+        " percent-encoded, and is better given in MLFLOW_TRACKING_PASSWORD."
+    )
+
+
+@contextmanager
+def _sending(uri: str, what: str) -> Iterator[None]:
+    """Turn whatever MLflow raises (its own, SQLAlchemy's, alembic's or requests' errors) into one error.
+
+    The cause is not chained, because its text may hold the credentials of the URI.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = redact(" ".join(str(error).split()))[:400]
+        raise TrackingError(
+            f"{redact(uri)}: MLflow did not {what}, got {type(error).__name__}: {text}. Nothing on disk is"
+            " lost; once MLflow can be reached, `ood-pipeline report CONFIG --track` sends the results."
+        ) from None
+
+
+def _client(uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    # Otherwise MLflow prints the URI, with its password, whenever a run ends.
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    from mlflow import MlflowClient
+
+    for name in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if uri.startswith(_SQLITE):
+        _create_store(Path(uri.removeprefix(_SQLITE)), MlflowClient)
+    return MlflowClient(uri)
+
+
+def _create_store(path: Path, open_store: Any) -> None:
+    """Create the database elsewhere and rename it: one that is half migrated cannot be mended."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        FileLock(f"{path}.lock", timeout=60),
+        TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as folder,
+    ):
+        if not path.exists():
+            new = Path(folder) / path.name
+            open_store(f"{_SQLITE}{new}")
+            new.rename(path)
+
+
+def _experiment(client: Any, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    local = uri.startswith(_SQLITE)
+    location = (Path(uri.removeprefix(_SQLITE)).parent / "mlartifacts").as_uri() if local else None
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)
+    if found.lifecycle_stage != "active":
+        raise ValueError(
+            f"experiment {name!r} was deleted; restore it in MLflow or change tracking.experiment"
+        )
+    return str(found.experiment_id)
+
+
+def _reopened(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if client.get_run(run_id).info.lifecycle_stage != "active":
+            return False
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    client.update_run(run_id, "RUNNING")
+    return True
+
+
+def _log(client: Any, found: Any, content: _Content) -> None:
+    """Log what the run does not hold yet."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    have, now = found.data, int(time.time() * 1000)
+    client.log_batch(
+        found.info.run_id,
+        [
+            Metric(key, value, now, 0)
+            for key, value in content.metrics.items()
+            if have.metrics.get(key) != value
+        ],
+        [Param(key, value) for key, value in content.params.items() if key not in have.params],
+        [RunTag(key, value) for key, value in content.tags.items() if have.tags.get(key) != value],
+        synchronous=True,
+    )
+
+
+def _log_children(
+    client: Any, to: Session, children: Mapping[str, _Content], deadline: float
+) -> dict[str, str]:
+    """Log one nested run per detector, known by its tag `detector`; returns the run ids by label."""
+    found = client.search_runs([to.experiment_id], f"tags.mlflow.parentRunId = '{to.run_id}'")
+    known = {run.data.tags.get("detector"): run for run in found}
+    for label, content in children.items():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not done after {PATIENCE:.0f} s")
+        if label not in known:
+            tags = content.tags | {"mlflow.parentRunId": to.run_id}
+            known[label] = client.create_run(to.experiment_id, tags=tags, run_name=label)
+        _log(client, known[label], content)
+        if known[label].info.status != "FINISHED":
+            client.set_terminated(known[label].info.run_id, "FINISHED")
+    return {label: known[label].info.run_id for label in children}
+
+
+def _inputs(datasets: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """What `mlflow.data.MetaDataset` stores and the number of images, without its guess at the source."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = []
+    for name, dataset in datasets.items():
+        path = redact(dataset["path"])
+        kind = path.partition("://")[0] if "://" in path else "local"
+        source, profile = json.dumps({"uri": path}), json.dumps({"num_rows": dataset["rows"]})
+        entity = Dataset(name, dataset["digest"][:_MAX_DIGEST], kind, source, profile=profile)
+        inputs.append(DatasetInput(entity, [InputTag("mlflow.data.context", dataset["role"])]))
+    return inputs
+
+
+def _stage(run: Path, folder: Path) -> None:
+    """Copy the files to upload, without credentials."""
+    for source in (*(run / name for name in _ARTIFACTS), *(run / "report").rglob("*")):
+        if source.is_file():
+            target = folder / source.relative_to(run)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.suffix in _TEXT:
+                target.write_bytes(redact(source.read_bytes().decode("utf-8")).encode("utf-8"))
+            else:
+                shutil.copyfile(source, target)
+
+
+def _parent(manifest: Mapping[str, Any], config: object, rows: list[dict[str, Any]]) -> _Content:
+    datasets, model, commit = manifest["datasets"], manifest["model"], manifest["git_commit"]
+    tags: list[tuple[tuple[str, ...], Any]] = [(("fingerprint",), manifest["fingerprint"])]
+    tags += [(("model",), model["name"]), (("weights_digest",), model["weights_digest"])]
+    tags += [(("features", name), dataset["hash"]) for name, dataset in datasets.items()]
+    tags += [(("version", package), version) for package, version in manifest["versions"].items()]
+    tags += [((key,), commit) for key in ("git_commit", "mlflow.source.git.commit") if commit]
+    metrics: list[tuple[tuple[str, ...], Any]] = []
+    for stage, numbers in manifest["stages"].items():
+        metrics += [((key, stage), value) for key, value in numbers.items()]
+    for name, dataset in datasets.items():
+        keys = ("rows", "features", "errors", "accuracy")
+        metrics += [((key, name), dataset[key]) for key in keys if dataset[key] is not None]
+    accuracy = [row for row in rows if row["detector"] not in manifest["detectors"]]
+    several = len(accuracy) > 1
+    metrics += [((row["metric"], *[row["dataset"]] * several), row["value"]) for row in accuracy]
+    return _content(tags, _flat(config), metrics)
+
+
+def _child(label: str, manifest: Mapping[str, Any], rows: list[dict[str, Any]], threshold: float) -> _Content:
+    detector = manifest["detectors"][label]
+    tags: list[tuple[tuple[str, ...], Any]] = [
+        (("detector",), label),
+        (("model",), manifest["model"]["name"]),
+    ]
+    tags += [((key,), detector[key]) for key in ("method", "title", "uses_ood")]
+    metrics: list[tuple[tuple[str, ...], Any]] = [(("threshold",), threshold)]
+    mine = [row for row in rows if row["detector"] == label]
+    for row in sorted(mine, key=lambda row: row["dataset"] != row["group"]):
+        dataset, group = row["dataset"], row["group"]
+        full_spectrum = group.startswith("fs_") and dataset != group
+        metrics.append(((row["metric"], f"fs.{dataset}" if full_spectrum else dataset), row["value"]))
+    index = manifest["index"].get(label, {})
+    metrics += [(("index", key), value) for key, value in index.items() if isinstance(value, int | float)]
+    return _content(tags, _flat(detector["parameters"]), metrics)
+
+
+def _content(tags: _Items, params: _Items, metrics: _Items) -> _Content:
+    """What MLflow takes; a metric without a finite value is named in the tag `undefined_metrics`."""
+    texts, numbers = _keyed(tags, "."), _keyed(metrics, "/")
+    finite = {
+        key: float(value) for key, value in numbers.items() if value is not None and math.isfinite(value)
+    }
+    if len(finite) < len(numbers):
+        texts["undefined_metrics"] = ", ".join(key for key in numbers if key not in finite)
+    return _Content(
+        {key: _text(value, _MAX_TAG) for key, value in texts.items()},
+        {key: _text(value, _MAX_PARAM) for key, value in _keyed(params, ".").items()},
+        finite,
+    )
+
+
+def _flat(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Leaves of nested settings; an entry of a list of mappings goes by its name, else by its number."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, (*path, str(key)))
+    elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        for number, entry in enumerate(value):
+            name = () if len(entry) == 1 else (str(entry.get("name", number)),)
+            yield from _flat(entry, path + name)
+    else:
+        yield path, value
+
+
+def _keyed(items: _Items, separator: str) -> dict[str, Any]:
+    """The values under keys MLflow accepts; of equal keys the later ones are numbered."""
+    keyed: dict[str, Any] = {}
+    for parts, value in items:
+        key = wanted = separator.join(map(_part, parts))[:_MAX_KEY].rstrip("/")
+        number = 1
+        while key in keyed:
+            number += 1
+            key = f"{wanted}-{number}"
+        keyed[key] = value
+    return keyed
+
+
+def _part(text: str) -> str:
+    """One part of a key: letters and digits of any script, `_`, `-`, `.` and inner spaces."""
+    clean = re.sub(r"[^\w.\- ]", "_", unicodedata.normalize("NFC", text).strip())
+    return re.sub(r"^(\.+|$)", "_", clean)
+
+
+def _text(value: object, limit: int) -> str:
+    text = redact(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+def _record(run: Path) -> dict[str, Any]:
+    path = run / "mlflow.json"
+    return _read_json(path) if path.exists() else {}
+
+
+def _write_record(run: Path, record: Mapping[str, Any]) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    new = run / "mlflow.json.new"
+    new.write_text(json.dumps(record, indent=2), "utf-8")
+    new.replace(run / "mlflow.json")

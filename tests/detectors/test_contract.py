@@ -1,0 +1,173 @@
+"""What holds for every detector: the files are found by themselves."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from sklearn.metrics import roc_auc_score
+
+from pipeline import columns, detectors
+from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
+from pipeline.detectors.base import Detector, bank_of
+
+FEATURE_TABLE = {columns.KEY, columns.LABEL, columns.PREDICTION, FEATURE, LOGITS, BLOCK_NORM}
+
+
+@pytest.fixture(params=detectors.names())
+def kind(request) -> type[Detector]:
+    return detectors.get(request.param)
+
+
+@pytest.fixture
+def detector(kind) -> Detector:
+    return kind()
+
+
+def test_scores_are_one_finite_float64_per_row(detector, rows):
+    score = rows.score(detector)
+    assert score.shape == (len(rows.query[FEATURE]),)
+    assert score.dtype == np.float64
+    assert np.isfinite(score).all()
+
+
+def test_separated_ood_rows_score_higher(detector, blobs):
+    assert roc_auc_score(blobs.is_ood, blobs.score(detector)) >= 0.95
+
+
+def test_a_split_batch_scores_like_the_whole_batch(detector, rows):
+    scorer = detector.fit(rows.training(detector))
+    batch = rows.with_neighbours(scorer, rows.query)
+    parts = [
+        {name: column[part] for name, column in batch.items()}
+        for part in np.split(np.arange(200), [1, 8, 77])
+    ]
+    whole = scorer({name: column[:200] for name, column in batch.items()})
+    np.testing.assert_allclose(np.concatenate([scorer(part) for part in parts]), whole, rtol=1e-12)
+
+
+def test_split_rows_are_embedded_like_whole_ones(detector, rows):
+    bank = bank_of(detector.fit(rows.training(detector)))
+    if bank is None:
+        return
+    parts = [
+        {name: column[part] for name, column in rows.query.items()} for part in (slice(0, 3), slice(3, None))
+    ]
+    split = np.concatenate([bank.embed(part) for part in parts])
+    assert split.dtype == np.float32
+    np.testing.assert_allclose(split, bank.embed(rows.query), rtol=2e-7)
+
+
+def test_permuted_rows_get_permuted_scores(detector, rows):
+    scorer = detector.fit(rows.training(detector))
+    batch = rows.with_neighbours(scorer, rows.query)
+    order = np.random.default_rng(1).permutation(len(batch[FEATURE]))
+    permuted = scorer({name: column[order] for name, column in batch.items()})
+    np.testing.assert_allclose(permuted, scorer(batch)[order], rtol=1e-12)
+
+
+def test_an_empty_batch_gives_no_scores(detector, rows):
+    scorer = detector.fit(rows.training(detector))
+    batch = rows.with_neighbours(scorer, rows.query)
+    assert scorer({name: column[:0] for name, column in batch.items()}).shape == (0,)
+
+
+def test_stored_float32_columns_are_computed_with_in_float64(detector, rows):
+    scorer = detector.fit(rows.training(detector))
+    batch = rows.with_neighbours(scorer, rows.query)
+    wide = {name: column.astype(np.float64) for name, column in batch.items() if name in FEATURE_TABLE}
+    np.testing.assert_array_equal(scorer({**batch, **wide}), scorer(batch))
+
+
+def test_only_the_declared_columns_are_read(detector, rows):
+    scorer = detector.fit(rows.training(detector))
+    declared = {name: rows.query[name] for name in detector.columns}
+    np.testing.assert_array_equal(scorer(rows.with_neighbours(scorer, declared)), rows.score(detector))
+
+
+def test_a_missing_column_is_an_error(detector, rows):
+    scorer = detector.fit(rows.training(detector))
+    for missing in detector.columns:
+        batch = {name: column for name, column in rows.query.items() if name != missing}
+        with pytest.raises(KeyError, match=missing):
+            scorer(rows.with_neighbours(scorer, batch))
+
+
+def test_a_pickled_scorer_gives_identical_bits(detector, rows):
+    scorer = detector.fit(rows.training(detector))
+    copy = pickle.loads(pickle.dumps(scorer))
+    batch = rows.with_neighbours(scorer, rows.query)
+    assert copy(batch).tobytes() == scorer(batch).tobytes()
+    copied_bank, bank = pickle.loads(pickle.dumps(bank_of(scorer))), bank_of(scorer)
+    if bank is not None:
+        assert copied_bank.embed(rows.query).tobytes() == bank.embed(rows.query).tobytes()
+        assert copied_bank.keep(rows.train).tobytes() == bank.keep(rows.train).tobytes()
+
+
+def test_a_bank_keeps_some_training_rows(detector, rows):
+    bank = bank_of(detector.fit(rows.training(detector)))
+    if bank is not None:
+        keep = bank.keep(rows.train)
+        assert keep.shape == (len(rows.train[FEATURE]),)
+        assert keep.dtype == np.bool_
+        assert keep.sum() >= bank.k >= 1
+
+
+@pytest.mark.parametrize(("classes", "dim"), [(2, 1), (2, 16), (7, 1)])
+def test_the_smallest_classifiers_get_finite_scores(detector, make_rows, classes, dim):
+    assert np.isfinite(make_rows(classes=classes, dim=dim).score(detector)).all()
+
+
+def test_dead_rows_get_finite_scores(detector, make_rows):
+    normal = make_rows()
+    dead = {
+        **normal.query,
+        FEATURE: np.zeros_like(normal.query[FEATURE]),
+        LOGITS: np.full_like(normal.query[LOGITS], 3),
+        BLOCK_NORM: np.zeros_like(normal.query[BLOCK_NORM]),
+    }
+    scorer = detector.fit(normal.training(detector))
+    assert np.isfinite(scorer(normal.with_neighbours(scorer, dead))).all()
+
+
+def test_dead_training_rows_get_finite_scores(detector, make_rows):
+    rows = make_rows()
+    train = {**rows.train, FEATURE: np.zeros_like(rows.train[FEATURE])}
+    results = {
+        kind: {name: np.zeros_like(v) if name == "mean" else v for name, v in result.items()}
+        for kind, result in rows.results.items()
+    }
+    dead = replace(rows, train=train, query=train, results=results)
+    assert np.isfinite(dead.score(detector)).all()
+
+
+def test_an_unknown_parameter_is_refused(kind):
+    with pytest.raises(ValidationError, match="no_such_parameter"):
+        kind(no_such_parameter=1)
+
+
+def test_parameters_cannot_be_changed(detector):
+    for name in type(detector).model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(detector, name, getattr(detector, name))
+
+
+def test_every_number_has_bounds(kind, detector):
+    for name in kind.model_fields:
+        if isinstance(getattr(detector, name), int | float):
+            for outside in (-(10**9), float("inf"), float("nan")):
+                with pytest.raises(ValidationError, match=name):
+                    kind(**{name: outside})
+
+
+def test_metadata_tell_the_reader_what_is_computed(kind):
+    assert re.search(r"\((19|20)\d\d\)$", kind.title)
+    assert re.search(r"\b(19|20)\d\d, arXiv:\d{4}\.\d{4,5}$", kind.paper)
+    assert kind.formula.startswith("score = ")
+    assert kind.columns
+    assert set(kind.columns) <= FEATURE_TABLE
+    assert all(field.description for field in kind.model_fields.values())
