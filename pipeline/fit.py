@@ -68,7 +68,7 @@ class Cache:
         return found
 
 
-def statistics(cache: Cache, table: store.Table, identity: Mapping[str, Any], classes: int) -> Statistics:
+def fit_statistics(cache: Cache, table: store.Table, identity: Mapping[str, Any], classes: int) -> Statistics:
     """Statistics of all rows of a feature table, summed slice by slice in order."""
 
     def compute() -> dict[str, NDArray[Any]]:
@@ -80,7 +80,8 @@ def statistics(cache: Cache, table: store.Table, identity: Mapping[str, Any], cl
         return {name: np.asarray(value) for name, value in vars(total).items()}
 
     arrays = cache.get("statistics", {"features": identity}, compute)
-    return Statistics(**{**arrays, "unlabelled_count": int(arrays["unlabelled_count"])})
+    count = int(arrays.pop("unlabelled_count"))
+    return Statistics(unlabelled_count=count, **arrays)
 
 
 def _slice_statistics(table: store.Table, start: int, stop: int, classes: int) -> Statistics:
@@ -131,7 +132,7 @@ class Fitted:
     banks: dict[str, BankFiles]
 
 
-def detectors(
+def fit_detectors(
     chosen: Mapping[str, Detector], training: Training, cache: Cache, source: tuple[store.Table, Any] | None
 ) -> Fitted:
     """Fit every detector and build the banks.

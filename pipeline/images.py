@@ -69,12 +69,8 @@ def _fit(image: Image.Image, transform: Transform) -> Pixels:
     image = image.convert("L" if transform.channels == 1 else "RGB")
     side = transform.crop
     if transform.resize is not None and transform.resize != min(image.size):
-        width, height = image.size
-        short = min(width, height)
-        size = tuple(
-            transform.resize if length == short else int(transform.resize * length / short)
-            for length in (width, height)
-        )
+        short, long = transform.resize, int(transform.resize * max(image.size) / min(image.size))
+        size = (short, long) if image.width <= image.height else (long, short)
         image = image.resize(size, _FILTERS[transform.interpolation])
     if min(image.size) < side:
         raise ValueError(f"{image.width} x {image.height} pixels is smaller than the {side} pixel crop")

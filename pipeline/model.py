@@ -117,7 +117,8 @@ def feature_norm(maps: Tensor) -> Tensor:
     Returns:
         (N,) float32, >= 0.
     """
-    return torch.linalg.vector_norm(maps.float().relu(), dim=(2, 3)).mean(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(maps.float().relu(), dim=(2, 3))
+    return norms.mean(dim=1)
 
 
 def _norm_into(norms: dict[str, Tensor], name: str) -> Any:

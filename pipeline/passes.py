@@ -77,7 +77,11 @@ class Worker:
         count = 0
         for pixels, kept in self._batches(train, rows):
             seen: list[torch.Tensor] = []
-            with taps.hooked(self.classifier.module, {block: lambda _, __, out, seen=seen: seen.append(out)}):
+
+            def see(_: Any, __: Any, output: torch.Tensor, seen: list[torch.Tensor] = seen) -> None:
+                seen.append(output)
+
+            with taps.hooked(self.classifier.module, {block: see}):
                 self._forward(pixels, blocks=False)
             total = total + seen[0][: len(kept)].double().sum(dim=0).cpu().numpy()
             count += len(kept)

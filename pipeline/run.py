@@ -5,17 +5,13 @@ Extract, fit, score, evaluate, report. A killed run is continued by running it a
 
 from __future__ import annotations
 
-import platform
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from os import getpid
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +19,18 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from pipeline import cluster, config, evaluate, extract, fit, index, passes, report, score, store, track
+from pipeline import cluster, config, evaluate, extract, index, passes, report, store, track
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Jigsaw, Pass, Training, bank_of
 from pipeline.errors import UserError
+from pipeline.fit import Cache, Fitted, fit_detectors, fit_statistics
 from pipeline.prepare import Prepared, prepare
-from pipeline.progress import Display
+from pipeline.progress import Display, Stage
+from pipeline.record import Record, now
+from pipeline.score import Job as ScoreJob
+from pipeline.score import Scoring, flag
+from pipeline.score import run as run_scores
+from pipeline.statistics import Statistics
 
 StageName = Literal["extract", "fit", "score", "evaluate", "report"]
 STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report")
@@ -99,7 +101,7 @@ def _alone(workspace: Path) -> Iterator[None]:
             "Wait for it, or use another workspace."
         ) from None
     try:
-        store.write_json(owner, {"pid": getpid(), "host": socket.gethostname(), "since": _now()})
+        store.write_json(owner, {"pid": getpid(), "host": socket.gethostname(), "since": now()})
         yield
     finally:
         owner.unlink(missing_ok=True)
@@ -112,46 +114,6 @@ def _forget(ready: Prepared) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Record:
-    """`manifest.json` of a run: what was run on what, and how long it took; rewritten after every stage."""
-
-    def __init__(self, ready: Prepared) -> None:
-        classifier, settings = ready.classifier, ready.config
-        self.path = ready.folder / "manifest.json"
-        self.content: dict[str, Any] = {
-            "name": settings.name,
-            "fingerprint": ready.fingerprint,
-            "status": "running",
-            "started": _now(),
-            "finished": None,
-            "seed": settings.seed,
-            "versions": _versions(),
-            "git_commit": _git_commit(),
-            "model": {
-                **settings.model.model_dump(include={"source", "name", "weights"}),
-                "weights_digest": classifier.digest,
-                "classes": len(classifier.head[1]),
-                "feature_dim": classifier.head[0].shape[1],
-                "head": classifier.taps.head,
-                "blocks": list(classifier.taps.blocks),
-            },
-            "datasets": {dataset.name: _dataset(ready, dataset) for dataset in settings.datasets},
-            "detectors": {label: _detector(ready, label) for label in ready.detectors},
-            "passes": [],
-            "index": {},
-            "stages": {},
-        }
-
-    def write(self) -> None:
-        """Write the record as it stands."""
-        store.write_json(self.path, self.content)
-
-    def close(self, status: str) -> None:
-        """Write the record for the last time."""
-        self.content |= {"status": status, "finished": _now()}
-        self.write()
-
-
 @dataclass
 class Run:
     """The stages of one evaluation; each leaves its results in the workspace and the record."""
@@ -160,7 +122,7 @@ class Run:
     options: Options
     display: Display
     record: Record = field(init=False)
-    fitted: fit.Fitted | None = None
+    fitted: Fitted | None = None
 
     def __post_init__(self) -> None:
         folder = self.ready.folder
@@ -174,7 +136,7 @@ class Run:
         store.write_text(folder / "config.yaml", config.dump(self.ready.config))
 
     @contextmanager
-    def stage(self, name: StageName, total: int = 0) -> Iterator[Any]:
+    def stage(self, name: StageName, total: int = 0) -> Iterator[Stage]:
         """Show a stage and record its wall time."""
         started = time.perf_counter()
         with self.display.stage(name, total) as shown:
@@ -221,40 +183,42 @@ class Run:
         """Statistics, extra passes and banks; nothing is fitted that no detector needs."""
         detectors = self.ready.detectors
         mode: Literal["reuse", "frozen", "fresh"] = "fresh" if self.options.fresh else "reuse"
-        cache = fit.Cache(self.ready.workspace / "fits", mode if self.may_work("fit") else "frozen")
+        cache = Cache(self.ready.workspace / "fits", mode if self.may_work("fit") else "frozen")
         with self.stage("fit") as shown:
             training = self._training(cache)
             trains = self.ready.of_role("train")
             source = (_table(trains[0]), self.ready.training) if trains else None
-            self.fitted = fit.detectors(detectors, training, cache, source)
+            self.fitted = fit_detectors(detectors, training, cache, source)
             done = [type(spec).__name__.lower() for spec in training.passes]
             shown.note = ", ".join([f"{len(detectors)} detectors", *(f"{name} pass" for name in done)])
 
-    def _training(self, cache: fit.Cache) -> Training:
+    def _training(self, cache: Cache) -> Training:
         """All that detectors may learn from, as far as one of them needs it."""
-        ready, detectors = self.ready, self.ready.detectors.values()
-        weight, bias = ready.classifier.head
-        found = Training(weight, bias, ready.classifier.taps.blocks)
-        train = ood_val = None
-        if any(detector.statistics for detector in detectors):
-            train = self._statistics(cache, "train")
-        if any(detector.uses_ood() for detector in detectors):
-            ood_val = self._statistics(cache, "ood_val")
+        detectors = self.ready.detectors.values()
+        weight, bias = self.ready.classifier.head
+        learns = any(detector.statistics for detector in detectors)
+        uses_ood = any(detector.uses_ood() for detector in detectors)
         specs = list(dict.fromkeys(spec for detector in detectors for spec in detector.passes()))
-        results = self._passes(cache, specs) if specs else {}
-        return Training(found.weight, found.bias, found.blocks, train, ood_val, results)
+        return Training(
+            weight,
+            bias,
+            self.ready.classifier.taps.blocks,
+            train=self._statistics(cache, "train") if learns else None,
+            ood_val=self._statistics(cache, "ood_val") if uses_ood else None,
+            passes=self._passes(cache, specs) if specs else {},
+        )
 
-    def _statistics(self, cache: fit.Cache, role: str) -> Any:
+    def _statistics(self, cache: Cache, role: str) -> Statistics:
         classes = len(self.ready.classifier.head[1])
         parts = [
-            fit.statistics(cache, _table(job), job.identity, classes) for job in self.ready.of_role(role)
+            fit_statistics(cache, _table(job), job.identity, classes) for job in self.ready.of_role(role)
         ]
         total = parts[0]
         for part in parts[1:]:
             total = total.merge(part)
         return total
 
-    def _passes(self, cache: fit.Cache, specs: list[Pass]) -> dict[Pass, passes.Result]:
+    def _passes(self, cache: Cache, specs: list[Pass]) -> dict[Pass, passes.Result]:
         """Results of the extra passes; the model actors start only if one is not in the cache."""
         ready = self.ready
         results: dict[Pass, passes.Result] = {}
@@ -295,17 +259,17 @@ class Run:
             shown.note = f"{rows:,} rows"
             self.record.content["stages"]["score"] = {"rows": rows}
 
-    def _score(self, jobs: list[score.Job], fitted: fit.Fitted, progress: Callable[[Any], None]) -> None:
+    def _score(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[Any], None]) -> None:
         searched = index.start(fitted.banks, self.ready.config.index) if fitted.banks else None
         try:
             if searched is not None:
                 self._describe_index(searched, fitted)
-            score.run(jobs, score.Scoring(fitted.scorers, self._columns(), searched), progress)
+            run_scores(jobs, Scoring(fitted.scorers, self._columns(), searched), progress)
         finally:
             if searched is not None:
                 searched.stop()
 
-    def _describe_index(self, searched: index.Index, fitted: fit.Fitted) -> None:
+    def _describe_index(self, searched: index.Index, fitted: Fitted) -> None:
         """Record the banks, and for approximate ones how often the true neighbour is found."""
         kind = self.ready.config.index.kind
         rows = _table(self.ready.of_role("id")[0]).read(0, _RECALL_QUERIES, self._columns())
@@ -325,14 +289,14 @@ class Run:
         norms = (BLOCK_NORM,) if self.ready.classifier.taps.blocks else ()
         return (KEY, LABEL, PREDICTION, FEATURE, LOGITS, *norms)
 
-    def _score_jobs(self) -> list[score.Job]:
+    def _score_jobs(self) -> list[ScoreJob]:
         jobs = []
         for dataset in self.ready.config.datasets:
             if dataset.role != "train":
                 job = self.ready.jobs[dataset.name]
                 inputs = config.digest([self.ready.scoring, job.identity])
                 folder = str(self._scores(dataset.name))
-                jobs.append(score.Job(dataset.name, _table(job), folder, inputs))
+                jobs.append(ScoreJob(dataset.name, _table(job), folder, inputs))
         return jobs
 
     def _scores(self, dataset: str) -> Path:
@@ -351,7 +315,7 @@ class Run:
                 scores = evaluate.Scores(roles, self.ready.config.seed)
                 table, thresholds = evaluate.run(scores, list(self.ready.detectors))
                 for folder in scores.of("unlabelled").values():
-                    score.flag(Path(folder), thresholds)
+                    flag(Path(folder), thresholds)
                 evaluate.write(self.ready.folder, table, thresholds)
                 store.write_json(done, self.ready.fingerprint)
             self._note_accuracy()
@@ -404,47 +368,3 @@ class Tracked:
 
 def _table(job: extract.Job) -> store.Table:
     return store.Table.open(Path(job.folder))
-
-
-def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
-    job = ready.jobs[dataset.name]
-    return {
-        **dataset.model_dump(include={"role", "format", "path"}),
-        "rows": job.manifest.rows,
-        "features": None,
-        "errors": None,
-        "hash": Path(job.folder).name.rpartition("-")[2],
-        "digest": job.manifest.digest,
-        "accuracy": None,
-    }
-
-
-def _detector(ready: Prepared, label: str) -> dict[str, Any]:
-    detector = ready.detectors[label]
-    return {
-        "method": type(detector).__module__.rpartition(".")[2],
-        "title": detector.title,
-        "parameters": detector.model_dump(mode="json"),
-        "uses_ood": detector.uses_ood(),
-        "columns": list(detector.columns),
-    }
-
-
-def _versions() -> dict[str, str]:
-    names = ("ood-pipeline", "ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "mlflow")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _git_commit() -> str | None:
-    """Commit of the folder the run was started in, if git knows it."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -71,7 +71,8 @@ class Statistics:
     @cached_property
     def mean(self) -> Float:
         """(D,) mean feature of all rows."""
-        return (self.class_sum.sum(axis=0) + self.unlabelled_sum) / self.count
+        mean: Float = (self.class_sum.sum(axis=0) + self.unlabelled_sum) / self.count
+        return mean
 
     @cached_property
     def class_mean(self) -> Float:

@@ -96,9 +96,12 @@ def _arrow(values: NDArray[Any]) -> pa.Array:
 
 
 def _numpy(column: pa.Array) -> NDArray[Any]:
+    values: NDArray[Any]
     if pa.types.is_fixed_size_list(column.type):
-        return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
-    return column.to_numpy(zero_copy_only=False)
+        values = column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+    else:
+        values = column.to_numpy(zero_copy_only=False)
+    return values
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def penultimate(source: Tensor | None) -> Tensor:
 
 def head_weight(head: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight (C, D) and bias (C,) of a linear layer or 1x1 convolution; zeros for a missing bias."""
-    weight: Tensor = head.weight.detach().flatten(1)  # type: ignore[union-attr, operator]
+    weight: Tensor = head.weight.detach().flatten(1)  # type: ignore[operator]
     bias: Tensor | None = head.bias  # type: ignore[assignment]
     return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()
 

@@ -18,6 +18,7 @@ from sklearn.metrics import roc_curve
 from pipeline import report
 from pipeline.errors import UserError
 from pipeline.report import plots
+from pipeline.report.tables import Results
 
 NEAR = {"cifar-100": "near_ood", "tin": "near_ood"}
 FAR = {"mnist": "far_ood", "svhn": "far_ood", "textures": "far_ood"}
@@ -390,6 +391,22 @@ def test_the_share_of_flagged_images_is_that_of_the_score_files(finished, page):
         assert f"{100 * share:.1f}%" in page.cells["unlabelled"]
 
 
+def test_several_id_datasets_are_drawn_as_one(tmp_path):
+    run = make_run(tmp_path, Setup(unlabelled=("more",)))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["datasets"]["more"]["role"] = "id"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    ids = ["cifar-10-test", "more"]
+    expected = np.concatenate([pq.read_table(run / "scores" / name)["knn"].to_numpy() for name in ids])
+    np.testing.assert_array_equal(Results.read(run).scores(ids, "knn"), expected)
+    alts = [image["alt"] for image in page_of(run).images]
+    assert "Densities of the knn scores of cifar-10-test + more, tin, svhn" in alts
+
+
+def test_a_block_without_a_finite_ratio_is_never_the_largest():
+    assert plots.largest(np.array([1.2, np.nan, np.inf, 1.3, -np.inf])) == 3
+
+
 def test_a_crash_leaves_the_old_report_and_no_scraps(tmp_path, monkeypatch):
     run = make_run(tmp_path, Setup())
     report.write(run)
@@ -467,6 +484,8 @@ def test_densities_count_rows_per_unit_of_score_and_ignore_a_far_tail():
             assert heights[name][i] == pytest.approx(inside / len(sample) / (edges[1] - edges[0]))
 
 
-def test_scores_that_are_all_equal_have_a_density():
-    edges, heights = plots.densities({"id": np.ones(10)})
+@pytest.mark.parametrize("scores", [[0.0, 0.0], [1e17, 1e17], [-1.0, np.nextafter(-1, 0)]])
+def test_scores_that_hardly_differ_have_a_density(scores):
+    edges, heights = plots.densities({"id": np.array(scores)})
+    assert (np.diff(edges) > 0).all()
     assert (heights["id"] * np.diff(edges)).sum() == pytest.approx(1)

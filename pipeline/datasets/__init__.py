@@ -75,7 +75,8 @@ class Manifest:
 
     def labels(self) -> NDArray[np.int32]:
         """(rows,) int32 labels in manifest order."""
-        return pq.read_table(self.path, columns=["label"])["label"].to_numpy()
+        labels: NDArray[np.int32] = pq.read_table(self.path, columns=["label"])["label"].to_numpy()
+        return labels
 
 
 def formats() -> list[str]:

@@ -12,9 +12,7 @@ from pipeline.config import LABELLED_ROLES, Dataset, resolve
 from pipeline.datasets import ROW_GROUP, SCHEMA
 from pipeline.errors import UserError
 
-EXTENSIONS = frozenset(
-    [".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"]
-)
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
 """Files with other endings are not images of the dataset; case does not matter."""
 
 

@@ -114,11 +114,13 @@ def _score_pictures(results: Results) -> dict[str, list[Picture]]:
         for row in results.metrics.to_pylist()
         if row["metric"] == "auroc" and row["group"] in OOD
     }
-    inlier, datasets = results.datasets("id")[0], results.datasets(*OOD)
+    inliers, datasets = results.datasets("id"), results.datasets(*OOD)
+    inlier = " + ".join(inliers)
     curves: dict[str, list[plots.Curve]] = {dataset: [] for dataset in datasets}
     densities = []
     for rank, detector in enumerate(results.detectors):
-        scores = {dataset: results.scores(dataset, detector) for dataset in [inlier, *datasets]}
+        scores = {inlier: results.scores(inliers, detector)}
+        scores |= {dataset: results.scores([dataset], detector) for dataset in datasets}
         for dataset in datasets:
             points = plots.roc_points(scores[inlier], scores[dataset])
             curves[dataset].append(plots.Curve(detector, rank, aurocs[detector, dataset], *points))

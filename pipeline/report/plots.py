@@ -21,7 +21,6 @@ from pipeline.columns import Float
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, made for colour-blind readers, without black and the faint yellow."""
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
-MARKS = {"color": COLOURS[0], "linewidth": 0.8, "markersize": 4.5, "elinewidth": 1.4, "capsize": 2.5}
 INK, MUTED, FAINT = "#222222", "#666666", "#d9d9d9"
 WIDTH, LEFT, RIGHT, TOP, BOTTOM, LINE = 4.0, 0.55, 0.12, 0.34, 0.45, 0.155
 DPI = 170
@@ -96,11 +95,12 @@ def roc_points(inlier: Float, outlier: Float, limit: int = 1000) -> tuple[Float,
 def densities(samples: Mapping[str, Float], bins: int = 40) -> tuple[Float, dict[str, Float]]:
     """(bins + 1,) common edges, and the density of each sample between them.
 
-    The edges span the middle 99 % of every sample; rows outside are left out but count in the total.
+    The edges span the middle 99% of every sample; rows outside are left out but count in the total. They stay
+    apart where all scores are equal, or differ in the last digit only.
     """
     quantiles = [np.quantile(sample, [0.005, 0.995]) for sample in samples.values()]
     low, high = np.min(quantiles), np.max(quantiles)
-    margin = 0.02 * (high - low) or 0.5
+    margin = max(0.02 * (high - low), 1e-6 * abs(low)) or 0.5
     edges = np.linspace(low - margin, high + margin, bins + 1)
     width = edges[1] - edges[0]
     counts = {name: np.histogram(sample, edges)[0] for name, sample in samples.items()}

@@ -6,6 +6,7 @@ Computes no metric: every value in a table is one of `metrics.parquet`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -224,17 +225,18 @@ class Results:
         """Names of the datasets of some roles, in the order of the config."""
         return [name for name, entry in self.manifest["datasets"].items() if entry["role"] in roles]
 
-    def scores(self, dataset: str, detector: str) -> Float:
-        """(N,) scores of one detector; higher = more OOD."""
-        return np.concatenate([part.to_numpy() for part in self._parts(dataset, detector)])
+    def scores(self, datasets: Sequence[str], detector: str) -> Float:
+        """(N,) scores of one detector on some datasets, one after the other; higher = more OOD."""
+        parts = [part for dataset in datasets for part in self._parts(dataset, detector)]
+        return np.concatenate([part.to_numpy() for part in parts])
 
     def flagged_share(self, dataset: str, detector: str) -> float:
-        """Share of the rows of an unlabelled dataset above the detector's threshold."""
+        """Share of the rows of an unlabelled dataset above the detector's threshold; NaN if it has none."""
         flagged = rows = 0
         for part in self._parts(dataset, IS_OOD + detector):
             flagged += pc.sum(part).as_py() or 0
             rows += len(part)
-        return flagged / rows
+        return flagged / rows if rows else math.nan
 
     def _parts(self, dataset: str, column: str) -> Iterator[pa.ChunkedArray]:
         """One column of a dataset's score table, file by file."""

@@ -1,0 +1,98 @@
+"""`manifest.json` of a run: what was run on what, with which versions, and how long it took."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline import config, store
+from pipeline.prepare import Prepared
+
+
+class Record:
+    """The record of one run; rewritten after every stage."""
+
+    def __init__(self, ready: Prepared) -> None:
+        classifier, settings = ready.classifier, ready.config
+        self.path = ready.folder / "manifest.json"
+        self.content: dict[str, Any] = {
+            "name": settings.name,
+            "fingerprint": ready.fingerprint,
+            "status": "running",
+            "started": now(),
+            "finished": None,
+            "seed": settings.seed,
+            "versions": _versions(),
+            "git_commit": _git_commit(),
+            "model": {
+                **settings.model.model_dump(include={"source", "name", "weights"}),
+                "weights_digest": classifier.digest,
+                "classes": len(classifier.head[1]),
+                "feature_dim": classifier.head[0].shape[1],
+                "head": classifier.taps.head,
+                "blocks": list(classifier.taps.blocks),
+            },
+            "datasets": {dataset.name: _dataset(ready, dataset) for dataset in settings.datasets},
+            "detectors": {label: _detector(ready, label) for label in ready.detectors},
+            "passes": [],
+            "index": {},
+            "stages": {},
+        }
+
+    def write(self) -> None:
+        """Write the record as it stands."""
+        store.write_json(self.path, self.content)
+
+    def close(self, status: str) -> None:
+        """Write the record for the last time."""
+        self.content |= {"status": status, "finished": now()}
+        self.write()
+
+
+def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
+    job = ready.jobs[dataset.name]
+    return {
+        **dataset.model_dump(include={"role", "format", "path"}),
+        "rows": job.manifest.rows,
+        "features": None,
+        "errors": None,
+        "hash": Path(job.folder).name.rpartition("-")[2],
+        "digest": job.manifest.digest,
+        "accuracy": None,
+    }
+
+
+def _detector(ready: Prepared, label: str) -> dict[str, Any]:
+    detector = ready.detectors[label]
+    return {
+        "method": type(detector).__module__.rpartition(".")[2],
+        "title": detector.title,
+        "parameters": detector.model_dump(mode="json"),
+        "uses_ood": detector.uses_ood(),
+        "columns": list(detector.columns),
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("ood-pipeline", "ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "mlflow")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _git_commit() -> str | None:
+    """Commit of the folder the run was started in, if git knows it."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def now() -> str:
+    """The time, in UTC, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
