@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.config import Transform
 
@@ -50,7 +50,11 @@ def decode(content: bytes, shape: tuple[int, ...] | None, transform: Transform) 
         raise ValueError("empty file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(content)) as image:
+        try:
+            opened = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:
+            raise ValueError("not an image of a format that Pillow knows") from None
+        with opened as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             return _fit(image, transform)

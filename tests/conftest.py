@@ -1,0 +1,107 @@
+"""A real local Ray for the whole session, and a small real evaluation to run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import yaml
+from rich.console import Console
+
+from pipeline import cluster, config, quickstart, run
+from pipeline.progress import Display
+
+ARRAYS = Path(quickstart.__file__).parent / "images.npz"
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Ray with four logical CPUs, shared by all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=300 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        cluster.quiet()
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few real images of every set of the quickstart, as .npz."""
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    with np.load(ARRAYS) as arrays:
+        np.savez(
+            path,
+            train_x=arrays["id_train_x"][:500],
+            train_y=arrays["id_train_y"][:500],
+            test_x=arrays["id_test_x"][:300],
+            test_y=arrays["id_test_y"][:300],
+            shifted_x=255 - arrays["id_test_x"][300:400],
+            shifted_y=arrays["id_test_y"][300:400],
+            animals_x=arrays["ood_animals_x"][:150],
+            val_x=arrays["ood_animals_x"][150:250],
+            textures_x=arrays["ood_textures_x"][:130],
+            production_x=np.concatenate([arrays["id_test_x"][400:450], arrays["ood_textures_x"][130:180]]),
+        )
+    return path
+
+
+@pytest.fixture
+def settings(images: Path) -> dict[str, Any]:
+    """The raw config of a small evaluation; tests change it and load it."""
+
+    def dataset(name: str, role: str, labelled: bool = False) -> dict[str, Any]:
+        labels = {"labels": f"{name}_y"} if labelled else {}
+        return {"name": name, "role": role, "format": "npz", "path": str(images), "images": f"{name}_x", **labels}
+
+    return {
+        "name": "small",
+        "model": {
+            "source": "factory",
+            "name": "pipeline.quickstart.resnet:build",
+            "weights": "package://pipeline.quickstart/resnet.safetensors",
+            "transform": {"crop": 28, "mean": [0.286], "std": [0.353], "channels": 1},
+        },
+        "datasets": [
+            dataset("train", "train", labelled=True),
+            dataset("test", "id", labelled=True),
+            dataset("animals", "near_ood"),
+            dataset("textures", "far_ood"),
+        ],
+        "detectors": ["msp", {"knn": {"k": 5}}],
+        "extract": {"batch_size": 64, "shard_rows": 128},
+        "tracking": {"enabled": False},
+    }
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., config.Config]:
+    """Load a raw config with a workspace of the test's own."""
+
+    def loaded(raw: dict[str, Any], workspace: str = "workspace") -> config.Config:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return config.load(str(path), [f"workspace={tmp_path / workspace}"])
+
+    return loaded
+
+
+@pytest.fixture
+def execute() -> Callable[..., run.Outcome]:
+    """Run an evaluation in this process, without output."""
+
+    def executed(loaded: config.Config, **options: Any) -> run.Outcome:
+        return run.execute(loaded, run.Options(**options), Display(Console(quiet=True)))
+
+    return executed

@@ -1,0 +1,188 @@
+"""The extra passes against slow code written from the papers, on the shipped network and real images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import config, datasets, images, model, passes
+from pipeline.detectors.base import Jigsaw, Mixup, Noise
+from pipeline.extract import Plan
+
+SAMPLES = 40
+
+
+class Inline:
+    """A pool of one worker in this process: same calls, no Ray."""
+
+    def __init__(self, worker: passes.Worker) -> None:
+        self.worker = worker
+
+    def map(self, call, arguments):
+        class Remote:
+            def __init__(self, worker: passes.Worker) -> None:
+                self._worker = worker
+
+            def __getattr__(self, name: str):
+                method = getattr(self._worker, name)
+                return type("Method", (), {"remote": staticmethod(method)})
+
+        return [call(Remote(self.worker), argument) for argument in arguments]
+
+
+@pytest.fixture
+def plan(settings, load) -> Plan:
+    loaded = load(settings)
+    classifier = model.load(loaded.model, loaded.seed)
+    return Plan(loaded.model, config.Extract(batch_size=16, actors=2), seed=3, digest=classifier.digest)
+
+
+@pytest.fixture
+def train(settings, tmp_path) -> datasets.Manifest:
+    return datasets.compile_manifest(config.Dataset(**settings["datasets"][0]), tmp_path / "manifests")
+
+
+@pytest.fixture
+def runner(plan, train, monkeypatch) -> passes.Runner:
+    made = passes.Runner(train, plan, early="layer3.0")
+    monkeypatch.setattr(made, "_pool", lambda: Inline(passes.Worker(plan)))
+    return made
+
+
+@pytest.fixture
+def network(plan) -> torch.nn.Module:
+    return model.load(plan.model, 0).module
+
+
+@pytest.fixture
+def pixels(images: Path) -> np.ndarray:
+    with np.load(images) as arrays:
+        return arrays["train_x"]
+
+
+def normalised(pixels: np.ndarray) -> torch.Tensor:
+    return (torch.tensor(pixels)[:, None].float() / 255 - 0.286) / 0.353
+
+
+def after_layer3(network: torch.nn.Module, maps: torch.Tensor) -> torch.Tensor:
+    return network.avgpool(network.layer4(maps)).flatten(1)
+
+
+def upto_layer3(network: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    stem = network.relu(network.bn1(network.conv1(batch)))
+    return network.layer3(network.layer2(network.layer1(stem)))
+
+
+def test_mixup_is_the_mean_feature_of_images_mixed_with_their_runner_up(runner, network, pixels, train) -> None:
+    spec = Mixup(samples=SAMPLES, weight=0.7, class_samples=None)
+    result = runner.run(spec)
+    labels, total = train.labels(), torch.zeros(128, dtype=torch.float64)
+    rows = runner.sample(spec, SAMPLES)
+    with torch.inference_mode():
+        prototypes = {
+            label: upto_layer3(network, normalised(pixels[labels == label])).double().mean(dim=0).float()
+            for label in range(10)
+        }
+        for row in rows.tolist():
+            maps = upto_layer3(network, normalised(pixels[row : row + 1]))
+            logits = network.fc(after_layer3(network, maps))[0]
+            runner_up = int(torch.topk(logits, 2).indices[1])
+            mixed = 0.7 * maps + 0.3 * prototypes[runner_up]
+            total += after_layer3(network, mixed)[0].double()
+    assert int(result["samples"]) == SAMPLES
+    np.testing.assert_allclose(result["mean"], (total / SAMPLES).numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_mixup_uses_no_more_images_of_a_class_than_asked_for(runner) -> None:
+    some = runner.run(Mixup(samples=SAMPLES, class_samples=3))["mean"]
+    more = runner.run(Mixup(samples=SAMPLES, class_samples=None))["mean"]
+    assert not np.array_equal(some, more)
+    np.testing.assert_allclose(some, more, rtol=0.5, atol=0.3)
+
+
+def slow_norm(maps: torch.Tensor) -> float:
+    """FeatureNorm of one image's maps by a loop over channels, in float64."""
+    return sum(float(channel.clamp(min=0).double().square().sum().sqrt()) for channel in maps) / len(maps)
+
+
+def test_jigsaw_gives_the_mean_ratio_and_its_standard_error_for_every_block(runner, network, pixels) -> None:
+    spec = Jigsaw(samples=SAMPLES)
+    result = runner.run(spec)
+    ratios = []
+    for row in runner.sample(spec, SAMPLES).tolist():
+        pair = images.jigsaw(pixels[row][:, :, None], 3, np.random.default_rng([3, row]))
+        norms = []
+        for side in pair:
+            with torch.inference_mode():
+                maps = network.relu(network.bn1(network.conv1(normalised(side[None, :, :, 0]))))
+                found = []
+                for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
+                    maps = layer(maps)
+                    found.append(slow_norm(maps[0]))
+            norms.append(found)
+        ratios.append(np.divide(norms[0], norms[1]))
+    np.testing.assert_allclose(result["ratio"], np.mean(ratios, axis=0), rtol=1e-5)
+    expected = np.std(ratios, axis=0, ddof=1) / np.sqrt(SAMPLES)
+    np.testing.assert_allclose(result["stderr"], expected, rtol=1e-3)
+    assert int(result["samples"]) == SAMPLES
+
+
+def test_noise_keeps_the_images_the_classifier_is_least_sure_about(runner, plan) -> None:
+    spec = Noise(samples=50, keep=0.2)
+    result = runner.run(spec)
+    worker = passes.Worker(plan)
+    pieces = [worker.noise(piece, min(16, 50 - 16 * piece)) for piece in range(4)]
+    feature, energy = (np.concatenate(side) for side in zip(*pieces, strict=True))
+    assert len(feature) == 50
+    lowest = sorted(range(50), key=lambda row: energy[row])[:10]
+    assert int(result["samples"]) == 10
+    np.testing.assert_allclose(result["mean"], feature[lowest].astype(np.float64).mean(axis=0), rtol=1e-12)
+
+
+def test_the_network_is_left_without_hooks(plan, train) -> None:
+    worker = passes.Worker(plan)
+    worker.mean_map(train, np.arange(20), "layer3")
+    worker.mixed_sum(train, np.arange(4), [np.zeros((64, 7, 7), np.float32)] * 4, Mixup(block="layer3"))
+    for module in worker.classifier.module.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_a_pool_of_ray_actors_gives_the_same_bits(ray_session, runner, train, plan) -> None:
+    specs = [Mixup(samples=SAMPLES, class_samples=5), Jigsaw(samples=SAMPLES), Noise(samples=40)]
+    expected = [runner.run(spec) for spec in specs]
+    with passes.Runner(train, plan, "layer3.0") as pool:
+        found = [pool.run(spec) for spec in specs]
+    for left, right in zip(expected, found, strict=True):
+        for name, values in left.items():
+            np.testing.assert_array_equal(values, right[name])
+
+
+def test_unreadable_training_images_are_left_out(plan, settings, tmp_path) -> None:
+    worker = passes.Worker(plan)
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for number in range(5):
+        images.Image.fromarray(rng.integers(0, 255, (28, 28), dtype=np.uint8)).save(folder / f"{number}.png")
+    (folder / "2.png").write_bytes(b"broken")
+    dataset = config.Dataset(name="folder", role="train", format="imagefolder", path=str(tmp_path))
+    manifest = datasets.compile_manifest(dataset, tmp_path / "manifests")
+    ratios = worker.norm_ratios(manifest, np.arange(5), grid=3)
+    assert ratios.shape == (4, 4)
+    kept, _ = worker.runners_up(manifest, np.arange(5))
+    np.testing.assert_array_equal(kept, [0, 1, 3, 4])
+
+
+def test_stratified_draws_every_class_in_turns_without_replacement() -> None:
+    labels = np.repeat([0, 1, 2], [100, 5, 50]).astype(np.int32)
+    rows = passes.stratified(labels, 60, np.random.default_rng(0))
+    assert len(set(rows.tolist())) == 60
+    assert (np.diff(rows) > 0).all()
+    counts = np.bincount(labels[rows])
+    assert counts[1] == 5
+    assert abs(counts[0] - counts[2]) <= 1
+    assert len(passes.stratified(labels, 1000, np.random.default_rng(0))) == 155

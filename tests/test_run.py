@@ -1,0 +1,230 @@
+"""Whole evaluations on a real local Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline import config, prepare, store
+from pipeline.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def scores(folder: Path, dataset: str) -> dict[str, np.ndarray]:
+    """Score columns of a dataset, by key order of the table."""
+    table = pq.read_table(folder / "scores" / dataset)
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
+    """The small evaluation with every role and every detector."""
+
+    def extra(name: str, role: str, **labels: str) -> dict[str, Any]:
+        return {"name": name, "role": role, "format": "npz", "path": str(images), "images": f"{name}_x", **labels}
+
+    raw["datasets"] += [
+        extra("shifted", "shifted_id", labels="shifted_y"),
+        extra("val", "ood_val"),
+        extra("production", "unlabelled"),
+    ]
+    few = {"samples": 64, "class_samples": 10}
+    raw["detectors"] = [
+        *("msp", "maxlogit", "energy", "gradnorm", "dice"),
+        {"featurenorm": {"samples": 64}},
+        {"knn": {"k": 5}},
+        {"grood": few},
+        {"grood_norm": few},
+        {"grood_noise": {"method": "grood", "prototype": "noise", "samples": 100}},
+        {"grood_val": {"method": "grood", "prototype": "ood_val"}},
+    ]
+    return raw
+
+
+def test_results_do_not_depend_on_workers_shards_or_index_shards(settings, images, load, execute) -> None:
+    raw = everything(settings, images)
+    first = execute(load(raw, "one"))
+    raw["extract"] |= {"actors": 2, "shard_rows": 96}
+    raw["index"] = {"shards": 3}
+    second = execute(load(raw, "two"))
+    for dataset in ("test", "animals", "textures", "shifted", "val", "production"):
+        left, right = scores(first.folder, dataset), scores(second.folder, dataset)
+        assert list(left) == list(right)
+        for name, values in left.items():
+            np.testing.assert_array_equal(values, right[name], err_msg=f"{dataset} {name}")
+    assert (first.folder / "metrics.json").read_bytes() == (second.folder / "metrics.json").read_bytes()
+    check_contract(first.folder)
+
+
+def check_contract(folder: Path) -> None:
+    """What other tools rely on in a finished run folder."""
+    record = store.read_json(folder / "manifest.json")
+    assert record["status"] == "finished"
+    for name, dataset in record["datasets"].items():
+        assert dataset["rows"] == dataset["features"] + dataset["errors"], name
+    assert record["stages"]["extract"]["forward_images"] == sum(d["rows"] for d in record["datasets"].values())
+    flagged = [name for name, detector in record["detectors"].items() if detector["uses_ood"]]
+    assert flagged == ["grood_val"]
+    thresholds = store.read_json(folder / "thresholds.json")
+    inside, production = scores(folder, "test"), scores(folder, "production")
+    for name, threshold in thresholds.items():
+        assert np.mean(inside[name] <= threshold) >= 0.95
+        np.testing.assert_array_equal(production[f"is_ood.{name}"], production[name] > threshold)
+    groups = set(pq.read_table(folder / "metrics.parquet")["group"].to_pylist())
+    assert groups == {"id", "near_ood", "far_ood", "fs_near_ood", "fs_far_ood"}
+    assert yaml.safe_load((folder / "config.yaml").read_text())["name"] == "small"
+    assert (folder / "report" / "index.html").is_file()
+
+
+def test_a_second_run_makes_no_forward_pass_and_gives_the_same_files(settings, load, execute) -> None:
+    loaded = load(settings)
+    folder = execute(loaded).folder
+    before = {path: path.read_bytes() for path in folder.glob("scores/*/*.parquet")}
+    metrics = (folder / "metrics.json").read_bytes()
+    execute(loaded)
+    assert store.read_json(folder / "manifest.json")["stages"]["extract"]["forward_images"] == 0
+    assert {path: path.read_bytes() for path in folder.glob("scores/*/*.parquet")} == before
+    assert (folder / "metrics.json").read_bytes() == metrics
+
+
+def test_fresh_does_everything_again(settings, load, execute) -> None:
+    loaded = load(settings)
+    folder = execute(loaded, last="extract").folder
+    execute(loaded, last="extract", fresh=True)
+    assert store.read_json(folder / "manifest.json")["stages"]["extract"]["forward_images"] == 1080
+
+
+def test_stages_run_one_by_one_and_refuse_to_skip_one(settings, load, execute) -> None:
+    loaded = load(settings)
+    for stage, reason in {
+        "fit": "extract: no features",
+        "score": "extract: no features",
+        "evaluate": "extract: no features",
+    }.items():
+        with pytest.raises(UserError, match=reason):
+            execute(loaded, first=stage, last=stage)
+    execute(loaded, last="extract")
+    with pytest.raises(UserError, match="fit: the bank is not in the workspace"):
+        execute(loaded, first="score", last="score")
+    execute(loaded, first="fit", last="fit")
+    with pytest.raises(UserError, match="score: no scores of test"):
+        execute(loaded, first="evaluate", last="evaluate")
+    execute(loaded, first="score", last="score")
+    with pytest.raises(UserError, match="evaluate: no metrics"):
+        execute(loaded, first="report", last="report")
+    execute(loaded, first="evaluate", last="evaluate")
+    assert execute(loaded, first="report", last="report").folder.joinpath("report/index.html").is_file()
+
+
+def test_a_changed_weight_transform_or_image_never_meets_an_old_cache(settings, load, tmp_path) -> None:
+    def folders(raw: dict[str, Any]) -> set[str]:
+        return {job.folder for job in prepare.prepare(load(raw)).jobs.values()}
+
+    seen = folders(settings)
+    changed = yaml.safe_load(yaml.safe_dump(settings))
+    changed["model"]["weights"] = "random"
+    assert not folders(changed) & seen
+    changed = yaml.safe_load(yaml.safe_dump(settings))
+    changed["model"]["transform"]["mean"] = [0.287]
+    assert not folders(changed) & seen
+    with np.load(settings["datasets"][0]["path"]) as arrays:
+        touched = dict(arrays)
+    touched["train_x"] = touched["train_x"].copy()
+    touched["train_x"][7, 3, 3] ^= 1
+    np.savez(tmp_path / "touched.npz", **touched)
+    changed = yaml.safe_load(yaml.safe_dump(settings))
+    for dataset in changed["datasets"]:
+        dataset["path"] = str(tmp_path / "touched.npz")
+    different = folders(changed) - seen
+    assert [Path(folder).name.rpartition("-")[0] for folder in different] == ["train"]
+
+
+def test_a_killed_driver_is_continued_without_redoing_finished_shards(settings, load, execute, tmp_path) -> None:
+    settings["extract"] |= {"shard_rows": 16, "batch_size": 16, "actors": 1}
+    whole = execute(load(settings, "undisturbed"))
+    loaded = load(settings, "killed")
+    path = tmp_path / "killed.yaml"
+    path.write_text(config.dump(loaded))
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "run", str(path)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    features = tmp_path / "killed" / "features"
+    deadline = time.monotonic() + 120
+    while len(list(features.glob("*/part-*.parquet"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    time.sleep(2)  # the dead driver's workers may still finish the shard in their hands
+    done = {part: part.stat().st_mtime_ns for part in features.glob("*/part-*.parquet")}
+    finished = sum(pq.read_metadata(part).num_rows for part in done)
+    assert 5 * 16 <= finished < 1080
+    resumed = execute(loaded)
+    assert {part: part.stat().st_mtime_ns for part in done} == done
+    record = store.read_json(resumed.folder / "manifest.json")
+    assert record["stages"]["extract"]["forward_images"] == 1080 - finished
+    for dataset in ("test", "animals", "textures"):
+        for name, values in scores(whole.folder, dataset).items():
+            np.testing.assert_array_equal(values, scores(resumed.folder, dataset)[name])
+    assert (whole.folder / "metrics.json").read_bytes() == (resumed.folder / "metrics.json").read_bytes()
+
+
+def strange_files(folder: Path) -> dict[str, bool]:
+    """Image files of every kind; which of them can be decoded."""
+    folder.mkdir()
+    picture = Image.effect_noise((40, 40), 60).convert("RGB")
+    picture.save(folder / "good.png")
+    (folder / "empty.jpg").touch()
+    picture.save(folder / "whole.jpg")
+    content = (folder / "whole.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (folder / "text.png").write_text("this is no image")
+    picture.convert("CMYK").save(folder / "cmyk.JPEG")
+    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(folder / "deep.png")
+    picture.convert("P").save(folder / "palette.png", transparency=b"\x00\x80\xff")
+    picture.save(folder / "grün.png")
+    (folder / "notes.txt").write_text("not one of the dataset's images")
+    names = ("good.png", "whole.jpg", "cmyk.JPEG", "deep.png", "palette.png", "grün.png")
+    return {name: True for name in names} | {"empty.jpg": False, "cut.jpg": False, "text.png": False}
+
+
+def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(settings, load, execute, tmp_path) -> None:
+    expected = strange_files(tmp_path / "strange")
+    strange = {"name": "strange", "role": "far_ood", "format": "imagefolder", "path": str(tmp_path / "strange")}
+    settings["datasets"] = [*settings["datasets"][:2], strange]
+    settings["extract"] |= {"max_bad_fraction": 0.5, "shard_rows": 2}
+    folder = execute(load(settings)).folder
+    record = store.read_json(folder / "manifest.json")["datasets"]["strange"]
+    assert (record["rows"], record["features"], record["errors"]) == (9, 6, 3)
+    assert set(scores(folder, "strange")["key"]) == {name for name, good in expected.items() if good}
+    errors = pq.read_table(next(tmp_path.glob("workspace/features/strange-*/errors.parquet")))
+    assert set(errors["key"].to_pylist()) == {name for name, good in expected.items() if not good}
+    assert all(errors["reason"].to_pylist())
+
+
+def test_too_many_bad_images_stop_the_run_and_name_some(settings, load, execute, tmp_path) -> None:
+    strange_files(tmp_path / "strange")
+    strange = {"name": "strange", "role": "far_ood", "format": "imagefolder", "path": str(tmp_path / "strange")}
+    settings["datasets"] = [*settings["datasets"][:2], strange]
+    with pytest.raises(UserError, match=r"strange: 3 of 9 images are bad.*max_bad_fraction.*cut\.jpg \(OSError"):
+        execute(load(settings))
+    assert not list(tmp_path.glob("workspace/features/strange-*/_manifest.json"))
+    assert store.read_json(tmp_path / "workspace/runs/small/manifest.json")["status"] == "failed"
+
+
+def test_a_tracking_server_that_is_down_costs_no_result(settings, load, execute) -> None:
+    settings["tracking"] = {"uri": "http://127.0.0.1:9", "enabled": True}
+    outcome = execute(load(settings))
+    assert "report CONFIG --track" in outcome.warning
+    check = store.read_json(outcome.folder / "manifest.json")
+    assert check["status"] == "finished"
+    assert (outcome.folder / "metrics.parquet").is_file()
