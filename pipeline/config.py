@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline import detectors
+from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError, unknown
 
@@ -134,10 +135,15 @@ class DetectorEntry(Frozen):
         Raises:
             UserError: unknown method or parameter, or a value out of range.
         """
+        where = f"detectors.{self.label}"
         try:
-            return detectors.get(self.method).model_validate(self.parameters)
+            method = detectors.get(self.method)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        try:
+            return method.model_validate(self.parameters)
         except ValidationError as error:
-            raise UserError(_explain(error, f"detectors.{self.label}", detectors.get(self.method))) from None
+            raise UserError(_explain(error, where, method)) from None
 
 
 def _entries(value: Any) -> Any:
@@ -151,13 +157,18 @@ def _entries(value: Any) -> Any:
         if isinstance(item, str):
             entries.append({"label": item, "method": item})
         elif isinstance(item, dict) and not set(item) <= {"label", "method", "parameters"}:
-            for label, given in item.items():
-                parameters = dict(given or {})
-                method = parameters.pop("method", label)
-                entries.append({"label": label, "method": method, "parameters": parameters})
+            entries += [_entry(label, given) for label, given in item.items()]
         else:
             entries.append(item)
     return entries
+
+
+def _entry(label: str, given: Any) -> dict[str, Any]:
+    """`label: {method: name, parameter: value, ...}` as a detector entry."""
+    if not isinstance(given, dict | None):
+        raise ValueError(f"{label!r}: expected its parameters, e.g. {{knn: {{k: 50}}}}, got {given!r}")
+    parameters = dict(given or {})
+    return {"label": label, "method": parameters.pop("method", label), "parameters": parameters}
 
 
 class Config(Frozen):
@@ -186,6 +197,9 @@ class Config(Frozen):
         for dataset in self.datasets:
             if dataset.name in reserved:
                 raise ValueError(f"datasets: {dataset.name!r} is the name of a group; choose another")
+        for entry in self.detectors:
+            if entry.label in (KEY, LABEL, PREDICTION, "classifier") or entry.label.startswith(IS_OOD):
+                raise ValueError(f"detectors: {entry.label!r} is a column of the results; choose another")
         return self
 
     def built(self) -> dict[str, Detector]:
@@ -215,9 +229,11 @@ def load(source: str, overrides: list[str] | None = None) -> Config:
         _set(data, override)
     try:
         config = Config.model_validate(data)
+        config.built()
     except ValidationError as error:
         raise UserError(_explain(error, str(path), Config)) from None
-    config.built()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return _absolute(config, path.parent)
 
 
@@ -246,7 +262,7 @@ def resolve(path: str) -> Path:
     module, _, name = path.removeprefix("package://").partition("/")
     try:
         return Path(str(files(module))) / name
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, TypeError, ValueError):
         raise UserError(f"{path}: no package named {module!r} is installed.") from None
 
 
@@ -262,66 +278,98 @@ def digest(value: Any) -> str:
 
 
 def _set(data: dict[str, Any], override: str) -> None:
-    """Apply one `key.path=value`; the value is read as YAML, list items by number or name."""
+    """Apply one `key.path=value`; the value is read as YAML, list items go by number or name."""
     target, separator, text = override.partition("=")
+    where = f"--set {target}"
     if not separator or not target:
-        raise UserError(f"--set {override}: expected key.path=value, e.g. extract.batch_size=64")
+        raise UserError(f"{where}: expected key.path=value, e.g. extract.batch_size=64")
     *parents, last = target.split(".")
     node: Any = data
     for key in parents:
-        node = _item(node, key, override) if isinstance(node, list) else node.setdefault(key, {})
-        if not isinstance(node, dict | list):
-            raise UserError(f"--set {override}: {key!r} is a value, not a section")
+        node = _inside(node, key, where)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not valid YAML: {error}") from None
+        raise UserError(f"{where}: the value is not valid YAML: {error}") from None
     if isinstance(node, list):
-        node[node.index(_item(node, last, override))] = value
+        position, labelled = _position(node, last, where)
+        node[position] = {last: value} if labelled and isinstance(value, dict | None) else value
     else:
         node[last] = value
 
 
-def _item(items: list[Any], key: str, override: str) -> Any:
-    """List item by position or by its name."""
+def _inside(node: Any, key: str, where: str) -> Any:
+    """What lies under a key; an empty section if nothing does."""
+    if isinstance(node, list):
+        position, labelled = _position(node, key, where)
+        if labelled:
+            if isinstance(node[position], str):
+                node[position] = {key: {}}
+            return _inside(node[position], key, where)
+        found = node[position]
+    else:
+        if node.get(key) is None:
+            node[key] = {}
+        found = node[key]
+    if not isinstance(found, dict | list):
+        raise UserError(f"{where}: {key!r} is a value, not a section")
+    return found
+
+
+def _position(items: list[Any], key: str, where: str) -> tuple[int, bool]:
+    """Position of a list item; and whether the key is its whole text or its key, as for detectors."""
     if key.isdecimal() and int(key) < len(items):
-        return items[int(key)]
-    for item in items:
-        if isinstance(item, dict) and (item.get("name") == key or key in item):
-            return item if item.get("name") == key else item[key]
-    known = [str(item.get("name", *item)) if isinstance(item, dict) else str(item) for item in items]
-    raise UserError(f"--set {override}: {unknown('item', key, known)}")
+        return int(key), False
+    for position, item in enumerate(items):
+        if key in _names(item):
+            return position, isinstance(item, str) or key in item
+    raise UserError(f"{where}: {unknown('item', key, [name for item in items for name in _names(item)])}")
+
+
+def _names(item: Any) -> list[str]:
+    """What a list item is called: its `name` or `label`, else its keys or its text."""
+    if isinstance(item, dict):
+        own = item.get("name", item.get("label"))
+        return [str(key) for key in item] if own is None else [str(own)]
+    return [item] if isinstance(item, str) else []
 
 
 def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
-    """One line per problem: where, what, and the closest valid key."""
-    lines = []
+    """One line per key: where, what, and the closest valid key."""
+    found: dict[str, list[str]] = {}
     for problem in error.errors():
-        location = [part for part in problem["loc"] if part != "Transform"]
-        place = f"{where}: {'.'.join(map(str, location))}" if location else where
-        if problem["type"] == "extra_forbidden":
-            key = str(location[-1])
-            lines.append(f"{place}: {unknown('key', key, _keys(root, location[:-1]))}")
+        location, kind, value = problem["loc"], problem["type"], problem["input"]
+        keys, section = _followed(root, location)
+        if kind == "extra_forbidden":
+            keys.append(str(location[-1]))
+            message = unknown("key", keys[-1], section.model_fields).removesuffix(".")
         else:
-            silent = problem["type"] == "missing" or isinstance(problem["input"], dict | list)
-            got = "" if silent else f", got {problem['input']!r:.200}"
-            lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}{got}.")
-    return "\n".join(lines)
+            message = problem["msg"].removeprefix("Value error, ")
+        if kind in ("string_type", "literal_error") and len(keys) < len(location) and _is_container(value):
+            continue  # the branch of a union that was not meant
+        silent = kind in ("missing", "extra_forbidden") or _is_container(value) or "@" in str(value)
+        place = f"{where}: {'.'.join(keys)}: " if keys else f"{where}: "
+        found.setdefault(place, []).append(message + ("" if silent else f" (got {value!r:.200})"))
+    return "\n".join(f"{place}{', or '.join(messages)}." for place, messages in found.items())
 
 
-def _keys(root: Any, location: list[Any]) -> list[str]:
-    """Field names of the section at a location below a model class."""
+def _is_container(value: Any) -> bool:
+    return isinstance(value, dict | list)
+
+
+def _followed(section: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:
+    """The config keys among the parts of a pydantic location, and the section they lead to."""
+    keys = []
     for part in location:
         if isinstance(part, int):
-            continue
-        annotation = root.model_fields[part].annotation
-        found = [
-            kind
-            for kind in (annotation, *getattr(annotation, "__args__", ()))
-            if isinstance(kind, type) and issubclass(kind, BaseModel)
-        ]
-        root = found[0]
-    return sorted(root.model_fields)
+            keys.append(str(part))
+        elif part in section.model_fields:
+            keys.append(part)
+            annotation = section.model_fields[part].annotation
+            kinds = (annotation, *getattr(annotation, "__args__", ()))
+            inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+            section = inner[0] if inner else section
+    return keys, section
 
 
 def _absolute(config: Config, base: Path) -> Config:
@@ -332,15 +380,16 @@ def _absolute(config: Config, base: Path) -> Config:
             return path
         return str((base / Path(path).expanduser()).resolve())
 
+    def function(reference: str) -> str:
+        file, separator, name = reference.rpartition(":")
+        return f"{beside(file)}:{name}" if separator and file.endswith(".py") else reference
+
     model = config.model
-    name = model.name
-    if model.source == "factory" and name.rpartition(":")[0].endswith(".py"):
-        file, _, function = name.rpartition(":")
-        name = f"{beside(file)}:{function}"
+    name = function(model.name) if model.source == "factory" else model.name
     datasets = tuple(
         dataset.model_copy(
             update={
-                "path": beside(dataset.path) if dataset.format != "python" else dataset.path,
+                "path": function(dataset.path) if dataset.format == "python" else beside(dataset.path),
                 "labels": beside(dataset.labels) if dataset.format == "idx" else dataset.labels,
             }
         )

@@ -64,7 +64,7 @@ class Cache:
             shutil.rmtree(folder, ignore_errors=True)
         found = (folder / store.MANIFEST).is_file()
         if self.mode == "frozen" and not found:
-            raise UserError(f"fit: the {kind} is not in the workspace. Run `ood-pipeline fit` first.")
+            raise UserError(f"fit: no {kind} in the workspace. Run `ood-pipeline fit` first.")
         return found
 
 

@@ -115,7 +115,7 @@ def test_stages_run_one_by_one_and_refuse_to_skip_one(settings, load, execute) -
         with pytest.raises(UserError, match=reason):
             execute(loaded, first=stage, last=stage)
     execute(loaded, last="extract")
-    with pytest.raises(UserError, match="fit: the bank is not in the workspace"):
+    with pytest.raises(UserError, match="fit: no bank in the workspace"):
         execute(loaded, first="score", last="score")
     execute(loaded, first="fit", last="fit")
     with pytest.raises(UserError, match="score: no scores of test"):

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import fit, store
+from pipeline.detectors.base import Training
+from pipeline.detectors.knn import Knn
+from pipeline.errors import UserError
+from pipeline.fit import Cache
+from pipeline.statistics import Statistics
+
+
+def feature_table(folder: Path, rows: int, parts: list[int]) -> store.Table:
+    """A table of random rows cut into parts at the given places."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "key": np.array([f"k{row}" for row in range(rows)], dtype=object),
+        "label": rng.integers(0, 5, rows).astype(np.int32),
+        "prediction": rng.integers(0, 5, rows).astype(np.int32),
+        "feature": rng.exponential(size=(rows, 6)).astype(np.float32),
+        "logits": rng.normal(size=(rows, 5)).astype(np.float32),
+    }
+    whole = store.arrow_columns(columns)
+    edges = [0, *parts, rows]
+    for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+        store.write_table(folder / store.part_name(number), whole.slice(start, stop - start))
+    store.write_json(folder / store.MANIFEST, {"part_rows": np.diff(edges).tolist()})
+    return store.Table.open(folder)
+
+
+def test_statistics_have_the_same_bits_however_rows_lie_in_parts(ray_session, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fit, "SLICE", 700)
+    one = feature_table(tmp_path / "one", 5000, [2500])
+    many = feature_table(tmp_path / "many", 5000, [1, 50, 1999, 3000, 4990])
+    found = [
+        fit.fit_statistics(Cache(tmp_path / f"fits{number}"), table, {}, 5) for number, table in enumerate((one, many))
+    ]
+    for name, values in vars(found[0]).items():
+        np.testing.assert_array_equal(values, getattr(found[1], name))
+    names = ["feature", "label", "prediction"]
+    whole = Statistics.of(one.read(0, 5000, names), 5)
+    np.testing.assert_allclose(found[0].class_sum, whole.class_sum, rtol=1e-13)
+    np.testing.assert_array_equal(found[0].class_count, whole.class_count)
+
+
+def test_a_bank_holds_the_kept_rows_in_order(ray_session, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fit, "SLICE", 300)
+    table = feature_table(tmp_path / "table", 1000, [123, 700])
+    scorer = Knn(k=3).fit(Training(np.zeros((5, 6), np.float32), np.zeros(5, np.float32)))
+    files = fit.build_bank(Cache(tmp_path / "fits"), scorer.bank, table, {"some": "identity"})
+    found = np.concatenate(files.pieces())
+    feature = table.read(0, 1000, ["feature"])["feature"].astype(np.float64)
+    expected = feature / np.linalg.norm(feature, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert (files.rows, files.width) == (1000, 6)
+
+
+def test_a_bank_smaller_than_k_is_refused_with_the_detector_named(ray_session, tmp_path) -> None:
+    table = feature_table(tmp_path / "table", 20, [])
+    training = Training(np.zeros((5, 6), np.float32), np.zeros(5, np.float32))
+    chosen = {"far": Knn(k=21)}
+    with pytest.raises(UserError, match=re.escape("detectors.far: k is 21 but only 20 training rows")):
+        fit.fit_detectors(chosen, training, Cache(tmp_path / "fits"), (table, {}))
+
+
+def test_an_artefact_is_computed_once_unless_fresh(tmp_path) -> None:
+    calls = []
+
+    def compute() -> dict[str, np.ndarray]:
+        calls.append(1)
+        return {"mean": np.arange(3.0), "count": np.array(7)}
+
+    for mode, expected in (("reuse", 1), ("reuse", 1), ("frozen", 1), ("fresh", 2)):
+        found = Cache(tmp_path, mode).get("statistics", {"of": "x"}, compute)
+        assert len(calls) == expected
+        np.testing.assert_array_equal(found["mean"], np.arange(3.0))
+        assert int(found["count"]) == 7
+    Cache(tmp_path).get("statistics", {"of": "y"}, compute)
+    assert len(calls) == 3
+
+
+def test_a_frozen_cache_says_what_is_missing(tmp_path) -> None:
+    with pytest.raises(UserError, match="no statistics in the workspace. Run `ood-pipeline fit`"):
+        Cache(tmp_path, "frozen").get("statistics", {}, dict)
+
+
+def test_an_artefact_that_failed_is_not_taken_for_complete(tmp_path) -> None:
+    def fails() -> dict[str, np.ndarray]:
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        Cache(tmp_path).get("statistics", {}, fails)
+    found = Cache(tmp_path).get("statistics", {}, lambda: {"x": np.ones(1)})
+    np.testing.assert_array_equal(found["x"], [1])

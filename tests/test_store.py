@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import store
+from pipeline.columns import padded
+from pipeline.errors import UserError
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    store.write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError, match="power cut"), store.atomic(path) as draft:
+        draft.write_text("half")
+        raise RuntimeError("power cut")
+    assert store.read_json(path) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unwritable_folder_is_named_with_its_field(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"workspace: cannot write to .*file/below: Not a directory"):
+        store.require_writable(tmp_path / "file" / "below", "workspace")
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> tuple[store.Table, dict[str, np.ndarray]]:
+    """Three parts of 5, 0 and 8 rows."""
+    columns = {
+        "key": np.array([f"k{row}" for row in range(13)], dtype=object),
+        "feature": np.arange(39, dtype=np.float32).reshape(13, 3),
+    }
+    whole = store.arrow_columns(columns)
+    for number, (start, stop) in enumerate([(0, 5), (5, 5), (5, 13)]):
+        store.write_table(tmp_path / store.part_name(number), whole.slice(start, stop - start))
+    store.write_json(tmp_path / store.MANIFEST, {"part_rows": [5, 0, 8]})
+    return store.Table.open(tmp_path), columns
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 13), (0, 5), (4, 6), (5, 13), (12, 13), (3, 100)])
+def test_rows_are_read_across_parts(table, start: int, stop: int) -> None:
+    opened, columns = table
+    found = opened.read(start, stop, ["feature", "key"])
+    np.testing.assert_array_equal(found["feature"], columns["feature"][start:stop])
+    np.testing.assert_array_equal(found["key"], columns["key"][start:stop])
+
+
+def test_slices_do_not_depend_on_how_rows_lie_in_parts(table) -> None:
+    opened, _ = table
+    assert opened.rows == 13
+    assert opened.slices(6) == [(0, 6), (6, 12), (12, 13)]
+
+
+def test_vectors_are_stored_as_fixed_size_lists(table) -> None:
+    opened, _ = table
+    assert pq.read_schema(opened.parts()[0]).field("feature").type == pa.list_(pa.float32(), 3)
+
+
+def test_fixed_batches_have_one_shape_and_say_what_is_real() -> None:
+    rows = np.arange(10)
+    found = list(store.fixed_batches({"x": rows}, 4))
+    assert [count for _, count in found] == [4, 4, 2]
+    assert all(batch["x"].shape == (4,) for batch, _ in found)
+    np.testing.assert_array_equal(np.concatenate([batch["x"][:count] for batch, count in found]), rows)
+    np.testing.assert_array_equal(found[-1][0]["x"], [8, 9, 9, 9])
+
+
+def test_padding_repeats_the_last_row() -> None:
+    np.testing.assert_array_equal(padded(np.array([[1], [2]]), 4), [[1], [2], [2], [2]])
+
+
+def test_drafts_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".part-00001.parquet.abc").touch()
+    (tmp_path / "part-00000.parquet").touch()
+    store.remove_drafts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
