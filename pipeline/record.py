@@ -43,6 +43,17 @@ class Record:
             "stages": {},
         }
 
+    @classmethod
+    def opened(cls, ready: Prepared) -> Record:
+        """A new record on disk; it keeps what an earlier run of the same evaluation found in the index."""
+        record = cls(ready)
+        if record.path.is_file():
+            earlier = store.read_json(record.path)
+            if earlier["fingerprint"] == ready.fingerprint:
+                record.content["index"] = earlier["index"]
+        record.write()
+        return record
+
     def write(self) -> None:
         """Write the record as it stands."""
         store.write_json(self.path, self.content)

@@ -83,6 +83,8 @@ def execute(settings: config.Config, options: Options, display: Display) -> Outc
             run.record.close("failed")
             tracking.fail(error)
             raise
+        if options.last != "report":
+            run.record.close("partial")
         return Outcome(ready.folder, *tracking.publish(display))
 
 
@@ -131,8 +133,7 @@ class Run:
             for name in (_EVALUATED, "metrics.parquet", "metrics.csv", "metrics.json", "thresholds.json"):
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / "report", ignore_errors=True)
-        self.record = Record(self.ready)
-        self.record.write()
+        self.record = Record.opened(self.ready)
         store.write_text(folder / "config.yaml", config.dump(self.ready.config))
 
     @contextmanager

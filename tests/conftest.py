@@ -63,7 +63,14 @@ def settings(images: Path) -> dict[str, Any]:
 
     def dataset(name: str, role: str, labelled: bool = False) -> dict[str, Any]:
         labels = {"labels": f"{name}_y"} if labelled else {}
-        return {"name": name, "role": role, "format": "npz", "path": str(images), "images": f"{name}_x", **labels}
+        return {
+            "name": name,
+            "role": role,
+            "format": "npz",
+            "path": str(images),
+            "images": f"{name}_x",
+            **labels,
+        }
 
     return {
         "name": "small",

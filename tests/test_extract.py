@@ -29,7 +29,9 @@ def job(settings, classifier, tmp_path: Path) -> extract.Job:
 
 @pytest.fixture
 def plan(settings, load, classifier) -> extract.Plan:
-    return extract.Plan(load(settings).model, config.Extract(batch_size=64, shard_rows=90), 0, classifier.digest)
+    return extract.Plan(
+        load(settings).model, config.Extract(batch_size=64, shard_rows=90), 0, classifier.digest
+    )
 
 
 def write_all(job: extract.Job, plan: extract.Plan) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def feature_table(folder: Path, rows: int, parts: list[int]) -> store.Table:
     }
     whole = store.arrow_columns(columns)
     edges = [0, *parts, rows]
-    for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (start, stop) in enumerate(pairwise(edges)):
         store.write_table(folder / store.part_name(number), whole.slice(start, stop - start))
     store.write_json(folder / store.MANIFEST, {"part_rows": np.diff(edges).tolist()})
     return store.Table.open(folder)
@@ -37,7 +38,8 @@ def test_statistics_have_the_same_bits_however_rows_lie_in_parts(ray_session, tm
     one = feature_table(tmp_path / "one", 5000, [2500])
     many = feature_table(tmp_path / "many", 5000, [1, 50, 1999, 3000, 4990])
     found = [
-        fit.fit_statistics(Cache(tmp_path / f"fits{number}"), table, {}, 5) for number, table in enumerate((one, many))
+        fit.fit_statistics(Cache(tmp_path / f"fits{number}"), table, {}, 5)
+        for number, table in enumerate((one, many))
     ]
     for name, values in vars(found[0]).items():
         np.testing.assert_array_equal(values, getattr(found[1], name))
@@ -84,7 +86,7 @@ def test_an_artefact_is_computed_once_unless_fresh(tmp_path) -> None:
 
 
 def test_a_frozen_cache_says_what_is_missing(tmp_path) -> None:
-    with pytest.raises(UserError, match="no statistics in the workspace. Run `ood-pipeline fit`"):
+    with pytest.raises(UserError, match="no statistics in the workspace"):
         Cache(tmp_path, "frozen").get("statistics", {}, dict)
 
 

@@ -138,7 +138,10 @@ def test_actors_hold_every_bank_and_report_recall(ray_session, tmp_path, vectors
     [
         ({"shards": 4}, "leave no CPU for scoring"),
         ({"shards": 1000}, "smallest bank has 450 rows"),
-        ({"gpus_per_shard": 1, "device": "cpu"}, "one needs 1 CPU and 1 GPU, the cluster has 4 CPU and 0 GPU"),
+        (
+            {"gpus_per_shard": 1, "device": "cpu"},
+            "one needs 1 CPU and 1 GPU, the cluster has 4 CPU and 0 GPU",
+        ),
     ],
 )
 def test_shards_that_do_not_fit_the_cluster_are_refused(

@@ -76,7 +76,9 @@ def upto_layer3(network: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return network.layer3(network.layer2(network.layer1(stem)))
 
 
-def test_mixup_is_the_mean_feature_of_images_mixed_with_their_runner_up(runner, network, pixels, train) -> None:
+def test_mixup_is_the_mean_feature_of_images_mixed_with_their_runner_up(
+    runner, network, pixels, train
+) -> None:
     spec = Mixup(samples=SAMPLES, weight=0.7, class_samples=None)
     result = runner.run(spec)
     labels, total = train.labels(), torch.zeros(128, dtype=torch.float64)

@@ -32,7 +32,14 @@ def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
     """The small evaluation with every role and every detector."""
 
     def extra(name: str, role: str, **labels: str) -> dict[str, Any]:
-        return {"name": name, "role": role, "format": "npz", "path": str(images), "images": f"{name}_x", **labels}
+        return {
+            "name": name,
+            "role": role,
+            "format": "npz",
+            "path": str(images),
+            "images": f"{name}_x",
+            **labels,
+        }
 
     raw["datasets"] += [
         extra("shifted", "shifted_id", labels="shifted_y"),
@@ -73,7 +80,9 @@ def check_contract(folder: Path) -> None:
     assert record["status"] == "finished"
     for name, dataset in record["datasets"].items():
         assert dataset["rows"] == dataset["features"] + dataset["errors"], name
-    assert record["stages"]["extract"]["forward_images"] == sum(d["rows"] for d in record["datasets"].values())
+    assert record["stages"]["extract"]["forward_images"] == sum(
+        d["rows"] for d in record["datasets"].values()
+    )
     flagged = [name for name, detector in record["detectors"].items() if detector["uses_ood"]]
     assert flagged == ["grood_val"]
     thresholds = store.read_json(folder / "thresholds.json")
@@ -150,7 +159,9 @@ def test_a_changed_weight_transform_or_image_never_meets_an_old_cache(settings, 
     assert [Path(folder).name.rpartition("-")[0] for folder in different] == ["train"]
 
 
-def test_a_killed_driver_is_continued_without_redoing_finished_shards(settings, load, execute, tmp_path) -> None:
+def test_a_killed_driver_is_continued_without_redoing_finished_shards(
+    settings, load, execute, tmp_path
+) -> None:
     settings["extract"] |= {"shard_rows": 16, "batch_size": 16, "actors": 1}
     whole = execute(load(settings, "undisturbed"))
     loaded = load(settings, "killed")
@@ -199,7 +210,12 @@ def strange_files(folder: Path) -> dict[str, bool]:
 
 def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(settings, load, execute, tmp_path) -> None:
     expected = strange_files(tmp_path / "strange")
-    strange = {"name": "strange", "role": "far_ood", "format": "imagefolder", "path": str(tmp_path / "strange")}
+    strange = {
+        "name": "strange",
+        "role": "far_ood",
+        "format": "imagefolder",
+        "path": str(tmp_path / "strange"),
+    }
     settings["datasets"] = [*settings["datasets"][:2], strange]
     settings["extract"] |= {"max_bad_fraction": 0.5, "shard_rows": 2}
     folder = execute(load(settings)).folder
@@ -213,9 +229,16 @@ def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(settings, load
 
 def test_too_many_bad_images_stop_the_run_and_name_some(settings, load, execute, tmp_path) -> None:
     strange_files(tmp_path / "strange")
-    strange = {"name": "strange", "role": "far_ood", "format": "imagefolder", "path": str(tmp_path / "strange")}
+    strange = {
+        "name": "strange",
+        "role": "far_ood",
+        "format": "imagefolder",
+        "path": str(tmp_path / "strange"),
+    }
     settings["datasets"] = [*settings["datasets"][:2], strange]
-    with pytest.raises(UserError, match=r"strange: 3 of 9 images are bad.*max_bad_fraction.*cut\.jpg \(OSError"):
+    with pytest.raises(
+        UserError, match=r"strange: 3 of 9 images are bad.*max_bad_fraction.*cut\.jpg \(OSError"
+    ):
         execute(load(settings))
     assert not list(tmp_path.glob("workspace/features/strange-*/_manifest.json"))
     assert store.read_json(tmp_path / "workspace/runs/small/manifest.json")["status"] == "failed"

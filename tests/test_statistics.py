@@ -34,7 +34,9 @@ def test_statistics_equal_loops_over_the_rows(batch) -> None:
 
 def test_class_means_leave_out_classes_without_rows(batch) -> None:
     found = Statistics.of(batch, classes=4)
-    expected = [batch["feature"][batch["label"] == label].astype(np.float64).mean(axis=0) for label in (0, 1, 3)]
+    expected = [
+        batch["feature"][batch["label"] == label].astype(np.float64).mean(axis=0) for label in (0, 1, 3)
+    ]
     np.testing.assert_allclose(found.class_mean, expected, rtol=1e-14)
 
 

@@ -1,0 +1,11 @@
+"""Ray job: the forward pass only, into the feature cache.
+
+ray job submit --working-dir . -- python jobs/extract.py quickstart --workspace /shared/workspace
+"""
+
+import sys
+
+from pipeline.cli import main
+
+sys.argv.insert(1, "extract")
+main()

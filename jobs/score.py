@@ -1,0 +1,11 @@
+"""Ray job: score cached rows with fitted detectors.
+
+ray job submit --working-dir . -- python jobs/score.py quickstart --workspace /shared/workspace
+"""
+
+import sys
+
+from pipeline.cli import main
+
+sys.argv.insert(1, "score")
+main()
