@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -45,7 +46,7 @@ Workspace = Annotated[str, typer.Option(help="Folder for features, fits and runs
 def _load(source: str, overrides: list[str], workspace: str) -> Config:
     from pipeline import config
 
-    changes = [*overrides, f"workspace={workspace}"] if workspace else overrides
+    changes = [*overrides, f"workspace={json.dumps(workspace)}"] if workspace else overrides
     return config.load(source, changes)
 
 
@@ -58,9 +59,9 @@ def _execute(settings: Config, first: StageName, last: StageName, fresh: bool = 
     outcome = run.execute(settings, options, Display(console))
     if last in ("evaluate", "report"):
         console.print(report.console_table(outcome.folder))
-    console.print(f"results  {outcome.folder}")
+    console.print(f"results  {outcome.folder}", markup=False)
     if last == "report":
-        console.print(f"report   {outcome.folder / 'report' / 'index.html'}")
+        console.print(f"report   {outcome.folder / 'report' / 'index.html'}", markup=False)
     if outcome.link:
         console.print(f"mlflow   {outcome.link}")
     if outcome.warning:
@@ -145,7 +146,8 @@ def _show_plan(settings: Config) -> None:
     ready = prepare(settings)
     weight, _ = ready.classifier.head
     taps = ready.classifier.taps
-    console.print(f"model     {settings.model.name}: {weight.shape[0]} classes, feature {weight.shape[1]}")
+    shape = f"{weight.shape[0]} classes, feature {weight.shape[1]}"
+    console.print(f"model     {settings.model.name}: {shape}", markup=False)
     console.print(f"taps      head {taps.head}; blocks {', '.join(taps.blocks) or 'none'}")
     table = Table("dataset", "role", "images", "labels", "features cached")
     for dataset in settings.datasets:

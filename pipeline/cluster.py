@@ -114,3 +114,23 @@ def get(reference: Any) -> Any:
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
+
+
+def receipt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a Ray Data function returns: its receipt, or a `UserError` as text, which Ray Data would bury."""
+    try:
+        return {**work(), "failure": ""}
+    except UserError as error:
+        return {"failure": str(error)}
+
+
+def receipts(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """Run a dataset of receipts and yield them as they come.
+
+    Raises:
+        UserError: the first that a worker raised.
+    """
+    for row in dataset.iter_rows():
+        if row["failure"]:
+            raise UserError(row["failure"])
+        yield row

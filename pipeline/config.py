@@ -347,6 +347,7 @@ def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
             message = problem["msg"].removeprefix("Value error, ")
         if kind in ("string_type", "literal_error") and len(keys) < len(location) and _is_container(value):
             continue  # the branch of a union that was not meant
+        # a value with an @ may be a URL with a password
         silent = kind in ("missing", "extra_forbidden") or _is_container(value) or "@" in str(value)
         place = f"{where}: {'.'.join(keys)}: " if keys else f"{where}: "
         found.setdefault(place, []).append(message + ("" if silent else f" (got {value!r:.200})"))

@@ -8,6 +8,7 @@ import shutil
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.error import URLError
@@ -26,7 +27,7 @@ def examine(mlflow_uri: str = "") -> Iterator[Finding]:
     """All findings."""
     yield Finding("python", platform.python_version())
     for name in ("ood-pipeline", "ray", "torch", "torchvision", "pyarrow", "mlflow"):
-        yield Finding(name, version(name))
+        yield _version(name)
     yield _torch()
     yield _faiss()
     yield Finding("cpus", str(os.cpu_count()))
@@ -35,6 +36,13 @@ def examine(mlflow_uri: str = "") -> Iterator[Finding]:
     yield Finding("disk", f"{free:,.1f} GiB free here", free > 1)
     if mlflow_uri:
         yield _mlflow(mlflow_uri)
+
+
+def _version(name: str) -> Finding:
+    try:
+        return Finding(name, version(name))
+    except PackageNotFoundError:
+        return Finding(name, "not installed. Install ood-pipeline with its dependencies.", good=False)
 
 
 def _torch() -> Finding:
@@ -67,5 +75,5 @@ def _mlflow(uri: str) -> Finding:
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
             return Finding("mlflow", f"{uri} answers {answer.status}")
-    except (URLError, ValueError, OSError) as error:
+    except (URLError, HTTPException, ValueError, OSError) as error:
         return Finding("mlflow", f"{uri} does not answer: {error}. Start it, or check the URL.", good=False)

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -103,23 +104,31 @@ class Extractor:
     """Model actor: takes shards, writes parts, returns receipts."""
 
     def __init__(self, plan: Plan) -> None:
-        self.settings = plan.settings
-        self.classifier = load_in_worker(plan)
+        self.plan = plan
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """Loaded by the first shard: an error raised there keeps its type, one of `__init__` does not."""
+        return load_in_worker(self.plan)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Extract one shard (given as a row of `Shard` fields) and write its part."""
-        started = time.perf_counter()
-        shard = Shard(**row)
+        """Extract one shard, given as a row of `Shard` fields; for Ray Data."""
+        return cluster.receipt(lambda: self.extract(Shard(**row)))
+
+    def extract(self, shard: Shard) -> dict[str, Any]:
+        """Extract one shard, write its part, and return the receipt."""
+        classifier = self.classifier
+        started, clock = time.time(), time.perf_counter()
         table = Manifest(shard.manifest, 0, "", {}).read(shard.start, shard.stop)
-        features, errors, forwarded = extract_rows(self.classifier, table, self.settings.batch_size)
+        features, errors, forwarded = extract_rows(classifier, table, self.plan.settings.batch_size)
         store.write_table(Path(shard.part), features.replace_schema_metadata({ERRORS: json.dumps(errors)}))
         return {
             "dataset": shard.dataset,
             "rows": len(table),
             "errors": len(errors),
             "forwarded": forwarded,
-            "started": time.time() - (time.perf_counter() - started),
-            "seconds": time.perf_counter() - started,
+            "started": started,
+            "seconds": time.perf_counter() - clock,
         }
 
 
@@ -279,7 +288,7 @@ def _execute(todo: list[Shard], plan: Plan, progress: Callable[[dict[str, Any]],
             max_restarts=4,
             max_task_retries=2,
         )
-    for receipt in receipts.iter_rows():
+    for receipt in cluster.receipts(receipts):
         progress(receipt)
         yield receipt
 

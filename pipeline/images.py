@@ -1,7 +1,9 @@
 """From stored bytes to the pixels a classifier sees: decode, resize, crop. No torch, no files.
 
 Pillow is the reference decoder. Like torchvision it ignores EXIF rotation, takes the first frame of an
-animation, and converts colour modes with `Image.convert`.
+animation, and converts colour modes with `Image.convert`. Grey images of 16 bits keep their upper 8 bits,
+as torchvision's `to_dtype(uint8, scale=True)` and Pillow's reading of 16-bit RGB do; `Image.convert` would
+clip them to white.
 """
 
 import io
@@ -14,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.config import Transform
 
 MAX_PIXELS = 100_000_000
-"""Larger images are refused before their pixels are decoded (decompression bombs)."""
+"""Larger images are refused before their pixels are decoded or resized (decompression bombs)."""
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -55,9 +57,20 @@ def decode(content: bytes, shape: tuple[int, ...] | None, transform: Transform) 
         except UnidentifiedImageError:
             raise ValueError("not an image of a format that Pillow knows") from None
         with opened as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            _check_size(*image.size)
             return _fit(image, transform)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The upper byte of 16-bit grey values (modes I;16 and I); other images as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
 
 
 def _channels(shape: tuple[int, ...]) -> int:
@@ -70,11 +83,12 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _fit(image: Image.Image, transform: Transform) -> Pixels:
     """Convert, resize the shorter side, and cut out the centre (torchvision's rounding)."""
-    image = image.convert("L" if transform.channels == 1 else "RGB")
+    image = _eight_bits(image).convert("L" if transform.channels == 1 else "RGB")
     side = transform.crop
     if transform.resize is not None and transform.resize != min(image.size):
         short, long = transform.resize, int(transform.resize * max(image.size) / min(image.size))
         size = (short, long) if image.width <= image.height else (long, short)
+        _check_size(*size)
         image = image.resize(size, _FILTERS[transform.interpolation])
     if min(image.size) < side:
         raise ValueError(f"{image.width} x {image.height} pixels is smaller than the {side} pixel crop")

@@ -1,8 +1,10 @@
 """Functions that a config names: `package.module:function` or `./file.py:function`. They run as they are."""
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +19,8 @@ def load_function(reference: str, where: str) -> Callable[..., Any]:
     Raises:
         UserError: malformed reference, missing module or file, no such function in it.
     """
-    source, separator, name = reference.rpartition(":")
-    if not separator:
+    source, _, name = reference.rpartition(":")
+    if not source or not name or (source.startswith(".") and not source.endswith(".py")):
         raise UserError(
             f"{where}: got {reference!r}; expected 'package.module:function' or './file.py:function'."
         )
@@ -32,7 +34,10 @@ def load_function(reference: str, where: str) -> Callable[..., Any]:
 
 def source_of(function: Callable[..., Any]) -> bytes:
     """Content of the file a function is defined in; empty where there is none."""
-    file = inspect.getsourcefile(inspect.unwrap(function))
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # an object that is called, or a built-in
+        return b""
     return Path(file).read_bytes() if file else b""
 
 
@@ -47,9 +52,15 @@ def _module(source: str, where: str) -> ModuleType:
     path = Path(source)
     if not path.is_file():
         raise UserError(f"{where}: no such file: {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{where}: {path} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # dataclasses and pickle look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

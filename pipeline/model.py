@@ -6,6 +6,7 @@ Whatever builds it, from here on a classifier is pixels in, penultimate feature,
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def load(model: config.Model, seed: int, device: str = "cpu") -> Classifier:
     try:
         probe = torch.rand(2, transform.channels, transform.crop, transform.crop)
         found = taps.find(module, probe, model.head, None if model.blocks == "auto" else model.blocks)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, TypeError) as error:  # what modules raise on a wrong size
         raise UserError(
             f"model: it does not run on {transform.channels} x {transform.crop} x {transform.crop} images: "
             f"{error}. Check model.transform."
@@ -186,9 +187,19 @@ def _load_weights(module: nn.Module, weights: str) -> None:
         raise UserError(f"model.weights: no such file: {path}")
     try:
         state = _read_state(path)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"model.weights: {path} is not a file of tensors alone, and nothing in it was run. "
+            "Save the model's state dict, best as .safetensors."
+        ) from None
+    except Exception as error:
+        raise UserError(f"model.weights: {path} cannot be read: {error}. Check the file.") from error
+    try:
         missing, unexpected = module.load_state_dict(state, strict=False)
     except Exception as error:
-        raise UserError(f"model.weights: {path} cannot be loaded: {error}") from error
+        raise UserError(
+            f"model.weights: {path} does not fit the model: {error}. Check model.name and the file."
+        ) from error
     if missing or unexpected:
         raise UserError(
             f"model.weights: {path} does not fit the model: {len(missing)} entries missing "

@@ -13,7 +13,7 @@ from pipeline import __version__, config, extract, store
 from pipeline.columns import BLOCK_NORM
 from pipeline.config import Config, Dataset
 from pipeline.datasets import Manifest, compile_manifest
-from pipeline.detectors.base import Detector, Mixup
+from pipeline.detectors.base import Detector, Jigsaw, Mixup
 from pipeline.errors import UserError, unknown
 from pipeline.model import Classifier, load
 
@@ -132,6 +132,11 @@ def _check_blocks(classifier: Classifier, detectors: dict[str, Detector]) -> Non
         for spec in detector.passes():
             if isinstance(spec, Mixup) and spec.block not in ("auto", *modules):
                 raise UserError(f"detectors.{label}: {unknown('layer', spec.block, modules)}")
+            if isinstance(spec, Jigsaw) and spec.grid > classifier.transform.crop:
+                raise UserError(
+                    f"detectors.{label}.grid is {spec.grid} but images have {classifier.transform.crop} "
+                    "pixels per side; lower grid."
+                )
 
 
 def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:

@@ -66,19 +66,26 @@ class Scoring:
 
 
 def score_part(row: dict[str, Any], scoring: Any) -> dict[str, Any]:
-    """Ray Data function: score one feature part, write the score part, return a receipt.
+    """Ray Data function: score one feature part and return a receipt.
 
     Args:
         row: `dataset`, `source` and `part` paths.
         scoring: object reference of a `Scoring`.
     """
-    work: Scoring = ray.get(scoring)
+    return cluster.receipt(lambda: _score_part(row, ray.get(scoring)))
+
+
+def _score_part(row: dict[str, Any], work: Scoring) -> dict[str, Any]:
     source = pq.read_table(row["source"], columns=list(work.columns))
     scores = _empty(work) if not len(source) else work.table(store.numpy_columns(source, work.columns))
     bad = _not_finite(scores, list(work.scorers))
-    if not bad:
-        store.write_table(Path(row["part"]), scores)
-    return {"dataset": row["dataset"], "rows": len(scores), "bad": bad}
+    if bad:
+        raise UserError(
+            f"scores of {row['dataset']} are not finite: {'; '.join(bad)}. "
+            "Check these images and the detector's parameters."
+        )
+    store.write_table(Path(row["part"]), scores)
+    return {"dataset": row["dataset"], "rows": len(scores)}
 
 
 def _empty(work: Scoring) -> pa.Table:
@@ -111,12 +118,7 @@ def run(jobs: Sequence[Job], scoring: Scoring, progress: Callable[[dict[str, Any
         reference = ray.put(scoring)
         parts = ray.data.from_items(todo, override_num_blocks=len(todo))
         receipts = parts.map(score_part, fn_kwargs={"scoring": reference}, num_cpus=1)
-        for receipt in receipts.iter_rows():
-            if len(receipt["bad"]):
-                raise UserError(
-                    f"scores of {receipt['dataset']} are not finite: {'; '.join(receipt['bad'])}. "
-                    "Check these images and the detector's parameters."
-                )
+        for receipt in cluster.receipts(receipts):
             rows += receipt["rows"]
             progress(receipt)
     for job in jobs:

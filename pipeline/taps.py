@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +42,10 @@ class _Call:
 @contextmanager
 def hooked(model: nn.Module, hooks: Mapping[str, Callable[[Any, Any, Any], Any]]) -> Iterator[None]:
     """Forward hooks on named modules for the time of the `with` block."""
-    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    try:
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def find(model: nn.Module, images: Tensor, head: str = "auto", blocks: tuple[str, ...] | None = None) -> Taps:
@@ -160,7 +158,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _head(model: nn.Module, calls: list[_Call], logits: Tensor) -> str:
     """The last linear layer whose output is the logits."""
-    for call in reversed(calls):
+    once = _once(calls).values()
+    for call in reversed(once):
         if _is_linear(call.module) and call.result is not None and call.result.numel() == logits.numel():
             return call.name
     last = next((call for call in reversed(calls) if not list(call.module.children())), None)

@@ -37,7 +37,7 @@ def plan(settings, load, classifier) -> extract.Plan:
 def write_all(job: extract.Job, plan: extract.Plan) -> None:
     extractor = extract.Extractor(plan)
     for shard in extract.missing(job, plan.settings.shard_rows):
-        extractor(asdict(shard))
+        assert extractor(asdict(shard))["failure"] == ""
 
 
 def test_features_are_those_of_a_plain_forward_pass(job, plan, classifier, images) -> None:
@@ -117,7 +117,7 @@ def test_parts_cut_to_another_size_are_not_mixed(job, plan) -> None:
 def test_a_worker_refuses_weights_the_driver_did_not_see(plan) -> None:
     changed = extract.Plan(plan.model, plan.settings, plan.seed, digest="0" * 64)
     with pytest.raises(UserError, match="is not what the driver loaded"):
-        extract.Extractor(changed)
+        extract.load_in_worker(changed)
 
 
 def test_cuda_is_used_only_if_the_config_says_so() -> None:
@@ -130,4 +130,4 @@ def test_cuda_is_used_only_if_the_config_says_so() -> None:
 def test_a_missing_gpu_is_a_clear_error(plan) -> None:
     settings = plan.settings.model_copy(update={"gpus_per_actor": 1.0})
     with pytest.raises(UserError, match=r"extract\.device: cuda is not available"):
-        extract.Extractor(extract.Plan(plan.model, settings, plan.seed, plan.digest))
+        extract.load_in_worker(extract.Plan(plan.model, settings, plan.seed, plan.digest))

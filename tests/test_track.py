@@ -13,6 +13,7 @@ import time
 import traceback
 import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -568,6 +569,13 @@ def test_three_processes_may_open_one_new_store(tmp_path: Path) -> None:
     assert answers == [("1\n", "")] * 3
     runs = MlflowClient(uri).search_runs(["1"])
     assert sorted(run.info.run_name for run in runs) == ["run0", "run1", "run2"]
+
+
+def test_many_may_create_one_experiment_together(tmp_path: Path, uri: str, experiment: str) -> None:
+    with ThreadPoolExecutor(6) as threads:
+        sessions = list(threads.map(lambda i: begin(tmp_path / f"run{i}", uri, experiment), range(6)))
+    assert len({session.experiment_id for session in sessions}) == 1
+    assert len({session.run_id for session in sessions}) == 6
 
 
 def test_a_process_killed_while_creating_the_store_does_not_spoil_it(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def formats() -> list[str]:
 
 
 def compile_manifest(dataset: Dataset, folder: Path) -> Manifest:
-    """Compile a dataset below `folder`, or find that it is already there.
+    """Compile a dataset below `folder`; equal datasets share one manifest.
 
     Raises:
         UserError: unknown format, missing path or array, empty dataset, keys used twice, no labels
@@ -100,8 +100,8 @@ def compile_manifest(dataset: Dataset, folder: Path) -> Manifest:
     try:
         manifest = _write(dataset, batches, draft)
         final = folder / f"{dataset.name}-{manifest.digest[:16]}"
-        if not final.exists():
-            draft.rename(final)
+        final.mkdir(exist_ok=True)
+        (draft / "rows.parquet").replace(final / "rows.parquet")  # the files may lie elsewhere by now
         return Manifest(**{**asdict(manifest), "path": str(final / "rows.parquet")})
     finally:
         shutil.rmtree(draft, ignore_errors=True)

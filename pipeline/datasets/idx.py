@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -33,7 +34,7 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
             shape = _header(stream, 3, f"{where}.path: {source}")
             checked = None if labels is None else _arrays.check_labels(f"{where}.labels", labels, shape[0])
             yield from _arrays.rows(_stem(source), _arrays.read_chunks(stream, shape, str(source)), checked)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{where}: {source} is damaged: {error}") from None
 
 

@@ -21,22 +21,28 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
     root, where = resolve(dataset.path), f"datasets.{dataset.name}.path"
     if not root.is_dir():
         raise UserError(f"{where}: no such folder: {root}")
-    classes: dict[str, int] = {}
-    if dataset.role in LABELLED_ROLES:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        classes = {name: index for index, name in enumerate(names)}
-        if not classes:
+    try:
+        classes = _classes(root) if dataset.role in LABELLED_ROLES else {}
+        if not classes and dataset.role in LABELLED_ROLES:
             raise UserError(
                 f"{where}: {root} has no class folders; role {dataset.role!r} needs one per class."
             )
-    rows: list[dict[str, object]] = []
-    for path in _files(root):
-        rows.append(_row(root, path, classes))
-        if len(rows) == ROW_GROUP:
+        rows: list[dict[str, object]] = []
+        for path in _files(root):
+            rows.append(_row(root, path, classes))
+            if len(rows) == ROW_GROUP:
+                yield pa.RecordBatch.from_pylist(rows, SCHEMA)
+                rows = []
+        if rows:
             yield pa.RecordBatch.from_pylist(rows, SCHEMA)
-            rows = []
-    if rows:
-        yield pa.RecordBatch.from_pylist(rows, SCHEMA)
+    except OSError as error:  # no permission, or links that go round in circles
+        raise UserError(f"{where}: cannot list {error.filename}: {error.strerror}.") from None
+
+
+def _classes(root: Path) -> dict[str, int]:
+    """Class index by folder name."""
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    return {name: index for index, name in enumerate(names)}
 
 
 def _files(folder: Path) -> Iterator[os.DirEntry[str]]:

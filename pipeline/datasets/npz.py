@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
 from numpy.lib import format as npy
+from numpy.typing import NDArray
 
 from pipeline.config import Dataset, resolve
 from pipeline.datasets import _arrays
@@ -26,7 +28,7 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
             labels = None
             if dataset.labels is not None:
                 with _open(archive, dataset.labels, f"{where}.labels") as stream:
-                    labels = npy.read_array(stream, allow_pickle=False)
+                    labels = _labels(stream, f"{where}.labels: {dataset.labels}")
             with _open(archive, name, f"{where}.images") as stream:
                 shape, fortran, dtype = _header(stream)
                 _arrays.check_shape(f"{where}.images", shape, dtype)
@@ -36,7 +38,7 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
                     None if labels is None else _arrays.check_labels(f"{where}.labels", labels, shape[0])
                 )
                 yield from _arrays.rows(name, _arrays.read_chunks(stream, shape, str(path)), checked)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{where}.path: {path} is not a readable .npz file: {error}") from None
 
 
@@ -48,13 +50,21 @@ def _only(archive: zipfile.ZipFile, where: str) -> str:
 
 
 def _names(archive: zipfile.ZipFile) -> list[str]:
-    return [name.removesuffix(".npy") for name in archive.namelist()]
+    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 def _open(archive: zipfile.ZipFile, name: str, where: str) -> BinaryIO:
     if name not in _names(archive):
         raise UserError(f"{where}: {unknown('array', name, _names(archive))}")
     return cast(BinaryIO, archive.open(f"{name}.npy"))
+
+
+def _labels(stream: BinaryIO, where: str) -> NDArray[Any]:
+    try:
+        labels: NDArray[Any] = npy.read_array(stream, allow_pickle=False)
+    except ValueError as error:  # objects, or an array that ends early
+        raise UserError(f"{where} cannot be read: {error}. Save the labels as integers.") from None
+    return labels
 
 
 def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -19,6 +19,7 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
     function = load_function(dataset.path, f"{where}.path")
     try:
         images, labels = function()
+        images = np.asarray(images)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{where}.path: {dataset.path}() must return (images, labels or None): {error}"

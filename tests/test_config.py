@@ -1,0 +1,364 @@
+"""A config is checked to the last key before anything is done with it, and says what to mend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import config, detectors
+from pipeline.errors import UserError
+
+RAW = {
+    "name": "small",
+    "model": {
+        "source": "factory",
+        "name": "package.module:build",
+        "transform": {"crop": 28, "mean": [0.3], "std": [0.3], "channels": 1},
+    },
+    "datasets": [
+        {"name": "train", "role": "train", "format": "npz", "path": "train.npz"},
+        {"name": "test", "role": "id", "format": "npz", "path": "test.npz"},
+        {"name": "cifar-10", "role": "near_ood", "format": "npz", "path": "cifar.npz"},
+    ],
+    "detectors": ["msp", {"knn": {"k": 5}}, {"grood": None}],
+}
+
+Load = Callable[..., config.Config]
+
+
+def key(raw: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy with one key set."""
+    changed = deepcopy(raw)
+    node: Any = changed
+    *parents, last = path.split(".")
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+    node[int(last) if isinstance(node, list) else last] = value
+    return changed
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Write a raw config to a file and load it."""
+
+    def loaded(raw: Any = RAW, *overrides: str) -> config.Config:
+        path = tmp_path / "small.yaml"
+        path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+        return config.load(str(path), list(overrides))
+
+    return loaded
+
+
+@pytest.fixture
+def refusal(load: Load) -> Callable[..., str]:
+    """The message with which a raw config is refused."""
+
+    def message(raw: Any = RAW, *overrides: str) -> str:
+        with pytest.raises(UserError) as caught:
+            load(raw, *overrides)
+        return str(caught.value)
+
+    return message
+
+
+def test_a_bundled_config_loads_by_name_and_by_path():
+    by_name = config.load("quickstart")
+    by_path = config.load(str(config.bundled() / "quickstart.yaml"))
+    assert by_name == by_path
+    assert by_name.name == "quickstart"
+
+
+def test_a_config_that_is_not_there_lists_the_bundled_ones():
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such config file.*bundled one: .*quickstart"):
+        config.load("nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [", "\tname: x", "- a\n- b", "", "!!python/object/apply:os.getcwd []"])
+def test_a_file_that_is_no_yaml_mapping_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"bad\.yaml: (not valid YAML|expected a mapping)"):
+        config.load(str(path))
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match=r"bad\.yaml: not valid YAML"):
+        config.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("path", "closest", "other"),
+    [
+        ("workspce", "workspace", "tracking"),
+        ("model.wieghts", "weights", "transform"),
+        ("model.transform.crops", "crop", "interpolation"),
+        ("datasets.1.paths", "path", "role"),
+        ("extract.batchsize", "batch_size", "shard_rows"),
+        ("index.kinds", "kind", "shards"),
+        ("tracking.urii", "uri", "experiment"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_file_the_closest_key_and_all_others(
+    refusal, path, closest, other
+):
+    message = refusal(key(RAW, path, 1))
+    name = path.rpartition(".")[2]
+    assert f"small.yaml: {path}: unknown key '{name}'. Did you mean '{closest}'?" in message
+    assert other in message
+    assert len(message.splitlines()) == 1
+
+
+def test_an_unknown_parameter_of_a_detector_is_refused_with_the_file_and_the_closest_parameter(refusal):
+    message = refusal(key(RAW, "detectors.1", {"near": {"method": "grood", "sample": 20}}))
+    assert "small.yaml: detectors.near.sample: unknown key 'sample'. Did you mean 'samples'?" in message
+
+
+def test_an_unknown_detector_is_refused_with_the_file_and_the_closest_detector(refusal):
+    message = refusal(key(RAW, "detectors.0", "enrgy"))
+    assert "small.yaml: detectors.enrgy: unknown detector 'enrgy'. Did you mean 'energy'?" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("datasets.0.role", "trian", "datasets.0.role: Input should be 'train', 'id'"),
+        ("seed", -1, "seed: Input should be greater than or equal to 0 (got -1)"),
+        ("name", "a/b", "name: String should match pattern"),
+        ("extract.batch_size", 0, "extract.batch_size: Input should be greater than or equal to 1 (got 0)"),
+        ("extract.actors", 0, "extract.actors: Input should be 'auto', or Input should be greater than"),
+        ("model.blocks", [3], "model.blocks.0: Input should be a valid string (got 3)"),
+        (
+            "model.transform",
+            3,
+            "model.transform: Input should be a valid dictionary or instance of Transform",
+        ),
+        ("detectors", [], "detectors: Tuple should have at least 1 item"),
+        ("detectors", "msp", "detectors: expected 'all' or a list of detectors"),
+        ("detectors.1", {"knn": 5}, "detectors: 'knn': expected its parameters"),
+        (
+            "detectors.1",
+            {"label": "a", "method": "knn", "k": 3},
+            "detectors: 'label': expected its parameters",
+        ),
+        ("detectors.1", {"knn": {"k": 0}}, "detectors.knn.k: Input should be greater than or equal to 1"),
+        ("detectors.1", {"a b": {"method": "knn"}}, "detectors.1.label: String should match pattern"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_file_key_and_value(refusal, path, value, expected):
+    message = refusal(key(RAW, path, value))
+    assert f"small.yaml: {expected}" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_missing_key_is_named(refusal):
+    raw = deepcopy(RAW)
+    del raw["model"]["transform"]["crop"]
+    del raw["datasets"][1]["path"]
+    assert [line.partition("small.yaml: ")[2] for line in refusal(raw).splitlines()] == [
+        "model.transform.crop: Field required.",
+        "datasets.1.path: Field required.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mean": [0.3, 0.3]}, {"std": [0.3, 0.3, 0.3]}, {"channels": 3}],
+    ids=["mean", "std", "channels"],
+)
+def test_a_transform_needs_one_mean_and_std_per_channel(refusal, change):
+    message = refusal(key(RAW, "model.transform", RAW["model"]["transform"] | change))
+    assert "small.yaml: model.transform: mean has " in message
+    assert f"expected {change.get('channels', 1)} each" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("datasets.1.name", "train", "datasets: the name 'train' is used twice"),
+        ("detectors.0", {"knn": {"k": 6}}, "detectors: the name 'knn' is used twice"),
+    ],
+)
+def test_a_name_that_is_used_twice_is_refused(refusal, path, value, expected):
+    assert expected in refusal(key(RAW, path, value))
+
+
+@pytest.mark.parametrize("group", ["near_ood", "far_ood", "fs_near_ood", "fs_far_ood"])
+def test_a_dataset_cannot_have_the_name_of_a_group(refusal, group):
+    assert f"'{group}' is the name of a group" in refusal(key(RAW, "datasets.1.name", group))
+
+
+@pytest.mark.parametrize("label", ["key", "prediction", "classifier", "is_ood.msp"])
+def test_a_detector_cannot_have_the_name_of_a_column_of_the_results(refusal, label):
+    message = refusal(key(RAW, "detectors.0", {label: {"method": "msp"}}))
+    assert f"'{label}' is a column of the results" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("tracking.uri", "https://anna:s3cret@mlflow.example/x"),
+        ("tracking.uri", "postgresql://anna:s3cret@db/mlflow"),
+        ("tracking", "https://anna:s3cret@mlflow.example"),
+        ("tracking.experiment.uri", "https://anna:s3cret@mlflow.example"),
+        ("trackin.uri", "https://anna:s3cret@mlflow.example"),
+    ],
+)
+def test_credentials_are_refused_and_never_shown(refusal, path, value):
+    assert "s3cret" not in refusal(key(RAW, path, value))
+    assert "s3cret" not in refusal(RAW, f"{path}={value}")
+
+
+def test_credentials_point_to_the_variables_that_hold_them(refusal):
+    message = refusal(key(RAW, "tracking.uri", "https://anna:s3cret@mlflow.example"))
+    assert "small.yaml: tracking: a config must not hold credentials; set MLFLOW_TRACKING_USERNAME" in message
+
+
+@pytest.mark.parametrize("uri", ["https://mlflow.example/~anna@work", "sqlite:////home/anna@work/mlflow.db"])
+def test_an_at_sign_in_a_path_is_no_credential(load, uri):
+    assert load(key(RAW, "tracking.uri", uri)).tracking.uri == uri
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("seed=7", lambda c: c.seed == 7),
+        ("extract.batch_size=64", lambda c: c.extract.batch_size == 64),
+        (
+            "extract={batch_size: 32, actors: 2}",
+            lambda c: (c.extract.batch_size, c.extract.actors) == (32, 2),
+        ),
+        ("model.transform.mean=[0.5]", lambda c: c.model.transform.mean == (0.5,)),
+        ("model.transform.mean.0=0.5", lambda c: c.model.transform.mean == (0.5,)),
+        ("model.transform.resize=null", lambda c: c.model.transform.resize is None),
+        ("tracking.enabled=false", lambda c: c.tracking.enabled is False),
+        ("tracking.uri=http://a:5000/?b=c", lambda c: c.tracking.uri == "http://a:5000/?b=c"),
+        ("datasets.1.name=other", lambda c: [d.name for d in c.datasets] == ["train", "other", "cifar-10"]),
+        ("datasets.cifar-10.role=far_ood", lambda c: c.datasets[2].role == "far_ood"),
+        ("datasets.2={name: a, role: id, format: idx, path: b}", lambda c: c.datasets[2].name == "a"),
+        ("detectors.knn.k=9", lambda c: c.built()["knn"].k == 9),
+        ("detectors.1.knn.k=9", lambda c: c.built()["knn"].k == 9),
+        ("detectors.grood.k=2", lambda c: c.built()["grood"].k == 2),
+        ("detectors.knn={k: 3}", lambda c: c.built()["knn"].k == 3),
+        ("detectors.knn=energy", lambda c: list(c.built()) == ["msp", "energy", "grood"]),
+        ("detectors.0=energy", lambda c: list(c.built()) == ["energy", "knn", "grood"]),
+        ("detectors.msp={method: knn, k: 2}", lambda c: c.built()["msp"].k == 2),
+        ("detectors.msp.method=energy", lambda c: c.detectors[0].method == "energy"),
+        ("detectors=all", lambda c: list(c.built()) == detectors.names()),
+    ],
+)
+def test_set_changes_one_value(load, override, read):
+    assert not read(load())
+    assert read(load(RAW, override))
+
+
+def test_the_last_set_wins(load):
+    assert load(RAW, "seed=1", "seed=2").seed == 2
+
+
+def test_set_reads_a_dumped_config_like_a_written_one(load):
+    dumped = yaml.safe_load(config.dump(load()))
+    assert load(dumped, "detectors.knn.parameters.k=9").built()["knn"].k == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed", "--set seed: expected key.path=value"),
+        ("=3", "expected key.path=value"),
+        ("seed=[", "--set seed: the value is not valid YAML"),
+        ("seed.x=1", "--set seed.x: 'seed' is a value, not a section"),
+        ("datasets.tset.role=id", "--set datasets.tset.role: unknown item 'tset'. Did you mean 'test'?"),
+        ("datasets.9.role=id", "--set datasets.9.role: unknown item '9'"),
+        ("detectors.kn.k=1", "--set detectors.kn.k: unknown item 'kn'. Did you mean 'knn'?"),
+        ("detectors.0.k=1", "--set detectors.0.k: '0' is a value, not a section"),
+        ("extract.batchsize=1", "unknown key 'batchsize'. Did you mean 'batch_size'?"),
+        ("extract.batch_size=many", "extract.batch_size: Input should be a valid integer"),
+    ],
+)
+def test_a_set_that_cannot_be_done_is_refused(refusal, override, expected):
+    assert expected in refusal(RAW, override)
+
+
+def test_a_dumped_config_loads_back_equal(load, tmp_path):
+    raw = key(key(RAW, "model.weights", "weights.pt"), "model.transform.mean", [1e-07])
+    raw = key(raw, "datasets.0.path", "Bücher/#1: x.npz")
+    first = load(key(raw, "name", "1e3"))
+    (tmp_path / "elsewhere").mkdir()
+    path = tmp_path / "elsewhere" / "config.yaml"
+    path.write_text(config.dump(first), encoding="utf-8")
+    assert config.load(str(path)) == first
+
+
+def test_a_config_cannot_be_changed(load):
+    with pytest.raises(ValueError, match="frozen"):
+        load().seed = 3
+
+
+def test_paths_are_relative_to_the_file_and_the_workspace_to_the_current_folder(load, tmp_path, monkeypatch):
+    current = tmp_path / "current"
+    current.mkdir()
+    monkeypatch.chdir(current)
+    raw = key(RAW, "model", {"source": "factory", "name": "./nets/a.py:build", "weights": "w.pt"})
+    raw["datasets"] = [
+        {"name": "a", "role": "id", "format": "idx", "path": "../a.idx", "labels": "b.idx"},
+        {"name": "b", "role": "id", "format": "npz", "path": "/data/b.npz", "images": "x", "labels": "y"},
+        {"name": "c", "role": "id", "format": "python", "path": "./c.py:images"},
+        {"name": "d", "role": "id", "format": "python", "path": "package.c:images"},
+        {"name": "e", "role": "id", "format": "npz", "path": "package://pipeline.quickstart/images.npz"},
+    ]
+    loaded = load(raw)
+    assert loaded.workspace == str(current / "workspace")
+    assert loaded.model.name == f"{tmp_path}/nets/a.py:build"
+    assert loaded.model.weights == f"{tmp_path}/w.pt"
+    assert [(dataset.path, dataset.labels) for dataset in loaded.datasets] == [
+        (f"{tmp_path.parent}/a.idx", f"{tmp_path}/b.idx"),
+        ("/data/b.npz", "y"),
+        (f"{tmp_path}/c.py:images", None),
+        ("package.c:images", None),
+        ("package://pipeline.quickstart/images.npz", None),
+    ]
+
+
+def test_what_is_no_file_name_stays_as_it_is(load):
+    loaded = load(key(key(RAW, "model.weights", "random"), "model.name", "package.module:build"))
+    assert (loaded.model.weights, loaded.model.name) == ("random", "package.module:build")
+
+
+@pytest.mark.parametrize("path", ["package://no_such_package/a", "package://", "package://pipeline.config/a"])
+def test_data_in_a_package_that_is_not_there_is_refused(path):
+    with pytest.raises(UserError, match="no package named"):
+        config.resolve(path)
+
+
+def test_all_detectors_run_with_their_defaults(load):
+    built = load(key(RAW, "detectors", "all")).built()
+    assert built == {name: detectors.get(name)() for name in detectors.names()}
+    assert len(built) >= 9
+
+
+def test_one_method_may_run_under_several_labels(load):
+    entries = [{"near": {"method": "knn", "k": 1}}, {"far": {"method": "knn", "k": 50}}, "knn"]
+    built = load(key(RAW, "detectors", entries)).built()
+    assert [(label, type(detector), detector.k) for label, detector in built.items()] == [
+        ("near", detectors.get("knn"), 1),
+        ("far", detectors.get("knn"), 50),
+        ("knn", detectors.get("knn"), detectors.get("knn")().k),
+    ]
+
+
+def test_datasets_of_a_role_come_in_config_order(load):
+    loaded = load(key(RAW, "datasets.2.role", "id"))
+    assert [dataset.name for dataset in loaded.of_role("id", "train")] == ["train", "test", "cifar-10"]
+    assert loaded.of_role("ood_val") == []
+
+
+def test_a_digest_depends_on_content_and_not_on_the_order_of_keys():
+    assert config.digest({"a": 1, "b": [2]}) == config.digest({"b": [2], "a": 1})
+    assert config.digest({"a": 1}) != config.digest({"a": 2})
