@@ -116,9 +116,13 @@ class Tracking(Frozen):
     enabled: bool = True
 
     @model_validator(mode="after")
-    def _no_credentials(self) -> Tracking:
+    def _a_store_without_credentials(self) -> Tracking:
         if self.uri and "@" in self.uri.partition("://")[2].partition("/")[0]:
             raise ValueError("a config must not hold credentials; set MLFLOW_TRACKING_USERNAME and _PASSWORD")
+        if self.uri and not self.uri.startswith(("sqlite:///", "http://", "https://")):
+            raise ValueError(
+                f"{self.uri} is no MLflow store; give sqlite:///<path>.db or http(s)://<host>:<port>"
+            )
         return self
 
 
@@ -143,7 +147,7 @@ class DetectorEntry(Frozen):
         try:
             return method.model_validate(self.parameters)
         except ValidationError as error:
-            raise UserError(_explain(error, where, method)) from None
+            raise UserError(_explain(error, f"{where}.", method)) from None
 
 
 def _entries(value: Any) -> Any:
@@ -231,7 +235,7 @@ def load(source: str, overrides: list[str] | None = None) -> Config:
         config = Config.model_validate(data)
         config.built()
     except ValidationError as error:
-        raise UserError(_explain(error, str(path), Config)) from None
+        raise UserError(_explain(error, f"{path}: ", Config)) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return _absolute(config, path.parent)
@@ -334,9 +338,9 @@ def _names(item: Any) -> list[str]:
     return [item] if isinstance(item, str) else []
 
 
-def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
+def _explain(error: ValidationError, prefix: str, root: type[BaseModel]) -> str:
     """One line per key: where, what, and the closest valid key."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, tuple[list[str], str]] = {}
     for problem in error.errors():
         location, kind, value = problem["loc"], problem["type"], problem["input"]
         keys, section = _followed(root, location)
@@ -349,9 +353,9 @@ def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
             continue  # the branch of a union that was not meant
         # a value with an @ may be a URL with a password
         silent = kind in ("missing", "extra_forbidden") or _is_container(value) or "@" in str(value)
-        place = f"{where}: {'.'.join(keys)}: " if keys else f"{where}: "
-        found.setdefault(place, []).append(message + ("" if silent else f" (got {value!r:.200})"))
-    return "\n".join(f"{place}{', or '.join(messages)}." for place, messages in found.items())
+        place = (prefix + ".".join(keys)).rstrip(":. ")
+        found.setdefault(place, ([], "" if silent else f", got {value!r:.200}"))[0].append(message)
+    return "\n".join(f"{place}: {', or '.join(messages)}{got}." for place, (messages, got) in found.items())
 
 
 def _is_container(value: Any) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 import shlex
@@ -17,8 +16,7 @@ import shutil
 import socket
 import sys
 import time
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -31,6 +29,7 @@ from filelock import FileLock
 from pyarrow import parquet
 
 from pipeline.errors import UserError
+from pipeline.journal import MAX_TAG, Content, limited, of_detector, of_run, redact
 
 PATIENCE = 120.0
 """Seconds after which `publish` begins no further detector; publishing again sends the rest."""
@@ -45,10 +44,7 @@ _VIEW = (
 """Charts of the detectors, best first; without an order the page shows only the parent and hides them."""
 _ARTIFACTS = ("config.yaml", "manifest.json", "metrics.csv", "metrics.json")
 _TEXT = {".yaml", ".json", ".csv", ".html", ".md", ".svg"}
-_MAX_KEY, _MAX_PARAM, _MAX_TAG, _MAX_DIGEST = 240, 6000, 8000, 36
-
-_Items = Iterable[tuple[tuple[str, ...], Any]]
-"""Values, each with the parts its key is made of."""
+_MAX_DIGEST = 36
 
 
 class TrackingError(Exception):
@@ -64,18 +60,6 @@ class Session:
     """With its credentials; never written anywhere."""
     experiment_id: str
     run_id: str
-
-
-@dataclass(frozen=True)
-class _Content:
-    tags: dict[str, str]
-    params: dict[str, str]
-    metrics: dict[str, float]
-
-
-def redact(text: str) -> str:
-    """The text without the `user:password@` of any URI in it."""
-    return re.sub(r'(?<=://)[^\s/?#"<>]*@', "", text)
 
 
 def begin(run: Path, uri: str, experiment: str, name: str, fingerprint: str) -> Session:
@@ -113,8 +97,10 @@ def publish(session: Session) -> None:
     run, deadline = session.run, time.monotonic() + PATIENCE
     manifest, thresholds = _read_json(run / "manifest.json"), _read_json(run / "thresholds.json")
     rows = parquet.read_table(run / "metrics.parquet").to_pylist()
-    parent = _parent(manifest, yaml.safe_load((run / "config.yaml").read_text("utf-8")), rows)
-    children = {label: _child(label, manifest, rows, thresholds[label]) for label in manifest["detectors"]}
+    parent = of_run(manifest, yaml.safe_load((run / "config.yaml").read_text("utf-8")), rows)
+    children = {
+        label: of_detector(label, manifest, rows, thresholds[label]) for label in manifest["detectors"]
+    }
     with _sending(session.uri, "take the results"), TemporaryDirectory() as folder:
         client = _client(session.uri)
         found = client.get_run(session.run_id)
@@ -138,7 +124,7 @@ def fail(session: Session, reason: str) -> None:
     """
     with _sending(session.uri, "mark the run as failed"):
         client = _client(session.uri)
-        client.set_tag(session.run_id, "failure", _text(reason, _MAX_TAG))
+        client.set_tag(session.run_id, "failure", limited(reason, MAX_TAG))
         client.set_terminated(session.run_id, "FAILED")
 
 
@@ -258,7 +244,7 @@ def _reopened(client: Any, run_id: str) -> bool:
     return True
 
 
-def _log(client: Any, found: Any, content: _Content) -> None:
+def _log(client: Any, found: Any, content: Content) -> None:
     """Log what the run does not hold yet."""
     from mlflow.entities import Metric, Param, RunTag
 
@@ -277,7 +263,7 @@ def _log(client: Any, found: Any, content: _Content) -> None:
 
 
 def _log_children(
-    client: Any, to: Session, children: Mapping[str, _Content], deadline: float
+    client: Any, to: Session, children: Mapping[str, Content], deadline: float
 ) -> dict[str, str]:
     """Log one nested run per detector, known by its tag `detector`; returns the run ids by label."""
     found = client.search_runs([to.experiment_id], f"tags.mlflow.parentRunId = '{to.run_id}'")
@@ -318,95 +304,6 @@ def _stage(run: Path, folder: Path) -> None:
                 target.write_bytes(redact(source.read_bytes().decode("utf-8")).encode("utf-8"))
             else:
                 shutil.copyfile(source, target)
-
-
-def _parent(manifest: Mapping[str, Any], config: object, rows: list[dict[str, Any]]) -> _Content:
-    datasets, model, commit = manifest["datasets"], manifest["model"], manifest["git_commit"]
-    tags: list[tuple[tuple[str, ...], Any]] = [(("fingerprint",), manifest["fingerprint"])]
-    tags += [(("model",), model["name"]), (("weights_digest",), model["weights_digest"])]
-    tags += [(("features", name), dataset["hash"]) for name, dataset in datasets.items()]
-    tags += [(("version", package), version) for package, version in manifest["versions"].items()]
-    tags += [((key,), commit) for key in ("git_commit", "mlflow.source.git.commit") if commit]
-    metrics: list[tuple[tuple[str, ...], Any]] = []
-    for stage, numbers in manifest["stages"].items():
-        metrics += [((key, stage), value) for key, value in numbers.items()]
-    for name, dataset in datasets.items():
-        keys = ("rows", "features", "errors", "accuracy")
-        metrics += [((key, name), dataset[key]) for key in keys if dataset[key] is not None]
-    accuracy = [row for row in rows if row["detector"] not in manifest["detectors"]]
-    several = len(accuracy) > 1
-    metrics += [((row["metric"], *[row["dataset"]] * several), row["value"]) for row in accuracy]
-    return _content(tags, _flat(config), metrics)
-
-
-def _child(label: str, manifest: Mapping[str, Any], rows: list[dict[str, Any]], threshold: float) -> _Content:
-    detector = manifest["detectors"][label]
-    tags: list[tuple[tuple[str, ...], Any]] = [
-        (("detector",), label),
-        (("model",), manifest["model"]["name"]),
-    ]
-    tags += [((key,), detector[key]) for key in ("method", "title", "uses_ood")]
-    metrics: list[tuple[tuple[str, ...], Any]] = [(("threshold",), threshold)]
-    mine = [row for row in rows if row["detector"] == label]
-    for row in sorted(mine, key=lambda row: row["dataset"] != row["group"]):
-        dataset, group = row["dataset"], row["group"]
-        full_spectrum = group.startswith("fs_") and dataset != group
-        metrics.append(((row["metric"], f"fs.{dataset}" if full_spectrum else dataset), row["value"]))
-    index = manifest["index"].get(label, {})
-    metrics += [(("index", key), value) for key, value in index.items() if isinstance(value, int | float)]
-    return _content(tags, _flat(detector["parameters"]), metrics)
-
-
-def _content(tags: _Items, params: _Items, metrics: _Items) -> _Content:
-    """What MLflow takes; a metric without a finite value is named in the tag `undefined_metrics`."""
-    texts, numbers = _keyed(tags, "."), _keyed(metrics, "/")
-    finite = {
-        key: float(value) for key, value in numbers.items() if value is not None and math.isfinite(value)
-    }
-    if len(finite) < len(numbers):
-        texts["undefined_metrics"] = ", ".join(key for key in numbers if key not in finite)
-    return _Content(
-        {key: _text(value, _MAX_TAG) for key, value in texts.items()},
-        {key: _text(value, _MAX_PARAM) for key, value in _keyed(params, ".").items()},
-        finite,
-    )
-
-
-def _flat(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Leaves of nested settings; an entry of a list of mappings goes by its name, else by its number."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, (*path, str(key)))
-    elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-        for number, entry in enumerate(value):
-            name = () if len(entry) == 1 else (str(entry.get("name", number)),)
-            yield from _flat(entry, path + name)
-    else:
-        yield path, value
-
-
-def _keyed(items: _Items, separator: str) -> dict[str, Any]:
-    """The values under keys MLflow accepts; of equal keys the later ones are numbered."""
-    keyed: dict[str, Any] = {}
-    for parts, value in items:
-        key = wanted = separator.join(map(_part, parts))[:_MAX_KEY].rstrip("/")
-        number = 1
-        while key in keyed:
-            number += 1
-            key = f"{wanted}-{number}"
-        keyed[key] = value
-    return keyed
-
-
-def _part(text: str) -> str:
-    """One part of a key: letters and digits of any script, `_`, `-`, `.` and inner spaces."""
-    clean = re.sub(r"[^\w.\- ]", "_", unicodedata.normalize("NFC", text).strip())
-    return re.sub(r"^(\.+|$)", "_", clean)
-
-
-def _text(value: object, limit: int) -> str:
-    text = redact(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _read_json(path: Path) -> Any:

@@ -28,6 +28,7 @@ from pyarrow import csv, parquet
 
 from pipeline import track
 from pipeline.errors import UserError
+from pipeline.journal import redact
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a deprecated loader strategy in every query for a run.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -674,4 +675,4 @@ def test_a_store_that_cannot_be_used_is_refused_at_once(tmp_path: Path, uri: str
     ],
 )
 def test_redact_takes_only_the_credentials(text: str, wanted: str) -> None:
-    assert track.redact(text) == wanted
+    assert redact(text) == wanted
