@@ -1,0 +1,63 @@
+"""`ood-pipeline` as a user runs it: another process, a fresh Ray, a config file, a workspace."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from memory import Watch
+
+PROGRAM = Path(sys.executable).with_name("ood-pipeline")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    seconds: float
+    record: dict[str, Any]
+    """`manifest.json` of the run."""
+    peaks: dict[str, tuple[int, int]]
+    """Memory by kind of process, if it was watched."""
+
+    @property
+    def stages(self) -> dict[str, dict[str, float]]:
+        """Numbers of each stage."""
+        found: dict[str, dict[str, float]] = self.record["stages"]
+        return found
+
+
+def run(command: str, settings: dict[str, Any], folder: Path, watch: bool = False) -> Done:
+    """Run a command with its workspace in `folder`; a second call there finds what the first left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    arguments = [PROGRAM, command, "config.yaml", "--workspace", folder / "workspace"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    log = folder / "log.txt"
+    started = time.perf_counter()
+    with log.open("wb") as stream:
+        process = subprocess.Popen(arguments, stdout=stream, stderr=stream, cwd=folder, env=environment)
+        try:
+            peaks = _watched(process) if watch else {}
+            status = process.wait()
+        finally:
+            process.terminate()
+    seconds = time.perf_counter() - started
+    if status:
+        raise SystemExit(f"ood-pipeline {command} failed:\n{log.read_text()[-2000:]}")
+    record = folder / "workspace" / "runs" / settings["name"] / "manifest.json"
+    return Done(seconds, json.loads(record.read_text()), peaks)
+
+
+def _watched(process: subprocess.Popen[bytes]) -> dict[str, tuple[int, int]]:
+    with Watch(process.pid) as watch:
+        process.wait()
+    return watch.peaks

@@ -1,0 +1,95 @@
+"""Peak memory of a process and of everything it starts, sampled from /proc (Linux).
+
+USS is what a process alone holds. RSS also counts pages it shares: libraries, and every page of Ray's object
+store that it has touched, so it says little about Ray workers.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+PERIOD = 0.25
+"""Seconds between two samples; shorter peaks are missed."""
+
+KINDS = {
+    "Extractor": "model actor",
+    "ray::Worker": "model actor of the extra passes",
+    "ray::Shard": "index actor",
+    "score_part": "score task",
+    "_slice_statistics|_write_bank": "fit task",
+    "_evaluate|_flag_part": "evaluate task",
+}
+"""Process titles that Ray gives its workers -> what is shown."""
+
+DRIVER = "driver"
+
+
+class Watch:
+    """Samples until the end of the `with` block."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.peaks: dict[str, tuple[int, int]] = {}
+        """Kind of process -> largest USS and RSS in bytes of any one process of that kind."""
+        self._kind: dict[int, str] = {pid: DRIVER}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(PERIOD):
+            for pid in family(self.pid):
+                try:
+                    self._sample(pid)
+                except (FileNotFoundError, ProcessLookupError):
+                    continue  # it has just ended
+
+    def _sample(self, pid: int) -> None:
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        if pid != self.pid:
+            for pattern, shown in KINDS.items():
+                if re.search(pattern, title):
+                    self._kind[pid] = shown
+        if kind := self._kind.get(pid):  # a worker between two tasks keeps the kind of the last
+            uss, rss = usage(pid)
+            peak = self.peaks.get(kind, (0, 0))
+            self.peaks[kind] = (max(peak[0], uss), max(peak[1], rss))
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and its descendants."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                stat = (entry / "stat").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            parent = int(stat.rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.name))
+    waiting = [pid]
+    while waiting:
+        found = waiting.pop()
+        yield found
+        waiting += children.get(found, [])
+
+
+def usage(pid: int) -> tuple[int, int]:
+    """USS and RSS in bytes."""
+    found = dict.fromkeys(("Private_Clean", "Private_Dirty", "Private_Hugetlb", "Rss"), 0)
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+        name, _, value = line.partition(":")
+        if name in found:
+            found[name] = int(value.split()[0]) * 1024
+    rss = found.pop("Rss")
+    return sum(found.values()), rss

@@ -1,0 +1,68 @@
+"""What a benchmark hands back, and how it is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+REASONS: dict[str, str] = {}
+"""Why a target is missed, by the name of its check: the profile and what follows from it. Shown beside the
+number, and only while it is missed."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A number with a target."""
+
+    name: str
+    measured: str
+    target: str
+    met: bool
+
+
+@dataclass(frozen=True)
+class Section:
+    """The outcome of one benchmark."""
+
+    title: str
+    text: str
+    """How it was measured."""
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    checks: list[Check] = field(default_factory=list)
+
+
+def page(command: str, machine: Mapping[str, str], sections: Iterable[Section]) -> str:
+    """The results as Markdown."""
+    sections = list(sections)
+    facts = "\n".join(f"* {name}: {value}" for name, value in machine.items())
+    checks = [check for section in sections for check in section.checks]
+    parts = [
+        "# Measurements",
+        f"Written by `{command}`; every number below comes from that one command.",
+        facts,
+        table(("", "measured", "target", ""), [_row(check) for check in checks]),
+        *(f"* **{check.name}**: {reason(check)}" for check in checks if not check.met),
+        *(_section(section) for section in sections),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def reason(check: Check) -> str:
+    """Why a check misses its target."""
+    return REASONS.get(check.name, "missed; not explained yet.")
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    header = list(header)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _row(check: Check) -> tuple[str, str, str, str]:
+    return check.name, check.measured, check.target, "met" if check.met else "**missed**"
+
+
+def _section(section: Section) -> str:
+    return f"## {section.title}\n\n{section.text}\n\n{table(section.header, section.rows)}"
