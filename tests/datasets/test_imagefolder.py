@@ -1,0 +1,162 @@
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.errors import UserError
+
+
+def save(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((4, 4), value, np.uint8)).save(path, "PNG")
+    return path
+
+
+def rows(manifest):
+    return manifest.read(0, manifest.rows).to_pylist()
+
+
+def test_images_at_any_depth_are_rows_in_the_order_of_their_names(compiled, tmp_path):
+    names = ["b/2.png", "a/deep/er/1.png", "c.png", "a/3.png"]
+    for name in names:
+        save(tmp_path / "set" / name)
+    found = rows(compiled("imagefolder", tmp_path / "set"))
+    assert [row["key"] for row in found] == sorted(names)
+    for row in found:
+        assert row["uri"] == str(tmp_path / "set" / row["key"])
+        assert row["bytes"] is None
+        assert row["shape"] is None
+
+
+def test_only_files_with_the_ending_of_an_image_in_any_case_are_rows(compiled, tmp_path):
+    for name in ("a.JPEG", "b.Png", "c.tIFF", "d.png.txt", "e", "png", "f.webp"):
+        save(tmp_path / "set" / name)
+    found = rows(compiled("imagefolder", tmp_path / "set"))
+    assert [row["key"] for row in found] == ["a.JPEG", "b.Png", "c.tIFF", "f.webp"]
+
+
+def test_names_that_are_not_ascii_are_keys(compiled, tmp_path):
+    save(tmp_path / "set" / "Größe" / "猫 1.png")
+    (row,) = rows(compiled("imagefolder", tmp_path / "set"))
+    assert row["key"] == "Größe/猫 1.png"
+    assert (tmp_path / "set" / row["key"]).samefile(row["uri"])
+
+
+def test_a_name_that_is_not_utf8_is_spelled_out(compiled, tmp_path):
+    save(tmp_path / "set" / "a.png")
+    shutil.copy(tmp_path / "set" / "a.png", os.fsencode(tmp_path / "set") + b"/b\xff.png")
+    found = rows(compiled("imagefolder", tmp_path / "set"))
+    assert [row["key"] for row in found] == ["a.png", r"b\udcff.png"]
+
+
+def test_class_folders_are_numbered_in_sorted_order(compiled, tmp_path):
+    for number, name in enumerate(["n10", "n02", "N1", "n1"]):
+        save(tmp_path / "set" / name / f"{number}.png")
+    save(tmp_path / "set" / "n02" / "deep" / "x.png")
+    (tmp_path / "set" / "n03").mkdir()
+    manifest = compiled("imagefolder", tmp_path / "set", role="train")
+    assert {row["key"]: row["label"] for row in rows(manifest)} == {
+        "N1/2.png": 0,
+        "n02/1.png": 1,
+        "n02/deep/x.png": 1,
+        "n1/3.png": 3,
+        "n10/0.png": 4,
+    }
+    assert manifest.class_count == {0: 1, 1: 2, 3: 1, 4: 1}
+
+
+def test_links_are_followed(compiled, tmp_path):
+    save(tmp_path / "elsewhere" / "dog" / "a.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "dog").symlink_to(tmp_path / "elsewhere" / "dog")
+    (row,) = rows(compiled("imagefolder", tmp_path / "set", role="id"))
+    assert (row["key"], row["label"]) == ("dog/a.png", 0)
+
+
+def test_a_dangling_link_is_a_row(compiled, tmp_path):
+    save(tmp_path / "set" / "a.png")
+    (tmp_path / "set" / "b.png").symlink_to(tmp_path / "nowhere.png")
+    found = rows(compiled("imagefolder", tmp_path / "set"))
+    assert [(row["key"], row["identity"] == "missing") for row in found] == [
+        ("a.png", False),
+        ("b.png", True),
+    ]
+
+
+@pytest.mark.parametrize("target", ["..", "loop"], ids=["its parent", "itself"])
+@pytest.mark.parametrize("role", ["id", "far_ood"])
+def test_a_link_that_goes_round_in_circles_is_refused(compiled, tmp_path, role, target):
+    save(tmp_path / "set" / "dog" / "a.png")
+    (tmp_path / "set" / "dog" / "loop").symlink_to(target)
+    (tmp_path / "set" / "loop").symlink_to(target)
+    with pytest.raises(UserError, match=r"datasets\.set\.path: cannot list .*loop.*symbolic links"):
+        compiled("imagefolder", tmp_path / "set", role=role)
+
+
+def test_an_image_at_the_root_of_a_labelled_folder_has_no_class_and_is_refused(compiled, tmp_path):
+    save(tmp_path / "set" / "dog" / "a.png")
+    save(tmp_path / "set" / "b.png")
+    with pytest.raises(
+        UserError, match=r"needs a label for every image, but 1 of 2 have none.*class folders"
+    ):
+        compiled("imagefolder", tmp_path / "set", role="id")
+    assert compiled("imagefolder", tmp_path / "set").class_count == {-1: 2}
+
+
+def test_a_labelled_folder_needs_class_folders(compiled, tmp_path):
+    save(tmp_path / "set" / "a.png")
+    with pytest.raises(UserError, match=r"datasets\.set\.path: .*set has no class folders; role 'train'"):
+        compiled("imagefolder", tmp_path / "set", role="train")
+
+
+def test_a_folder_without_images_is_refused(compiled, tmp_path):
+    (tmp_path / "set" / "dog").mkdir(parents=True)
+    (tmp_path / "set" / "dog" / "a.txt").write_text("no image")
+    with pytest.raises(UserError, match=r"datasets\.set\.path: no images in .*set"):
+        compiled("imagefolder", tmp_path / "set")
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("x")], ids=["none", "file"])
+def test_a_path_that_is_no_folder_is_refused(compiled, tmp_path, make):
+    make(tmp_path / "set")
+    with pytest.raises(UserError, match=r"datasets\.set\.path: no such folder: .*set"):
+        compiled("imagefolder", tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: save(folder / "b.png", 7),
+        lambda folder: (folder / "b.png").rename(folder / "c.png"),
+        lambda folder: (folder / "b.png").unlink(),
+        lambda folder: save(folder / "c.png"),
+        lambda folder: os.utime(folder / "b.png", ns=(1, 1)),
+    ],
+    ids=["content", "name", "fewer", "more", "time stamp"],
+)
+def test_a_change_of_a_file_changes_the_digest(compiled, tmp_path, change):
+    for name in ("a.png", "b.png"):
+        os.utime(save(tmp_path / "set" / name), ns=(10**18, 10**18))
+    before = compiled("imagefolder", tmp_path / "set").digest
+    assert compiled("imagefolder", tmp_path / "set").digest == before
+    change(tmp_path / "set")
+    assert compiled("imagefolder", tmp_path / "set").digest != before
+
+
+def test_a_moved_folder_is_the_same_dataset_and_its_images_are_found(compiled, tmp_path):
+    save(tmp_path / "set" / "a.png")
+    before = compiled("imagefolder", tmp_path / "set")
+    (tmp_path / "set").rename(tmp_path / "moved")
+    after = compiled("imagefolder", tmp_path / "moved")
+    assert after == before
+    assert [row["uri"] for row in rows(after)] == [str(tmp_path / "moved" / "a.png")]
+
+
+def test_more_images_than_a_row_group_are_all_there(compiled, tmp_path):
+    (tmp_path / "set").mkdir()
+    for number in range(1030):
+        (tmp_path / "set" / f"{number:04d}.png").touch()
+    manifest = compiled("imagefolder", tmp_path / "set")
+    assert [row["key"] for row in rows(manifest)] == [f"{number:04d}.png" for number in range(1030)]
