@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from memory import Watch
 
 PROGRAM = Path(sys.executable).with_name("ood-pipeline")

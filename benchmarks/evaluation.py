@@ -6,50 +6,168 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 import commands
 import fashion
+import numpy as np
 import plain
-from pipeline import config, images
-from pipeline.datasets import compile_manifest
+from numpy.typing import NDArray
 from results import Check, Section
 from session import Session
 
+from pipeline import config, images
+from pipeline.datasets import compile_manifest
+
 TARGET = 1.15
-STAGES = ("extract", "fit", "score", "evaluate", "report")
+QUICKSTART_SECONDS = 60
+AFTER_EXTRACT = ("fit", "score", "evaluate", "report")
 
 
 def measure(session: Session) -> Section:
     """Seconds of the quickstart, and of the images that a larger evaluation has more."""
     count = session.size(60_000, 4000)
-    few, many = _quickstart_pixels(session.scratch), fashion.images(session.images, count)
+    pixels = fashion.images(session.images, count)
     setting, _ = session.plain
-    rates = [plain.rate(many, setting)]
+    rates = [plain.rate(pixels, setting)]
     small = session.quickstart
-    rates.append(plain.rate(many, setting))
+    rates.append(plain.rate(pixels, setting))
     print(f"  quickstart with {count:,} ID images", flush=True)
     large = commands.run("run", _enlarged(session, count), session.scratch / "enlarged")
-    rates.append(plain.rate(many, setting))
-    more = large.stages["extract"]["forward_images"] - small.stages["extract"]["forward_images"]
+    rates.append(plain.rate(pixels, setting))
+    few, many = (done.stages["extract"]["forward_images"] for done in (small, large))
     forward = 1 / median(rates)
-    ratio = (large.seconds - small.seconds) / (more * forward)
+    own = plain_seconds(session, setting)
+    ratio = (large.seconds - small.seconds) / ((many - few) * forward)
+    print(f"  {small.seconds:.1f} s and {large.seconds:.1f} s, {ratio:.2f} x", flush=True)
     return Section(
         title="(b) A whole evaluation against one plain forward pass",
-        text=_text(count, setting, len(few) / (small.seconds - _fixed(small))),
+        text=_text(count, setting),
         header=("seconds", "quickstart", f"with {count:,} ID images", "difference"),
         rows=[
-            *_rows(small, large),
-            _row("one plain forward pass", len(few) * forward, (len(few) + more) * forward),
+            ("images", f"{few:,}", f"{many:,}", f"{many - few:,}"),
+            *_stages(small, large),
+            _row("one plain forward pass", own, own + (many - few) * forward),
         ],
         checks=[
-            Check("evaluation per further image, all detectors, against one plain forward pass",
-                  f"{ratio:.2f} x", f"<= {TARGET} x", ratio <= TARGET),
-            Check("quickstart as a whole", f"{small.seconds:.1f} s", "<= 60 s", small.seconds <= 60),
+            Check(
+                "evaluation with all detectors, each further image, against one plain forward pass",
+                f"{ratio:.2f} x",
+                f"<= {TARGET} x",
+                ratio <= TARGET,
+            ),
+            Check(
+                "quickstart as a whole",
+                f"{small.seconds:.1f} s",
+                f"<= {QUICKSTART_SECONDS} s",
+                small.seconds <= QUICKSTART_SECONDS,
+            ),
         ],
     )
 
 
-def _text(count: int, setting: plain.Setting, steady: float) -> str:
-    return ""
+def _enlarged(session: Session, count: int) -> dict[str, Any]:
+    """The quickstart with another ID set in the place of its own."""
+    found = fashion.quickstart()
+    folder = session.scratch / "enlarged"
+    folder.mkdir()
+    found["datasets"] = [entry for entry in found["datasets"] if entry["role"] != "id"]
+    found["datasets"].append(fashion.dataset(session.images, count, folder, "fashion-id", "id"))
+    return found
+
+
+def plain_seconds(session: Session, setting: plain.Setting) -> float:
+    """Seconds of one plain forward pass over the quickstart's own images, the median of three."""
+    pixels = _quickstart_pixels(session.scratch / "pixels")
+    return len(pixels) / median(plain.rate(pixels, setting) for _ in range(3))
+
+
+def _quickstart_pixels(folder: Path) -> NDArray[np.uint8]:
+    """All its images as the network sees them, (N, 28, 28)."""
+    settings = config.load("quickstart")
+    transform = settings.model.transform
+    assert isinstance(transform, config.Transform)
+    found = []
+    for dataset in settings.datasets:
+        manifest = compile_manifest(dataset, folder)
+        rows = manifest.read(0, manifest.rows).to_pylist()
+        found += [images.decode(row["bytes"], tuple(row["shape"]), transform)[:, :, 0] for row in rows]
+    return np.stack(found)
+
+
+def _stages(small: commands.Done, large: commands.Done) -> list[tuple[str, ...]]:
+    """Where the seconds go; what does not grow with the images comes first."""
+    return [
+        _row("start-up: program, checks, Ray, model actors, MLflow", _startup(small), _startup(large)),
+        _row("extract, steady", *(done.stages["extract"]["steady_seconds"] for done in (small, large))),
+        *(_row(name, *(done.stages[name]["seconds"] for done in (small, large))) for name in AFTER_EXTRACT),
+        _row("whole command", small.seconds, large.seconds),
+    ]
+
+
+def _startup(done: commands.Done) -> float:
+    later = sum(done.stages[name]["seconds"] for name in AFTER_EXTRACT)
+    return done.seconds - done.stages["extract"]["steady_seconds"] - later
+
+
+def _row(name: str, small: float, large: float) -> tuple[str, ...]:
+    return name, f"{small:.1f}", f"{large:.1f}", f"{large - small:.1f}"
+
+
+def _text(count: int, setting: plain.Setting) -> str:
+    return (
+        "`ood-pipeline run` in an empty workspace: the quickstart as it comes, and again with "
+        f"{count:,} Fashion-MNIST training images in the place of its ID test set; tracking and report "
+        "included. What both pay once (start-up, the extra passes of a fit, the training set) falls out of "
+        "the difference, which is what further images cost; it is compared with a plain forward pass over "
+        f"as many images ({setting}, median of three, before, between and after)."
+    )
+
+
+def measure_warm(session: Session) -> Section:
+    """A second and a third run where the features are there."""
+    cold = session.quickstart
+    before = _artefacts(session.first)
+    print("  the same again", flush=True)
+    same = commands.run("run", fashion.quickstart(), session.first)
+    untouched = _artefacts(session.first) == before
+    print("  with another k and another p", flush=True)
+    other = commands.run("run", _changed(), session.first)
+    forwarded = [done.stages["extract"]["forward_images"] for done in (same, other)]
+    return Section(
+        title="(d) A second run on the warm cache",
+        text="The quickstart again in the same workspace; then with k of KNN and p of DICE changed, which "
+        "fits and scores again. Features and fitted artefacts are also compared on disk: the repeated run "
+        f"{'touched none' if untouched else 'wrote some of them again'}.",
+        header=("", "forward passes", "seconds"),
+        rows=[
+            ("first run", f"{cold.stages['extract']['forward_images']:,}", f"{cold.seconds:.1f}"),
+            ("the same again", f"{forwarded[0]:,}", f"{same.seconds:.1f}"),
+            ("two detectors changed", f"{forwarded[1]:,}", f"{other.seconds:.1f}"),
+        ],
+        checks=[
+            Check(
+                "forward passes of a second run",
+                f"{sum(forwarded)}",
+                "0",
+                sum(forwarded) == 0 and untouched,
+            )
+        ],
+    )
+
+
+def _changed() -> dict[str, Any]:
+    found = fashion.quickstart()
+    found["detectors"] = [
+        {"knn": {"k": 10}} if "knn" in entry else {"dice": {"p": 90}} if "dice" in entry else entry
+        for entry in found["detectors"]
+    ]
+    return found
+
+
+def _artefacts(folder: Path) -> dict[Path, int]:
+    """Time stamps of features and fits; results of the extra passes are among the fits."""
+    return {
+        path: path.stat().st_mtime_ns
+        for kind in ("features", "fits")
+        for path in (folder / "workspace" / kind).rglob("*")
+        if path.is_file()
+    }

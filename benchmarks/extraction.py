@@ -31,7 +31,7 @@ def measure(session: Session) -> Section:
     ratio = median(ratios)
     return Section(
         title="(a) Extraction against a plain PyTorch loop",
-        text=_text(count, setting, len(pixels)),
+        text=_text(count, setting),
         header=("images per second", "plain loop", "pipeline", "ratio"),
         rows=rows,
         checks=[
@@ -67,7 +67,7 @@ def settings(session: Session, count: int) -> dict[str, Any]:
     }
 
 
-def _text(count: int, setting: plain.Setting, tried: int) -> str:
+def _text(count: int, setting: plain.Setting) -> str:
     return (
         f"{count:,} Fashion-MNIST training images through the quickstart's ResNet-10. Pipeline: "
         "`ood-pipeline extract` in an empty workspace, 2 actors, the quickstart's batch size, default "

@@ -46,8 +46,8 @@ class Classifier:
 
     def images(self, pixels: Pixels) -> Tensor:
         """Normalise (N, H, W, channels) uint8 to (N, channels, H, W) float32 on the device."""
-        tensor = torch.tensor(pixels, device=self.device).permute(0, 3, 1, 2)
-        return self.normalise(tensor.float().div_(255))
+        tensor = torch.from_numpy(pixels.copy()).to(self.device)  # a view's strides give other bits
+        return self.normalise(tensor.permute(0, 3, 1, 2).float().div_(255))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Apply the transform's mean and std to (N, channels, H, W) float32 in [0, 1], in place."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 import yaml
 from rich.console import Console
 
@@ -16,6 +17,12 @@ from pipeline import cluster, config, quickstart, run
 from pipeline.progress import Display
 
 ARRAYS = Path(quickstart.__file__).parent / "images.npz"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small networks gain nothing from more threads, and threads that wait for a busy core lose much."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +94,7 @@ def settings(images: Path) -> dict[str, Any]:
             dataset("textures", "far_ood"),
         ],
         "detectors": ["msp", {"knn": {"k": 5}}],
-        "extract": {"batch_size": 64, "shard_rows": 128},
+        "extract": {"batch_size": 64, "shard_rows": 128, "actors": 1},
         "tracking": {"enabled": False},
     }
 

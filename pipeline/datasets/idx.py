@@ -27,13 +27,15 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
         if dataset.labels is not None:
             source = _file(dataset.labels, f"{where}.labels")
             with _open(source) as stream:
-                shape = _header(stream, 1, f"{where}.labels: {source}")
-                labels = np.frombuffer(stream.read(shape[0]), np.uint8)
+                _header(stream, 1, f"{where}.labels: {source}")
+                labels = np.frombuffer(stream.read(), np.uint8)
         source = _file(dataset.path, f"{where}.path")
         with _open(source) as stream:
             shape = _header(stream, 3, f"{where}.path: {source}")
             checked = None if labels is None else _arrays.check_labels(f"{where}.labels", labels, shape[0])
             yield from _arrays.rows(_stem(source), _arrays.read_chunks(stream, shape, str(source)), checked)
+            if stream.read(1):  # reading to the end also checks gzip's checksum
+                raise UserError(f"{where}.path: {source} goes on after its {shape[0]} images.")
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{where}: {source} is damaged: {error}") from None
 

@@ -41,7 +41,8 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
 
 def _classes(root: Path) -> dict[str, int]:
     """Class index by folder name."""
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    with os.scandir(root) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir())
     return {name: index for index, name in enumerate(names)}
 
 

@@ -30,7 +30,7 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
                 with _open(archive, dataset.labels, f"{where}.labels") as stream:
                     labels = _labels(stream, f"{where}.labels: {dataset.labels}")
             with _open(archive, name, f"{where}.images") as stream:
-                shape, fortran, dtype = _header(stream)
+                shape, fortran, dtype = _header(stream, f"{where}.images: {name}")
                 _arrays.check_shape(f"{where}.images", shape, dtype)
                 if fortran:
                     raise UserError(f"{where}.images: the array is in Fortran order; save it in C order.")
@@ -67,7 +67,10 @@ def _labels(stream: BinaryIO, where: str) -> NDArray[Any]:
     return labels
 
 
-def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    major, _ = npy.read_magic(stream)
-    read_header = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
-    return read_header(stream)
+def _header(stream: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        major, _ = npy.read_magic(stream)
+        read_header = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
+        return read_header(stream)
+    except ValueError as error:
+        raise UserError(f"{where} is not a NumPy array: {error}.") from None

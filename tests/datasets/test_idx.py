@@ -75,6 +75,12 @@ def test_a_damaged_gzip_file_is_refused(compiled, tmp_path, damage):
         compiled("idx", path)
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_file_that_goes_on_after_its_images_is_refused(compiled, tmp_path, suffix):
+    with pytest.raises(UserError, match="goes on after its 5 images"):
+        compiled("idx", write(tmp_path / f"x{suffix}", idx(IMAGES) + b"more"))
+
+
 def test_a_plain_file_named_gz_is_refused(compiled, tmp_path):
     path = tmp_path / "x.gz"
     path.write_bytes(idx(IMAGES))
@@ -82,7 +88,7 @@ def test_a_plain_file_named_gz_is_refused(compiled, tmp_path):
         compiled("idx", path)
 
 
-@pytest.mark.parametrize("labels", [idx(LABELS[:4]), idx(LABELS)[:-1]], ids=["fewer", "short"])
+@pytest.mark.parametrize("labels", [idx(LABELS[:4]), idx(LABELS)[:-1]], ids=["few", "short"])
 def test_every_image_needs_a_label(compiled, tmp_path, labels):
     x, y = write(tmp_path / "x", idx(IMAGES)), write(tmp_path / "y", labels)
     with pytest.raises(UserError, match=r"datasets\.set\.labels: labels are uint8 \(4,\); expected 5"):

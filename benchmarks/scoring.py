@@ -1,0 +1,160 @@
+"""(f) Scoring of many cached rows on two cores: rows per second and memory at two sizes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import fashion
+import numpy as np
+from memory import Watch
+from numpy.typing import NDArray
+from processes import fresh
+from results import Check, Section
+from session import Session
+
+from pipeline import cluster, config, fit, index, score, store
+from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
+from pipeline.detectors.base import Jigsaw, Mixup, Training
+from pipeline.statistics import Statistics
+
+WIDTH, CLASSES, BLOCKS, PART = 512, 10, 4, 2048
+BANK_ROWS = 10_000
+COLUMNS = (KEY, LABEL, PREDICTION, FEATURE, LOGITS, BLOCK_NORM)
+LINEAR, FLAT = 0.9, 0.10
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One scoring."""
+
+    rows: int
+    seconds: float
+    """From the call to its end."""
+    steady: float
+    """Rows per second between the first receipt and the last."""
+    peaks: dict[str, tuple[int, int]]
+
+
+def measure(session: Session) -> Section:
+    """Rows per second without and with nearest neighbours."""
+    alone = [_scored(session, rows, False) for rows in _sizes(session, 100_000, 1_000_000)]
+    indexed_sizes = (100_000, 1_000_000) if session.large else (20_000, 100_000)
+    indexed = [_scored(session, rows, True) for rows in _sizes(session, *indexed_sizes)]
+    return Section(
+        title="(f) Scoring of cached rows",
+        text=f"Synthetic feature tables (D = {WIDTH}, C = {CLASSES}, parts of {PART:,} rows) through all of "
+        "the quickstart's detectors on 2 cores, without and with those that look up neighbours (KNN and "
+        f"GROOD, each in an exact index of {BANK_ROWS:,} rows; its cost is the size of the bank times the "
+        "rows). Steady: rows between the first finished part and the last over the time between them. "
+        "The page cache is warm: the tables have just been written.",
+        header=("", "rows", "rows/s, steady", "seconds in all", "driver, MiB USS", "score task", "index"),
+        rows=[
+            *(_row("without neighbours", found) for found in alone),
+            *(_row("with neighbours", found) for found in indexed),
+        ],
+        checks=[
+            *_checks("scoring without neighbours", *alone),
+            *_checks("scoring with neighbours", *indexed),
+        ],
+    )
+
+
+def _sizes(session: Session, few: int, many: int) -> tuple[int, int]:
+    return (5 * PART, 20 * PART) if session.quick else (few, many)
+
+
+def _scored(session: Session, rows: int, neighbours: bool) -> Scored:
+    print(f"  {rows:,} rows {'with' if neighbours else 'without'} neighbours", flush=True)
+    with TemporaryDirectory(dir=session.scratch) as folder:
+        found = fresh(_score, Path(folder), rows, neighbours)
+    print(f"  {found.steady:,.0f} rows/s", flush=True)
+    return found
+
+
+def _score(folder: Path, rows: int, neighbours: bool) -> Scored:
+    """Write a table, fit on another, score; the driver of a run is this process."""
+    os.environ.pop("RAY_ADDRESS", None)
+    chosen = config.Config.model_validate(fashion.quickstart()).built()
+    chosen = {label: found for label, found in chosen.items() if neighbours or not found.neighbours}
+    bank_table = _table(folder / "train", BANK_ROWS, seed=0)
+    source = _table(folder / "features", rows, seed=1)
+    receipts: list[float] = []
+    counts: list[int] = []
+
+    def told(receipt: Mapping[str, Any]) -> None:
+        receipts.append(time.perf_counter())
+        counts.append(receipt["rows"])
+
+    with Watch(os.getpid()) as watch, cluster.session():
+        cluster.connect()
+        cache = fit.Cache(folder / "fits")
+        fitted = fit.detectors(chosen, _training(bank_table), cache, (bank_table, {"synthetic": BANK_ROWS}))
+        searched = index.start(fitted.banks, config.Index()) if fitted.banks else None
+        started = time.perf_counter()
+        job = score.Job("synthetic", source, str(folder / "scores"), "synthetic")
+        score.run([job], score.Scoring(fitted.scorers, COLUMNS, searched), told)
+        seconds = time.perf_counter() - started
+    steady = sum(counts[1:]) / (receipts[-1] - receipts[0])
+    return Scored(rows, seconds, steady, watch.peaks)
+
+
+def _table(folder: Path, rows: int, seed: int) -> store.Table:
+    """A complete folder of feature parts."""
+    rng, counts = np.random.default_rng(seed), []
+    for number, start in enumerate(range(0, rows, PART)):
+        counts.append(min(PART, rows - start))
+        columns = _columns(rng, start, counts[-1])
+        store.write_table(folder / store.part_name(number), store.arrow_columns(columns))
+    store.write_json(folder / store.MANIFEST, {"part_rows": counts})
+    return store.Table.open(folder)
+
+
+def _columns(rng: np.random.Generator, start: int, count: int) -> dict[str, NDArray[Any]]:
+    logits = rng.standard_normal((count, CLASSES), np.float32)
+    return {
+        KEY: np.array([f"synthetic/{row:08d}" for row in range(start, start + count)]),
+        LABEL: rng.integers(0, CLASSES, count, np.int32),
+        PREDICTION: logits.argmax(axis=1).astype(np.int32),
+        FEATURE: np.maximum(rng.standard_normal((count, WIDTH), np.float32), 0),
+        LOGITS: logits,
+        BLOCK_NORM: rng.random((count, BLOCKS), np.float32),
+    }
+
+
+def _training(table: store.Table) -> Training:
+    """What the detectors fit to: true statistics of a table, made-up results of the extra passes."""
+    rng = np.random.default_rng(2)
+    rows = table.read(0, table.rows, (FEATURE, LABEL, PREDICTION))
+    chosen = config.Config.model_validate(fashion.quickstart()).built().values()
+    made_up = {Mixup: {"mean": rng.random(WIDTH)}, Jigsaw: {"ratio": rng.random(BLOCKS)}}
+    return Training(
+        weight=rng.standard_normal((CLASSES, WIDTH), np.float32),
+        bias=np.zeros(CLASSES, np.float32),
+        blocks=tuple(f"block{number}" for number in range(BLOCKS)),
+        train=Statistics.of(rows, CLASSES),
+        passes={spec: made_up[type(spec)] for detector in chosen for spec in detector.passes()},
+    )
+
+
+def _row(what: str, found: Scored) -> tuple[str, ...]:
+    memory = [
+        f"{found.peaks[kind][0] / 2**20:,.0f}" if kind in found.peaks else ""
+        for kind in ("driver", "score task", "index actor")
+    ]
+    return (what, f"{found.rows:,}", f"{found.steady:,.0f}", f"{found.seconds:.1f}", *memory)
+
+
+def _checks(what: str, few: Scored, many: Scored) -> list[Check]:
+    speed = many.steady / few.steady
+    growth = max(many.peaks[kind][0] / few.peaks[kind][0] - 1 for kind in ("driver", "score task"))
+    sizes = f"from {few.rows:,} to {many.rows:,} rows"
+    return [
+        Check(f"{what}: rows/s {sizes}", f"{speed:.2f} x", f">= {LINEAR} x", speed >= LINEAR),
+        Check(f"{what}: peak memory {sizes}", f"{growth:+.1%}", f"< {FLAT:.0%}", growth < FLAT),
+    ]
