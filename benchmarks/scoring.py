@@ -94,7 +94,9 @@ def _score(folder: Path, rows: int, neighbours: bool) -> Scored:
     with Watch(os.getpid()) as watch, cluster.session():
         cluster.connect()
         cache = fit.Cache(folder / "fits")
-        fitted = fit.detectors(chosen, _training(bank_table), cache, (bank_table, {"synthetic": BANK_ROWS}))
+        fitted = fit.fit_detectors(
+            chosen, _training(bank_table), cache, (bank_table, {"synthetic": BANK_ROWS})
+        )
         searched = index.start(fitted.banks, config.Index()) if fitted.banks else None
         started = time.perf_counter()
         job = score.Job("synthetic", source, str(folder / "scores"), "synthetic")

@@ -153,8 +153,8 @@ def _show_plan(settings: Config) -> None:
     for dataset in settings.datasets:
         job = ready.jobs[dataset.name]
         classes = len([label for label in job.manifest.class_count if label >= 0])
-        cached = "yes" if job.complete else "no"
-        table.add_row(dataset.name, dataset.role, f"{job.manifest.rows:,}", f"{classes} classes", cached)
+        labels, cached = f"{classes} classes" if classes else "-", "yes" if job.complete else "no"
+        table.add_row(dataset.name, dataset.role, f"{job.manifest.rows:,}", labels, cached)
     console.print(table)
     todo = [job for job in ready.jobs.values() if not job.complete]
     rows = sum(job.manifest.rows for job in todo)

@@ -389,7 +389,7 @@ def _absolute(config: Config, base: Path) -> Config:
         file, separator, name = reference.rpartition(":")
         return f"{beside(file)}:{name}" if separator and file.endswith(".py") else reference
 
-    model = config.model
+    workspace, model = config.workspace, config.model
     name = function(model.name) if model.source == "factory" else model.name
     datasets = tuple(
         dataset.model_copy(
@@ -402,7 +402,7 @@ def _absolute(config: Config, base: Path) -> Config:
     )
     return config.model_copy(
         update={
-            "workspace": str(Path(config.workspace).expanduser().resolve()),
+            "workspace": workspace if "://" in workspace else str(Path(workspace).expanduser().resolve()),
             "model": model.model_copy(update={"name": name, "weights": beside(model.weights)}),
             "datasets": datasets,
         }

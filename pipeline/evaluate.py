@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,16 @@ class Scores:
         return {name: folder for role in roles for name, folder in self.by_role.get(role, {}).items()}
 
 
-def run(scores: Scores, detectors: Sequence[str]) -> tuple[pa.Table, dict[str, float]]:
-    """Metrics of all detectors and their thresholds at 95 % ID acceptance."""
+def run(
+    scores: Scores, detectors: Sequence[str], progress: Callable[[int], None] = lambda _: None
+) -> tuple[pa.Table, dict[str, float]]:
+    """Metrics of all detectors and their thresholds at 95 % ID acceptance.
+
+    Args:
+        scores: where the score tables lie.
+        detectors: their labels.
+        progress: called with 1 after each detector.
+    """
     rows = [row for name, folder in scores.of("id").items() for row in _accuracy(name, folder)]
     thresholds = {}
     for label, (found, threshold) in zip(
@@ -52,6 +60,7 @@ def run(scores: Scores, detectors: Sequence[str]) -> tuple[pa.Table, dict[str, f
     ):
         rows += found
         thresholds[label] = threshold
+        progress(1)
     return pa.Table.from_pylist(rows, SCHEMA), thresholds
 
 

@@ -27,12 +27,11 @@ class Stage:
         self._task = bar.add_task(name, total=total or None) if bar else None
         self._told = time.monotonic()
 
-    def advance(self, count: int, total: int | None = None) -> None:
-        """Count work that is done; `total` replaces the total."""
+    def advance(self, count: int) -> None:
+        """Count work that is done."""
         self.done += count
-        self.total = self.total if total is None else total
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.done, total=self.total or None)
+            self._bar.update(self._task, completed=self.done)
         elif time.monotonic() - self._told > 10:
             self._told = time.monotonic()
             self._console.print(f"{self.name:<9} {self.done:,} of {self.total:,}")
@@ -49,8 +48,9 @@ class Display:
         """Show a stage for the time of the block and close it with its time and note."""
         started = time.perf_counter()
         if self.console.is_terminal:
-            columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description:<9}"), BarColumn()]
-            columns += [MofNCompleteColumn(), TimeRemainingColumn()]
+            columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description:<9}")]
+            if total:
+                columns += [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
             with Progress(*columns, console=self.console, transient=True) as bar:
                 stage = Stage(name, total, bar, self.console)
                 yield stage

@@ -308,13 +308,13 @@ class Run:
         done = self.ready.folder / _EVALUATED
         if not done.is_file() and not self.may_work("evaluate"):
             raise UserError("evaluate: no metrics of this run. Run `ood-pipeline evaluate` first.")
-        with self.stage("evaluate") as shown:
+        with self.stage("evaluate", 0 if done.is_file() else len(self.ready.detectors)) as shown:
             if not done.is_file():
                 roles: dict[str, dict[str, str]] = {}
                 for dataset in self.ready.config.datasets:
                     roles.setdefault(dataset.role, {})[dataset.name] = str(self._scores(dataset.name))
                 scores = evaluate.Scores(roles, self.ready.config.seed)
-                table, thresholds = evaluate.run(scores, list(self.ready.detectors))
+                table, thresholds = evaluate.run(scores, list(self.ready.detectors), shown.advance)
                 for folder in scores.of("unlabelled").values():
                     flag(Path(folder), thresholds)
                 evaluate.write(self.ready.folder, table, thresholds)

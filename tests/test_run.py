@@ -257,3 +257,22 @@ def test_a_mistake_that_only_a_worker_can_see_is_still_one_clear_error(settings,
     settings["extract"]["device"] = "cuda"
     with pytest.raises(UserError, match=r"^extract\.device: cuda is not available on a worker"):
         execute(load(settings))
+
+
+def test_the_command_prints_a_table_and_where_everything_lies(settings, load, tmp_path) -> None:
+    settings["tracking"] = {"enabled": True}
+    path = tmp_path / "run.yaml"
+    path.write_text(config.dump(load(settings)))
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "run", str(path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert found.stderr == ""
+    for text in (
+        "extract",
+        "1,080 of 1,080 images forwarded",
+        "Near-OOD",
+        "knn",
+        "report/index.html",
+        "mlflow",
+    ):
+        assert text in found.stdout
+    assert (tmp_path / "workspace" / "mlflow.db").is_file()

@@ -1,0 +1,536 @@
+"""What a person meets: exit statuses, one clear message per mistake, and nothing half done left behind."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import re
+import shlex
+import socketserver
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+import yaml
+from filelock import FileLock
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from pipeline import __version__, cli, detectors, doctor
+
+COMMAND = Path(sys.executable).parent / "ood-pipeline"
+SUBCOMMANDS = ("run", "extract", "fit", "score", "evaluate", "report", "validate", "detectors", "doctor")
+
+NET = """
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4, 3, padding=1)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.conv(x))
+
+def build():
+    return nn.Sequential(Block(1), Block(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+def softmax():
+    return nn.Sequential(build(), nn.Softmax(1))
+
+def broken():
+    return 1 / 0
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command leaves in a terminal."""
+
+    status: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small evaluation on disk that a test may spoil."""
+
+    folder: Path
+    raw: dict[str, Any]
+
+    @property
+    def workspace(self) -> Path:
+        return self.folder / "workspace"
+
+    def config(self) -> str:
+        path = self.folder / "small.yaml"
+        path.write_text(yaml.safe_dump(self.raw))
+        return str(path)
+
+    def dataset(self, role: str) -> dict[str, Any]:
+        return next(dataset for dataset in self.raw["datasets"] if dataset["role"] == role)
+
+    def without(self, role: str) -> None:
+        self.raw["datasets"] = [dataset for dataset in self.raw["datasets"] if dataset["role"] != role]
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    """Three classes of noise, a network for them, and one detector of every kind."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(256, size=(30, 8, 8), dtype=np.uint8)
+    np.savez(
+        tmp_path / "data.npz", x=noise, y=np.arange(30) % 3, odd=np.arange(30) % 3 + 5, part=np.arange(30) % 2
+    )
+    (tmp_path / "net.py").write_text(NET)
+    labelled = {"format": "npz", "path": "data.npz", "images": "x", "labels": "y"}
+    raw = {
+        "name": "small",
+        "workspace": str(tmp_path / "workspace"),
+        "model": {
+            "source": "factory",
+            "name": "./net.py:build",
+            "weights": "random",
+            "transform": {"crop": 8, "mean": [0.5], "std": [0.25], "channels": 1},
+        },
+        "datasets": [
+            {"name": "train", "role": "train", **labelled},
+            {"name": "test", "role": "id", **labelled},
+            {"name": "far", "role": "far_ood", "format": "npz", "path": "data.npz", "images": "x"},
+        ],
+        "detectors": ["msp"],
+    }
+    return Case(tmp_path, deepcopy(raw))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run the command in this process, with whatever it does to the process undone afterwards."""
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "path", sys.path.copy())
+        monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+        monkeypatch.setattr(sys, "argv", ["ood-pipeline", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def process(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the installed command as a user does."""
+    return subprocess.run(
+        [COMMAND, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def assert_nothing_looks_complete(workspace: Path) -> None:
+    """Only manifests of datasets that were fine may be there, and no draft of one."""
+    left = [path.relative_to(workspace).parts for path in workspace.rglob("*") if path.is_file()]
+    assert all(parts[0] == "manifests" and not parts[1].startswith(".") for parts in left), left
+
+
+class Bomb:
+    """Leaves a trace if it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return (open, (self.path, "w"))
+
+
+def model(**fields: Any) -> Callable[[Case], None]:
+    return lambda case: case.raw["model"].update(fields)
+
+
+def dataset(role: str, /, **fields: Any) -> Callable[[Case], None]:
+    return lambda case: case.dataset(role).update(fields)
+
+
+def detector(entry: Any) -> Callable[[Case], None]:
+    return lambda case: case.raw["detectors"].append(entry)
+
+
+def empty_folder(case: Case) -> None:
+    (case.folder / "empty").mkdir()
+    case.dataset("far_ood").update(format="imagefolder", path="empty", images=None)
+
+
+def folder_with_two_classes(case: Case) -> None:
+    for name in ("cat", "dog"):
+        (case.folder / "animals" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(case.folder / "animals" / name / "1.png")
+    case.dataset("id").update(format="imagefolder", path="animals", images=None, labels=None)
+
+
+def other_weights(case: Case) -> None:
+    save_file({"4.weight": torch.ones(3, 4)}, case.folder / "w.safetensors")
+    case.raw["model"]["weights"] = "w.safetensors"
+
+
+def weights_with_code(case: Case) -> None:
+    torch.save({"4.weight": Bomb(case.folder / "trace")}, case.folder / "w.pt")
+    case.raw["model"]["weights"] = "w.pt"
+
+
+def workspace_below_a_file(case: Case) -> None:
+    (case.folder / "workspace").write_text("a file")
+    case.raw["workspace"] = str(case.folder / "workspace" / "below")
+
+
+def two_training_sets(case: Case) -> None:
+    case.raw["datasets"].append(case.dataset("train") | {"name": "more"})
+
+
+def torchvision(**fields: Any) -> Callable[[Case], None]:
+    return model(**{"source": "torchvision", "name": "resnet18", "transform": "auto"} | fields)
+
+
+MISTAKES = {
+    "missing data": (
+        dataset("far_ood", path="nowhere.npz"),
+        r"datasets\.far\.path: no such file: .*nowhere\.npz",
+    ),
+    "missing folder": (
+        dataset("far_ood", format="imagefolder", path="nowhere"),
+        r"datasets\.far\.path: no such folder: .*nowhere",
+    ),
+    "empty folder": (empty_folder, r"datasets\.far\.path: no images in .*empty\. Check the path"),
+    "label outside the head": (
+        dataset("id", labels="odd"),
+        r"datasets\.test: label 5 is outside the head's classes 0\.\.2\. Check that labels and model belong",
+    ),
+    "class without training rows": (
+        dataset("train", labels="part"),
+        r"datasets\.train: 1 of the head's 3 classes have no images \(2\)\..*add the missing ones",
+    ),
+    "class without a folder": (
+        folder_with_two_classes,
+        r"datasets\.test: 1 of the head's 3 classes have no images \(2\)\. Class folders are numbered",
+    ),
+    "no labels": (dataset("id", labels=None), r"datasets\.test: role 'id' needs a label .*Name the labels"),
+    "unknown detector": (
+        detector("grodo"),
+        r"detectors\.grodo: unknown detector 'grodo'\. Did you mean 'grood'",
+    ),
+    "unknown head": (model(head="5"), r"model\.head: unknown layer '5'\..*Known: 0, 0\.conv"),
+    "unknown block": (
+        model(blocks=["0.con"]),
+        r"model\.blocks: unknown layer '0\.con'\. Did you mean '0\.conv'",
+    ),
+    "unknown block of a detector": (
+        detector({"featurenorm": {"block": "00"}}),
+        r"detectors\.featurenorm\.block: unknown block '00'\. Did you mean '0'\? Known: 0, 1\.",
+    ),
+    "unknown layer of a detector": (
+        detector({"grood": {"mixup_layer": "1.cnv"}}),
+        r"detectors\.grood: unknown layer '1\.cnv'\. Did you mean '1\.conv'",
+    ),
+    "unknown format": (
+        dataset("far_ood", format="npy"),
+        r"datasets\.far\.format: unknown format .*mean 'npz'",
+    ),
+    "unknown role": (
+        dataset("far_ood", role="ood"),
+        r"datasets\.2\.role: Input should be 'train'.*, got 'ood'",
+    ),
+    "unknown torchvision model": (
+        torchvision(name="resnet17"),
+        r"model\.name: unknown torchvision model 'resnet17'\. Did you mean 'resnet1",
+    ),
+    "unknown preset": (
+        torchvision(transform="V1"),
+        r"model\.transform: unknown preset 'V1'\..* Known: .*IMAGENET1K_V1",
+    ),
+    "weights that do not fit": (
+        other_weights,
+        r"model\.weights: .*w\.safetensors does not fit the model: 5 entries missing \(.*0 unexpected",
+    ),
+    "weights with code": (
+        weights_with_code,
+        r"model\.weights: .*w\.pt is not a file of tensors alone, and nothing in it was run\. Save",
+    ),
+    "no linear end": (
+        model(name="./net.py:softmax"),
+        r"model\.head: '0\.4' applied to its input differs .* name the true last one",
+    ),
+    "unwritable workspace": (
+        workspace_below_a_file,
+        r"workspace: cannot write to .*below: Not a directory\. Choose another folder",
+    ),
+    "workspace that is no folder": (
+        lambda case: case.raw.update(workspace="s3://bucket/x"),
+        r"workspace: got s3://bucket/x; expected a local or shared folder",
+    ),
+    "no ID data": (lambda case: case.without("id"), r"datasets: none has role 'id'; add the ID test images"),
+    "two training sets": (two_training_sets, r"datasets: several have role 'train'; expected at most one"),
+    "no training data": (
+        lambda case: (case.without("train"), case.raw["detectors"].append("knn")),
+        r"detectors\.knn: it learns from training images, but no dataset has role 'train'\. Add one",
+    ),
+    "no OOD validation data": (
+        detector({"grood": {"prototype": "ood_val"}}),
+        r"detectors\.grood: it uses OOD validation images, but no dataset has role 'ood_val'\. Add one",
+    ),
+    "more neighbours than rows": (
+        detector({"knn": {"k": 31}}),
+        r"detectors\.knn\.k is 31 but there are 30 training images; lower k",
+    ),
+    "more tiles than pixels": (
+        detector({"featurenorm": {"grid": 9}}),
+        r"detectors\.featurenorm\.grid is 9 but images have 8 pixels per side; lower grid",
+    ),
+}
+
+
+def test_a_good_evaluation_is_shown_and_not_started(case, command):
+    case.raw["detectors"] += [{"knn": {"k": 30}}, {"featurenorm": {"grid": 8}}, "grood"]
+    outcome = command("validate", case.config())
+    assert (outcome.status, outcome.err) == (0, "")
+    assert re.search(r"net\.py:build: 3 classes, feature 4", outcome.out)
+    assert re.search(r"train +│ train +│ 30 +│ 3 classes +│ no", outcome.out)
+    assert "forward   90 images" in outcome.out
+    assert_nothing_looks_complete(case.workspace)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_has_status_2_and_one_message_that_names_field_and_fix(case, command, mistake):
+    spoil, expected = MISTAKES[mistake]
+    spoil(case)
+    outcome = command("validate", case.config())
+    assert outcome.status == 2
+    assert re.match(f"error: (.*small.yaml: )?{expected}", outcome.err), outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert outcome.out == ""
+    assert_nothing_looks_complete(case.workspace)
+    assert not (case.folder / "trace").exists()
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "--dry-run"], ["extract"], ["report"]])
+def test_every_command_checks_before_it_works(case, command, arguments):
+    case.dataset("far_ood")["path"] = "nowhere.npz"
+    outcome = command(*arguments, case.config())
+    assert outcome.status == 2
+    assert outcome.err.startswith("error: datasets.far.path: no such file")
+    assert_nothing_looks_complete(case.workspace)
+
+
+def test_a_config_that_is_not_there_lists_the_bundled_ones(command):
+    outcome = command("validate", "quikstart")
+    assert outcome.status == 2
+    assert outcome.err.startswith("error: quikstart: no such config file.")
+    assert "quickstart" in outcome.err
+
+
+def test_the_quickstart_is_valid(command, tmp_path):
+    outcome = command(
+        "validate", "quickstart", "--workspace", str(tmp_path / "w"), "--set", "detectors.knn.k=9"
+    )
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "taps      head fc; blocks layer1.0, layer2.0, layer3.0, layer4.0" in outcome.out
+    assert "uses OOD data" not in outcome.out
+    assert_nothing_looks_complete(tmp_path / "w")
+
+
+def test_a_detector_that_uses_ood_data_is_marked(case, command):
+    case.raw["datasets"].append(case.dataset("far_ood") | {"name": "val", "role": "ood_val"})
+    case.raw["detectors"].append({"grood": {"prototype": "ood_val"}})
+    outcome = command("run", case.config(), "--dry-run")
+    assert [line.endswith("uses OOD data") for line in outcome.out.splitlines()[-2:]] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["a: b #1", "null", "[red]x", "123"])
+def test_the_workspace_of_the_command_line_is_taken_as_it_is(case, command, monkeypatch, name):
+    monkeypatch.chdir(case.folder)
+    assert command("validate", case.config(), "--workspace", name).status == 0
+    assert (case.folder / name / "manifests").is_dir()
+    assert not case.workspace.exists()
+
+
+def test_a_data_set_that_is_mended_is_accepted_in_the_same_workspace(case, command):
+    case.dataset("id")["labels"] = "odd"
+    assert command("validate", case.config()).status == 2
+    case.dataset("id")["labels"] = "y"
+    assert command("validate", case.config()).status == 0
+
+
+def test_the_detectors_are_listed_with_what_they_need(command):
+    outcome = command("detectors")
+    assert outcome.status == 0
+    for name in detectors.names():
+        (line,) = [line for line in outcome.out.splitlines() if re.search(rf"│ {name} +│", line)]
+        assert detectors.get(name).title in line
+        assert ("training rows" in line) == detectors.get(name)().needs_train()
+
+
+@pytest.mark.parametrize("name", detectors.names())
+def test_a_detector_is_explained_with_formula_paper_and_every_parameter(command, name):
+    outcome = command("detectors", name)
+    method = detectors.get(name)
+    assert outcome.status == 0
+    assert method.formula in outcome.out
+    assert method.paper in outcome.out
+    for key, field in method.model_fields.items():
+        assert f"  {key} = {field.default!r}  {field.description}" in outcome.out
+
+
+def test_an_unknown_detector_is_refused_with_the_closest_one(command):
+    outcome = command("detectors", "knnn")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: unknown detector 'knnn'. Did you mean 'knn'?")
+
+
+def test_the_version_is_that_of_the_package(command):
+    assert command("--version").out == f"{__version__}\n"
+
+
+def test_the_help_lists_every_command(command):
+    outcome = command("--help")
+    assert outcome.status == 0
+    assert all(re.search(rf"\b{name}\b", outcome.out) for name in SUBCOMMANDS)
+    assert "ood-pipeline run quickstart" in outcome.out
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_the_help_of_every_command_has_an_example_that_works(name):
+    help_text = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    (example,) = re.findall(rf"Example: (ood-pipeline {name}[^│\n]*)", help_text)
+    group = typer.main.get_command(cli.app)
+    assert sorted(group.commands) == sorted(SUBCOMMANDS)
+    _, subcommand, *arguments = shlex.split(example)
+    context = group.commands[subcommand].make_context(subcommand, arguments)
+    assert context.params.get("source", "quickstart") == "quickstart"
+
+
+@contextmanager
+def served(handler: type[socketserver.BaseRequestHandler]) -> Iterator[str]:
+    """Address of a server on this machine."""
+    with socketserver.TCPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    """Answers as an MLflow server does."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+class Stranger(socketserver.BaseRequestHandler):
+    """Some other service behind the port."""
+
+    def handle(self) -> None:
+        self.request.recv(1000)
+        self.request.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+
+def test_the_doctor_finds_this_environment_in_order(command):
+    outcome = command("doctor")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "bad" not in outcome.out
+    assert re.search(rf"ok +torch +{re.escape(version('torch'))}\n", outcome.out)
+    assert re.search(r"ok +faiss +faiss-(cpu|gpu) [0-9.]+, \d GPU\n", outcome.out)
+
+
+def test_the_doctor_asks_the_tracking_server(command):
+    with served(Healthy) as uri:
+        outcome = command("doctor", "--mlflow", f"{uri}/")
+    assert outcome.status == 0
+    assert "answers 200" in outcome.out
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:1", "no address", "file:///nowhere"])
+def test_the_doctor_has_status_1_if_the_tracking_server_does_not_answer(command, uri):
+    outcome = command("doctor", "--mlflow", uri)
+    assert outcome.status == 1
+    assert re.search(rf"bad +mlflow +{uri} does not answer: .*Start it, or check the URL", outcome.out)
+
+
+def test_the_doctor_survives_a_server_that_speaks_no_http(command):
+    with served(Stranger) as uri:
+        outcome = command("doctor", "--mlflow", uri)
+    assert outcome.status == 1
+    assert "does not answer" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [
+        ({"faiss-cpu": None}, r"bad +faiss +none\. Install exactly one"),
+        (
+            {"faiss-gpu": "1.15", "faiss-cpu": "1.14"},
+            r"bad +faiss +faiss-cpu 1\.14, faiss-gpu 1\.15\. Install",
+        ),
+        ({"mlflow": None}, r"bad +mlflow +not installed"),
+    ],
+)
+def test_the_doctor_finds_what_is_missing_or_there_twice(monkeypatch, command, installed, expected):
+    def told(name: str) -> str:
+        found = installed[name] if name in installed else version(name)
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(doctor, "version", told)
+    outcome = command("doctor")
+    assert outcome.status == 1
+    assert re.search(expected, outcome.out)
+
+
+def test_the_installed_command_has_status_2_and_no_traceback_on_a_mistake(tmp_path):
+    done = process("validate", "nowhere.yaml", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: nowhere.yaml: no such config file.")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_installed_command_has_status_2_on_an_unknown_option(tmp_path):
+    done = process("run", "quickstart", "--frehs", folder=tmp_path)
+    assert done.returncode == 2
+    assert "--frehs" in done.stderr
+
+
+def test_modules_beside_the_user_are_found_and_their_errors_have_status_1_and_a_traceback(case):
+    case.raw["model"]["name"] = "net:broken"
+    done = process("validate", case.config(), folder=case.folder)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert_nothing_looks_complete(case.workspace)
+
+
+def test_a_workspace_in_use_is_refused(case):
+    case.workspace.mkdir()
+    with FileLock(case.workspace / ".lock"):
+        done = process("run", case.config(), folder=case.folder)
+    assert done.returncode == 2
+    assert re.match(
+        rf"error: workspace: {case.workspace} is in use by process .*Wait for it, or", done.stderr
+    )
+    assert len(done.stderr.splitlines()) == 1
+    assert not (case.workspace / "runs").exists()
+    assert not (case.workspace / "features").exists()
