@@ -217,7 +217,7 @@ def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(settings, load
         "path": str(tmp_path / "strange"),
     }
     settings["datasets"] = [*settings["datasets"][:2], strange]
-    settings["extract"] |= {"max_bad_fraction": 0.5, "shard_rows": 2}
+    settings["extract"] |= {"max_bad_fraction": 0.5, "shard_rows": 64}
     folder = execute(load(settings)).folder
     record = store.read_json(folder / "manifest.json")["datasets"]["strange"]
     assert (record["rows"], record["features"], record["errors"]) == (9, 6, 3)
