@@ -11,7 +11,9 @@ from pipeline.progress import Display
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_stage_closes_with_its_name_time_and_note(terminal: bool) -> None:
     screen = io.StringIO()
-    with Display(Console(file=screen, force_terminal=terminal, width=100, color_system=None)).stage("extract", 10) as stage:
+    with Display(Console(file=screen, force_terminal=terminal, width=100, color_system=None)).stage(
+        "extract", 10
+    ) as stage:
         stage.advance(4)
         stage.advance(6)
         stage.note = "10 images"

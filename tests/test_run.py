@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from PIL import Image
+from scipy.spatial.distance import cdist
 
 from pipeline import config, prepare, store
 from pipeline.errors import UserError
@@ -59,7 +62,9 @@ def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
     return raw
 
 
-def test_results_do_not_depend_on_workers_shards_or_index_shards(settings, images, load, execute) -> None:
+def test_results_do_not_depend_on_workers_shards_or_index_shards(
+    settings, images, load, execute, tmp_path
+) -> None:
     raw = everything(settings, images)
     first = execute(load(raw, "one"))
     raw["extract"] |= {"actors": 2, "shard_rows": 96}
@@ -72,6 +77,61 @@ def test_results_do_not_depend_on_workers_shards_or_index_shards(settings, image
             np.testing.assert_array_equal(values, right[name], err_msg=f"{dataset} {name}")
     assert (first.folder / "metrics.json").read_bytes() == (second.folder / "metrics.json").read_bytes()
     check_contract(first.folder)
+    check_scores(first.folder, tmp_path / "one")
+
+
+def features(workspace: Path, dataset: str) -> dict[str, np.ndarray]:
+    """Cached rows of a dataset, read without our own code."""
+    folder = next(workspace.glob(f"features/{dataset}-*"))
+    table = pa.concat_tables([pq.read_table(part) for part in sorted(folder.glob("part-*.parquet"))])
+    return {name: np.array(table[name].to_pylist()) for name in table.column_names}
+
+
+def check_scores(folder: Path, workspace: Path) -> None:
+    """Scores of a whole run against plain formulas on the cached rows."""
+    train, query, val = (features(workspace, name) for name in ("train", "textures", "val"))
+    found = scores(folder, "textures")
+    assert found["key"].tolist() == query["key"].tolist()
+    h, logits = query["feature"], query["logits"]
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = {
+        "msp": -p.max(axis=1),
+        "maxlogit": -logits.max(axis=1),
+        "energy": -np.log(np.exp(logits).sum(axis=1)),
+        "gradnorm": -np.abs(h).sum(axis=1) * np.abs(p - 0.1).sum(axis=1),
+        "knn": np.sort(cdist(unit(h), unit(train["feature"])), axis=1)[:, 4],
+        "grood_val": grood(train, val, query),
+    }
+    ratio = store.read_json(folder / "manifest.json")["passes"]
+    block = int(np.argmax(next(entry["ratio"] for entry in ratio if entry["kind"] == "jigsaw")))
+    expected["featurenorm"] = -query["block_norm"][:, block]
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of length one."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def grood(
+    train: dict[str, np.ndarray], val: dict[str, np.ndarray], query: dict[str, np.ndarray]
+) -> np.ndarray:
+    """GROOD from the paper's definition, differentiated by autograd, with the OOD prototype of `val`."""
+    means = [train["feature"][train["label"] == label].mean(axis=0) for label in range(10)]
+    classes = torch.tensor(np.stack(means))
+
+    def gradients(rows: np.ndarray) -> np.ndarray:
+        found = []
+        for row in torch.tensor(rows):
+            ood = torch.tensor(val["feature"].mean(axis=0), requires_grad=True)
+            distance = torch.linalg.vector_norm(torch.cat([classes, ood[None]]) - row, dim=1)
+            torch.nn.functional.cross_entropy(-distance[None], torch.tensor([0])).backward()
+            found.append(ood.grad.numpy())
+        return np.stack(found)
+
+    correct = train["label"] == train["prediction"]
+    return cdist(gradients(query["feature"]), gradients(train["feature"][correct])).min(axis=1)
 
 
 def check_contract(folder: Path) -> None:
