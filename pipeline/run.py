@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import getpid
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
@@ -34,6 +34,8 @@ from pipeline.statistics import Statistics
 
 StageName = Literal["extract", "fit", "score", "evaluate", "report"]
 STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report")
+
+J = TypeVar("J", extract.Job, ScoreJob)
 
 _EVALUATED = "_evaluated.json"
 _RECALL_QUERIES = 1024
@@ -161,13 +163,18 @@ class Run:
         opening = threads.submit(track.begin, folder, uri, settings.experiment, name, self.ready.fingerprint)
         return Tracked(opening)
 
+    def _unfinished(self, stage: StageName, jobs: list[J]) -> list[J]:
+        """The jobs whose results are missing; an error if this command may not work on them."""
+        unfinished = [job for job in jobs if not job.complete]
+        if unfinished and not self.may_work(stage):
+            names = ", ".join(job.dataset for job in unfinished)
+            raise UserError(f"{stage}: not done for {names}. Run `ood-pipeline {stage}` first.")
+        return unfinished
+
     def extract(self) -> None:
         """Features of every image of every dataset."""
         jobs = list(self.ready.jobs.values())
-        unfinished = [job for job in jobs if not job.complete]
-        if unfinished and not self.may_work("extract"):
-            names = ", ".join(job.dataset for job in unfinished)
-            raise UserError(f"extract: no features of {names}. Run `ood-pipeline extract` first.")
+        unfinished = self._unfinished("extract", jobs)
         rows = sum(job.manifest.rows for job in unfinished)
         with self.stage("extract", rows) as shown:
             numbers = extract.run(jobs, self.ready.plan, lambda receipt: shown.advance(receipt["rows"]))
@@ -249,10 +256,7 @@ class Run:
         fitted = self.fitted
         assert fitted is not None
         jobs = self._score_jobs()
-        unfinished = [job for job in jobs if not job.complete]
-        if unfinished and not self.may_work("score"):
-            names = ", ".join(job.dataset for job in unfinished)
-            raise UserError(f"score: no scores of {names}. Run `ood-pipeline score` first.")
+        unfinished = self._unfinished("score", jobs)
         rows = sum(job.features.rows for job in unfinished)
         with self.stage("score", rows) as shown:
             if unfinished:
@@ -307,7 +311,7 @@ class Run:
         """Metrics, thresholds, and flags on unlabelled data."""
         done = self.ready.folder / _EVALUATED
         if not done.is_file() and not self.may_work("evaluate"):
-            raise UserError("evaluate: no metrics of this run. Run `ood-pipeline evaluate` first.")
+            raise UserError("evaluate: not done for this run. Run `ood-pipeline evaluate` first.")
         with self.stage("evaluate", 0 if done.is_file() else len(self.ready.detectors)) as shown:
             if not done.is_file():
                 roles: dict[str, dict[str, str]] = {}

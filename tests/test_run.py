@@ -177,9 +177,9 @@ def test_fresh_does_everything_again(settings, load, execute) -> None:
 def test_stages_run_one_by_one_and_refuse_to_skip_one(settings, load, execute) -> None:
     loaded = load(settings)
     for stage, reason in {
-        "fit": "extract: no features",
-        "score": "extract: no features",
-        "evaluate": "extract: no features",
+        "fit": "extract: not done for train, test",
+        "score": "extract: not done for train, test",
+        "evaluate": "extract: not done for train, test",
     }.items():
         with pytest.raises(UserError, match=reason):
             execute(loaded, first=stage, last=stage)
@@ -187,10 +187,10 @@ def test_stages_run_one_by_one_and_refuse_to_skip_one(settings, load, execute) -
     with pytest.raises(UserError, match="fit: no bank in the workspace"):
         execute(loaded, first="score", last="score")
     execute(loaded, first="fit", last="fit")
-    with pytest.raises(UserError, match="score: no scores of test"):
+    with pytest.raises(UserError, match="score: not done for test"):
         execute(loaded, first="evaluate", last="evaluate")
     execute(loaded, first="score", last="score")
-    with pytest.raises(UserError, match="evaluate: no metrics"):
+    with pytest.raises(UserError, match="evaluate: not done"):
         execute(loaded, first="report", last="report")
     execute(loaded, first="evaluate", last="evaluate")
     assert execute(loaded, first="report", last="report").folder.joinpath("report/index.html").is_file()
@@ -249,9 +249,13 @@ def test_a_killed_driver_is_continued_without_redoing_finished_shards(
     assert (whole.folder / "metrics.json").read_bytes() == (resumed.folder / "metrics.json").read_bytes()
 
 
-def strange_files(folder: Path) -> dict[str, bool]:
-    """Image files of every kind; which of them can be decoded."""
+@pytest.fixture
+def strange(settings, tmp_path) -> dict[str, bool]:
+    """An OOD folder with files of every kind, added to the settings; which of them can be decoded."""
+    folder = tmp_path / "strange"
     folder.mkdir()
+    entry = {"name": "strange", "role": "far_ood", "format": "imagefolder", "path": str(folder)}
+    settings["datasets"] = [*settings["datasets"][:2], entry]
     picture = Image.effect_noise((40, 40), 60).convert("RGB")
     picture.save(folder / "good.png")
     (folder / "empty.jpg").touch()
@@ -268,34 +272,20 @@ def strange_files(folder: Path) -> dict[str, bool]:
     return {name: True for name in names} | {"empty.jpg": False, "cut.jpg": False, "text.png": False}
 
 
-def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(settings, load, execute, tmp_path) -> None:
-    expected = strange_files(tmp_path / "strange")
-    strange = {
-        "name": "strange",
-        "role": "far_ood",
-        "format": "imagefolder",
-        "path": str(tmp_path / "strange"),
-    }
-    settings["datasets"] = [*settings["datasets"][:2], strange]
+def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(
+    strange, settings, load, execute, tmp_path
+) -> None:
     settings["extract"] |= {"max_bad_fraction": 0.5, "shard_rows": 64}
     folder = execute(load(settings)).folder
     record = store.read_json(folder / "manifest.json")["datasets"]["strange"]
     assert (record["rows"], record["features"], record["errors"]) == (9, 6, 3)
-    assert set(scores(folder, "strange")["key"]) == {name for name, good in expected.items() if good}
+    assert set(scores(folder, "strange")["key"]) == {name for name, good in strange.items() if good}
     errors = pq.read_table(next(tmp_path.glob("workspace/features/strange-*/errors.parquet")))
-    assert set(errors["key"].to_pylist()) == {name for name, good in expected.items() if not good}
+    assert set(errors["key"].to_pylist()) == {name for name, good in strange.items() if not good}
     assert all(errors["reason"].to_pylist())
 
 
-def test_too_many_bad_images_stop_the_run_and_name_some(settings, load, execute, tmp_path) -> None:
-    strange_files(tmp_path / "strange")
-    strange = {
-        "name": "strange",
-        "role": "far_ood",
-        "format": "imagefolder",
-        "path": str(tmp_path / "strange"),
-    }
-    settings["datasets"] = [*settings["datasets"][:2], strange]
+def test_too_many_bad_images_stop_the_run_and_name_some(strange, settings, load, execute, tmp_path) -> None:
     with pytest.raises(
         UserError, match=r"strange: 3 of 9 images are bad.*max_bad_fraction.*cut\.jpg \(OSError"
     ):
