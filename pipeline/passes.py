@@ -14,7 +14,6 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.util import ActorPool
-from scipy.special import logsumexp
 from torchvision.transforms.functional import gaussian_blur
 
 from pipeline import cluster, extract, images, taps
@@ -23,6 +22,7 @@ from pipeline.datasets import Manifest
 from pipeline.detectors.base import Jigsaw, Mixup, Noise, Pass
 from pipeline.errors import UserError
 from pipeline.extract import Plan
+from pipeline.logits import logsumexp
 
 Result = dict[str, NDArray[Any]]
 Index = NDArray[np.int64]
@@ -104,7 +104,7 @@ class Worker:
             count += len(kept)
         return total, count
 
-    def noise(self, piece: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def noise(self, piece: int, count: int) -> tuple[NDArray[np.float32], Float]:
         """Penultimate features and logsumexp of the logits of blurred uniform noise, normalised."""
         transform, rng = self.classifier.transform, np.random.default_rng([self.seed, piece])
         shape = (self.size, transform.channels, transform.crop, transform.crop)
@@ -113,7 +113,7 @@ class Worker:
         blurred = [gaussian_blur(image, [7, 5], sigma) for image, sigma in zip(uniform, sigmas, strict=True)]
         pixels = torch.stack(blurred).to(self.classifier.device)
         output = self.classifier.forward_images(self.classifier.normalise(pixels), blocks=False)
-        return output[FEATURE][:count], logsumexp(output[LOGITS][:count], axis=1)
+        return output[FEATURE][:count], logsumexp(output[LOGITS][:count])
 
 
 class Runner:

@@ -201,7 +201,7 @@ def test_resize_and_crop_give_the_bits_of_torchvision(size, resize, crop, channe
 
 @pytest.mark.parametrize("shape", [(40, 40), (40, 40, 1), (40, 40, 3)])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("resize", [None, 40])
+@pytest.mark.parametrize("resize", [None, 40, 56])
 def test_raw_pixels_are_what_a_png_of_them_is(shape, channels, resize):
     pixels = RNG.integers(256, size=shape, dtype=np.uint8)
     image = Image.fromarray(pixels.reshape(shape[:2]) if shape[2:] == (1,) else pixels)

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
-from scipy.special import logsumexp
 
 from pipeline.columns import FEATURE, Batch, Float
 from pipeline.detectors.base import Detector, Training
+from pipeline.logits import logsumexp
 
 
 class Dice(Detector):
@@ -66,5 +66,4 @@ class DiceScorer:
             (N,) float64.
         """
         feature = np.asarray(batch[FEATURE], dtype=np.float64)
-        score: Float = -logsumexp(feature @ self.weight.T + self.bias, axis=1)
-        return score
+        return -logsumexp(feature @ self.weight.T + self.bias)

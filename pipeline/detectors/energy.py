@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from pydantic import Field, FiniteFloat
-from scipy.special import logsumexp
 
 from pipeline.columns import LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
+from pipeline.logits import logsumexp
 
 
 class Energy(Detector):
@@ -47,6 +46,4 @@ class EnergyScorer:
         Returns:
             (N,) float64.
         """
-        logits = np.asarray(batch[LOGITS], dtype=np.float64)
-        score: Float = -self.temperature * logsumexp(logits / self.temperature, axis=1)
-        return score
+        return -self.temperature * logsumexp(batch[LOGITS], self.temperature)

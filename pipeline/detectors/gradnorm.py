@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import numpy as np
 from pydantic import Field, FiniteFloat
-from scipy.special import softmax
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
+from pipeline.logits import softmax
 
 
 class GradNorm(Detector):
@@ -56,9 +56,9 @@ class GradNormScorer:
         Returns:
             (N,) float64, at most 0.
         """
-        feature = np.asarray(batch[FEATURE], dtype=np.float64)
-        logits = np.asarray(batch[LOGITS], dtype=np.float64)
-        probability = softmax(logits / self.temperature, axis=1)
-        from_uniform = np.abs(probability - 1 / logits.shape[1]).sum(axis=1)
-        score: Float = -np.abs(feature).sum(axis=1) * from_uniform / self.temperature
+        difference = softmax(batch[LOGITS], self.temperature)
+        difference -= 1 / difference.shape[1]
+        from_uniform = np.abs(difference, out=difference).sum(axis=1)
+        length = np.abs(batch[FEATURE]).sum(axis=1, dtype=np.float64)
+        score: Float = -length * from_uniform / self.temperature
         return score

@@ -11,11 +11,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.special import softmax
+from scipy.special import expit
 
 from pipeline.columns import FEATURE, LABEL, PREDICTION, Batch, Float, Mask
 from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Mixup, Noise, Pass, Training
 from pipeline.errors import UserError
+from pipeline.logits import logsumexp
 
 
 class OodPrototype(BaseModel):
@@ -118,13 +119,16 @@ class Prototypes:
             (N,) float64 in [0, 1], the softmax probability π_o of OOD; and (N, D) float64, the unit
             vectors from p_o to h, zero where h = p_o.
         """
-        offset = np.asarray(feature, dtype=np.float64) - self.ood
-        ood_distance = np.linalg.norm(offset, axis=1, keepdims=True)
-        squared = ood_distance**2 + (self.classes**2).sum(axis=1) - 2 * (offset @ self.classes.T)
-        distance = np.hstack([ood_distance, np.sqrt(np.maximum(squared, 0))])
-        probability: Float = softmax(-distance, axis=1)[:, 0]
-        direction: Float = np.divide(offset, ood_distance, out=np.zeros_like(offset), where=ood_distance > 0)
-        return probability, direction
+        offset = feature - self.ood
+        to_ood = np.sqrt(np.einsum("nd,nd->n", offset, offset))
+        distance = offset @ (-2 * self.classes.T)
+        distance += np.einsum("kd,kd->k", self.classes, self.classes)
+        distance += to_ood[:, None] ** 2
+        np.maximum(distance, 0, out=distance)
+        np.sqrt(distance, out=distance)
+        probability: Float = expit(-to_ood - logsumexp(np.negative(distance, out=distance)))
+        offset *= np.divide(1, to_ood, out=np.zeros_like(to_ood), where=to_ood > 0)[:, None]
+        return probability, offset
 
 
 class Grood(OodPrototype, Detector):

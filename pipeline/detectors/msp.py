@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from pydantic import Field, FiniteFloat
-from scipy.special import softmax
 
 from pipeline.columns import LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
+from pipeline.logits import softmax
 
 
 class Msp(Detector):
@@ -48,6 +47,5 @@ class MspScorer:
         Returns:
             (N,) float64 in [-1, -1/C].
         """
-        logits = np.asarray(batch[LOGITS], dtype=np.float64)
-        score: Float = -softmax(logits / self.temperature, axis=1).max(axis=1)
+        score: Float = -softmax(batch[LOGITS], self.temperature).max(axis=1)
         return score

@@ -78,7 +78,7 @@ def test_take_gives_the_named_rows_in_ascending_order(large, wanted):
 
 
 @pytest.mark.parametrize(
-    ("read", "groups"), [((1030, 1040), [1]), ((1000, 1030), [0, 1]), ((2048, 2100), [2])]
+    ("read", "groups"), [((1030, 1040), [1]), ((0, 1024), [0]), ((1000, 1030), [0, 1]), ((2048, 2100), [2])]
 )
 def test_read_touches_only_the_row_groups_it_needs(monkeypatch, large, read, groups):
     touched = []
