@@ -17,7 +17,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pipeline import detectors
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
 from pipeline.detectors.base import Detector
-from pipeline.errors import UserError, unknown
+from pipeline.errors import UserError
+from pipeline.explain import explain
+from pipeline.overrides import apply_override
 
 Role = Literal["train", "id", "near_ood", "far_ood", "shifted_id", "ood_val", "unlabelled"]
 LABELLED_ROLES = ("train", "id", "shifted_id")
@@ -147,7 +149,7 @@ class DetectorEntry(Frozen):
         try:
             return method.model_validate(self.parameters)
         except ValidationError as error:
-            raise UserError(_explain(error, f"{where}.", method)) from None
+            raise UserError(explain(error, f"{where}.", method)) from None
 
 
 def _entries(value: Any) -> Any:
@@ -230,12 +232,12 @@ def load(source: str, overrides: list[str] | None = None) -> Config:
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping with the keys name, model, datasets, detectors")
     for override in overrides or []:
-        _set(data, override)
+        apply_override(data, override)
     try:
         config = Config.model_validate(data)
         config.built()
     except ValidationError as error:
-        raise UserError(_explain(error, f"{path}: ", Config)) from None
+        raise UserError(explain(error, f"{path}: ", Config)) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return _absolute(config, path.parent)
@@ -279,102 +281,6 @@ def digest(value: Any) -> str:
     """SHA-256 of a JSON-serialisable value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _set(data: dict[str, Any], override: str) -> None:
-    """Apply one `key.path=value`; the value is read as YAML, list items go by number or name."""
-    target, separator, text = override.partition("=")
-    where = f"--set {target}"
-    if not separator or not target:
-        raise UserError(f"{where}: expected key.path=value, e.g. extract.batch_size=64")
-    *parents, last = target.split(".")
-    node: Any = data
-    for key in parents:
-        node = _inside(node, key, where)
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: the value is not valid YAML: {error}") from None
-    if isinstance(node, list):
-        position, labelled = _position(node, last, where)
-        node[position] = {last: value} if labelled and isinstance(value, dict | None) else value
-    else:
-        node[last] = value
-
-
-def _inside(node: Any, key: str, where: str) -> Any:
-    """What lies under a key; an empty section if nothing does."""
-    if isinstance(node, list):
-        position, labelled = _position(node, key, where)
-        if labelled:
-            if isinstance(node[position], str):
-                node[position] = {key: {}}
-            return _inside(node[position], key, where)
-        found = node[position]
-    else:
-        if node.get(key) is None:
-            node[key] = {}
-        found = node[key]
-    if not isinstance(found, dict | list):
-        raise UserError(f"{where}: {key!r} is a value, not a section")
-    return found
-
-
-def _position(items: list[Any], key: str, where: str) -> tuple[int, bool]:
-    """Position of a list item; and whether the key is its whole text or its key, as for detectors."""
-    if key.isdecimal() and int(key) < len(items):
-        return int(key), False
-    for position, item in enumerate(items):
-        if key in _names(item):
-            return position, isinstance(item, str) or key in item
-    raise UserError(f"{where}: {unknown('item', key, [name for item in items for name in _names(item)])}")
-
-
-def _names(item: Any) -> list[str]:
-    """What a list item is called: its `name` or `label`, else its keys or its text."""
-    if isinstance(item, dict):
-        own = item.get("name", item.get("label"))
-        return [str(key) for key in item] if own is None else [str(own)]
-    return [item] if isinstance(item, str) else []
-
-
-def _explain(error: ValidationError, prefix: str, root: type[BaseModel]) -> str:
-    """One line per key: where, what, and the closest valid key."""
-    found: dict[str, tuple[list[str], str]] = {}
-    for problem in error.errors():
-        location, kind, value = problem["loc"], problem["type"], problem["input"]
-        keys, section = _followed(root, location)
-        if kind == "extra_forbidden":
-            keys.append(str(location[-1]))
-            message = unknown("key", keys[-1], section.model_fields).removesuffix(".")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-        if kind in ("string_type", "literal_error") and len(keys) < len(location) and _is_container(value):
-            continue  # the branch of a union that was not meant
-        # a value with an @ may be a URL with a password
-        silent = kind in ("missing", "extra_forbidden") or _is_container(value) or "@" in str(value)
-        place = (prefix + ".".join(keys)).rstrip(":. ")
-        found.setdefault(place, ([], "" if silent else f", got {value!r:.200}"))[0].append(message)
-    return "\n".join(f"{place}: {', or '.join(messages)}{got}." for place, (messages, got) in found.items())
-
-
-def _is_container(value: Any) -> bool:
-    return isinstance(value, dict | list)
-
-
-def _followed(section: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:
-    """The config keys among the parts of a pydantic location, and the section they lead to."""
-    keys = []
-    for part in location:
-        if isinstance(part, int):
-            keys.append(str(part))
-        elif part in section.model_fields:
-            keys.append(part)
-            annotation = section.model_fields[part].annotation
-            kinds = (annotation, *getattr(annotation, "__args__", ()))
-            inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-            section = inner[0] if inner else section
-    return keys, section
 
 
 def _absolute(config: Config, base: Path) -> Config:

@@ -171,9 +171,10 @@ def _head(model: nn.Module, calls: list[_Call], logits: Tensor) -> str:
 
 
 def _is_map(result: Tensor | None) -> bool:
-    return (
-        result is not None and result.dim() == 4 and result.is_floating_point() and result[0, 0].numel() > 1
-    )
+    """Whether this is (N, M, H, W): square, as the image is; (N, H, W, M) of a token model is not."""
+    if result is None or result.dim() != 4 or not result.is_floating_point():
+        return False
+    return result.shape[2] == result.shape[3] > 1
 
 
 def _blocks(model: nn.Module, calls: list[_Call]) -> tuple[str, ...]:

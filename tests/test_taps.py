@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from pipeline import taps
@@ -244,3 +245,8 @@ def test_hooks_last_as_long_as_their_block_whatever_happens_in_it(names):
         raise AttributeError
     assert entered == ([2] if names == ["conv", "act"] else [])
     assert hooks(model) == 0
+
+
+def test_maps_with_channels_last_are_no_blocks():
+    module = torchvision.models.swin_t(weights=None).eval()
+    assert taps.find(module, torch.rand(2, 3, 64, 64)).blocks == ()

@@ -41,20 +41,23 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
 
 def _classes(root: Path) -> dict[str, int]:
     """Class index by folder name."""
-    with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir())
+    names = [entry.name for entry in _visible(root) if entry.is_dir()]
     return {name: index for index, name in enumerate(names)}
 
 
 def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
     """Image files below a folder, depth first in sorted order; links are followed."""
-    with os.scandir(folder) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
+    for entry in _visible(folder):
         if entry.is_dir():
             yield from _files(Path(entry.path))
         elif entry.name.lower().endswith(EXTENSIONS):
             yield entry
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    """Entries of a folder by name, without hidden ones such as `.ipynb_checkpoints`."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
 
 
 def _row(root: Path, entry: os.DirEntry[str], classes: dict[str, int]) -> dict[str, object]:

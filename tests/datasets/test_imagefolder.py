@@ -160,3 +160,10 @@ def test_more_images_than_a_row_group_are_all_there(compiled, tmp_path):
         (tmp_path / "set" / f"{number:04d}.png").touch()
     manifest = compiled("imagefolder", tmp_path / "set")
     assert [row["key"] for row in rows(manifest)] == [f"{number:04d}.png" for number in range(1030)]
+
+
+def test_hidden_files_and_folders_are_no_part_of_the_dataset(compiled, tmp_path):
+    for name in ("a/1.png", "b/2.png", ".ipynb_checkpoints/1.png", "a/.thumbnail.png"):
+        save(tmp_path / "set" / name)
+    found = rows(compiled("imagefolder", tmp_path / "set", role="id"))
+    assert [(row["key"], row["label"]) for row in found] == [("a/1.png", 0), ("b/2.png", 1)]

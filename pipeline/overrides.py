@@ -1,0 +1,66 @@
+"""Changes to a raw config from the command line: `--set key.path=value`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UserError, unknown
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Apply one `key.path=value`; the value is read as YAML, list items go by number or name."""
+    target, separator, text = override.partition("=")
+    where = f"--set {target}"
+    if not separator or not target:
+        raise UserError(f"{where}: expected key.path=value, e.g. extract.batch_size=64")
+    *parents, last = target.split(".")
+    node: Any = data
+    for key in parents:
+        node = _inside(node, key, where)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: the value is not valid YAML: {error}") from None
+    if isinstance(node, list):
+        position, labelled = _position(node, last, where)
+        node[position] = {last: value} if labelled and isinstance(value, dict | None) else value
+    else:
+        node[last] = value
+
+
+def _inside(node: Any, key: str, where: str) -> Any:
+    """What lies under a key; an empty section if nothing does."""
+    if isinstance(node, list):
+        position, labelled = _position(node, key, where)
+        if labelled:
+            if isinstance(node[position], str):
+                node[position] = {key: {}}
+            return _inside(node[position], key, where)
+        found = node[position]
+    else:
+        if node.get(key) is None:
+            node[key] = {}
+        found = node[key]
+    if not isinstance(found, dict | list):
+        raise UserError(f"{where}: {key!r} is a value, not a section")
+    return found
+
+
+def _position(items: list[Any], key: str, where: str) -> tuple[int, bool]:
+    """Position of a list item; and whether the key is its whole text or its key, as for detectors."""
+    if key.isdecimal() and int(key) < len(items):
+        return int(key), False
+    for position, item in enumerate(items):
+        if key in _names(item):
+            return position, isinstance(item, str) or key in item
+    raise UserError(f"{where}: {unknown('item', key, [name for item in items for name in _names(item)])}")
+
+
+def _names(item: Any) -> list[str]:
+    """What a list item is called: its `name` or `label`, else its keys or its text."""
+    if isinstance(item, dict):
+        own = item.get("name", item.get("label"))
+        return [str(key) for key in item] if own is None else [str(own)]
+    return [item] if isinstance(item, str) else []
