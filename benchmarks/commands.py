@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ class Done:
     """A command that has ended."""
 
     seconds: float
+    prepare: float
+    """Seconds of the checks before the first stage: opening the data, loading the model."""
     record: dict[str, Any]
     """`manifest.json` of the run."""
     peaks: dict[str, tuple[int, int]]
@@ -38,7 +41,7 @@ def run(command: str, settings: dict[str, Any], folder: Path, watch: bool = Fals
     """Run a command with its workspace in `folder`; a second call there finds what the first left."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    arguments = [PROGRAM, command, "config.yaml", "--workspace", folder / "workspace"]
+    arguments = [str(PROGRAM), command, "config.yaml", "--workspace", str(folder / "workspace")]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     log = folder / "log.txt"
     started = time.perf_counter()
@@ -50,10 +53,13 @@ def run(command: str, settings: dict[str, Any], folder: Path, watch: bool = Fals
         finally:
             process.terminate()
     seconds = time.perf_counter() - started
+    said = log.read_text()
     if status:
-        raise SystemExit(f"ood-pipeline {command} failed:\n{log.read_text()[-2000:]}")
+        raise SystemExit(f"ood-pipeline {command} failed:\n{said[-2000:]}")
+    prepare = re.search(r"^prepare +([\d.]+) s", said, re.MULTILINE)
+    assert prepare is not None
     record = folder / "workspace" / "runs" / settings["name"] / "manifest.json"
-    return Done(seconds, json.loads(record.read_text()), peaks)
+    return Done(seconds, float(prepare[1]), json.loads(record.read_text()), peaks)
 
 
 def _watched(process: subprocess.Popen[bytes]) -> dict[str, tuple[int, int]]:

@@ -11,7 +11,7 @@ import fashion
 import numpy as np
 import plain
 from numpy.typing import NDArray
-from results import Check, Section
+from results import Check, Section, at_most
 from session import Session
 
 from pipeline import config, images
@@ -20,46 +20,41 @@ from pipeline.datasets import compile_manifest
 TARGET = 1.15
 QUICKSTART_SECONDS = 60
 AFTER_EXTRACT = ("fit", "score", "evaluate", "report")
+GROWING = ("prepare", "extract, steady", "score", "evaluate", "report")
+"""What further ID images cost; a fit sees training images only."""
 
 
 def measure(session: Session) -> Section:
     """Seconds of the quickstart, and of the images that a larger evaluation has more."""
     count = session.size(60_000, 4000)
-    pixels = fashion.images(session.images, count)
     setting, _ = session.plain
+    pixels = fashion.images(session.images, session.size(20_000, 4000))
     rates = [plain.rate(pixels, setting)]
     small = session.quickstart
     rates.append(plain.rate(pixels, setting))
     print(f"  quickstart with {count:,} ID images", flush=True)
     large = commands.run("run", _enlarged(session, count), session.scratch / "enlarged")
     rates.append(plain.rate(pixels, setting))
-    few, many = (done.stages["extract"]["forward_images"] for done in (small, large))
-    forward = 1 / median(rates)
-    own = plain_seconds(session, setting)
-    ratio = (large.seconds - small.seconds) / ((many - few) * forward)
+    few, many = (int(done.stages["extract"]["forward_images"]) for done in (small, large))
+    forward = (many - few) / median(rates)
+    before, after = _seconds(small), _seconds(large)
+    ratio = sum(after[name] - before[name] for name in GROWING) / forward
     print(f"  {small.seconds:.1f} s and {large.seconds:.1f} s, {ratio:.2f} x", flush=True)
+    own = _plain_seconds(session, setting)
     return Section(
         title="(b) A whole evaluation against one plain forward pass",
         text=_text(count, setting),
         header=("seconds", "quickstart", f"with {count:,} ID images", "difference"),
         rows=[
             ("images", f"{few:,}", f"{many:,}", f"{many - few:,}"),
-            *_stages(small, large),
-            _row("one plain forward pass", own, own + (many - few) * forward),
+            *(_row(name, before[name], after[name]) for name in before),
+            _row("one plain forward pass", own, own + forward),
         ],
         checks=[
-            Check(
-                "evaluation with all detectors, each further image, against one plain forward pass",
-                f"{ratio:.2f} x",
-                f"<= {TARGET} x",
-                ratio <= TARGET,
+            at_most(
+                "evaluation, all detectors, each further image, against a plain forward pass", ratio, TARGET
             ),
-            Check(
-                "quickstart as a whole",
-                f"{small.seconds:.1f} s",
-                f"<= {QUICKSTART_SECONDS} s",
-                small.seconds <= QUICKSTART_SECONDS,
-            ),
+            at_most("quickstart as a whole", small.seconds, QUICKSTART_SECONDS, "{:.0f} s"),
         ],
     )
 
@@ -74,7 +69,21 @@ def _enlarged(session: Session, count: int) -> dict[str, Any]:
     return found
 
 
-def plain_seconds(session: Session, setting: plain.Setting) -> float:
+def _seconds(done: commands.Done) -> dict[str, float]:
+    """Where the seconds of a command go."""
+    steady = done.stages["extract"]["steady_seconds"]
+    later = {name: done.stages[name]["seconds"] for name in AFTER_EXTRACT}
+    rest = done.seconds - done.prepare - steady - sum(later.values())
+    return {
+        "start-up: program, Ray, model actors, MLflow": rest,
+        "prepare": done.prepare,
+        "extract, steady": steady,
+        **later,
+        "whole command": done.seconds,
+    }
+
+
+def _plain_seconds(session: Session, setting: plain.Setting) -> float:
     """Seconds of one plain forward pass over the quickstart's own images, the median of three."""
     pixels = _quickstart_pixels(session.scratch / "pixels")
     return len(pixels) / median(plain.rate(pixels, setting) for _ in range(3))
@@ -93,32 +102,18 @@ def _quickstart_pixels(folder: Path) -> NDArray[np.uint8]:
     return np.stack(found)
 
 
-def _stages(small: commands.Done, large: commands.Done) -> list[tuple[str, ...]]:
-    """Where the seconds go; what does not grow with the images comes first."""
-    return [
-        _row("start-up: program, checks, Ray, model actors, MLflow", _startup(small), _startup(large)),
-        _row("extract, steady", *(done.stages["extract"]["steady_seconds"] for done in (small, large))),
-        *(_row(name, *(done.stages[name]["seconds"] for done in (small, large))) for name in AFTER_EXTRACT),
-        _row("whole command", small.seconds, large.seconds),
-    ]
-
-
-def _startup(done: commands.Done) -> float:
-    later = sum(done.stages[name]["seconds"] for name in AFTER_EXTRACT)
-    return done.seconds - done.stages["extract"]["steady_seconds"] - later
-
-
 def _row(name: str, small: float, large: float) -> tuple[str, ...]:
-    return name, f"{small:.1f}", f"{large:.1f}", f"{large - small:.1f}"
+    return name, f"{small:.1f}", f"{large:.1f}", f"{large - small:+.1f}"
 
 
 def _text(count: int, setting: plain.Setting) -> str:
     return (
         "`ood-pipeline run` in an empty workspace: the quickstart as it comes, and again with "
         f"{count:,} Fashion-MNIST training images in the place of its ID test set; tracking and report "
-        "included. What both pay once (start-up, the extra passes of a fit, the training set) falls out of "
-        "the difference, which is what further images cost; it is compared with a plain forward pass over "
-        f"as many images ({setting}, median of three, before, between and after)."
+        "included. What is paid once however many images are evaluated falls out of the difference. The "
+        f"ratio adds up the differences of {', '.join(GROWING)} (start-up does not depend on the images, "
+        "the fit on the training set alone) and compares them with a plain forward pass over as many "
+        f"images ({setting}; median of three: before, between and after)."
     )
 
 
@@ -131,24 +126,24 @@ def measure_warm(session: Session) -> Section:
     untouched = _artefacts(session.first) == before
     print("  with another k and another p", flush=True)
     other = commands.run("run", _changed(), session.first)
-    forwarded = [done.stages["extract"]["forward_images"] for done in (same, other)]
+    forwarded = [int(done.stages["extract"]["forward_images"]) for done in (cold, same, other)]
+    names = ("first run", "the same again", "two detectors changed")
     return Section(
         title="(d) A second run on the warm cache",
         text="The quickstart again in the same workspace; then with k of KNN and p of DICE changed, which "
-        "fits and scores again. Features and fitted artefacts are also compared on disk: the repeated run "
-        f"{'touched none' if untouched else 'wrote some of them again'}.",
+        "fits and scores again. Features and fitted artefacts, among them the extra passes', were also "
+        f"compared on disk: the repeated run {'wrote none' if untouched else 'wrote some'} of them again.",
         header=("", "forward passes", "seconds"),
         rows=[
-            ("first run", f"{cold.stages['extract']['forward_images']:,}", f"{cold.seconds:.1f}"),
-            ("the same again", f"{forwarded[0]:,}", f"{same.seconds:.1f}"),
-            ("two detectors changed", f"{forwarded[1]:,}", f"{other.seconds:.1f}"),
+            (name, f"{count:,}", f"{done.seconds:.1f}")
+            for name, count, done in zip(names, forwarded, (cold, same, other), strict=True)
         ],
         checks=[
             Check(
                 "forward passes of a second run",
-                f"{sum(forwarded)}",
+                f"{forwarded[1]}; {forwarded[2]} with changed detectors",
                 "0",
-                sum(forwarded) == 0 and untouched,
+                forwarded[1:] == [0, 0] and untouched,
             )
         ],
     )
@@ -164,7 +159,7 @@ def _changed() -> dict[str, Any]:
 
 
 def _artefacts(folder: Path) -> dict[Path, int]:
-    """Time stamps of features and fits; results of the extra passes are among the fits."""
+    """Time stamps of features and fits."""
     return {
         path: path.stat().st_mtime_ns
         for kind in ("features", "fits")

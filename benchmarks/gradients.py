@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from processes import fresh
-from results import Check, Section
+from results import Section, at_least
 from session import Session
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
@@ -20,6 +22,7 @@ from pipeline.detectors.gradnorm import GradNormScorer
 from pipeline.detectors.grood import GroodScorer, Prototypes
 
 WIDTH, CLASSES, BATCH = 2048, 1000, 1024
+GRAPH = 8
 TARGET = 100
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -33,82 +36,90 @@ def measure(session: Session) -> Section:
     for name, (autograd, closed) in found.items():
         ratio = autograd / closed
         rows.append((name, f"{autograd * 1e6:,.0f}", f"{closed * 1e6:,.1f}", f"{ratio:,.0f}"))
-        checks.append(
-            Check(
-                f"gradient of {name} against per-sample autograd",
-                f"{ratio:,.0f} x",
-                f">= {TARGET} x",
-                ratio >= TARGET,
-            )
-        )
+        what = f"gradient of {name} against per-sample autograd"
+        checks.append(at_least(what, ratio, TARGET, "{:,.0f} x"))
         print(f"  {name}: {ratio:,.0f} x", flush=True)
     return Section(
         title="(c) Gradients in closed form against per-sample autograd",
         text=f"Synthetic features (D = {WIDTH}) and a head of C = {CLASSES} classes, one thread, in turns, "
-        f"median. Closed form: our scorers, in float64, on batches of {BATCH}. Autograd: one forward and "
-        "one backward pass of the last layer per image in float32, as the authors' code and OpenOOD do: "
-        "GradNorm in the weight of the layer, GROOD in the OOD prototype and the class prototypes. Both "
-        "ways gave the same gradients to within 1e-4.",
+        f"median. Closed form: our scorers, in float64, on batches of {BATCH}. Autograd, in float32: one "
+        "backward pass of the last layer per image, GradNorm in its weight, GROOD in the OOD prototype and "
+        "the class prototypes, each image with a graph of its own. GROOD's authors differentiate image by "
+        f"image in the graph of a whole batch, which costs more with every image in it: shown for {GRAPH}. "
+        "Both ways gave the same gradients to within 1e-4.",
         header=("microseconds per image", "autograd", "closed form", "ratio"),
         rows=rows,
         checks=checks,
     )
 
 
-def _times(turns: int, samples: int) -> Times:
-    """Seconds per image by autograd and in closed form."""
-    torch.set_num_threads(1)
+@dataclass(frozen=True)
+class Problem:
+    """Synthetic features, a head, and GROOD's prototypes."""
+
+    batch: Mapping[str, NDArray[np.float32]]
+    weight: NDArray[np.float32]
+    classes: NDArray[np.float32]
+    ood: NDArray[np.float32]
+
+
+def _problem() -> Problem:
     rng = np.random.default_rng(0)
     feature = np.maximum(rng.standard_normal((BATCH, WIDTH), np.float32), 0)
     weight = rng.standard_normal((CLASSES, WIDTH), np.float32) / np.float32(np.sqrt(WIDTH))
-    batch = {FEATURE: feature, LOGITS: feature @ weight.T}
-    center = feature.mean(axis=0)
-    classes = center + rng.standard_normal((CLASSES, WIDTH), np.float32) / 10
+    ood = feature.mean(axis=0)
+    classes = ood + rng.standard_normal((CLASSES, WIDTH), np.float32) / 10
+    return Problem({FEATURE: feature, LOGITS: feature @ weight.T}, weight, classes, ood)
+
+
+def _times(turns: int, samples: int) -> Times:
+    """Seconds per image by autograd and in closed form."""
+    torch.set_num_threads(1)
+    problem = _problem()
+    few = max(samples // 5, GRAPH) // GRAPH * GRAPH
     return {
-        "GradNorm": _gradnorm(batch, weight, turns, samples),
-        "GROOD": _grood(batch, classes, center, turns, samples),
+        "GradNorm": _gradnorm(problem, turns, samples),
+        "GROOD": _grood(problem, turns, samples, graph=1),
+        f"GROOD with {GRAPH} images in a graph": _grood(problem, turns, few, graph=GRAPH),
     }
 
 
-def _gradnorm(
-    batch: Mapping[str, NDArray[np.float32]], weight: NDArray[np.float32], turns: int, samples: int
-) -> tuple[float, float]:
+def _gradnorm(problem: Problem, turns: int, samples: int) -> tuple[float, float]:
     head = nn.Linear(WIDTH, CLASSES, bias=False)
-    head.weight.data = torch.tensor(weight)
-    features = torch.tensor(batch[FEATURE][:samples])
+    head.weight.data = torch.tensor(problem.weight)
+    features = torch.tensor(problem.batch[FEATURE][:samples])
 
     def norm(feature: Tensor) -> float:
         head.zero_grad()
-        (-log_softmax(head(feature[None]), dim=1).mean()).backward()
+        torch.autograd.backward(-log_softmax(head(feature[None]), dim=1).mean())
         assert head.weight.grad is not None
         return float(head.weight.grad.abs().sum())
 
     scorer = GradNormScorer(1.0)
-    np.testing.assert_allclose([-norm(one) for one in features], scorer(batch)[:samples], rtol=1e-4)
-    return _turns(lambda: [norm(one) for one in features], samples, lambda: scorer(batch), turns)
+    slow = [-norm(one) for one in features]
+    np.testing.assert_allclose(slow, scorer(problem.batch)[:samples], rtol=1e-4)
+    return _turns(lambda: [norm(one) for one in features], samples, lambda: scorer(problem.batch), turns)
 
 
-def _grood(
-    batch: Mapping[str, NDArray[np.float32]],
-    classes: NDArray[np.float32],
-    ood: NDArray[np.float32],
-    turns: int,
-    samples: int,
-) -> tuple[float, float]:
-    points = torch.tensor(classes, requires_grad=True)
-    outside = torch.tensor(ood, requires_grad=True)
-    label = torch.zeros(1, dtype=torch.long)
-    features = torch.tensor(batch[FEATURE][:samples])
+def _grood(problem: Problem, turns: int, samples: int, graph: int) -> tuple[float, float]:
+    points = torch.tensor(problem.classes, requires_grad=True)
+    outside = torch.tensor(problem.ood, requires_grad=True)
+    label = torch.zeros(graph, dtype=torch.long)
+    groups = torch.split(torch.tensor(problem.batch[FEATURE][:samples]), graph)
 
-    def gradient(feature: Tensor) -> Tensor:
-        logits = -torch.linalg.vector_norm(feature - torch.cat([points, outside[None]]), dim=1)
-        return torch.autograd.grad(cross_entropy(logits[None], label), [outside, points])[0]
+    def gradients(features: Tensor) -> list[Tensor]:
+        offsets = features[:, None] - torch.cat([points, outside[None]])
+        logits = -torch.linalg.vector_norm(offsets, dim=2)
+        losses = cross_entropy(logits, label, reduction="none")
+        return [torch.autograd.grad(loss, [outside, points], retain_graph=True)[0] for loss in losses]
 
-    scorer = GroodScorer(Prototypes(ood.astype(np.float64), (classes - ood).astype(np.float64)), 1)
-    slow = torch.stack([gradient(one) for one in features]).numpy()
-    fast = scorer.gradient(batch)[:samples]
+    ood, classes = (values.astype(np.float64) for values in (problem.ood, problem.classes))
+    scorer = GroodScorer(Prototypes(ood, classes - ood), 1)
+    slow = np.stack([found.numpy() for group in groups for found in gradients(group)])
+    fast = scorer.gradient(problem.batch)[:samples]
     np.testing.assert_allclose(slow, fast, atol=1e-4 * np.abs(fast).max())
-    return _turns(lambda: [gradient(one) for one in features], samples, lambda: scorer.gradient(batch), turns)
+    every = partial(scorer.gradient, problem.batch)
+    return _turns(lambda: [gradients(group) for group in groups], samples, every, turns)
 
 
 def _turns(

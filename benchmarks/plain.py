@@ -69,7 +69,8 @@ def rate(images: NDArray[np.uint8], setting: Setting) -> float:
     spans = [end.recv() for end in ends]
     for worker in workers:
         worker.join()
-    return len(images) / (max(stop for _, stop in spans) - min(start for start, _ in spans))
+    seconds: float = max(stop for _, stop in spans) - min(start for start, _ in spans)
+    return len(images) / seconds
 
 
 def _work(images: NDArray[np.uint8], setting: Setting, barrier: Any, end: Connection) -> None:

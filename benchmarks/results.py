@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 REASONS: dict[str, str] = {}
 """Why a target is missed, by the name of its check: the profile and what follows from it. Shown beside the
@@ -20,6 +20,16 @@ class Check:
     met: bool
 
 
+def at_least(name: str, measured: float, target: float, form: str = "{:.2f} x") -> Check:
+    """A check of a number that should be large."""
+    return Check(name, form.format(measured), f">= {form.format(target)}", measured >= target)
+
+
+def at_most(name: str, measured: float, target: float, form: str = "{:.2f} x") -> Check:
+    """A check of a number that should be small."""
+    return Check(name, form.format(measured), f"<= {form.format(target)}", measured <= target)
+
+
 @dataclass(frozen=True)
 class Section:
     """The outcome of one benchmark."""
@@ -28,8 +38,8 @@ class Section:
     text: str
     """How it was measured."""
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    checks: list[Check] = field(default_factory=list)
+    rows: Sequence[tuple[str, ...]]
+    checks: Sequence[Check]
 
 
 def page(command: str, machine: Mapping[str, str], sections: Iterable[Section]) -> str:

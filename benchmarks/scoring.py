@@ -15,7 +15,7 @@ import numpy as np
 from memory import Watch
 from numpy.typing import NDArray
 from processes import fresh
-from results import Check, Section
+from results import Check, Section, at_least, at_most
 from session import Session
 
 from pipeline import cluster, config, fit, index, score, store
@@ -44,7 +44,7 @@ class Scored:
 def measure(session: Session) -> Section:
     """Rows per second without and with nearest neighbours."""
     alone = [_scored(session, rows, False) for rows in _sizes(session, 100_000, 1_000_000)]
-    indexed_sizes = (100_000, 1_000_000) if session.large else (20_000, 100_000)
+    indexed_sizes = (100_000, 1_000_000) if session.large else (20_000, 60_000)
     indexed = [_scored(session, rows, True) for rows in _sizes(session, *indexed_sizes)]
     return Section(
         title="(f) Scoring of cached rows",
@@ -157,6 +157,6 @@ def _checks(what: str, few: Scored, many: Scored) -> list[Check]:
     growth = max(many.peaks[kind][0] / few.peaks[kind][0] - 1 for kind in ("driver", "score task"))
     sizes = f"from {few.rows:,} to {many.rows:,} rows"
     return [
-        Check(f"{what}: rows/s {sizes}", f"{speed:.2f} x", f">= {LINEAR} x", speed >= LINEAR),
-        Check(f"{what}: peak memory {sizes}", f"{growth:+.1%}", f"< {FLAT:.0%}", growth < FLAT),
+        at_least(f"{what}: rows/s {sizes}", speed, LINEAR),
+        at_most(f"{what}: growth of peak memory {sizes}", growth, FLAT, "{:.1%}"),
     ]

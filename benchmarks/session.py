@@ -29,7 +29,7 @@ class Session:
         """The best setting of the plain loop, and all that were tried."""
         print("  looking for the best setting of the plain loop", flush=True)
         pixels = fashion.images(self.images, self.size(8000, 1000))
-        return plain.best(pixels, (64, 128) if self.quick else (32, 64, 128, 256))
+        return plain.best(pixels, (128,) if self.quick else (64, 128, 256))
 
     @property
     def first(self) -> Path:
