@@ -31,7 +31,7 @@ Times = dict[str, tuple[float, float]]
 
 def measure(session: Session) -> Section:
     """Microseconds per image of both ways."""
-    found = fresh(_times, session.size(5, 1), session.size(200, 20), **ONE_THREAD)
+    found = fresh(_times, session.size(3, 1), session.size(200, 20), **ONE_THREAD)
     rows, checks = [], []
     for name, (autograd, closed) in found.items():
         ratio = autograd / closed

@@ -16,12 +16,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline import __version__
+from pipeline import __version__, imports
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
-    from pipeline.run import StageName
+    from pipeline.run import Options, StageName
 
 app = typer.Typer(
     name="ood-pipeline",
@@ -50,22 +50,21 @@ def _load(source: str, overrides: list[str], workspace: str) -> Config:
     return config.load(source, changes)
 
 
-def _execute(settings: Config, first: StageName, last: StageName, fresh: bool = False) -> None:
+def _execute(settings: Config, options: Options) -> None:
     """Run stages and show what came of them."""
     from pipeline import report, run
     from pipeline.progress import Display
 
-    options = run.Options(first=first, last=last, fresh=fresh)
     outcome = run.execute(settings, options, Display(console))
-    if last in ("evaluate", "report"):
+    if options.last in ("evaluate", "report"):
         console.print(report.console_table(outcome.folder))
-    console.print(f"results  {outcome.folder}", markup=False)
-    if last == "report":
-        console.print(f"report   {outcome.folder / 'report' / 'index.html'}", markup=False)
-    if outcome.link:
-        console.print(f"mlflow   {outcome.link}")
-    if outcome.warning:
-        console.print(f"warning  {outcome.warning}", markup=False)
+    lines: dict[str, object] = {"results": outcome.folder}
+    if options.last == "report":
+        lines["report"] = outcome.folder / "report" / "index.html"
+    lines |= {"mlflow": outcome.link, "warning": outcome.warning}
+    for name, text in lines.items():
+        if text:
+            console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -82,11 +81,13 @@ def run(
 
     Example: `ood-pipeline run quickstart --set extract.batch_size=64 --workspace /tmp/ood`
     """
+    from pipeline.run import Options
+
     settings = _load(source, overrides, workspace)
     if dry_run:
         _show_plan(settings)
     else:
-        _execute(settings, "extract", "report", fresh)
+        _execute(settings, Options(fresh=fresh))
 
 
 def _stage(name: StageName, summary: str) -> None:
@@ -97,7 +98,9 @@ def _stage(name: StageName, summary: str) -> None:
         overrides: Overrides = [],  # noqa: B006 - typer copies defaults
         workspace: Workspace = "",
     ) -> None:
-        _execute(_load(source, overrides, workspace), name, name)
+        from pipeline.run import Options
+
+        _execute(_load(source, overrides, workspace), Options(name, name))
 
     command.__doc__ = f"{summary}\n\nExample: `ood-pipeline {name} quickstart`"
     app.command(name)(command)
@@ -120,8 +123,9 @@ def report(
 
     Example: `ood-pipeline report quickstart --track`
     """
-    changes = [*overrides, *([] if track else ["tracking.enabled=false"])]
-    _execute(_load(source, changes, workspace), "report", "report")
+    from pipeline.run import Options
+
+    _execute(_load(source, overrides, workspace), Options("report", publish="always" if track else "never"))
 
 
 @app.command()
@@ -237,9 +241,7 @@ def main() -> None:
     """Entry point of the console command."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    sys.path.insert(0, str(Path.cwd()))  # `factory` modules of the user's
-    path = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))  # the same for Ray's workers
+    os.environ[imports.FOLDER] = str(Path.cwd())  # inherited by Ray's workers
     try:
         app()
     except UserError as error:

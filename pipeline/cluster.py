@@ -33,7 +33,9 @@ def connect() -> None:
     """Connect to the cluster in RAY_ADDRESS, or start one here; nothing if there is a connection."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        local = {"address": "local", "num_cpus": max(2, os.cpu_count() or 1), "include_dashboard": False}
+        local: dict[str, Any] = {"address": "local", "include_dashboard": False}
+        if (os.cpu_count() or 1) < 2:
+            local["num_cpus"] = 2  # one for an index actor, one for the tasks that ask it
         where = {} if "RAY_ADDRESS" in os.environ else local
         with _without_greeting():
             ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
@@ -95,8 +97,8 @@ def in_order(
     task raises comes out as it is.
     """
     connect()
-    task = ray.remote(function).options(num_cpus=cpus)
-    width = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) / cpus))
+    task = ray.remote(function).options(num_cpus=1)
+    width = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting: deque[Any] = deque()
     for item in arguments:
         waiting.append(task.remote(*item))
@@ -108,8 +110,15 @@ def in_order(
 
 def get(reference: Any) -> Any:
     """`ray.get` that lets a `UserError` of the worker through as itself."""
-    try:
+    with user_errors():
         return ray.get(reference)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Inside the block, a `UserError` that a Ray task or actor raised comes out as itself."""
+    try:
+        yield
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -121,7 +122,7 @@ class Tracking(Frozen):
     def _a_store_without_credentials(self) -> Tracking:
         if self.uri and "@" in self.uri.partition("://")[2].partition("/")[0]:
             raise ValueError("a config must not hold credentials; set MLFLOW_TRACKING_USERNAME and _PASSWORD")
-        if self.uri and not self.uri.startswith(("sqlite:///", "http://", "https://")):
+        if self.uri is not None and not re.match(r"(sqlite:///|https?://).", self.uri):
             raise ValueError(
                 f"{self.uri} is no MLflow store; give sqlite:///<path>.db or http(s)://<host>:<port>"
             )
@@ -199,7 +200,7 @@ class Config(Frozen):
             twice = sorted({name for name in found if found.count(name) > 1})
             if twice:
                 raise ValueError(f"{what}: the name {twice[0]!r} is used twice; give each its own")
-        reserved = {"near_ood", "far_ood", "fs_near_ood", "fs_far_ood"}
+        reserved = {"id", "near_ood", "far_ood", "fs_near_ood", "fs_far_ood"}
         for dataset in self.datasets:
             if dataset.name in reserved:
                 raise ValueError(f"datasets: {dataset.name!r} is the name of a group; choose another")

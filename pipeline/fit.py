@@ -6,7 +6,6 @@ reads it back.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,7 @@ class Cache:
     def has(self, folder: Path, kind: str) -> bool:
         """Whether an artefact is there to be used."""
         if self.mode == "fresh":
-            shutil.rmtree(folder, ignore_errors=True)
+            store.remove_folder(folder)
         found = (folder / store.MANIFEST).is_file()
         if self.mode == "frozen" and not found:
             raise UserError(f"fit: no {kind} in the workspace. Run `ood-pipeline fit` first.")

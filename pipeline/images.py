@@ -67,7 +67,13 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The upper byte of 16-bit grey values (modes I;16 and I); other images as they are."""
+    """The upper byte of 16-bit grey values; other images as they are.
+
+    Raises:
+        ValueError: pixels of 32 bits or floating point, whose range a file does not tell.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(f"pixels of mode {image.mode} (32 bits), which have no agreed range")
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))

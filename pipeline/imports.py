@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.errors import UserError, unknown
+
+FOLDER = "OOD_PIPELINE_FOLDER"
+"""Environment variable with the folder in which modules are looked for last; Ray's workers inherit it."""
 
 
 def load_function(reference: str, where: str) -> Callable[..., Any]:
@@ -43,6 +47,9 @@ def source_of(function: Callable[..., Any]) -> bytes:
 
 def _module(source: str, where: str) -> ModuleType:
     if not source.endswith(".py"):
+        folder = os.environ.get(FOLDER)
+        if folder and folder not in sys.path:
+            sys.path.append(folder)
         try:
             return importlib.import_module(source)
         except ModuleNotFoundError as error:

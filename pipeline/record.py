@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from pipeline.prepare import Prepared
 class Record:
     """The record of one run; rewritten after every stage."""
 
-    def __init__(self, ready: Prepared) -> None:
+    def __init__(self, ready: Prepared, keep_stages: bool = False) -> None:
+        """Start a record; nothing is written before it is `open`.
+
+        Of an earlier run of the same evaluation it keeps what was found in the index and, if asked, how long
+        the stages took.
+        """
+        self.open = False
         classifier, settings = ready.classifier, ready.config
         self.path = ready.folder / "manifest.json"
         self.content: dict[str, Any] = {
@@ -42,21 +49,15 @@ class Record:
             "index": {},
             "stages": {},
         }
-
-    @classmethod
-    def opened(cls, ready: Prepared) -> Record:
-        """A new record on disk; it keeps what an earlier run of the same evaluation found in the index."""
-        record = cls(ready)
-        if record.path.is_file():
-            earlier = store.read_json(record.path)
-            if earlier["fingerprint"] == ready.fingerprint:
-                record.content["index"] = earlier["index"]
-        record.write()
-        return record
+        earlier = store.read_json(self.path) if self.path.is_file() else {}
+        if earlier.get("fingerprint") == ready.fingerprint:
+            for part in ("index", "stages") if keep_stages else ("index",):
+                self.content[part] = earlier[part]
 
     def write(self) -> None:
         """Write the record as it stands."""
-        store.write_json(self.path, self.content)
+        if self.open:
+            store.write_json(self.path, self.content)
 
     def close(self, status: str) -> None:
         """Write the record for the last time."""
@@ -90,7 +91,11 @@ def _detector(ready: Prepared, label: str) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     names = ("ood-pipeline", "ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "mlflow")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    found = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    for name in ("faiss-cpu", "faiss-gpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _git_commit() -> str | None:

@@ -38,6 +38,7 @@ STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report"
 J = TypeVar("J", extract.Job, ScoreJob)
 
 _EVALUATED = "_evaluated.json"
+_RESULTS = ("metrics.parquet", "metrics.csv", "metrics.json", "thresholds.json")
 _RECALL_QUERIES = 1024
 
 
@@ -50,8 +51,8 @@ class Options:
     last: StageName = "report"
     fresh: bool = False
     """Do everything again."""
-    publish: bool = True
-    """Send the results to MLflow, if the config says so too."""
+    publish: Literal["as configured", "always", "never"] = "as configured"
+    """Whether to send the results to MLflow."""
 
 
 @dataclass
@@ -76,18 +77,17 @@ def execute(settings: config.Config, options: Options, display: Display) -> Outc
     with _alone(ready.workspace), cluster.session(), ThreadPoolExecutor(1) as threads:
         if options.fresh:
             _forget(ready)
-        run = Run(ready, options, display)
-        tracking = run.tracked(threads)
+        run = Run(ready, options, display, threads)
         try:
             for name in STAGES[: STAGES.index(options.last) + 1]:
                 getattr(run, name)()
         except BaseException as error:
             run.record.close("failed")
-            tracking.fail(error)
+            run.tracking.fail(error)
             raise
         if options.last != "report":
             run.record.close("partial")
-        return Outcome(ready.folder, *tracking.publish(display))
+        return Outcome(ready.folder, *run.tracking.publish(display))
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def _alone(workspace: Path) -> Iterator[None]:
 def _forget(ready: Prepared) -> None:
     """Drop the run folder and the features of its datasets."""
     for folder in (ready.folder, *(Path(job.folder) for job in ready.jobs.values())):
-        shutil.rmtree(folder, ignore_errors=True)
+        store.remove_folder(folder)
 
 
 @dataclass
@@ -125,42 +125,65 @@ class Run:
     ready: Prepared
     options: Options
     display: Display
+    threads: ThreadPoolExecutor
     record: Record = field(init=False)
+    tracking: Tracked = field(default_factory=lambda: Tracked(None))
     fitted: Fitted | None = None
 
     def __post_init__(self) -> None:
-        folder = self.ready.folder
-        evaluated = folder / _EVALUATED
-        if evaluated.is_file() and store.read_json(evaluated) != self.ready.fingerprint:
-            for name in (_EVALUATED, "metrics.parquet", "metrics.csv", "metrics.json", "thresholds.json"):
+        self.record = Record(self.ready, keep_stages=self.options.first == "report")
+
+    def begin(self) -> None:
+        """Make the run folder this run's; a command that is refused never comes here.
+
+        Results of another evaluation under the same name go, the marker that they are complete first.
+        """
+        folder, stale = self.ready.folder, not self.evaluated
+        if not self.record.open:
+            for name in (_EVALUATED, *_RESULTS) if stale else ():
                 (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / "report", ignore_errors=True)
-        self.record = Record.opened(self.ready)
-        store.write_text(folder / "config.yaml", config.dump(self.ready.config))
+            if stale:
+                shutil.rmtree(folder / "report", ignore_errors=True)
+            store.write_text(folder / "config.yaml", config.dump(self.ready.config))
+            self.record.open = True
+            self.record.write()
+            self.tracking = self._tracked()
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the metrics of exactly this evaluation are there."""
+        marker = self.ready.folder / _EVALUATED
+        return marker.is_file() and store.read_json(marker) == self.ready.fingerprint
 
     @contextmanager
     def stage(self, name: StageName, total: int = 0) -> Iterator[Stage]:
         """Show a stage and record its wall time."""
+        if self.may_work(name):
+            self.begin()
         started = time.perf_counter()
         with self.display.stage(name, total) as shown:
             yield shown
-        numbers = self.record.content["stages"].setdefault(name, {})
-        numbers["seconds"] = round(time.perf_counter() - started, 3)
-        self.record.write()
+        if self.may_work(name):
+            numbers = self.record.content["stages"].setdefault(name, {})
+            numbers["seconds"] = round(time.perf_counter() - started, 3)
+            self.record.write()
 
     def may_work(self, name: StageName) -> bool:
         """Whether this stage may compute what is missing."""
         return STAGES.index(name) >= STAGES.index(self.options.first)
 
-    def tracked(self, threads: ThreadPoolExecutor) -> Tracked:
+    def _tracked(self) -> Tracked:
         """The MLflow run of this evaluation, opened while the first stage works."""
         settings = self.ready.config.tracking
-        if not settings.enabled or not self.options.publish or self.options.last != "report":
+        wanted = {"always": True, "never": False}.get(self.options.publish, settings.enabled)
+        if not wanted or self.options.last != "report":
             return Tracked(None)
         uri = settings.uri or f"sqlite:///{self.ready.workspace / 'mlflow.db'}"
         name = self.ready.config.name
         folder = self.ready.folder
-        opening = threads.submit(track.begin, folder, uri, settings.experiment, name, self.ready.fingerprint)
+        opening = self.threads.submit(
+            track.begin, folder, uri, settings.experiment, name, self.ready.fingerprint
+        )
         return Tracked(opening)
 
     def _unfinished(self, stage: StageName, jobs: list[J]) -> list[J]:
@@ -178,7 +201,8 @@ class Run:
         rows = sum(job.manifest.rows for job in unfinished)
         with self.stage("extract", rows) as shown:
             numbers = extract.run(jobs, self.ready.plan, lambda receipt: shown.advance(receipt["rows"]))
-            self.record.content["stages"]["extract"] = numbers
+            if self.may_work("extract"):
+                self.record.content["stages"]["extract"] = numbers
             for job in jobs:
                 counted = store.read_json(Path(job.folder) / store.MANIFEST)
                 entry = self.record.content["datasets"][job.dataset]
@@ -262,7 +286,8 @@ class Run:
             if unfinished:
                 self._score(unfinished, fitted, lambda receipt: shown.advance(receipt["rows"]))
             shown.note = f"{rows:,} rows"
-            self.record.content["stages"]["score"] = {"rows": rows}
+            if self.may_work("score"):
+                self.record.content["stages"]["score"] = {"rows": rows}
 
     def _score(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[Any], None]) -> None:
         searched = index.start(fitted.banks, self.ready.config.index) if fitted.banks else None
@@ -309,11 +334,11 @@ class Run:
 
     def evaluate(self) -> None:
         """Metrics, thresholds, and flags on unlabelled data."""
-        done = self.ready.folder / _EVALUATED
-        if not done.is_file() and not self.may_work("evaluate"):
+        done = self.evaluated
+        if not done and not self.may_work("evaluate"):
             raise UserError("evaluate: not done for this run. Run `ood-pipeline evaluate` first.")
-        with self.stage("evaluate", 0 if done.is_file() else len(self.ready.detectors)) as shown:
-            if not done.is_file():
+        with self.stage("evaluate", 0 if done else len(self.ready.detectors)) as shown:
+            if not done:
                 roles: dict[str, dict[str, str]] = {}
                 for dataset in self.ready.config.datasets:
                     roles.setdefault(dataset.role, {})[dataset.name] = str(self._scores(dataset.name))
@@ -322,7 +347,7 @@ class Run:
                 for folder in scores.of("unlabelled").values():
                     flag(Path(folder), thresholds)
                 evaluate.write(self.ready.folder, table, thresholds)
-                store.write_json(done, self.ready.fingerprint)
+                store.write_json(self.ready.folder / _EVALUATED, self.ready.fingerprint)
             self._note_accuracy()
             shown.note = self._accuracy_note()
 
@@ -338,6 +363,7 @@ class Run:
 
     def report(self) -> None:
         """The page with tables and charts."""
+        self.begin()
         self.record.close("finished")
         with self.stage("report") as shown:
             shown.note = str(report.write(self.ready.folder))

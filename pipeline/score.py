@@ -82,7 +82,7 @@ def _score_part(row: dict[str, Any], work: Scoring) -> dict[str, Any]:
     if bad:
         raise UserError(
             f"scores of {row['dataset']} are not finite: {'; '.join(bad)}. "
-            "Check these images and the detector's parameters."
+            "Check these images, the detector's parameters, and index.kind if it is approximate."
         )
     store.write_table(Path(row["part"]), scores)
     return {"dataset": row["dataset"], "rows": len(scores)}
@@ -129,11 +129,11 @@ def run(jobs: Sequence[Job], scoring: Scoring, progress: Callable[[dict[str, Any
 def _missing(job: Job) -> list[dict[str, str]]:
     """Parts still to score; those of other inputs are removed first."""
     folder = Path(job.folder)
-    plan = folder / "_plan.json"
-    if not plan.is_file() or store.read_json(plan) != job.inputs:
+    plan, parts = folder / "_plan.json", [job.inputs, list(job.features.part_rows)]
+    if not plan.is_file() or store.read_json(plan) != parts:
         for stale in (folder / store.MANIFEST, *folder.glob("part-*.parquet")):
             stale.unlink(missing_ok=True)
-        store.write_json(plan, job.inputs)
+        store.write_json(plan, parts)
     return [
         {"dataset": job.dataset, "source": str(source), "part": str(folder / source.name)}
         for source in job.features.parts()

@@ -6,6 +6,7 @@ A folder of parts is complete when its `_manifest.json` exists; that file is alw
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ def read_json(path: Path) -> Any:
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file atomically."""
     with atomic(path) as draft:
-        pq.write_table(table, draft, compression="lz4", row_group_size=1024)
+        pq.write_table(table, draft, compression="lz4", row_group_size=1024, use_dictionary=False)
 
 
 def require_writable(folder: Path, field: str) -> None:
@@ -72,6 +73,13 @@ def require_writable(folder: Path, field: str) -> None:
         raise UserError(
             f"{field}: cannot write to {folder}: {error.strerror}. Choose another folder."
         ) from None
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, its completion marker first: what a kill leaves then never looks complete."""
+    if folder.is_dir():
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def part_name(number: int) -> str:

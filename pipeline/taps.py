@@ -22,11 +22,16 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Taps:
-    """Module names; `blocks` in the order they run, `early` the last block before the final reduction."""
+    """Names of modules, in the order they run."""
 
     head: str
+    """The last linear layer."""
     blocks: tuple[str, ...]
+    """FeatureNorm candidates."""
     early: str | None
+    """The last block before the final reduction."""
+    layers: tuple[str, ...]
+    """Every module before the head that runs once and gives a tensor: where images can be mixed."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ def find(model: nn.Module, images: Tensor, head: str = "auto", blocks: tuple[str
         for name in maps:
             if not _is_map(once[name].result):
                 raise UserError(f"model.blocks: {name!r} gives no (N, M, H, W) map; FeatureNorm needs one.")
-    return Taps(chosen, maps, _early([(name, once[name].result) for name in maps]))
+    before = calls[: calls.index(once[chosen])]
+    layers = tuple(call.name for call in before if call.name in once and call.result is not None)
+    return Taps(chosen, maps, _early([(name, once[name].result) for name in maps]), layers)
 
 
 def penultimate(source: Tensor | None) -> Tensor:

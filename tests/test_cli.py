@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import os
 import re
 import shlex
 import socketserver
@@ -28,7 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from pipeline import __version__, cli, detectors, doctor
+from pipeline import __version__, cli, detectors, doctor, imports
 
 COMMAND = Path(sys.executable).parent / "ood-pipeline"
 SUBCOMMANDS = ("run", "extract", "fit", "score", "evaluate", "report", "validate", "detectors", "doctor")
@@ -123,7 +122,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(*arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "path", sys.path.copy())
-        monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+        monkeypatch.setenv(imports.FOLDER, "")
         monkeypatch.setattr(sys, "argv", ["ood-pipeline", *arguments])
         with pytest.raises(SystemExit) as stopped:
             cli.main()

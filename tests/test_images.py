@@ -257,3 +257,11 @@ def test_a_jigsaw_leaves_the_image_as_it_was():
     pixels.setflags(write=False)
     _, puzzle = jigsaw(pixels, 3, np.random.default_rng(0))
     assert puzzle.flags.c_contiguous
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_without_an_agreed_range_are_an_error_and_no_black_image(tmp_path, dtype):
+    path = tmp_path / "deep.tif"
+    Image.fromarray(np.ones((30, 30), dtype)).save(path)
+    with pytest.raises(ValueError, match="have no agreed range"):
+        decode(path.read_bytes(), None, Transform(crop=28, mean=(0.5,), std=(0.5,), channels=1))

@@ -318,7 +318,7 @@ def test_a_preset_is_that_of_torchvision(monkeypatch, name, preset):
 
     def found(module, images, head, blocks):
         seen.append(tuple(images.shape))
-        return taps.Taps("", (), None)
+        return taps.Taps("", (), None, ())
 
     monkeypatch.setattr(taps, "find", found)
     given = load(Model(source="torchvision", name=name, weights="random", transform=preset), seed=0).transform

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,16 @@ def test_stages_run_one_by_one_and_refuse_to_skip_one(settings, load, execute) -
     assert execute(loaded, first="report", last="report").folder.joinpath("report/index.html").is_file()
 
 
+def test_a_refused_command_leaves_a_finished_evaluation_as_it_is(settings, load, execute) -> None:
+    folder = execute(load(settings)).folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    settings["seed"] = 1
+    for stage in ("score", "evaluate", "report"):
+        with pytest.raises(UserError, match="first"):
+            execute(load(settings), first=stage, last=stage)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_a_changed_weight_transform_or_image_never_meets_an_old_cache(settings, load, tmp_path) -> None:
     def folders(raw: dict[str, Any]) -> set[str]:
         return {job.folder for job in prepare.prepare(load(raw)).jobs.values()}
@@ -292,6 +303,10 @@ def test_too_many_bad_images_stop_the_run_and_name_some(strange, settings, load,
         execute(load(settings))
     assert not list(tmp_path.glob("workspace/features/strange-*/_manifest.json"))
     assert store.read_json(tmp_path / "workspace/runs/small/manifest.json")["status"] == "failed"
+    for name in ("empty.jpg", "cut.jpg", "text.png"):
+        shutil.copy(tmp_path / "strange" / "good.png", tmp_path / "strange" / name)
+        os.utime(tmp_path / "strange" / name, ns=(1, 1))
+    assert execute(load(settings), last="extract").folder.is_dir()
 
 
 def test_a_tracking_server_that_is_down_costs_no_result(settings, load, execute) -> None:

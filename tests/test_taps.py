@@ -113,7 +113,10 @@ def named(request: pytest.FixtureRequest) -> tuple[str, Classifier]:
 def test_head_and_blocks_of_published_architectures_are_found(named):
     name, classifier = named
     head, blocks, early = EXPECTED[name]
-    assert classifier.taps == taps.Taps(head, tuple(blocks), early)
+    found = classifier.taps
+    assert (found.head, found.blocks, found.early) == (head, tuple(blocks), early)
+    assert set(blocks) <= set(found.layers)
+    assert head not in found.layers
 
 
 def test_forward_gives_what_the_plain_model_gives_and_leaves_no_hook(named):
@@ -226,7 +229,7 @@ def test_a_model_without_repeated_blocks_gives_its_activations():
 
 def test_a_model_without_maps_has_no_blocks():
     found = find(nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 6), nn.ReLU(), nn.Linear(6, 5)))
-    assert found == taps.Taps("3", (), None)
+    assert found == taps.Taps("3", (), None, layers=("0", "1", "2"))
 
 
 def test_hooks_are_gone_after_an_exception():

@@ -1,0 +1,104 @@
+"""What must be found before any long work starts, and what a cache must never miss."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import prepare
+from pipeline.errors import UserError
+
+NET = """
+from torch import nn
+import blocks
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = blocks.{module}()
+        self.fc = nn.Linear(4 * 28 * 28, 10)
+
+    def forward(self, x):
+        return self.fc(self.block(x).flatten(1))
+
+def build():
+    return Net()
+"""
+BLOCK = """
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x).{activation}()
+"""
+
+
+@pytest.fixture
+def flat(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The small evaluation with a network that takes 28 pixels and nothing else."""
+    (tmp_path / "net.py").write_text(
+        NET.format(module="Block")
+        .replace("import blocks\n", BLOCK.format(activation="relu"))
+        .replace("blocks.", "")
+    )
+    settings["model"] |= {"name": "./net.py:build", "weights": "random"}
+    return settings
+
+
+def test_jigsaws_that_the_model_cannot_take_are_refused(flat, load) -> None:
+    flat["model"]["blocks"] = ["block"]
+    flat["detectors"] = ["featurenorm"]
+    with pytest.raises(UserError, match=r"featurenorm\.grid: jigsaws of 3 x 3 .* 27 pixels.*divides 28"):
+        prepare.prepare(load(flat))
+    flat["detectors"] = [{"featurenorm": {"grid": 4}}]
+    prepare.prepare(load(flat))
+
+
+@pytest.mark.parametrize("layer", ["fc", "nowhere"])
+def test_images_are_mixed_only_where_it_changes_the_feature(settings, load, layer: str) -> None:
+    settings["detectors"] = [{"grood": {"mixup_layer": layer}}]
+    with pytest.raises(UserError, match=rf"detectors\.grood: unknown layer '{layer}'"):
+        prepare.prepare(load(settings))
+
+
+def test_a_change_in_a_module_behind_the_factory_is_another_model(
+    settings, load, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "net.py").write_text(NET.format(module="Block"))
+    settings["model"] |= {"name": "./net.py:build", "weights": "random"}
+    seen = set()
+    for activation in ("relu", "tanh"):
+        (tmp_path / "blocks.py").write_text(BLOCK.format(activation=activation))
+        sys.modules.pop("blocks", None)
+        seen |= {job.folder for job in prepare.prepare(load(settings)).jobs.values()}
+    assert len(seen) == 2 * len(settings["datasets"])
+
+
+def test_a_faiss_string_is_checked_before_any_work(settings, load) -> None:
+    settings["index"] = {"kind": "IVFF10"}
+    with pytest.raises(UserError, match=r"index\.kind: FAISS refuses 'IVFF10'"):
+        prepare.prepare(load(settings))
+
+
+def test_scores_of_approximate_indexes_depend_on_the_shards(settings, load) -> None:
+    def scoring(**index: Any) -> str:
+        settings["index"] = index
+        return prepare.prepare(load(settings)).scoring
+
+    assert scoring(kind="flat", shards=1) == scoring(kind="flat", shards=3)
+    assert scoring(kind="IVF4,Flat", shards=1) != scoring(kind="IVF4,Flat", shards=3)
+
+
+def test_a_dataset_may_not_have_the_name_of_a_group(settings, load) -> None:
+    settings["datasets"][1]["name"] = "id"
+    with pytest.raises(UserError, match="'id' is the name of a group"):
+        load(settings)
