@@ -23,9 +23,9 @@ REASONS: dict[str, str] = {
         "once, a few hundred bytes per image, and exact metrics need them together."
     ),
     "scoring with neighbours: growth of peak memory from 20,000 to 60,000 rows": (
-        "the score task comes to its full set of buffers only after some parts; 60,000 rows are "
-        "twenty-nine parts of 2,048 rows, one after the other, and without neighbours a million "
-        "rows need no more than 100,000."
+        "not profiled; the growth is 35 MiB in one task process, and without neighbours a million "
+        "rows need no more than 100,000, so the answers of the index actor (k = 50 neighbours a "
+        "row) are where to look first."
     ),
     "gradient of GROOD against per-sample autograd": (
         "about nine tenths of the closed form's time is one float64 matrix product of features and "
