@@ -22,11 +22,6 @@ REASONS: dict[str, str] = {
         "only the evaluate task grows by more: it sorts one detector's scores of all datasets at "
         "once, a few hundred bytes per image, and exact metrics need them together."
     ),
-    "scoring with neighbours: growth of peak memory from 20,000 to 60,000 rows": (
-        "not profiled; the growth is 35 MiB in one task process, and without neighbours a million "
-        "rows need no more than 100,000, so the answers of the index actor (k = 50 neighbours a "
-        "row) are where to look first."
-    ),
     "gradient of GROOD against per-sample autograd": (
         "about nine tenths of the closed form's time is one float64 matrix product of features and "
         "prototypes (distances are logits here, and float32 loses the small ones); autograd with a "
