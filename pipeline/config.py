@@ -85,7 +85,10 @@ class Extract(Frozen):
     """The forward pass."""
 
     batch_size: int = Field(default=256, ge=1)
-    shard_rows: int = Field(default=2048, ge=1, description="images per output file, the unit of resume")
+    shard_rows: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto",
+        description="images per output file, the unit of resume; auto = 2048, less where pixels are many",
+    )
     actors: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default="auto", description="model copies; auto = as many as the cluster has room for"
     )
@@ -93,6 +96,24 @@ class Extract(Frozen):
     gpus_per_actor: float = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto = cuda where gpus_per_actor > 0"
+    )
+    decode: Literal["auto", "fused", "separate"] = Field(
+        default="auto",
+        description="fused: a model actor decodes its own images; separate: tasks on any CPU of the cluster "
+        "decode for it; auto = separate where gpus_per_actor > 0",
+    )
+    decoder: Literal["pillow", "simplejpeg"] = Field(
+        default="pillow", description="simplejpeg is faster on JPEG files; Pillow still reads all others"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="of the network's body; norms, logits and all that follows stay in fp32"
+    )
+    channels_last: bool = Field(
+        default=False, description="memory layout of images and maps; often faster for convolutions"
+    )
+    compile: bool = Field(default=False, description="run the network through torch.compile")
+    feature_dtype: Literal["float32", "float16"] = Field(
+        default="float32", description="of stored features; float16 halves the cache and rounds them"
     )
     max_bad_fraction: float = Field(
         default=0.01, ge=0, le=1, description="share of unreadable images above which the run fails"

@@ -8,7 +8,7 @@ Their distances are then computed again in float64 from the stored vectors: FAIS
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -35,7 +35,13 @@ class Prepared:
     def plan(self) -> extract.Plan:
         """What all forward passes share."""
         settings = self.config
-        return extract.Plan(settings.model, settings.extract, settings.seed, self.classifier.digest)
+        return extract.Plan(
+            settings.model,
+            settings.extract,
+            settings.seed,
+            self.classifier.digest,
+            self.classifier.transform,
+        )
 
     @property
     def folder(self) -> Path:

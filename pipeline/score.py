@@ -145,11 +145,12 @@ def _missing(job: Job) -> list[dict[str, Any]]:
         for stale in (folder / store.MANIFEST, *folder.glob("part-*.parquet")):
             stale.unlink(missing_ok=True)
         store.write_json(plan, inputs)
-    parts = [
-        {"dataset": job.dataset, "start": start, "stop": stop, "part": str(folder / store.part_name(number))}
-        for number, (start, stop) in enumerate(job.features.slices(SLICE))
+    parts = {folder / store.part_name(number): rows for number, rows in enumerate(job.features.slices(SLICE))}
+    return [
+        {"dataset": job.dataset, "start": start, "stop": stop, "part": str(part)}
+        for part, (start, stop) in parts.items()
+        if not part.is_file()
     ]
-    return [part for part in parts if not Path(part["part"]).is_file()]
 
 
 def _finish(job: Job) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -96,7 +97,7 @@ def arrow_columns(columns: Mapping[str, NDArray[Any]]) -> pa.Table:
 
 
 def numpy_columns(table: pa.Table, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """The named columns as arrays; fixed-size lists become (N, D)."""
+    """The named columns as arrays; fixed-size lists become (N, D), float16 becomes float32."""
     return {name: _numpy(table[name].combine_chunks()) for name in names}
 
 
@@ -110,6 +111,8 @@ def _numpy(column: pa.Array) -> NDArray[Any]:
     values: NDArray[Any]
     if pa.types.is_fixed_size_list(column.type):
         values = column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+        if values.dtype == np.float16:
+            values = values.astype(np.float32)
     else:
         values = column.to_numpy(zero_copy_only=False)
     return values
