@@ -363,13 +363,26 @@ def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], No
     }
 
 
+def actor_count(settings: config.Extract) -> int:
+    """How many model actors there will be.
+
+    Raises:
+        UserError: if the cluster has no room for as many as configured, or for one.
+    """
+    fits = cluster.capacity(settings.cpus_per_actor, settings.gpus_per_actor, "extract")
+    if settings.actors == "auto":
+        return fits
+    if settings.actors > fits:
+        raise UserError(
+            f"extract.actors: {settings.actors} asked for, the cluster has room for {fits}. Lower it."
+        )
+    return settings.actors
+
+
 def _execute(todo: list[Shard], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> Any:
     """Stream receipts out of one Ray Data execution."""
     settings = plan.settings
-    fits = cluster.capacity(settings.cpus_per_actor, settings.gpus_per_actor, "extract")
-    actors = min(fits if settings.actors == "auto" else settings.actors, len(todo))
-    if actors > fits:
-        raise UserError(f"extract.actors: {actors} asked for, the cluster has room for {fits}. Lower it.")
+    actors = min(actor_count(settings), len(todo))
     rows = ray.data.from_items([asdict(shard) for shard in todo], override_num_blocks=len(todo))
     if plan.separate:
         rows = rows.map(decode_shard, fn_kwargs={"plan": plan}, num_cpus=1)

@@ -145,8 +145,7 @@ class Runner:
     def _pool(self) -> ActorPool:
         if not self.actors:
             settings = self.plan.settings
-            fits = cluster.capacity(settings.cpus_per_actor, settings.gpus_per_actor, "extract")
-            count = fits if settings.actors == "auto" else min(fits, settings.actors)
+            count = extract.actor_count(settings)
             gpus = settings.gpus_per_actor
             remote = ray.remote(Worker).options(num_cpus=settings.cpus_per_actor, num_gpus=gpus)
             self.actors = [remote.remote(self.plan) for _ in range(count)]
