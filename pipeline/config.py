@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline import detectors
+from pipeline import detectors, inherit
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError
@@ -75,10 +75,16 @@ class Dataset(Frozen):
 
     name: Name
     role: Role
+    expected: int | None = Field(
+        default=None, ge=1, description="images that the protocol has here; another number is refused"
+    )
     format: str
     path: str = Field(description="file or folder; 'package://module/file' for data inside a package")
     images: str | None = Field(default=None, description="npz: name of the image array")
     labels: str | None = Field(default=None, description="npz: name of the label array; idx: label file")
+    root: str | None = Field(
+        default=None, description="imagelist: folder the listed paths are relative to; null = the list's own"
+    )
 
 
 class Extract(Frozen):
@@ -205,6 +211,15 @@ class Config(Frozen):
     name: Name
     seed: int = Field(default=0, ge=0)
     workspace: str = "./workspace"
+    protocol: str | None = Field(default=None, description="name of the benchmark that this is a run of")
+    published: str | None = Field(
+        default=None, description="table of published numbers of the protocol that the report compares with"
+    )
+    data: str | None = Field(
+        default=None,
+        description="folder, relative to the current one, that relative paths of datasets and weights start "
+        "from; null = the folder of the config file",
+    )
     model: Model
     datasets: tuple[Dataset, ...] = Field(min_length=1)
     detectors: Annotated[tuple[DetectorEntry, ...], BeforeValidator(_entries)] = Field(min_length=1)
@@ -242,17 +257,14 @@ class Config(Frozen):
 def load(source: str, overrides: list[str] | None = None) -> Config:
     """Read a config file, or a bundled one by name, and apply `key.path=value` overrides.
 
+    A file may build on another (`extends`, see `inherit.read`); overrides come last.
+
     Raises:
         UserError: missing file, invalid YAML, unknown key, value of a wrong type or out of range,
             unknown detector; the message names file and key.
     """
     path = locate(source)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping with the keys name, model, datasets, detectors")
+    data = inherit.read(path, bundled())
     for override in overrides or []:
         apply_override(data, override)
     try:
@@ -306,16 +318,20 @@ def digest(value: Any) -> str:
 
 
 def _absolute(config: Config, base: Path) -> Config:
-    """Paths beside the config file become absolute; the workspace is relative to the current folder."""
+    """Paths become absolute: workspace and data from the current folder, code from the config file.
 
-    def beside(path: str | None) -> str | None:
+    Datasets and weights start from `data`; from the folder of the config file if there is none.
+    """
+    data = base if config.data is None else Path(config.data).expanduser().resolve()
+
+    def beside(path: str | None, start: Path = data) -> str | None:
         if path is None or "://" in path or path == "random":
             return path
-        return str((base / Path(path).expanduser()).resolve())
+        return str((start / Path(path).expanduser()).resolve())
 
     def function(reference: str) -> str:
         file, separator, name = reference.rpartition(":")
-        return f"{beside(file)}:{name}" if separator and file.endswith(".py") else reference
+        return f"{beside(file, base)}:{name}" if separator and file.endswith(".py") else reference
 
     workspace, model = config.workspace, config.model
     name = function(model.name) if model.source == "factory" else model.name
@@ -324,6 +340,7 @@ def _absolute(config: Config, base: Path) -> Config:
             update={
                 "path": function(dataset.path) if dataset.format == "python" else beside(dataset.path),
                 "labels": beside(dataset.labels) if dataset.format == "idx" else dataset.labels,
+                "root": beside(dataset.root),
             }
         )
         for dataset in config.datasets
@@ -333,5 +350,6 @@ def _absolute(config: Config, base: Path) -> Config:
             "workspace": workspace if "://" in workspace else str(Path(workspace).expanduser().resolve()),
             "model": model.model_copy(update={"name": name, "weights": beside(model.weights)}),
             "datasets": datasets,
+            "data": None if config.data is None else str(data),
         }
     )
