@@ -188,7 +188,7 @@ def _show_plan(ready: Prepared) -> None:
 
 def _histogram(class_count: Mapping[int, int]) -> str:
     """Number of classes, images per class, and their distribution over the class indices."""
-    counts = [class_count[label] for label in sorted(class_count) if label >= 0]
+    counts = [class_count[label] for label in sorted(class_count) if label >= 0 and class_count[label]]
     if not counts:
         return "-"
     width = -(-len(counts) // 16)

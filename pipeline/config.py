@@ -24,6 +24,8 @@ from pipeline.overrides import apply_override
 
 Role = Literal["train", "id", "near_ood", "far_ood", "shifted_id", "ood_val", "unlabelled"]
 LABELLED_ROLES = ("train", "id", "shifted_id")
+CLASS_FILES = (".txt", ".csv", ".json", ".yaml", ".yml")
+"""Endings of files that say which index a class name has."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 """A name that is a folder, a column and an MLflow metric at once."""
 
@@ -79,11 +81,28 @@ class Dataset(Frozen):
         default=None, ge=1, description="images that the protocol has here; another number is refused"
     )
     format: str
-    path: str = Field(description="file or folder; 'package://module/file' for data inside a package")
-    images: str | None = Field(default=None, description="npz: name of the image array")
-    labels: str | None = Field(default=None, description="npz: name of the label array; idx: label file")
+    path: str = Field(
+        description="file or folder, local or a URI; webdataset, parquet: also `*` in the last part; "
+        "'package://module/file' for data inside a package"
+    )
     root: str | None = Field(
         default=None, description="imagelist: folder the listed paths are relative to; null = the list's own"
+    )
+    images: str | None = Field(default=None, description="npz: image array; parquet: image column")
+    labels: str | None = Field(
+        default=None,
+        description="imagefolder, imagelist: what a class name means: 'imagenet1k', 'index' (the name is the "
+        "number), or a .txt, .csv, .json or .yaml file; null = class folders numbered in sorted order. "
+        "npz: label array; idx: label file; parquet: label column; webdataset: key in the .json members",
+    )
+    include_labels: tuple[int | str, ...] | None = Field(
+        default=None, min_length=1, description="keeps the images of these classes (indices or names)"
+    )
+    limit_per_class: int | None = Field(
+        default=None, ge=1, description="keeps a seeded uniform sample of so many images of each class"
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="keeps a seeded uniform sample of so many images"
     )
 
 
@@ -306,6 +325,11 @@ def resolve(path: str) -> Path:
         raise UserError(f"{path}: no package named {module!r} is installed.") from None
 
 
+def _labels_are_a_file(dataset: Dataset) -> bool:
+    named = dataset.format in ("imagefolder", "imagelist") and (dataset.labels or "").endswith(CLASS_FILES)
+    return dataset.format == "idx" or named
+
+
 def dump(config: Config) -> str:
     """The resolved config as YAML; loads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -339,8 +363,8 @@ def _absolute(config: Config, base: Path) -> Config:
         dataset.model_copy(
             update={
                 "path": function(dataset.path) if dataset.format == "python" else beside(dataset.path),
-                "labels": beside(dataset.labels) if dataset.format == "idx" else dataset.labels,
                 "root": beside(dataset.root),
+                "labels": beside(dataset.labels) if _labels_are_a_file(dataset) else dataset.labels,
             }
         )
         for dataset in config.datasets

@@ -28,7 +28,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import cluster, config, images, store
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
-from pipeline.datasets import Manifest
+from pipeline.datasets import Manifest, fetch
 from pipeline.errors import UserError
 from pipeline.model import Classifier, load
 
@@ -37,6 +37,9 @@ SHARD_ROWS, SHARD_PIXELS = 2048, 2**27
 
 _OTHERS = "rows and errors"
 """Column beside `pixels` that holds the rest of a `Decoded` on its way to a model actor, as JSON."""
+
+ACCEPTED = "accepted"
+"""Column of a manifest with the labels that are right, where there are several."""
 
 ERRORS = b"errors"
 """Key of the Parquet footer under which a part lists its bad rows as JSON [[key, reason], ...]."""
@@ -151,7 +154,7 @@ class Decoded:
     pixels: images.Pixels
     """(n, H, W, channels) of the readable ones."""
     rows: list[dict[str, Any]]
-    """Key and label of each."""
+    """Key, label and accepted labels of each."""
     errors: list[list[str]]
     """[key, reason] of the others."""
 
@@ -205,8 +208,9 @@ class Extractor:
 
     def _decode(self, shard: Shard) -> Iterator[Decoded]:
         table = Manifest(shard.manifest, 0, "", {}).read(shard.start, shard.stop)
-        for start in range(0, len(table), self.plan.settings.batch_size):
-            yield decode_rows(table.slice(start, self.plan.settings.batch_size), self.plan)
+        size, contents = self.plan.settings.batch_size, fetch(table)
+        for start in range(0, len(table), size):
+            yield decode_rows(table.slice(start, size), self.plan, contents)
 
 
 def load_in_worker(plan: Plan, compiled: bool = False) -> Classifier:
@@ -238,20 +242,31 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**29)
 
 
-def decode_rows(table: pa.Table, plan: Plan) -> Decoded:
-    """Fetch and decode rows of a manifest."""
+def decode_rows(table: pa.Table, plan: Plan, contents: Iterator[bytes | Exception] | None = None) -> Decoded:
+    """Decode rows of a manifest, from the next ones of a `fetch` under way or from one of their own."""
     pixels, good, errors = [], [], []
-    for row in table.select(["key", "label", "uri", "bytes", "shape"]).to_pylist():
-        try:
-            content = row["bytes"] if row["bytes"] is not None else Path(row["uri"]).read_bytes()
-            shape = None if row["shape"] is None else tuple(row["shape"])
-            pixels.append(images.decode(content, shape, plan.transform, plan.settings.decoder))
-            good.append({KEY: row["key"], LABEL: row["label"]})
-        except Exception as error:  # any byte string may come along; the row is counted as an error
-            errors.append([row["key"], f"{type(error).__name__}: {error}"])
+    rows = table.select([KEY, LABEL, ACCEPTED, "shape"]).to_pylist()
+    for row, content in zip(rows, contents or fetch(table), strict=False):
+        found = _decoded(content, row.pop("shape"), plan)
+        if isinstance(found, Exception):
+            errors.append([row[KEY], f"{type(found).__name__}: {found}"])
+        else:
+            pixels.append(found)
+            good.append(row)
     side, channels = plan.transform.crop, plan.transform.channels
     empty = np.empty((0, side, side, channels), np.uint8)
     return Decoded(np.stack(pixels) if pixels else empty, good, errors)
+
+
+def _decoded(content: bytes | Exception, shape: list[int] | None, plan: Plan) -> images.Pixels | Exception:
+    """Pixels of one image, or why there are none."""
+    if isinstance(content, Exception):
+        return content
+    try:
+        raw = None if shape is None else tuple(shape)
+        return images.decode(content, raw, plan.transform, plan.settings.decoder)
+    except Exception as error:  # any byte string may come along; the row is counted as an error
+        return error
 
 
 def extract_rows(
@@ -276,11 +291,17 @@ def extract_rows(
         finite = np.all([np.isfinite(values).all(axis=1) for values in output.values()], axis=0)
         keys = np.array([row[KEY] for row in batch.rows], dtype=object)
         errors += [[key, "the network's output is not finite"] for key in keys[~finite]]
-        labels = np.array([row[LABEL] for row in batch.rows], dtype=np.int32)
         prediction = output[LOGITS].argmax(axis=1).astype(np.int32)
+        labels = np.array(list(map(_label, batch.rows, prediction.tolist())), dtype=np.int32)
         for name, values in {KEY: keys, LABEL: labels, PREDICTION: prediction, **output}.items():
             columns.setdefault(name, []).append(values[finite])
     return _feature_table(classifier, columns, settings), errors, forwarded
+
+
+def _label(row: dict[str, Any], prediction: int) -> int:
+    """Label of an image; where several are accepted, the prediction if it is among them, else the first."""
+    label: int = prediction if prediction in (row[ACCEPTED] or ()) else row[LABEL]
+    return label
 
 
 def _feature_table(

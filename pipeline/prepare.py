@@ -98,7 +98,8 @@ def prepare(settings: Config) -> Prepared:
     if any(detector.neighbours for detector in detectors.values()):
         index.made(settings.index.kind, classifier.head[0].shape[1])
     manifests = {
-        dataset.name: compile_manifest(dataset, workspace / "manifests") for dataset in settings.datasets
+        dataset.name: compile_manifest(dataset, workspace / "manifests", settings.seed)
+        for dataset in settings.datasets
     }
     for dataset in settings.datasets:
         _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
@@ -168,14 +169,17 @@ def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:
     """Labels within the head's classes, and every class present where order or training depends on it."""
     if dataset.role not in config.LABELLED_ROLES:
         return
-    outside = sorted(label for label in manifest.class_count if not 0 <= label < classes)
+    present = {label for label, count in manifest.class_count.items() if count}
+    outside = sorted(label for label in present if not 0 <= label < classes)
     if outside:
         raise UserError(
             f"datasets.{dataset.name}: label {outside[0]} is outside the head's classes 0..{classes - 1}. "
             "Check that labels and model belong together."
         )
-    absent = sorted(set(range(classes)) - set(manifest.class_count))
-    if absent and (dataset.role == "train" or dataset.format == "imagefolder"):
+    by_order = dataset.format == "imagefolder" and dataset.labels is None
+    found = present if dataset.role == "train" else set(manifest.class_count)
+    absent = sorted(set(range(classes)) - found)
+    if absent and (dataset.role == "train" or by_order):
         shown = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
         raise UserError(
             f"datasets.{dataset.name}: {len(absent)} of the head's {classes} classes have no images "

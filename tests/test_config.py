@@ -350,6 +350,9 @@ def test_paths_are_relative_to_the_file_and_the_workspace_to_the_current_folder(
         {"name": "c", "role": "id", "format": "python", "path": "./c.py:images"},
         {"name": "d", "role": "id", "format": "python", "path": "package.c:images"},
         {"name": "e", "role": "id", "format": "npz", "path": "package://pipeline.quickstart/images.npz"},
+        {"name": "f", "role": "id", "format": "imagefolder", "path": "s3://b/f", "labels": "imagenet1k"},
+        {"name": "g", "role": "id", "format": "imagefolder", "path": "g", "labels": "g.yaml"},
+        {"name": "h", "role": "id", "format": "parquet", "path": "h/*.parquet", "labels": "label.json"},
     ]
     loaded = load(raw)
     assert loaded.workspace == str(current / "workspace")
@@ -361,7 +364,17 @@ def test_paths_are_relative_to_the_file_and_the_workspace_to_the_current_folder(
         (f"{tmp_path}/c.py:images", None),
         ("package.c:images", None),
         ("package://pipeline.quickstart/images.npz", None),
+        ("s3://b/f", "imagenet1k"),
+        (f"{tmp_path}/g", f"{tmp_path}/g.yaml"),
+        (f"{tmp_path}/h/*.parquet", "label.json"),
     ]
+
+
+def test_the_root_of_a_list_is_relative_to_the_file(load, tmp_path):
+    dataset = {"name": "a", "role": "id", "format": "imagelist", "path": "a.txt", "root": "images"}
+    assert load(key(RAW, "datasets", [dataset])).datasets[0].root == f"{tmp_path}/images"
+    dataset["root"] = "s3://bucket/images"
+    assert load(key(RAW, "datasets", [dataset])).datasets[0].root == "s3://bucket/images"
 
 
 def test_what_is_no_file_name_stays_as_it_is(load):

@@ -97,6 +97,25 @@ def test_rows_whose_output_is_not_finite_become_errors(job, classifier, plan) ->
     assert errors[0][1] == "the network's output is not finite"
 
 
+def test_of_several_accepted_labels_the_predicted_one_counts_else_the_first(job, classifier, plan) -> None:
+    def extracted(rows: pa.Table) -> pa.Table:
+        return extract.extract_rows(classifier, [extract.decode_rows(rows, plan)], plan.settings)[0]
+
+    rows = job.manifest.read(0, 20)
+    plain = extracted(rows)
+    prediction = plain["prediction"].to_pylist()
+    others = [[(found + 1) % 10, (found + 2) % 10] for found in prediction]
+    right, wrong, single = slice(0, 8), slice(8, 16), slice(16, 20)
+    accepted = [*([*others[row], prediction[row]] for row in range(8)), *others[wrong], *[None] * 4]
+    label = [found[0] for found in others]
+    for name, values in (("accepted", accepted), ("label", label)):
+        field = rows.schema.field(name)
+        rows = rows.set_column(rows.schema.get_field_index(name), field, pa.array(values, field.type))
+    found = extracted(rows)
+    assert found["label"].to_pylist() == [*prediction[right], *label[wrong], *label[single]]
+    assert found.drop_columns("label").equals(plain.drop_columns("label"))
+
+
 def test_a_dataset_is_complete_only_when_every_row_is_accounted_for(job, plan) -> None:
     write_all(job, plan)
     assert not job.complete

@@ -135,3 +135,57 @@ def test_a_dataset_may_not_have_the_name_of_a_group(settings, load) -> None:
     settings["datasets"][1]["name"] = "id"
     with pytest.raises(UserError, match="'id' is the name of a group"):
         load(settings)
+
+
+def image_list(folder: Path, lines: list[str]) -> dict[str, str]:
+    """A dataset of images that are not there: preparing a run does not open them."""
+    (folder / "list.txt").write_text("".join(f"{row}.png {line}\n" for row, line in enumerate(lines)))
+    return {"name": "test", "role": "id", "format": "imagelist", "path": str(folder / "list.txt")}
+
+
+def test_accepted_labels_must_be_classes_of_the_head(settings, load, tmp_path) -> None:
+    settings["datasets"][1] = image_list(tmp_path, ["3", "1;9"])
+    assert prepare.prepare(load(settings)).jobs["test"].manifest.class_count == {1: 1, 3: 1, 9: 1}
+    settings["datasets"][1] = image_list(tmp_path, ["3", "1;10"])
+    with pytest.raises(UserError, match=r"datasets\.test: label 10 is outside the head's classes 0\.\.9"):
+        prepare.prepare(load(settings))
+    settings["datasets"][1] |= {"include_labels": [3]}
+    assert prepare.prepare(load(settings)).jobs["test"].manifest.rows == 1
+
+
+def class_folders(folder: Path, classes: int) -> dict[str, Any]:
+    for number in range(classes):
+        (folder / f"n0{number}").mkdir(parents=True)
+        (folder / f"n0{number}" / "1.png").touch()
+    return {"name": "test", "role": "id", "format": "imagefolder", "path": str(folder)}
+
+
+def test_folders_numbered_by_order_must_all_be_there_even_if_a_sample_is_taken(
+    settings, load, tmp_path
+) -> None:
+    settings["datasets"][1] = class_folders(tmp_path / "nine", 9) | {"limit": 3}
+    with pytest.raises(UserError, match=r"datasets\.test: 1 of the head's 10 classes have no images \(9\)"):
+        prepare.prepare(load(settings))
+    settings["datasets"][1] = class_folders(tmp_path / "ten", 10) | {"limit": 3}
+    assert prepare.prepare(load(settings)).jobs["test"].manifest.rows == 3
+
+
+def test_folders_with_an_index_need_not_all_be_there(settings, load, tmp_path) -> None:
+    (tmp_path / "classes.txt").write_text("".join(f"n0{number}\n" for number in range(10)))
+    settings["datasets"][1] = class_folders(tmp_path / "three", 3) | {"labels": "classes.txt"}
+    assert prepare.prepare(load(settings)).jobs["test"].manifest.class_count == {0: 1, 1: 1, 2: 1}
+
+
+def test_training_needs_every_class_after_the_filters(settings, load) -> None:
+    settings["datasets"][0]["include_labels"] = list(range(9))
+    with pytest.raises(UserError, match=r"datasets\.train: 1 of the head's 10 classes have no images \(9\)"):
+        prepare.prepare(load(settings))
+
+
+def test_samples_depend_on_the_seed_of_the_run(settings, load) -> None:
+    settings["datasets"][1]["limit"] = 20
+    digests = set()
+    for seed in (0, 0, 1):
+        settings["seed"] = seed
+        digests.add(prepare.prepare(load(settings)).jobs["test"].manifest.digest)
+    assert len(digests) == 2

@@ -1,9 +1,10 @@
 """Every dataset format is compiled to one manifest; everything later reads manifests only.
 
-A file here is a format, its name the name used in the config (`_arrays.py` is shared by three). It holds
-one function `read(dataset) -> Iterator[pyarrow.RecordBatch]` that yields rows of `SCHEMA` in a fixed order
-and raises `UserError` on a path or name that is not there. A file that cannot be read is still a row:
-reading and decoding fail later, per row, and are counted.
+A file here is a format, its name the name used in the config; modules with an underscore are shared. It
+holds a function `read(dataset) -> Iterator[pyarrow.RecordBatch]` that yields rows of `SCHEMA` in a fixed
+order and raises `UserError` on a path or name that is not there; a format whose classes have names also
+`classes(dataset) -> Classes`. A file that cannot be read is still a row: `fetch` and decoding fail later,
+per row, and are counted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -25,20 +26,33 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config import LABELLED_ROLES, Dataset
+from pipeline.datasets import _filters
+from pipeline.datasets._fetch import fetch
 from pipeline.errors import UserError, unknown
+
+__all__ = ["ROW_GROUP", "SCHEMA", "Manifest", "compile_manifest", "fetch", "formats"]
 
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("uri", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("column", pa.string()),
         ("bytes", pa.binary()),
         ("shape", pa.list_(pa.int32())),
         ("label", pa.int32()),
+        ("accepted", pa.list_(pa.int32())),
         ("identity", pa.string()),
     ]
 )
-"""One row per image: where its bytes are (`uri` or inline `bytes`), the shape if they are raw pixels, and
-what a change of the image changes (`identity`: size and time stamp of a file, empty for inline bytes)."""
+"""One row per image.
+
+Its bytes are inline (`bytes`; raw pixels if there is a `shape`), or the file `uri`, or `length` bytes of it
+from `offset` on, or in row `offset` of the Parquet file `uri` the value of `column`. A row with neither `uri`
+nor `bytes` is an image known to be lost. `label` is the class index, -1 where it is unknown; where several
+are right, `accepted` has all of them and `label` the first. `identity` changes with the image: size and time
+stamp of its file, empty for inline bytes."""
 
 ROW_GROUP = 1024
 """Rows per row group of a manifest; a shard reads only the row groups it needs."""
@@ -53,7 +67,7 @@ class Manifest:
     digest: str
     """SHA-256 over all rows: the identity of the dataset."""
     class_count: dict[int, int]
-    """Rows per label; -1 is unlabelled."""
+    """Rows that accept each label; -1 is unlabelled, 0 a label of which the filters left no row."""
 
     def read(self, start: int, stop: int) -> pa.Table:
         """Rows [start, stop), reading no more than the row groups they lie in."""
@@ -84,51 +98,90 @@ def formats() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def compile_manifest(dataset: Dataset, folder: Path) -> Manifest:
+def compile_manifest(dataset: Dataset, folder: Path, seed: int = 0) -> Manifest:
     """Compile a dataset below `folder`; equal datasets share one manifest.
 
+    Args:
+        dataset: what to compile.
+        folder: where manifests lie.
+        seed: decides which images `limit` and `limit_per_class` keep.
+
     Raises:
-        UserError: unknown format, missing path or array, empty dataset, keys used twice, no labels
-            where the role needs them.
+        UserError: unknown format, missing or unreadable path, array or column, a class without an index,
+            empty dataset, keys used twice, no labels where the role needs them.
     """
     if dataset.format not in formats():
         raise UserError(f"datasets.{dataset.name}.format: {unknown('format', dataset.format, formats())}")
-    batches = import_module(f"{__name__}.{dataset.format}").read(dataset)
+    module = import_module(f"{__name__}.{dataset.format}")
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{dataset.name}-{uuid.uuid4().hex}"
     draft.mkdir()
     try:
-        manifest = _write(dataset, batches, draft)
+        rows, whole = _regrouped(_listed(dataset, module.read(dataset))), None
+        if _filters.wanted(dataset):
+            whole = _write(rows, draft / "whole.parquet")
+            kept = _filters.kept(dataset, whole.path, seed, getattr(module, "classes", None))
+            rows = _regrouped(_taken(whole.path, kept))
+        if dataset.role not in LABELLED_ROLES:
+            rows = map(_without_labels, rows)
+        manifest = _write(rows, draft / "rows.parquet")
+        _check(dataset, manifest, whole or manifest)
+        if whole is not None and dataset.role in LABELLED_ROLES:
+            manifest = replace(
+                manifest, class_count=dict.fromkeys(whole.class_count, 0) | manifest.class_count
+            )
         final = folder / f"{dataset.name}-{manifest.digest[:16]}"
         final.mkdir(exist_ok=True)
         (draft / "rows.parquet").replace(final / "rows.parquet")  # the files may lie elsewhere by now
-        return Manifest(**{**asdict(manifest), "path": str(final / "rows.parquet")})
+        return replace(manifest, path=str(final / "rows.parquet"))
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _write(dataset: Dataset, batches: Iterator[pa.RecordBatch], folder: Path) -> Manifest:
-    """Stream the rows to disk, hashing them on the way."""
-    path = folder / "rows.parquet"
+def _listed(dataset: Dataset, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows; no access, a link that goes round in circles and the like are the user's to mend."""
+    try:
+        yield from batches
+    except OSError as error:
+        what, why = error.filename or dataset.path, error.strerror or error
+        raise UserError(f"datasets.{dataset.name}.path: cannot read {what}: {why}.") from None
+
+
+def _write(tables: Iterator[pa.Table], path: Path) -> Manifest:
+    """Stream the rows to disk, hashing and counting them on the way."""
     sha, rows, class_count = hashlib.sha256(), 0, dict[int, int]()
     with pq.ParquetWriter(path, SCHEMA, compression="lz4") as writer:
-        for batch in _regrouped(batches):
-            if dataset.role not in LABELLED_ROLES:
-                batch = _without_labels(batch)
-            writer.write_table(batch, row_group_size=ROW_GROUP)
-            rows += len(batch)
-            sha.update(_identity(batch))
-            for label, count in _counts(batch["label"]):
+        for table in tables:
+            writer.write_table(table, row_group_size=ROW_GROUP)
+            rows += len(table)
+            sha.update(_identity(table))
+            for label, count in _counts(table):
                 class_count[label] = class_count.get(label, 0) + count
-    if not rows:
+    return Manifest(str(path), rows, sha.hexdigest(), class_count)
+
+
+def _check(dataset: Dataset, manifest: Manifest, whole: Manifest) -> None:
+    """Refuse a dataset without images before or after its filters, keys used twice, and missing labels."""
+    if not whole.rows:
         raise UserError(f"datasets.{dataset.name}.path: no images in {dataset.path}. Check the path.")
-    _check_keys(dataset, path, rows)
-    if dataset.role in LABELLED_ROLES and -1 in class_count:
+    if not manifest.rows:
+        raise UserError(f"datasets.{dataset.name}: include_labels keeps none of its {whole.rows} images.")
+    _check_keys(dataset, Path(manifest.path), manifest.rows)
+    if dataset.role in LABELLED_ROLES and -1 in manifest.class_count:
         raise UserError(
             f"datasets.{dataset.name}: role {dataset.role!r} needs a label for every image, but "
-            f"{class_count[-1]} of {rows} have none. Name the labels (`labels:`) or use class folders."
+            f"{manifest.class_count[-1]} of {manifest.rows} have none. "
+            "Name the labels (`labels:`) or use class folders."
         )
-    return Manifest(str(path), rows, sha.hexdigest(), class_count)
+
+
+def _taken(path: str, kept: NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
+    """The rows of a manifest that are kept."""
+    start = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(ROW_GROUP):
+            yield batch.filter(pa.array(kept[start : start + len(batch)]))
+            start += len(batch)
 
 
 def _regrouped(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
@@ -150,25 +203,32 @@ def _regrouped(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
 
 def _without_labels(table: pa.Table) -> pa.Table:
     """Class indices of another label space must never meet the classifier's."""
-    column = SCHEMA.get_field_index("label")
-    return table.set_column(column, SCHEMA.field("label"), pa.array([-1] * len(table), pa.int32()))
+    for name, values in (("label", [-1] * len(table)), ("accepted", [None] * len(table))):
+        field = SCHEMA.field(name)
+        table = table.set_column(SCHEMA.get_field_index(name), field, pa.array(values, field.type))
+    return table
 
 
 def _identity(table: pa.Table) -> bytes:
     """Digest of one table of rows; the folder a dataset lies in does not enter, its content does."""
     sha = hashlib.sha256()
-    rows = zip(
-        *(table[name].to_pylist() for name in ("key", "bytes", "shape", "label", "identity")), strict=True
-    )
-    for key, content, shape, label, identity in rows:
-        sha.update(json.dumps([key, shape, label, identity, content is None]).encode())
+    names = ("key", "bytes", "shape", "label", "identity", "accepted")
+    rows = zip(*(table[name].to_pylist() for name in names), strict=True)
+    for key, content, shape, label, identity, accepted in rows:
+        several = [] if accepted is None else [accepted]
+        sha.update(json.dumps([key, shape, label, identity, content is None, *several]).encode())
         sha.update(hashlib.sha256(content or b"").digest())
     return sha.digest()
 
 
-def _counts(column: pa.ChunkedArray) -> Iterator[tuple[int, int]]:
-    for item in pc.value_counts(column):
-        yield item["values"].as_py(), item["counts"].as_py()
+def _counts(table: pa.Table) -> Iterator[tuple[int, int]]:
+    """Labels and the rows that accept them; rows without bytes fail when they are read and have none."""
+    table = table.filter(pc.or_(pc.is_valid(table["uri"]), pc.is_valid(table["bytes"])))
+    several = pc.list_flatten(table["accepted"])
+    single = table["label"].filter(pc.is_null(table["accepted"]))
+    for column in (single, several):
+        for item in pc.value_counts(column):
+            yield item["values"].as_py(), item["counts"].as_py()
 
 
 def _check_keys(dataset: Dataset, path: Path, rows: int) -> None:

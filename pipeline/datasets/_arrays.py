@@ -42,13 +42,13 @@ def rows(
         stop = start + count
         columns = {
             "key": [f"{name}/{row:08d}" for row in range(start, stop)],
-            "uri": [None] * count,
             "bytes": [image.tobytes() for image in chunk],
             "shape": [shape] * count,
             "label": [-1] * count if labels is None else labels[start:stop],
             "identity": [""] * count,
         }
-        yield pa.RecordBatch.from_pydict(columns, SCHEMA)
+        nothing = dict.fromkeys(SCHEMA.names, [None] * count)
+        yield pa.RecordBatch.from_pydict(nothing | columns, SCHEMA)
         start = stop
 
 

@@ -6,14 +6,15 @@ import gzip
 import struct
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
 from typing import BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import Dataset, resolve
-from pipeline.datasets import _arrays
+from pipeline import storage
+from pipeline.config import Dataset
+from pipeline.datasets import _arrays, _files
 from pipeline.errors import UserError
 
 _UINT8 = 8
@@ -25,34 +26,29 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
     try:
         labels = None
         if dataset.labels is not None:
-            source = _file(dataset.labels, f"{where}.labels")
-            with _open(source) as stream:
+            source = dataset.labels
+            with _open(source, f"{where}.labels") as stream:
                 _header(stream, 1, f"{where}.labels: {source}")
                 labels = np.frombuffer(stream.read(), np.uint8)
-        source = _file(dataset.path, f"{where}.path")
-        with _open(source) as stream:
+        source = dataset.path
+        with _open(source, f"{where}.path") as stream:
             shape = _header(stream, 3, f"{where}.path: {source}")
             checked = None if labels is None else _arrays.check_labels(f"{where}.labels", labels, shape[0])
-            yield from _arrays.rows(_stem(source), _arrays.read_chunks(stream, shape, str(source)), checked)
+            yield from _arrays.rows(_stem(source), _arrays.read_chunks(stream, shape, source), checked)
             if stream.read(1):  # reading to the end also checks gzip's checksum
                 raise UserError(f"{where}.path: {source} goes on after its {shape[0]} images.")
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{where}: {source} is damaged: {error}") from None
 
 
-def _file(path: str, where: str) -> Path:
-    found = resolve(path)
-    if not found.is_file():
-        raise UserError(f"{where}: no such file: {found}")
-    return found
+@contextmanager
+def _open(path: str, where: str) -> Iterator[BinaryIO]:
+    with _files.open_file(path, where) as stream:
+        yield cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if path.endswith(".gz") else stream
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz")
+def _stem(path: str) -> str:
+    return storage.name_of(_files.located(path)).removesuffix(".gz")
 
 
 def _header(stream: BinaryIO, dimensions: int, where: str) -> tuple[int, ...]:

@@ -12,18 +12,16 @@ import pyarrow as pa
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from pipeline.config import Dataset, resolve
-from pipeline.datasets import _arrays
+from pipeline.config import Dataset
+from pipeline.datasets import _arrays, _files
 from pipeline.errors import UserError, unknown
 
 
 def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
     """Rows of the array `images`, labelled by the array `labels` where one is named."""
-    path, where = resolve(dataset.path), f"datasets.{dataset.name}"
-    if not path.is_file():
-        raise UserError(f"{where}.path: no such file: {path}")
+    path, where = dataset.path, f"datasets.{dataset.name}"
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _files.open_file(path, f"{where}.path") as file, zipfile.ZipFile(file) as archive:
             name = dataset.images or _only(archive, where)
             labels = None
             if dataset.labels is not None:
@@ -37,7 +35,7 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
                 checked = (
                     None if labels is None else _arrays.check_labels(f"{where}.labels", labels, shape[0])
                 )
-                yield from _arrays.rows(name, _arrays.read_chunks(stream, shape, str(path)), checked)
+                yield from _arrays.rows(name, _arrays.read_chunks(stream, shape, path), checked)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{where}.path: {path} is not a readable .npz file: {error}") from None
 

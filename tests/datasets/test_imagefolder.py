@@ -44,11 +44,12 @@ def test_names_that_are_not_ascii_are_keys(compiled, tmp_path):
     assert (tmp_path / "set" / row["key"]).samefile(row["uri"])
 
 
-def test_a_name_that_is_not_utf8_is_spelled_out(compiled, tmp_path):
+def test_a_name_that_is_not_utf8_is_read_and_its_key_spelled_out(compiled, contents, tmp_path):
     save(tmp_path / "set" / "a.png")
     shutil.copy(tmp_path / "set" / "a.png", os.fsencode(tmp_path / "set") + b"/b\xff.png")
-    found = rows(compiled("imagefolder", tmp_path / "set"))
-    assert [row["key"] for row in found] == ["a.png", r"b\udcff.png"]
+    manifest = compiled("imagefolder", tmp_path / "set")
+    assert [row["key"] for row in rows(manifest)] == ["a.png", r"b\udcff.png"]
+    assert contents(manifest) == [(tmp_path / "set" / "a.png").read_bytes()] * 2
 
 
 def test_class_folders_are_numbered_in_sorted_order(compiled, tmp_path):
@@ -91,7 +92,7 @@ def test_a_link_that_goes_round_in_circles_is_refused(compiled, tmp_path, role, 
     save(tmp_path / "set" / "dog" / "a.png")
     (tmp_path / "set" / "dog" / "loop").symlink_to(target)
     (tmp_path / "set" / "loop").symlink_to(target)
-    with pytest.raises(UserError, match=r"datasets\.set\.path: cannot list .*loop.*symbolic links"):
+    with pytest.raises(UserError, match=r"datasets\.set\.path: cannot read .*loop.*symbolic links"):
         compiled("imagefolder", tmp_path / "set", role=role)
 
 

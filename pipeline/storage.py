@@ -1,0 +1,191 @@
+"""Files by path or URI: the local disk, and whatever pyarrow has a file system for (s3, gs, hdfs, ...).
+
+A local path is used as it is. A URI is percent-encoded after its host, so that any name can be written in
+one; `file://` URIs are local. Credentials and endpoints come from the environment, as each service's own
+tools read them, and only the endpoint may stand in a URI (`?endpoint_override=...`).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from pipeline.errors import UserError
+
+BUFFER = 2**20
+"""Bytes that a sequential reader of a remote file asks for at once."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file or folder of a listing."""
+
+    uri: str
+    name: str
+    folder: bool
+    identity: str
+    """Size and time stamp of a file; `missing` for a link to nowhere."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URI of another file system than the local one."""
+    return "://" in path and not path.startswith("file://")
+
+
+def join(folder: str, name: str) -> str:
+    """Path of a file (a name or a relative path) in a folder; an absolute local name stays as it is."""
+    if "://" not in folder:
+        return _local_uri(str(Path(folder) / name))
+    base, mark, query = folder.partition("?")
+    return f"{base.rstrip('/')}/{quote(os.fsencode(PurePosixPath(name.lstrip('/'))))}{mark}{query}"
+
+
+def parent(path: str) -> str:
+    """The folder a file lies in."""
+    if "://" not in path:
+        return str(Path(path).parent)
+    base, mark, query = path.partition("?")
+    return f"{base.rpartition('/')[0]}{mark}{query}"
+
+
+def name_of(path: str) -> str:
+    """The last part of a path, decoded."""
+    return Path(_place(path)[1]).name
+
+
+def find(path: str) -> Entry | None:
+    """The file or folder at a path, or None.
+
+    Raises:
+        UserError: a URI that names no usable storage.
+        OSError: no access.
+    """
+    system, place = _place(path)
+    if system is None:
+        return _local_entry(Path(place)) if os.path.lexists(place) else None
+    info = system.get_file_info(place)
+    return None if info.type == fs.FileType.NotFound else _remote_entry(path, info)
+
+
+def entries(folder: str) -> list[Entry]:
+    """What lies in a folder, in the order of the names; links are followed.
+
+    Raises:
+        UserError: a URI that names no usable storage.
+        OSError: no such folder, or no access.
+    """
+    system, place = _place(folder)
+    if system is None:
+        with os.scandir(place) as found:
+            listed = [_local_entry(entry) for entry in found]
+    else:
+        infos = system.get_file_info(fs.FileSelector(place))
+        listed = [_remote_entry(join(folder, info.base_name), info) for info in infos]
+    return sorted(listed, key=lambda entry: entry.name)
+
+
+def open_input(path: str) -> BinaryIO:
+    """A file to read, seekable and buffered.
+
+    Raises:
+        UserError: a URI that names no usable storage.
+        OSError: no such file, or no access.
+    """
+    system, place = _place(path)
+    if system is None:
+        return Path(place).open("rb")
+    return cast(BinaryIO, io.BufferedReader(system.open_input_file(place), BUFFER))
+
+
+def read(path: str, offset: int | None = None, length: int | None = None) -> bytes:
+    """Content of a file, or `length` bytes of it from `offset` on.
+
+    Raises:
+        UserError: a URI that names no usable storage.
+        OSError: no such file, or no access.
+        EOFError: a file that ends earlier.
+    """
+    system, place = _place(path)
+    with Path(place).open("rb", buffering=0) if system is None else system.open_input_file(place) as file:
+        if offset is None:
+            return cast(bytes, file.read())
+        file.seek(offset)
+        content = cast(bytes, file.read(length))
+    if length is not None and len(content) < length:
+        raise EOFError(f"the file ends {length - len(content)} bytes too early")
+    return content
+
+
+def ahead(call: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """Results of a call, in order, with the next ones under way in threads: hides a network's latency."""
+    source = iter(items)
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque[Future[Result]] = deque(pool.submit(call, item) for item in islice(source, threads))
+        while running:
+            yield running.popleft().result()
+            running.extend(pool.submit(call, item) for item in islice(source, 1))
+
+
+def _place(path: str) -> tuple[Any, str]:
+    """The file system of a path (None for the local disk) and the path in it."""
+    if "://" not in path:
+        return None, path
+    parts = urlsplit(path)
+    if parts.scheme == "file":
+        return None, os.fsdecode(unquote_to_bytes(parts.path))
+    if parts.password:
+        raise UserError(
+            f"{parts.scheme}://...@{parts.hostname}: a path must not hold credentials; "
+            "set them in the environment."
+        )
+    system, root = _system(parts.scheme, parts.netloc, parts.query)
+    return system, f"{root.rstrip('/')}/{unquote(parts.path).strip('/')}".rstrip("/") or "/"
+
+
+@lru_cache(maxsize=32)
+def _system(scheme: str, host: str, query: str) -> tuple[Any, str]:
+    """The file system of a service and the path of its root; made once in a process."""
+    uri = f"{scheme}://{host}" + (f"/?{query}" if query else "")
+    try:
+        return cast(tuple[Any, str], fs.FileSystem.from_uri(uri))
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{uri}: cannot use this storage: {str(error).splitlines()[0]}.") from None
+
+
+def _local_uri(path: str) -> str:
+    """A path, as a URI if it is no valid text and could not be stored."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return f"file://{quote(os.fsencode(Path(path).absolute()))}"
+    return path
+
+
+def _local_entry(entry: Path | os.DirEntry[str]) -> Entry:
+    uri = _local_uri(os.fspath(entry))
+    folder = entry.is_dir()
+    try:
+        stat = entry.stat()
+    except OSError:  # a dangling link
+        return Entry(uri, entry.name, folder, "missing")
+    return Entry(uri, entry.name, folder, f"{stat.st_size}-{stat.st_mtime_ns}")
+
+
+def _remote_entry(uri: str, info: Any) -> Entry:
+    folder = info.type == fs.FileType.Directory
+    return Entry(uri, info.base_name, folder, f"{info.size}-{info.mtime_ns}")
