@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import config, detectors
+from pipeline import config, datasets, detectors
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_configs_data_weights_and_notices(wheel: Path) -> None:
     for name in (
         "pipeline/configs/quickstart.yaml",
+        "pipeline/configs/labels/imagenet1k.txt",
         "pipeline/quickstart/images.npz",
         "pipeline/quickstart/resnet.safetensors",
         "pipeline/report/template.html",
@@ -66,6 +67,15 @@ def test_the_config_in_the_readme_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(block[1])
     assert set(config.load(str(path)).built()) == set(detectors.names())
+
+
+BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "datasets.md").read_text("utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_the_datasets_in_the_documents_are_valid(block: str) -> None:
+    found = yaml.safe_load(block)["datasets"]
+    assert {config.Dataset(**dataset).format for dataset in found} <= set(datasets.formats())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
