@@ -121,7 +121,7 @@ def read(path: str, offset: int | None = None, length: int | None = None) -> byt
         EOFError: a file that ends earlier.
     """
     system, place = _place(path)
-    with Path(place).open("rb", buffering=0) if system is None else system.open_input_file(place) as file:
+    with Path(place).open("rb") if system is None else system.open_input_file(place) as file:
         if offset is None:
             return cast(bytes, file.read())
         file.seek(offset)

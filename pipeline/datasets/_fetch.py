@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import groupby
 from typing import Any
 
@@ -63,33 +64,41 @@ def _content(row: dict[str, Any]) -> Content:
 
 def _values(path: str, rows: list[dict[str, Any]]) -> Iterator[Content]:
     """Values of a column of one Parquet file; reads only the row groups that the rows lie in."""
-    done = 0
-    try:
-        with storage.open_input(path) as stream, pq.ParquetFile(stream) as file:
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            starts = np.cumsum([0, *sizes])
-            numbers = [row["offset"] for row in rows]
-            groups = np.searchsorted(starts[1:-1], numbers, side="right")
-            for group, found in groupby(zip(groups.tolist(), numbers, strict=True), key=lambda pair: pair[0]):
-                wanted = [number - int(starts[group]) for _, number in found]
-                for value in _picked(file, group, rows[0]["column"], wanted):
-                    yield value
-                    done += 1
-    except Exception as error:  # as above; what follows in the file is as lost
-        yield from [error] * (len(rows) - done)
+    with ExitStack() as stack:
+        try:
+            stream = stack.enter_context(storage.open_input(path))
+            file = stack.enter_context(pq.ParquetFile(stream))
+        except Exception as error:  # as above
+            yield from [error] * len(rows)
+            return
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        starts = np.cumsum([0, *sizes])
+        numbers = np.array([row["offset"] for row in rows])
+        groups = np.searchsorted(starts[1:-1], numbers, side="right")
+        for group in np.unique(groups).tolist():
+            wanted = (numbers[groups == group] - starts[group]).tolist()
+            yield from _picked(file, group, rows[0]["column"], wanted)
 
 
-def _picked(file: pq.ParquetFile, group: int, column: str, wanted: Iterable[int]) -> Iterator[Content]:
+def _picked(file: pq.ParquetFile, group: int, column: str, wanted: list[int]) -> Iterator[Content]:
     """Values of some rows (ascending) of a row group, read in small batches."""
-    batches, start, values = file.iter_batches(BATCH, row_groups=[group], columns=[column]), 0, pa.array([])
-    for row in wanted:
-        while row >= start + len(values):
-            start += len(values)
-            batch = next(batches, None)
-            if batch is None:
-                raise EOFError("the file has fewer rows than when it was listed")
-            values = batch.column(0)
-            while pa.types.is_struct(values.type):
-                values = pc.struct_field(values, [0])
-        value = values[row - start].as_py()
-        yield ValueError("the row has no image bytes") if value is None else value
+    done, start, values = 0, 0, pa.array([])
+    try:
+        batches = file.iter_batches(BATCH, row_groups=[group], columns=[column])
+        for row in wanted:
+            while row >= start + len(values):
+                start += len(values)
+                values = _bytes(next(batches, None))
+            value = values[row - start].as_py()
+            yield ValueError("the row has no image bytes") if value is None else value
+            done += 1
+    except Exception as error:  # as above; what follows in the row group is lost with it
+        yield from [error] * (len(wanted) - done)
+
+
+def _bytes(batch: pa.RecordBatch | None) -> pa.Array:
+    """The one column of a batch, out of the struct it may lie in."""
+    if batch is None:
+        raise EOFError("the file has fewer rows than when it was listed")
+    values = batch.column(0)
+    return pc.struct_field(values, [0]) if pa.types.is_struct(values.type) else values

@@ -140,6 +140,18 @@ def test_a_file_that_lost_rows_or_changed_after_it_was_listed_fails_per_row(writ
     assert contents(manifest) == ["ArrowInvalid"] * 10
 
 
+def test_a_damaged_row_group_fails_alone(written, contents, tmp_path):
+    manifest = written({"image": BYTES}, role="far_ood")
+    path = tmp_path / "a.parquet"
+    with pq.ParquetFile(path) as file:
+        chunk = file.metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(content)
+    assert contents(manifest) == [*BYTES[:3], *["OSError"] * 3, *BYTES[6:]]
+
+
 def test_a_file_that_is_no_parquet_is_refused(compiled, tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"hello" * 100)
     with pytest.raises(UserError, match=r"datasets\.set\.path: a\.parquet is not a readable Parquet file"):
