@@ -139,6 +139,8 @@ def _is_harmless(node: ast.expr) -> bool:
     if not isinstance(node.func, ast.Name) or not _FUNCTION.fullmatch(node.func.id):
         return False
     given = [*node.args, *(keyword.value for keyword in node.keywords)]
-    if node.func.id == "Symbol" and isinstance(given[0], ast.Constant):
-        return str(given[0].value).isidentifier() and all(map(_is_harmless, given[1:]))
+    if node.func.id == "Symbol":
+        name, *given = given or [ast.Constant("")]
+        if not (isinstance(name, ast.Constant) and str(name.value).isidentifier()):
+            return False
     return all(map(_is_harmless, given))

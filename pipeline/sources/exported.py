@@ -19,6 +19,9 @@ from pipeline.sources import Built, _archive
 
 EXPORT = "torch.export.export(model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))"
 
+TRAINING = {"aten.dropout.default": 2, "aten.native_dropout.default": 2, "aten.batch_norm.default": 5}
+"""Operators with an argument that says whether the network is being trained, and its position."""
+
 
 def build(model: config.Model) -> Built:
     """Load the exported program that `model.name` names. Nothing stored in the file is run but its operators.
@@ -84,8 +87,8 @@ def _check_mode(program: Any) -> None:
     """In training mode statistics are updated or dropout draws."""
     training = bool(program.graph_signature.buffers_to_mutate)
     for node in program.graph.nodes:
-        training |= str(node.target) == "aten.dropout.default" and node.args[2] is True
-        training |= str(node.target) == "aten.native_dropout.default"
+        place = TRAINING.get(str(node.target), len(node.args))
+        training |= node.args[place : place + 1] == (True,)
     if training:
         raise UserError(f"model.name: the program was exported in training mode. Export it with {EXPORT}.")
 

@@ -9,11 +9,13 @@ import math
 from difflib import get_close_matches
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from pipeline import config
 from pipeline.config import Transform
 from pipeline.errors import UserError
+from pipeline.explain import explain
 from pipeline.sources import Built, _weights
 
 SHOWN = 5
@@ -90,5 +92,6 @@ def _automatic(data: dict[str, Any]) -> Transform:
             std=data["std"],
             channels=channels,
         )
-    except ValueError as error:
-        raise UserError(f"model.transform: timm's own is not supported: {error}. Write one out.") from error
+    except ValidationError as error:
+        reason = explain(error, "", Transform)
+        raise UserError(f"model.transform: timm's own is not supported: {reason} Write one out.") from error
