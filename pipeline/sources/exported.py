@@ -38,19 +38,21 @@ def build(model: config.Model) -> Built:
     path = config.resolve(model.name)
     if not path.is_file():
         raise UserError(f"model.name: no such file: {path}")
-    archive = _archive.reduced(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.load(archive)
-    except Exception as error:
+            program = torch.export.load(_archive.reduced(path))
+        _check_mode(program)
+        _check_input(program, model.transform)
+        _keep_sizes_local(program)
+        module = unflatten(program)
+    except UserError:
+        raise
+    except Exception as error:  # whatever torch raises on an archive it does not understand
         raise UserError(
             f"model.name: torch {torch.__version__} cannot load {path}: {error}. Export it with this version."
         ) from error
-    _check_mode(program)
-    _check_input(program, model.transform)
-    _keep_sizes_local(program)
-    return Built(unflatten(program), model.transform, path.read_bytes())
+    return Built(module, model.transform, path.read_bytes())
 
 
 def _keep_sizes_local(program: Any) -> None:

@@ -31,4 +31,5 @@ def build(model: config.Model) -> Built:
         raise UserError("model.transform: a factory has no preset; give crop, mean and std.")
     if model.weights is not None:
         _weights.load(module, model.weights)
-    return Built(module, model.transform, imports.source_of(function))
+    code = imports.source_of(function) + str(sorted(model.options.items())).encode()
+    return Built(module, model.transform, code)

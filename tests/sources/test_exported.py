@@ -158,6 +158,13 @@ def test_a_file_that_is_no_archive_is_refused(content, tmp_path: Path) -> None:
         exported(str(tmp_path / "net.pt2"))
 
 
+def test_a_graph_that_torch_does_not_understand_is_refused(tampered) -> None:
+    with pytest.raises(
+        UserError, match=r"model\.name: torch .* cannot load .*changed\.pt2: .*Export it with"
+    ):
+        exported(tampered({"models/model.json": lambda _: b"[]"}))
+
+
 def test_a_file_of_weights_is_no_program(tmp_path: Path) -> None:
     torch.save(Mlp().state_dict(), tmp_path / "net.pt2")
     with pytest.raises(UserError, match=r"net\.pt2 has no models/model\.json"):
