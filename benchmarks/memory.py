@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-PERIOD = 0.25
+PERIOD = 0.05
 """Seconds between two samples; shorter peaks are missed."""
 
 KINDS = {

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.prepare import Prepared
     from pipeline.run import Options, StageName
 
 app = typer.Typer(
@@ -81,11 +83,12 @@ def run(
 
     Example: `ood-pipeline run quickstart --set extract.batch_size=64 --workspace /tmp/ood`
     """
+    from pipeline.prepare import prepare
     from pipeline.run import Options
 
     settings = _load(source, overrides, workspace)
     if dry_run:
-        _show_plan(settings)
+        _show_plan(prepare(settings))
     else:
         _execute(settings, Options(fresh=fresh))
 
@@ -133,21 +136,34 @@ def validate(
     source: ConfigFile,
     overrides: Overrides = [],  # noqa: B006 - typer copies defaults
     workspace: Workspace = "",
+    probe: Annotated[
+        bool, typer.Option(help="Decode and forward 100 images on Ray to estimate the time.")
+    ] = True,
+    batch_sizes: Annotated[
+        bool, typer.Option("--batch-sizes", help="Try batch sizes in the probe and name the fastest.")
+    ] = False,
 ) -> None:
-    """Open data and model and check that everything goes together; starts no long work.
+    """Open data and model, check that everything goes together, and estimate the cost; no long work.
 
-    Example: `ood-pipeline validate quickstart`
+    Example: `ood-pipeline validate quickstart --batch-sizes`
     """
-    _show_plan(_load(source, overrides, workspace))
+    from pipeline.cluster import session
+    from pipeline.prepare import prepare
+
+    ready = prepare(_load(source, overrides, workspace))
+    _show_plan(ready)
+    if probe:
+        with session():
+            _show_probe(ready, batch_sizes)
 
 
-def _show_plan(settings: Config) -> None:
+def _show_plan(ready: Prepared) -> None:
     """What was found and what a run would do."""
     from rich.table import Table
 
-    from pipeline.prepare import prepare
+    from pipeline.estimate import Cost
 
-    ready = prepare(settings)
+    settings = ready.config
     weight, _ = ready.classifier.head
     taps = ready.classifier.taps
     shape = f"{weight.shape[0]} classes, feature {weight.shape[1]}"
@@ -156,18 +172,62 @@ def _show_plan(settings: Config) -> None:
     table = Table("dataset", "role", "images", "labels", "features cached")
     for dataset in settings.datasets:
         job = ready.jobs[dataset.name]
-        classes = len([label for label in job.manifest.class_count if label >= 0])
-        labels, cached = f"{classes} classes" if classes else "-", "yes" if job.complete else "no"
+        labels, cached = _histogram(job.manifest.class_count), "yes" if job.complete else "no"
         table.add_row(dataset.name, dataset.role, f"{job.manifest.rows:,}", labels, cached)
     console.print(table)
-    todo = [job for job in ready.jobs.values() if not job.complete]
-    rows = sum(job.manifest.rows for job in todo)
-    size = sum(job.manifest.rows for job in ready.jobs.values()) * 4 * (sum(weight.shape) + len(taps.blocks))
-    console.print(f"forward   {rows:,} images; cache {size / 2**20:,.1f} MiB in all")
+    cost = Cost.of(ready)
+    console.print(f"forward   {cost.images:,} images, and at most {cost.extra:,} in extra passes")
+    shards = f"{cost.shards:,} shards of {ready.plan.shard_rows:,}"
+    console.print(f"cache     {_size(cost.cache_bytes)} in all; {shards} to do")
+    console.print(f"index     {_size(cost.index_bytes)} of memory")
     for label, detector in ready.detectors.items():
         extra = ", ".join(f"{type(spec).__name__} pass" for spec in detector.passes())
         flag = "  [bold]uses OOD data[/bold]" if detector.uses_ood() else ""
         console.print(f"detector  {label:<14} {detector.title}{'; ' + extra if extra else ''}{flag}")
+
+
+def _histogram(class_count: Mapping[int, int]) -> str:
+    """Number of classes, images per class, and their distribution over the class indices."""
+    counts = [class_count[label] for label in sorted(class_count) if label >= 0]
+    if not counts:
+        return "-"
+    width = -(-len(counts) // 16)
+    bars = [sum(counts[start : start + width]) for start in range(0, len(counts), width)]
+    drawn = "".join("▁▂▃▄▅▆▇█"[min(8 * bar // max(bars), 7)] for bar in bars)
+    return f"{len(counts)} classes of {min(counts):,} to {max(counts):,} {drawn}"
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _show_probe(ready: Prepared, batch_sizes: bool) -> None:
+    """What some real images tell about the time."""
+    from pipeline import estimate
+
+    settings = ready.config.extract
+    sizes = sorted({settings.batch_size, *(estimate.BATCH_SIZES if batch_sizes else ())})
+    found = estimate.probe(ready, sizes)
+    console.print(
+        f"probe     {found.images} images: decoding {found.decode:,.0f} images/s per CPU, "
+        f"forward pass {found.forward[settings.batch_size]:,.0f} images/s per model actor"
+    )
+    for key, reason in found.errors[:5]:
+        console.print(f"unreadable  {key}: {reason}", markup=False)
+    for size, rate in found.forward.items() if batch_sizes else ():
+        best = "  <- fastest" if rate == max(found.forward.values()) else ""
+        console.print(f"batch     {size:>5}  {rate:,.0f} images/s{best}")
+    seconds, actors = estimate.duration(ready, found)
+    console.print(f"estimate  about {_duration(seconds)} of forward passes on {actors} model actors")
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{max(seconds, 1):.0f} s"
 
 
 @app.command()

@@ -88,9 +88,7 @@ def capacity(cpus: float, gpus: float, what: str) -> int:
     return min(fits)
 
 
-def in_order(
-    function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], cpus: float = 1
-) -> Iterator[T]:
+def in_order(function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
     """Run a function as Ray tasks and yield the results in the order of the arguments.
 
     Only about two tasks per CPU are under way at once, so results do not pile up. A `UserError` that a

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline import detectors
+from pipeline import detectors, inherit
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError
@@ -88,17 +88,26 @@ class Dataset(Frozen):
 
     name: Name
     role: Role
+    expected: int | None = Field(
+        default=None, ge=1, description="images that the protocol has here; another number is refused"
+    )
     format: str
     path: str = Field(description="file or folder; 'package://module/file' for data inside a package")
     images: str | None = Field(default=None, description="npz: name of the image array")
     labels: str | None = Field(default=None, description="npz: name of the label array; idx: label file")
+    root: str | None = Field(
+        default=None, description="imagelist: folder the listed paths are relative to; null = the list's own"
+    )
 
 
 class Extract(Frozen):
     """The forward pass."""
 
     batch_size: int = Field(default=256, ge=1)
-    shard_rows: int = Field(default=2048, ge=1, description="images per output file, the unit of resume")
+    shard_rows: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto",
+        description="images per output file, the unit of resume; auto = 2048, less where pixels are many",
+    )
     actors: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default="auto", description="model copies; auto = as many as the cluster has room for"
     )
@@ -106,6 +115,24 @@ class Extract(Frozen):
     gpus_per_actor: float = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto = cuda where gpus_per_actor > 0"
+    )
+    decode: Literal["auto", "fused", "separate"] = Field(
+        default="auto",
+        description="fused: a model actor decodes its own images; separate: tasks on any CPU of the cluster "
+        "decode for it; auto = separate where gpus_per_actor > 0",
+    )
+    decoder: Literal["pillow", "simplejpeg"] = Field(
+        default="pillow", description="simplejpeg is faster on JPEG files; Pillow still reads all others"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="of the network's body; norms, logits and all that follows stay in fp32"
+    )
+    channels_last: bool = Field(
+        default=False, description="memory layout of images and maps; often faster for convolutions"
+    )
+    compile: bool = Field(default=False, description="run the network through torch.compile")
+    feature_dtype: Literal["float32", "float16"] = Field(
+        default="float32", description="of stored features; float16 halves the cache and rounds them"
     )
     max_bad_fraction: float = Field(
         default=0.01, ge=0, le=1, description="share of unreadable images above which the run fails"
@@ -197,6 +224,15 @@ class Config(Frozen):
     name: Name
     seed: int = Field(default=0, ge=0)
     workspace: str = "./workspace"
+    protocol: str | None = Field(default=None, description="name of the benchmark that this is a run of")
+    published: str | None = Field(
+        default=None, description="table of published numbers of the protocol that the report compares with"
+    )
+    data: str | None = Field(
+        default=None,
+        description="folder, relative to the current one, that relative paths of datasets and weights start "
+        "from; null = the folder of the config file",
+    )
     model: Model
     datasets: tuple[Dataset, ...] = Field(min_length=1)
     detectors: Annotated[tuple[DetectorEntry, ...], BeforeValidator(_entries)] = Field(min_length=1)
@@ -234,17 +270,14 @@ class Config(Frozen):
 def load(source: str, overrides: list[str] | None = None) -> Config:
     """Read a config file, or a bundled one by name, and apply `key.path=value` overrides.
 
+    A file may build on another (`extends`, see `inherit.read`); overrides come last.
+
     Raises:
         UserError: missing file, invalid YAML, unknown key, value of a wrong type or out of range,
             unknown detector; the message names file and key.
     """
     path = locate(source)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping with the keys name, model, datasets, detectors")
+    data = inherit.read(path, bundled())
     for override in overrides or []:
         apply_override(data, override)
     try:
@@ -303,25 +336,32 @@ def digest(value: Any) -> str:
 
 
 def _absolute(config: Config, base: Path) -> Config:
-    """Paths beside the config file become absolute; the workspace is relative to the current folder."""
+    """Paths become absolute: workspace and data from the current folder, code from the config file.
 
-    def beside(path: str | None) -> str | None:
+    Datasets and weights start from `data`; from the folder of the config file if there is none.
+    """
+    data = base if config.data is None else Path(config.data).expanduser().resolve()
+
+    def beside(path: str | None, start: Path = data) -> str | None:
         if path is None or "://" in path:
             return path
-        return str((base / Path(path).expanduser()).resolve())
+        return str((start / Path(path).expanduser()).resolve())
 
     def function(reference: str) -> str:
         file, separator, name = reference.rpartition(":")
-        return f"{beside(file)}:{name}" if separator and file.endswith(".py") else reference
+        return f"{beside(file, base)}:{name}" if separator and file.endswith(".py") else reference
 
     workspace, model = config.workspace, config.model
-    name = {"factory": function, "exported": beside}.get(model.source, str)(model.name)
+    name = model.name
+    if model.source in ("factory", "exported"):
+        name = function(name) if model.source == "factory" else str(beside(name))
     weights = model.weights if model.weights and is_name(model.weights) else beside(model.weights)
     datasets = tuple(
         dataset.model_copy(
             update={
                 "path": function(dataset.path) if dataset.format == "python" else beside(dataset.path),
                 "labels": beside(dataset.labels) if dataset.format == "idx" else dataset.labels,
+                "root": beside(dataset.root),
             }
         )
         for dataset in config.datasets
@@ -331,5 +371,6 @@ def _absolute(config: Config, base: Path) -> Config:
             "workspace": workspace if "://" in workspace else str(Path(workspace).expanduser().resolve()),
             "model": model.model_copy(update={"name": name, "weights": weights}),
             "datasets": datasets,
+            "data": None if config.data is None else str(data),
         }
     )

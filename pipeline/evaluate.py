@@ -100,7 +100,8 @@ def _compare(scores: Scores, label: str, inside: Float, prefix: str) -> list[dic
 def _column(folders: Iterable[str], label: str) -> Float:
     """One detector's scores of some datasets."""
     parts = [part for folder in folders for part in store.Table.open(Path(folder)).parts()]
-    return np.concatenate([pq.read_table(part, columns=[label])[label].to_numpy() for part in parts])
+    columns = [pq.read_table(part, columns=[label])[label].to_numpy() for part in parts]
+    return np.concatenate(columns) if columns else np.empty(0)
 
 
 def _accuracy(dataset: str, folder: str) -> list[dict[str, Any]]:

@@ -10,9 +10,10 @@ import ctypes
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.datasets import Manifest
 from pipeline.errors import UserError
 from pipeline.model import Classifier, load
+
+SHARD_ROWS, SHARD_PIXELS = 2048, 2**27
+"""Most rows of a shard, and most bytes of pixels, if `extract.shard_rows` is auto."""
+
+_OTHERS = "rows and errors"
+"""Column beside `pixels` that holds the rest of a `Decoded` on its way to a model actor, as JSON."""
 
 ERRORS = b"errors"
 """Key of the Parquet footer under which a part lists its bad rows as JSON [[key, reason], ...]."""
@@ -59,14 +66,31 @@ def identity(classifier: Classifier, manifest: Manifest, settings: config.Extrac
         "head": classifier.taps.head,
         "blocks": list(classifier.taps.blocks),
         "transform": classifier.transform.model_dump(mode="json"),
-        "decoder": f"pillow {PIL.__version__}",
+        "decoder": _decoder(settings.decoder),
         "images": manifest.digest,
         "numerics": {
-            "dtype": "float32",
-            "batch_size": settings.batch_size,
+            **settings.model_dump(include={"batch_size", "precision", "channels_last", "compile"}),
+            "feature_dtype": settings.feature_dtype,
             "device": device(settings.device, settings.gpus_per_actor),
         },
     }
+
+
+def _decoder(name: str) -> str:
+    """Decoder and version; Pillow's is always part of it, because it reads what others do not.
+
+    Raises:
+        UserError: if the decoder is not installed.
+    """
+    pillow = f"pillow {PIL.__version__}"
+    if name == "pillow":
+        return pillow
+    try:
+        return f"{name} {version(name)}, {pillow}"
+    except PackageNotFoundError:
+        raise UserError(
+            f"extract.decoder: {name} is not installed. `pip install {name}`, or set it to pillow."
+        ) from None
 
 
 def device(configured: str, gpus: float) -> str:
@@ -101,6 +125,50 @@ class Plan:
     settings: config.Extract
     seed: int
     digest: str
+    transform: config.Transform
+
+    @property
+    def separate(self) -> bool:
+        """Whether tasks of their own decode for the model actors."""
+        if self.settings.decode == "auto":
+            return self.settings.gpus_per_actor > 0
+        return self.settings.decode == "separate"
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a shard: as configured, or as many whole batches as `SHARD_PIXELS` has room for."""
+        settings, transform = self.settings, self.transform
+        if settings.shard_rows != "auto":
+            return settings.shard_rows
+        room = min(SHARD_ROWS, SHARD_PIXELS // (transform.crop**2 * transform.channels))
+        return max(room - room % settings.batch_size, settings.batch_size)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Images of some manifest rows, ready for the network."""
+
+    pixels: images.Pixels
+    """(n, H, W, channels) of the readable ones."""
+    rows: list[dict[str, Any]]
+    """Key and label of each."""
+    errors: list[list[str]]
+    """[key, reason] of the others."""
+
+    def batches(self, size: int) -> Iterator[Decoded]:
+        """The same in batches of at most `size` images; the errors come with the first."""
+        for start in range(0, max(len(self.rows), 1), size):
+            stop = start + size
+            errors = [] if start else self.errors
+            yield Decoded(self.pixels[start:stop], self.rows[start:stop], errors)
+
+
+def decode_shard(row: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """Ray Data function: add the decoded images of a shard to the row that describes it."""
+    shard = Shard(**row)
+    table = Manifest(shard.manifest, 0, "", {}).read(shard.start, shard.stop)
+    found = decode_rows(table, plan)
+    return {**row, "pixels": found.pixels, _OTHERS: json.dumps([found.rows, found.errors])}
 
 
 class Extractor:
@@ -112,30 +180,36 @@ class Extractor:
     @cached_property
     def classifier(self) -> Classifier:
         """Loaded by the first shard: an error raised there keeps its type, one of `__init__` does not."""
-        return load_in_worker(self.plan)
+        return load_in_worker(self.plan, compiled=self.plan.settings.compile)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Extract one shard, given as a row of `Shard` fields; for Ray Data."""
-        return cluster.receipt(lambda: self.extract(Shard(**row)))
+        decoded = Decoded(row.pop("pixels"), *json.loads(row.pop(_OTHERS))) if _OTHERS in row else None
+        return cluster.receipt(lambda: self.extract(Shard(**row), decoded))
 
-    def extract(self, shard: Shard) -> dict[str, Any]:
-        """Extract one shard, write its part, and return the receipt."""
-        classifier = self.classifier
+    def extract(self, shard: Shard, decoded: Decoded | None = None) -> dict[str, Any]:
+        """Extract one shard, decode it first if need be, write its part, and return the receipt."""
+        classifier, size = self.classifier, self.plan.settings.batch_size
         started, clock = time.time(), time.perf_counter()
-        table = Manifest(shard.manifest, 0, "", {}).read(shard.start, shard.stop)
-        features, errors, forwarded = extract_rows(classifier, table, self.plan.settings.batch_size)
+        batches = decoded.batches(size) if decoded else self._decode(shard)
+        features, errors, forwarded = extract_rows(classifier, batches, self.plan.settings)
         store.write_table(Path(shard.part), features.replace_schema_metadata({ERRORS: json.dumps(errors)}))
         return {
             "dataset": shard.dataset,
-            "rows": len(table),
+            "rows": shard.stop - shard.start,
             "errors": len(errors),
             "forwarded": forwarded,
             "started": started,
             "seconds": time.perf_counter() - clock,
         }
 
+    def _decode(self, shard: Shard) -> Iterator[Decoded]:
+        table = Manifest(shard.manifest, 0, "", {}).read(shard.start, shard.stop)
+        for start in range(0, len(table), self.plan.settings.batch_size):
+            yield decode_rows(table.slice(start, self.plan.settings.batch_size), self.plan)
 
-def load_in_worker(plan: Plan) -> Classifier:
+
+def load_in_worker(plan: Plan, compiled: bool = False) -> Classifier:
     """Load the classifier on the actor's device and make sure that it is the one the driver saw."""
     settings = plan.settings
     _keep_freed_memory()
@@ -148,7 +222,7 @@ def load_in_worker(plan: Plan) -> Classifier:
     classifier = load(plan.model, plan.seed, where)
     if classifier.digest != plan.digest:
         raise UserError(f"model.weights: {plan.model.weights} is not what the driver loaded; it was changed.")
-    return classifier
+    return classifier.tuned(settings, compiled)
 
 
 def _keep_freed_memory() -> None:
@@ -164,28 +238,26 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**29)
 
 
-def decode_rows(classifier: Classifier, table: pa.Table) -> tuple[images.Pixels, list[int], list[list[str]]]:
-    """Fetch and decode rows of a manifest.
-
-    Returns:
-        Pixels (n, H, W, channels) of the good rows, their positions, and [key, reason] of the others.
-    """
+def decode_rows(table: pa.Table, plan: Plan) -> Decoded:
+    """Fetch and decode rows of a manifest."""
     pixels, good, errors = [], [], []
-    for position, row in enumerate(table.select(["key", "uri", "bytes", "shape"]).to_pylist()):
+    for row in table.select(["key", "label", "uri", "bytes", "shape"]).to_pylist():
         try:
             content = row["bytes"] if row["bytes"] is not None else Path(row["uri"]).read_bytes()
             shape = None if row["shape"] is None else tuple(row["shape"])
-            pixels.append(images.decode(content, shape, classifier.transform))
-            good.append(position)
+            pixels.append(images.decode(content, shape, plan.transform, plan.settings.decoder))
+            good.append({KEY: row["key"], LABEL: row["label"]})
         except Exception as error:  # any byte string may come along; the row is counted as an error
             errors.append([row["key"], f"{type(error).__name__}: {error}"])
-    return np.stack(pixels) if pixels else np.empty((0,), np.uint8), good, errors
+    side, channels = plan.transform.crop, plan.transform.channels
+    empty = np.empty((0, side, side, channels), np.uint8)
+    return Decoded(np.stack(pixels) if pixels else empty, good, errors)
 
 
 def extract_rows(
-    classifier: Classifier, table: pa.Table, batch_size: int
+    classifier: Classifier, batches: Iterable[Decoded], settings: config.Extract
 ) -> tuple[pa.Table, list[list[str]], int]:
-    """Feature rows and errors of a table of manifest rows, and how many images were forwarded.
+    """Feature rows and errors of decoded images, and how many images were forwarded.
 
     Every forward pass has `batch_size` rows, the last image standing in for missing ones: the bits of a
     feature then do not depend on which rows share its batch.
@@ -193,35 +265,41 @@ def extract_rows(
     columns: dict[str, list[NDArray[Any]]] = {}
     errors: list[list[str]] = []
     forwarded = 0
-    for start in range(0, len(table), batch_size):
-        rows = table.slice(start, batch_size)
-        pixels, good, bad = decode_rows(classifier, rows)
-        errors += bad
-        if not good:
+    for batch in batches:
+        errors += batch.errors
+        if not batch.rows:
             continue
-        forward = classifier.forward(padded(pixels, batch_size))
-        output = {name: values[: len(good)] for name, values in forward.items()}
-        forwarded += len(good)
+        forward = classifier.forward(padded(batch.pixels, settings.batch_size))
+        output = {name: values[: len(batch.rows)] for name, values in forward.items()}
+        output[FEATURE] = output[FEATURE].astype(settings.feature_dtype)
+        forwarded += len(batch.rows)
         finite = np.all([np.isfinite(values).all(axis=1) for values in output.values()], axis=0)
-        keys = rows["key"].take(good).to_numpy()
+        keys = np.array([row[KEY] for row in batch.rows], dtype=object)
         errors += [[key, "the network's output is not finite"] for key in keys[~finite]]
-        labels = rows["label"].take(good).to_numpy()
+        labels = np.array([row[LABEL] for row in batch.rows], dtype=np.int32)
         prediction = output[LOGITS].argmax(axis=1).astype(np.int32)
         for name, values in {KEY: keys, LABEL: labels, PREDICTION: prediction, **output}.items():
             columns.setdefault(name, []).append(values[finite])
-    return _feature_table(classifier, columns), errors, forwarded
+    return _feature_table(classifier, columns, settings), errors, forwarded
 
 
-def _feature_table(classifier: Classifier, columns: dict[str, list[NDArray[Any]]]) -> pa.Table:
+def _feature_table(
+    classifier: Classifier, columns: dict[str, list[NDArray[Any]]], settings: config.Extract
+) -> pa.Table:
     """The rows in the order and with the types of the contract, also when there are none."""
     weight, _ = classifier.head
     widths = {FEATURE: weight.shape[1], LOGITS: weight.shape[0], BLOCK_NORM: len(classifier.taps.blocks)}
+    kept = pa.float16() if settings.feature_dtype == "float16" else pa.float32()
     schema = pa.schema(
         [
             (KEY, pa.string()),
             (LABEL, pa.int32()),
             (PREDICTION, pa.int32()),
-            *((name, pa.list_(pa.float32(), width)) for name, width in widths.items() if width),
+            *(
+                (name, pa.list_(kept if name == FEATURE else pa.float32(), width))
+                for name, width in widths.items()
+                if width
+            ),
         ]
     )
     if not columns:
@@ -270,10 +348,10 @@ def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], No
         UserError: too many unreadable images.
     """
     unfinished = [job for job in jobs if not job.complete]
-    todo = [shard for job in unfinished for shard in missing(job, plan.settings.shard_rows)]
+    todo = [shard for job in unfinished for shard in missing(job, plan.shard_rows)]
     receipts = list(_execute(todo, plan, progress)) if todo else []
     for job in unfinished:
-        finish(job, plan.settings)
+        finish(job, plan)
     forwarded = sum(receipt["forwarded"] for receipt in receipts)
     began = min((receipt["started"] for receipt in receipts), default=0.0)
     ended = max((receipt["started"] + receipt["seconds"] for receipt in receipts), default=0.0)
@@ -285,14 +363,29 @@ def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], No
     }
 
 
+def actor_count(settings: config.Extract) -> int:
+    """How many model actors there will be.
+
+    Raises:
+        UserError: if the cluster has no room for as many as configured, or for one.
+    """
+    fits = cluster.capacity(settings.cpus_per_actor, settings.gpus_per_actor, "extract")
+    if settings.actors == "auto":
+        return fits
+    if settings.actors > fits:
+        raise UserError(
+            f"extract.actors: {settings.actors} asked for, the cluster has room for {fits}. Lower it."
+        )
+    return settings.actors
+
+
 def _execute(todo: list[Shard], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> Any:
     """Stream receipts out of one Ray Data execution."""
     settings = plan.settings
-    fits = cluster.capacity(settings.cpus_per_actor, settings.gpus_per_actor, "extract")
-    actors = min(fits if settings.actors == "auto" else settings.actors, len(todo))
-    if actors > fits:
-        raise UserError(f"extract.actors: {actors} asked for, the cluster has room for {fits}. Lower it.")
+    actors = min(actor_count(settings), len(todo))
     rows = ray.data.from_items([asdict(shard) for shard in todo], override_num_blocks=len(todo))
+    if plan.separate:
+        rows = rows.map(decode_shard, fn_kwargs={"plan": plan}, num_cpus=1)
     with warnings.catch_warnings():
         # The named parameters of Ray 2.60 cannot bound the retries of a shard that kills its process.
         warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -310,15 +403,15 @@ def _execute(todo: list[Shard], plan: Plan, progress: Callable[[dict[str, Any]],
         yield receipt
 
 
-def finish(job: Job, settings: config.Extract) -> None:
+def finish(job: Job, plan: Plan) -> None:
     """Count every row, write `errors.parquet`, and mark the dataset complete.
 
     Raises:
         UserError: if more than `max_bad_fraction` of the images are bad; names the first of them.
     """
-    folder = Path(job.folder)
+    folder, limit = Path(job.folder), plan.settings.max_bad_fraction
     part_rows, errors, bad_parts = [], list[list[str]](), list[Path]()
-    for shard in shards(job, settings.shard_rows):
+    for shard in shards(job, plan.shard_rows):
         metadata = pq.read_metadata(shard.part)
         part_rows.append(metadata.num_rows)
         found = json.loads(metadata.metadata[ERRORS])
@@ -328,13 +421,13 @@ def finish(job: Job, settings: config.Extract) -> None:
             raise RuntimeError(
                 f"{shard.part}: {metadata.num_rows} features and {len(found)} errors do not add up"
             )
-    if len(errors) > settings.max_bad_fraction * job.manifest.rows:
+    if len(errors) > limit * job.manifest.rows:
         for part in bad_parts:  # so that mended files are read again
             part.unlink()
         first = "; ".join(f"{key} ({reason})" for key, reason in errors[:3])
         raise UserError(
             f"datasets.{job.dataset}: {len(errors)} of {job.manifest.rows} images are bad, more than "
-            f"extract.max_bad_fraction = {settings.max_bad_fraction:g}. First: {first}. "
+            f"extract.max_bad_fraction = {limit:g}. First: {first}. "
             "Mend or remove them, or raise the limit."
         )
     columns = [[error[position] for error in errors] for position in (0, 1)]

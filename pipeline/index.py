@@ -8,7 +8,7 @@ Their distances are then computed again in float64 from the stored vectors: FAIS
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,8 +228,12 @@ class Index:
             k: how many.
             exact: by exhaustive search, whatever the index is.
         """
+        return self.ask(label, queries, k, exact)()
+
+    def ask(self, label: str, queries: Vectors, k: int, exact: bool = False) -> Callable[[], Neighbours]:
+        """Begin a search; what comes back waits for its result."""
         found = [shard.search.remote(label, queries, k, exact) for shard in self.shards]
-        return merge([cluster.get(part) for part in found], k)
+        return lambda: merge([cluster.get(part) for part in found], k)
 
     def stop(self) -> None:
         """End the actors."""

@@ -6,9 +6,10 @@ Whatever builds it, from here on a classifier is pixels in, penultimate feature,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ from pipeline.layout import Layout
 WRONG_SIZE = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
 """What modules raise on images of a size they were not made for."""
 
+Traced = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Penultimate feature (N, D), logits (N, C), and FeatureNorm (N,) by block."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Classifier:
@@ -39,6 +45,10 @@ class Classifier:
     architecture: str
     """SHA-256 of the module tree and of the source that built it."""
     device: str = "cpu"
+    precision: str = "fp32"
+    channels_last: bool = False
+    compiled: Callable[[Tensor], Traced] | None = None
+    """The traced network through `torch.compile`; None if it is not compiled."""
 
     @property
     def head(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -64,16 +74,66 @@ class Classifier:
 
     def forward_images(self, images: Tensor, blocks: bool = True) -> dict[str, NDArray[np.float32]]:
         """The same for normalised images (N, channels, H, W)."""
-        feature: list[Tensor] = []
-        norms: dict[str, Tensor] = {}
-        places = zip(self.taps.blocks, self.taps.layouts, strict=True) if blocks else ()
-        hooks: dict[str, Any] = {name: _norm_into(norms, name, place) for name, place in places}
-        with self.tapped(feature), taps.hooked(self.module, hooks), torch.inference_mode():
-            logits = self.module(images)
-        result = {FEATURE: feature[0].float().cpu().numpy(), LOGITS: logits.float().cpu().numpy()}
-        if norms:
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            feature, logits, norms = (self.compiled or partial(self._trace, blocks=blocks))(images)
+            if self.precision != "fp32":
+                weight, bias = taps.head_weight(self.module.get_submodule(self.taps.head))
+                logits = feature.float() @ weight.float().T + bias.float()
+        result = {FEATURE: feature.float().cpu().numpy(), LOGITS: logits.float().cpu().numpy()}
+        if blocks and norms:
             result[BLOCK_NORM] = torch.stack([norms[name] for name in self.taps.blocks], dim=1).cpu().numpy()
         return result
+
+    def _trace(self, images: Tensor, blocks: bool) -> Traced:
+        """Penultimate feature, logits and block norms of one forward pass."""
+        feature: list[Tensor] = []
+        norms: dict[str, Tensor] = {}
+        hooks: dict[str, Any] = {}
+        for name, place in zip(self.taps.blocks, self.taps.layouts, strict=True) if blocks else ():
+            hooks[name] = _norm_into(norms, name, place)
+        with self.tapped(feature), taps.hooked(self.module, hooks), self._autocast():
+            logits = self.module(images)
+        return feature[0], logits, norms
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Where the body of the network runs in half precision; nothing for fp32."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, _DTYPES[self.precision])
+
+    def tuned(self, settings: config.Extract, compiled: bool = False) -> Classifier:
+        """The same classifier in the configured precision and memory layout.
+
+        Args:
+            settings: precision and memory layout.
+            compiled: whether to run it through `torch.compile`; its module then keeps our hooks, and is for
+                nothing but extraction.
+        """
+        if settings.channels_last:
+            self.module.to(memory_format=torch.channels_last)
+        tuned = replace(self, precision=settings.precision, channels_last=settings.channels_last)
+        return replace(tuned, compiled=tuned._compile()) if compiled else tuned
+
+    def _compile(self) -> Callable[[Tensor], Traced]:
+        """The traced forward pass as one compiled function, with hooks that stay: new ones recompile."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(head: nn.Module, inputs: Any) -> None:
+            seen[FEATURE] = taps.penultimate(head, inputs[0])
+
+        self.module.get_submodule(self.taps.head).register_forward_pre_hook(keep)
+        norms: dict[str, Tensor] = {}
+        for name, place in zip(self.taps.blocks, self.taps.layouts, strict=True):
+            self.module.get_submodule(name).register_forward_hook(_norm_into(norms, name, place))
+
+        def traced(images: Tensor) -> Traced:
+            with self._autocast():
+                logits = self.module(images)
+            return seen[FEATURE], logits, dict(norms)
+
+        return torch.compile(traced, dynamic=False)
 
     @contextmanager
     def tapped(self, feature: list[Tensor]) -> Iterator[None]:

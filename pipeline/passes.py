@@ -47,9 +47,11 @@ class Worker:
         """Decodable images of some rows (ascending), at most `size` at once, and their rows."""
         for start in range(0, len(rows), self.size):
             piece = rows[start : start + self.size]
-            pixels, good, _ = extract.decode_rows(self.classifier, train.take(piece))
-            if good:
-                yield pixels, piece[good]
+            table = train.take(piece)
+            decoded = extract.decode_rows(table, self.plan)
+            if decoded.rows:
+                readable = np.isin(table["key"].to_pylist(), [row["key"] for row in decoded.rows])
+                yield decoded.pixels, piece[readable]
 
     def _forward(self, pixels: images.Pixels, blocks: bool) -> dict[str, NDArray[np.float32]]:
         output = self.classifier.forward(padded(pixels, self.size), blocks)
@@ -143,8 +145,7 @@ class Runner:
     def _pool(self) -> ActorPool:
         if not self.actors:
             settings = self.plan.settings
-            fits = cluster.capacity(settings.cpus_per_actor, settings.gpus_per_actor, "extract")
-            count = fits if settings.actors == "auto" else min(fits, settings.actors)
+            count = extract.actor_count(settings)
             gpus = settings.gpus_per_actor
             remote = ray.remote(Worker).options(num_cpus=settings.cpus_per_actor, num_gpus=gpus)
             self.actors = [remote.remote(self.plan) for _ in range(count)]

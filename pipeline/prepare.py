@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import __version__, config, extract, index, store
+from pipeline import __version__, config, extract, index, published, store
 from pipeline.columns import BLOCK_NORM
 from pipeline.config import Config, Dataset
 from pipeline.datasets import Manifest, compile_manifest
@@ -35,7 +35,13 @@ class Prepared:
     def plan(self) -> extract.Plan:
         """What all forward passes share."""
         settings = self.config
-        return extract.Plan(settings.model, settings.extract, settings.seed, self.classifier.digest)
+        return extract.Plan(
+            settings.model,
+            settings.extract,
+            settings.seed,
+            self.classifier.digest,
+            self.classifier.transform,
+        )
 
     @property
     def folder(self) -> Path:
@@ -82,6 +88,7 @@ def prepare(settings: Config) -> Prepared:
     """
     detectors = settings.built()
     _check_roles(settings, detectors)
+    _check_published(settings)
     workspace = Path(settings.workspace)
     if "://" in settings.workspace:
         raise UserError(f"workspace: got {settings.workspace}; expected a local or shared folder.")
@@ -95,6 +102,7 @@ def prepare(settings: Config) -> Prepared:
         dataset.name: compile_manifest(dataset, workspace / "manifests") for dataset in settings.datasets
     }
     for dataset in settings.datasets:
+        _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
         _check_labels(dataset, manifests[dataset.name], len(classifier.head[1]))
     jobs = {}
     for dataset in settings.datasets:
@@ -194,3 +202,26 @@ def _check_neighbours(prepared: Prepared) -> None:
         k = getattr(detector, "k", 0)
         if detector.neighbours and k > rows:
             raise UserError(f"detectors.{label}.k is {k} but there are {rows} training images; lower k.")
+
+
+def _check_published(settings: Config) -> None:
+    """Published numbers of another protocol would be compared with."""
+    if settings.published is None:
+        return
+    protocols = {row.protocol for row in published.read(settings.published)}
+    if settings.protocol not in protocols:
+        raise UserError(
+            f"published: the numbers of {settings.published} are of {', '.join(sorted(protocols))}, but "
+            f"protocol is {settings.protocol}. Set published=null, or the protocol they belong to."
+        )
+
+
+def _check_count(dataset: Dataset, rows: int, protocol: str | None) -> None:
+    """Results on more or fewer images than a protocol has are not results of the protocol."""
+    if dataset.expected in (None, rows):
+        return
+    raise UserError(
+        f"datasets.{dataset.name}: {rows:,} images in {dataset.path}, but {protocol or 'the config'} expects "
+        f"{dataset.expected:,}. Complete the data; or, to run on these images anyway, remove the key or "
+        f"--set datasets.{dataset.name}.expected=null."
+    )

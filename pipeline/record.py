@@ -33,6 +33,8 @@ class Record:
             "started": now(),
             "finished": None,
             "seed": settings.seed,
+            "protocol": settings.protocol,
+            "published": settings.published,
             "versions": _versions(),
             "git_commit": _git_commit(),
             "model": {
@@ -70,6 +72,7 @@ def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
     return {
         **dataset.model_dump(include={"role", "format", "path"}),
         "rows": job.manifest.rows,
+        "expected": dataset.expected,
         "features": None,
         "errors": None,
         "hash": Path(job.folder).name.rpartition("-")[2],

@@ -1,11 +1,12 @@
-"""Every detector over cached rows in one pass: no network, no GPU; one score part per feature part."""
+"""Every detector over cached rows in one pass: no network, no GPU; one score part per slice of the rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,10 @@ from pipeline import cluster, store
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
 from pipeline.detectors.base import NEIGHBOURS, Scorer, bank_of
 from pipeline.errors import UserError
-from pipeline.fit import BATCH
-from pipeline.index import Index
+from pipeline.fit import BATCH, SLICE
+from pipeline.index import Index, Neighbours
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,35 +52,48 @@ class Scoring:
     def table(self, features: Mapping[str, NDArray[Any]]) -> pa.Table:
         """Score table of feature columns."""
         scores: dict[str, list[NDArray[np.float64]]] = {label: [] for label in self.scorers}
-        for batch, count in store.fixed_batches(features, BATCH):
+        asked = ((*found, self._ask(found[0])) for found in store.fixed_batches(features, BATCH))
+        for batch, count, neighbours in _one_ahead(asked):
             for label, scorer in self.scorers.items():
-                scores[label].append(self._score(label, scorer, batch)[:count])
+                near = {NEIGHBOURS: neighbours[label]().distance} if label in neighbours else {}
+                scores[label].append(scorer({**batch, **near})[:count])
         kept = {name: features[name] for name in (KEY, LABEL, PREDICTION)}
         return store.arrow_columns(
             {**kept, **{label: np.concatenate(parts) for label, parts in scores.items()}}
         )
 
-    def _score(self, label: str, scorer: Scorer, batch: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
-        bank = bank_of(scorer)
-        if bank is not None and self.index is not None:
-            found = self.index.search(label, bank.embed(batch), bank.k)
-            batch = {**batch, NEIGHBOURS: found.distance}
-        return scorer(batch)
+    def _ask(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, Callable[[], Neighbours]]:
+        """Begin the searches of a batch."""
+        banks = {label: bank_of(scorer) for label, scorer in self.scorers.items()}
+        if self.index is None:
+            return {}
+        return {
+            label: self.index.ask(label, bank.embed(batch), bank.k) for label, bank in banks.items() if bank
+        }
 
 
-def score_part(row: dict[str, Any], scoring: Any) -> dict[str, Any]:
-    """Ray Data function: score one feature part and return a receipt.
+def _one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each after the next one was made: the index searches while detectors compute."""
+    held = deque[T]()
+    for item in items:
+        held.append(item)
+        if len(held) > 1:
+            yield held.popleft()
+    yield from held
+
+
+def score_part(row: dict[str, Any], work: Any) -> dict[str, Any]:
+    """Ray Data function: score some rows of a dataset, write them, and return a receipt.
 
     Args:
-        row: `dataset`, `source` and `part` paths.
-        scoring: object reference of a `Scoring`.
+        row: `dataset`, its rows `start` to `stop`, and the path of the `part` they become.
+        work: object reference of a `Scoring` and of the feature tables by dataset.
     """
-    return cluster.receipt(lambda: _score_part(row, ray.get(scoring)))
+    return cluster.receipt(lambda: _score_part(row, *ray.get(work)))
 
 
-def _score_part(row: dict[str, Any], work: Scoring) -> dict[str, Any]:
-    source = pq.read_table(row["source"], columns=list(work.columns))
-    scores = _empty(work) if not len(source) else work.table(store.numpy_columns(source, work.columns))
+def _score_part(row: dict[str, Any], work: Scoring, tables: Mapping[str, store.Table]) -> dict[str, Any]:
+    scores = work.table(tables[row["dataset"]].read(row["start"], row["stop"], work.columns))
     bad = _not_finite(scores, list(work.scorers))
     if bad:
         raise UserError(
@@ -86,11 +102,6 @@ def _score_part(row: dict[str, Any], work: Scoring) -> dict[str, Any]:
         )
     store.write_table(Path(row["part"]), scores)
     return {"dataset": row["dataset"], "rows": len(scores)}
-
-
-def _empty(work: Scoring) -> pa.Table:
-    fields = [(KEY, pa.string()), (LABEL, pa.int32()), (PREDICTION, pa.int32())]
-    return pa.schema([*fields, *((label, pa.float64()) for label in work.scorers)]).empty_table()
 
 
 def _not_finite(scores: pa.Table, labels: Sequence[str]) -> list[str]:
@@ -115,9 +126,9 @@ def run(jobs: Sequence[Job], scoring: Scoring, progress: Callable[[dict[str, Any
     rows = 0
     if todo:
         cluster.connect()
-        reference = ray.put(scoring)
+        work = ray.put((scoring, {job.dataset: job.features for job in jobs}))
         parts = ray.data.from_items(todo, override_num_blocks=len(todo))
-        receipts = parts.map(score_part, fn_kwargs={"scoring": reference}, num_cpus=1)
+        receipts = parts.map(score_part, fn_kwargs={"work": work}, num_cpus=1)
         for receipt in cluster.receipts(receipts):
             rows += receipt["rows"]
             progress(receipt)
@@ -126,26 +137,27 @@ def run(jobs: Sequence[Job], scoring: Scoring, progress: Callable[[dict[str, Any
     return rows
 
 
-def _missing(job: Job) -> list[dict[str, str]]:
+def _missing(job: Job) -> list[dict[str, Any]]:
     """Parts still to score; those of other inputs are removed first."""
     folder = Path(job.folder)
-    plan, parts = folder / "_plan.json", [job.inputs, list(job.features.part_rows)]
-    if not plan.is_file() or store.read_json(plan) != parts:
+    plan, inputs = folder / "_plan.json", [job.inputs, list(job.features.part_rows)]
+    if not plan.is_file() or store.read_json(plan) != inputs:
         for stale in (folder / store.MANIFEST, *folder.glob("part-*.parquet")):
             stale.unlink(missing_ok=True)
-        store.write_json(plan, parts)
+        store.write_json(plan, inputs)
+    parts = {folder / store.part_name(number): rows for number, rows in enumerate(job.features.slices(SLICE))}
     return [
-        {"dataset": job.dataset, "source": str(source), "part": str(folder / source.name)}
-        for source in job.features.parts()
-        if not (folder / source.name).is_file()
+        {"dataset": job.dataset, "start": start, "stop": stop, "part": str(part)}
+        for part, (start, stop) in parts.items()
+        if not part.is_file()
     ]
 
 
 def _finish(job: Job) -> None:
     """Count the rows and mark the dataset as scored."""
-    folder = Path(job.folder)
-    part_rows = [pq.read_metadata(folder / source.name).num_rows for source in job.features.parts()]
-    if part_rows != list(job.features.part_rows):
+    folder, slices = Path(job.folder), job.features.slices(SLICE)
+    part_rows = [pq.read_metadata(folder / store.part_name(number)).num_rows for number in range(len(slices))]
+    if part_rows != [stop - start for start, stop in slices]:
         raise RuntimeError(f"{folder}: {sum(part_rows)} scores for {job.features.rows} feature rows")
     store.remove_drafts(folder)
     store.write_json(folder / store.MANIFEST, {"inputs": job.inputs, "part_rows": part_rows})

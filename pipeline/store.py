@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from pipeline.columns import padded
 from pipeline.errors import UserError
 
 MANIFEST = "_manifest.json"
+
+ROW_GROUP = 1024
+"""Rows per row group of every Parquet file; a reader decodes only the groups it needs."""
 
 
 @contextmanager
@@ -55,7 +59,7 @@ def read_json(path: Path) -> Any:
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file atomically."""
     with atomic(path) as draft:
-        pq.write_table(table, draft, compression="lz4", row_group_size=1024, use_dictionary=False)
+        pq.write_table(table, draft, compression="lz4", row_group_size=ROW_GROUP, use_dictionary=False)
 
 
 def require_writable(folder: Path, field: str) -> None:
@@ -93,7 +97,7 @@ def arrow_columns(columns: Mapping[str, NDArray[Any]]) -> pa.Table:
 
 
 def numpy_columns(table: pa.Table, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """The named columns as arrays; fixed-size lists become (N, D)."""
+    """The named columns as arrays; fixed-size lists become (N, D), float16 becomes float32."""
     return {name: _numpy(table[name].combine_chunks()) for name in names}
 
 
@@ -107,6 +111,8 @@ def _numpy(column: pa.Array) -> NDArray[Any]:
     values: NDArray[Any]
     if pa.types.is_fixed_size_list(column.type):
         values = column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+        if values.dtype == np.float16:
+            values = values.astype(np.float32)
     else:
         values = column.to_numpy(zero_copy_only=False)
     return values
@@ -138,14 +144,22 @@ class Table:
         return [(start, min(start + size, self.rows)) for start in range(0, self.rows, size)]
 
     def read(self, start: int, stop: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Columns of rows [start, stop)."""
+        """Columns of rows [start, stop), at least one."""
         tables, offset = [], 0
         for path, rows in zip(self.parts(), self.part_rows, strict=True):
             first, last = max(start - offset, 0), min(stop - offset, rows)
             if first < last:
-                tables.append(pq.read_table(path, columns=list(names)).slice(first, last - first))
+                tables.append(read_rows(path, first, last, names))
             offset += rows
         return numpy_columns(pa.concat_tables(tables), names)
+
+
+def read_rows(path: Path, start: int, stop: int, names: Sequence[str] | None = None) -> pa.Table:
+    """Rows [start, stop) of a file of `write_table`, decoding no more than the row groups they lie in."""
+    with pq.ParquetFile(path) as file:
+        first, last = start // ROW_GROUP, min(-(-stop // ROW_GROUP), file.num_row_groups)
+        groups = file.read_row_groups(list(range(first, last)), columns=names and list(names))
+    return groups.slice(start - first * ROW_GROUP, stop - start)
 
 
 def fixed_batches(

@@ -301,10 +301,10 @@ MISTAKES = {
 
 def test_a_good_evaluation_is_shown_and_not_started(case, command):
     case.raw["detectors"] += [{"knn": {"k": 30}}, {"featurenorm": {"grid": 8}}, "grood"]
-    outcome = command("validate", case.config())
+    outcome = command("validate", "--no-probe", case.config())
     assert (outcome.status, outcome.err) == (0, "")
     assert re.search(r"net\.py:build: 3 classes, feature 4", outcome.out)
-    assert re.search(r"train +│ train +│ 30 +│ 3 classes +│ no", outcome.out)
+    assert re.search(r"train +│ train +│ 30 +│ 3 classes of 10 to 10 ███ +│ no", outcome.out)
     assert "forward   90 images" in outcome.out
     assert_nothing_looks_complete(case.workspace)
 
@@ -313,7 +313,7 @@ def test_a_good_evaluation_is_shown_and_not_started(case, command):
 def test_a_mistake_has_status_2_and_one_message_that_names_field_and_fix(case, command, mistake):
     spoil, expected = MISTAKES[mistake]
     spoil(case)
-    outcome = command("validate", case.config())
+    outcome = command("validate", "--no-probe", case.config())
     assert outcome.status == 2
     assert re.match(f"error: (.*small.yaml: )?{expected}", outcome.err), outcome.err
     assert len(outcome.err.splitlines()) == 1
@@ -340,7 +340,8 @@ def test_a_config_that_is_not_there_lists_the_bundled_ones(command):
 
 def test_the_quickstart_is_valid(command, tmp_path):
     outcome = command(
-        "validate", "quickstart", "--workspace", str(tmp_path / "w"), "--set", "detectors.knn.k=9"
+        *("validate", "--no-probe", "quickstart", "--workspace", str(tmp_path / "w")),
+        *("--set", "detectors.knn.k=9"),
     )
     assert (outcome.status, outcome.err) == (0, "")
     assert "taps      head fc; blocks layer1.0, layer2.0, layer3.0, layer4.0" in outcome.out
@@ -358,16 +359,16 @@ def test_a_detector_that_uses_ood_data_is_marked(case, command):
 @pytest.mark.parametrize("name", ["a: b #1", "null", "[red]x", "123"])
 def test_the_workspace_of_the_command_line_is_taken_as_it_is(case, command, monkeypatch, name):
     monkeypatch.chdir(case.folder)
-    assert command("validate", case.config(), "--workspace", name).status == 0
+    assert command("validate", "--no-probe", case.config(), "--workspace", name).status == 0
     assert (case.folder / name / "manifests").is_dir()
     assert not case.workspace.exists()
 
 
 def test_a_data_set_that_is_mended_is_accepted_in_the_same_workspace(case, command):
     case.dataset("id")["labels"] = "odd"
-    assert command("validate", case.config()).status == 2
+    assert command("validate", "--no-probe", case.config()).status == 2
     case.dataset("id")["labels"] = "y"
-    assert command("validate", case.config()).status == 0
+    assert command("validate", "--no-probe", case.config()).status == 0
 
 
 def test_the_detectors_are_listed_with_what_they_need(command):

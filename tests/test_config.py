@@ -296,6 +296,44 @@ def test_a_dumped_config_loads_back_equal(load, tmp_path):
     assert config.load(str(path)) == first
 
 
+def test_with_data_datasets_and_weights_start_from_that_folder_and_code_from_the_file(
+    load, tmp_path, monkeypatch
+):
+    current = tmp_path / "current"
+    current.mkdir()
+    monkeypatch.chdir(current)
+    raw = key(RAW, "model", {"source": "factory", "name": "./nets/a.py:build", "weights": "../results/w.pt"})
+    raw["datasets"] = [
+        {"name": "a", "role": "id", "format": "imagelist", "path": "lists/a.txt", "root": "images"},
+        {"name": "b", "role": "id", "format": "imagelist", "path": "/lists/b.txt", "root": "/images"},
+        {"name": "c", "role": "id", "format": "python", "path": "./c.py:images"},
+        {"name": "d", "role": "id", "format": "npz", "path": "package://pipeline.quickstart/images.npz"},
+    ]
+    raw["data"] = "./mine"
+    for overrides, folder in ((), current / "mine"), ((f"data={tmp_path}/all",), tmp_path / "all"):
+        loaded = load(raw, *overrides)
+        assert loaded.data == str(folder)
+        assert loaded.model.name == f"{tmp_path}/nets/a.py:build"
+        assert loaded.model.weights == f"{folder.parent}/results/w.pt"
+        assert [(dataset.path, dataset.root) for dataset in loaded.datasets] == [
+            (f"{folder}/lists/a.txt", f"{folder}/images"),
+            ("/lists/b.txt", "/images"),
+            (f"{tmp_path}/c.py:images", None),
+            ("package://pipeline.quickstart/images.npz", None),
+        ]
+
+
+def test_a_config_that_extends_another_is_dumped_whole(load, tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(RAW | {"protocol": "Mine", "data": "./data"}))
+    loaded = load({"extends": "base.yaml", "seed": 4}, "name=other")
+    assert (loaded.name, loaded.seed, loaded.protocol) == ("other", 4, "Mine")
+    assert [dataset.name for dataset in loaded.datasets] == ["train", "test", "cifar-10"]
+    path = tmp_path / "elsewhere" / "config.yaml"
+    path.parent.mkdir()
+    path.write_text(config.dump(loaded), encoding="utf-8")
+    assert config.load(str(path)) == loaded
+
+
 def test_a_config_cannot_be_changed(load):
     with pytest.raises(ValueError, match="frozen"):
         load().seed = 3
@@ -329,6 +367,24 @@ def test_paths_are_relative_to_the_file_and_the_workspace_to_the_current_folder(
 def test_what_is_no_file_name_stays_as_it_is(load):
     loaded = load(key(key(RAW, "model.weights", "random"), "model.name", "package.module:build"))
     assert (loaded.model.weights, loaded.model.name) == ("random", "package.module:build")
+
+
+@pytest.mark.parametrize(
+    ("given", "weights", "name"),
+    [
+        ({"source": "torchvision", "name": "a", "weights": "IMAGENET1K_V1"}, "IMAGENET1K_V1", "a"),
+        ({"source": "timm", "name": "a.b_c", "weights": "w/a.pt"}, "{}/w/a.pt", "a.b_c"),
+        ({"source": "timm", "name": "a", "weights": "./w"}, "{}/w", "a"),
+        ({"source": "exported", "name": "a.pt2"}, None, "{}/a.pt2"),
+        ({"source": "exported", "name": "package://p/a.pt2"}, None, "package://p/a.pt2"),
+    ],
+)
+def test_weights_and_programs_are_files_beside_the_config_and_names_stay(
+    load, tmp_path, given, weights, name
+):
+    loaded = load(key(RAW, "model", given)).model
+    assert loaded.weights == (weights and weights.format(tmp_path))
+    assert loaded.name == name.format(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["package://no_such_package/a", "package://", "package://pipeline.config/a"])

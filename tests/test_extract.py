@@ -1,16 +1,22 @@
-"""Extraction without Ray: one shard, its errors, and the bookkeeping of a dataset."""
+"""Extraction: one shard, its errors, its numerics, and the bookkeeping of a dataset."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from pipeline import config, datasets, extract, model, store
+from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
 from pipeline.errors import UserError
 
 
@@ -29,20 +35,25 @@ def job(settings, classifier, tmp_path: Path) -> extract.Job:
 
 @pytest.fixture
 def plan(settings, load, classifier) -> extract.Plan:
-    return extract.Plan(
-        load(settings).model, config.Extract(batch_size=64, shard_rows=90), 0, classifier.digest
-    )
+    chosen = config.Extract(batch_size=64, shard_rows=90)
+    return extract.Plan(load(settings).model, chosen, 0, classifier.digest, classifier.transform)
+
+
+def rows_of(
+    job: extract.Job, start: int, stop: int, plan: extract.Plan, size: int
+) -> Iterator[extract.Decoded]:
+    return extract.decode_rows(job.manifest.read(start, stop), plan).batches(size)
 
 
 def write_all(job: extract.Job, plan: extract.Plan) -> None:
     extractor = extract.Extractor(plan)
-    for shard in extract.missing(job, plan.settings.shard_rows):
+    for shard in extract.missing(job, plan.shard_rows):
         assert extractor(asdict(shard))["failure"] == ""
 
 
 def test_features_are_those_of_a_plain_forward_pass(job, plan, classifier, images) -> None:
     write_all(job, plan)
-    extract.finish(job, plan.settings)
+    extract.finish(job, plan)
     table = store.Table.open(Path(job.folder))
     names = ["key", "label", "prediction", "feature", "logits", "block_norm"]
     found = table.read(0, table.rows, names)
@@ -61,9 +72,11 @@ def test_features_are_those_of_a_plain_forward_pass(job, plan, classifier, image
 
 
 def test_bits_do_not_depend_on_shards(job, plan, classifier) -> None:
-    whole, _, _ = extract.extract_rows(classifier, job.manifest.read(0, 300), 64)
+    whole, _, _ = extract.extract_rows(classifier, rows_of(job, 0, 300, plan, 64), plan.settings)
     parts = [
-        extract.extract_rows(classifier, job.manifest.read(start, min(start + 37, 300)), 64)[0]
+        extract.extract_rows(classifier, rows_of(job, start, min(start + 37, 300), plan, 64), plan.settings)[
+            0
+        ]
         for start in range(0, 300, 37)
     ]
     offset = 0
@@ -72,10 +85,12 @@ def test_bits_do_not_depend_on_shards(job, plan, classifier) -> None:
         offset += len(part)
 
 
-def test_rows_whose_output_is_not_finite_become_errors(job, classifier) -> None:
+def test_rows_whose_output_is_not_finite_become_errors(job, classifier, plan) -> None:
     with torch.no_grad():
         classifier.module.fc.weight[3] = float("nan")
-    features, errors, forwarded = extract.extract_rows(classifier, job.manifest.read(0, 20), 16)
+    features, errors, forwarded = extract.extract_rows(
+        classifier, rows_of(job, 0, 20, plan, 64), plan.settings
+    )
     assert len(features) == 0
     assert len(errors) == 20
     assert forwarded == 20
@@ -85,7 +100,7 @@ def test_rows_whose_output_is_not_finite_become_errors(job, classifier) -> None:
 def test_a_dataset_is_complete_only_when_every_row_is_accounted_for(job, plan) -> None:
     write_all(job, plan)
     assert not job.complete
-    extract.finish(job, plan.settings)
+    extract.finish(job, plan)
     assert job.complete
     record = store.read_json(Path(job.folder) / store.MANIFEST)
     assert (record["rows"], record["features"], record["errors"]) == (300, 300, 0)
@@ -98,7 +113,7 @@ def test_a_part_that_lost_rows_is_never_marked_complete(job, plan) -> None:
     part = Path(extract.shards(job, 90)[1].part)
     store.write_table(part, pq.read_table(part).slice(1))
     with pytest.raises(RuntimeError, match="do not add up"):
-        extract.finish(job, plan.settings)
+        extract.finish(job, plan)
     assert not job.complete
 
 
@@ -115,7 +130,7 @@ def test_parts_cut_to_another_size_are_not_mixed(job, plan) -> None:
 
 
 def test_a_worker_refuses_weights_the_driver_did_not_see(plan) -> None:
-    changed = extract.Plan(plan.model, plan.settings, plan.seed, digest="0" * 64)
+    changed = replace(plan, digest="0" * 64)
     with pytest.raises(UserError, match="is not what the driver loaded"):
         extract.load_in_worker(changed)
 
@@ -130,4 +145,104 @@ def test_cuda_is_used_only_if_the_config_says_so() -> None:
 def test_a_missing_gpu_is_a_clear_error(plan) -> None:
     settings = plan.settings.model_copy(update={"gpus_per_actor": 1.0})
     with pytest.raises(UserError, match=r"extract\.device: cuda is not available"):
-        extract.load_in_worker(extract.Plan(plan.model, settings, plan.seed, plan.digest))
+        extract.load_in_worker(replace(plan, settings=settings))
+
+
+def variant(plan: extract.Plan, **changes: object) -> extract.Plan:
+    return replace(plan, settings=plan.settings.model_copy(update=changes))
+
+
+def extracted(job: extract.Job, plan: extract.Plan, rows: int = 70) -> dict[str, NDArray[Any]]:
+    classifier = extract.load_in_worker(plan, compiled=plan.settings.compile)
+    size = plan.settings.batch_size
+    features, errors, _ = extract.extract_rows(classifier, rows_of(job, 0, rows, plan, size), plan.settings)
+    assert not errors
+    return store.numpy_columns(features, features.column_names)
+
+
+def test_decoding_in_a_stage_of_its_own_changes_no_bit(ray_session, job, plan, tmp_path) -> None:
+    """Also where some images cannot be read, so that batches are cut differently."""
+    fused, separate = (variant(plan, decode=mode, actors=1) for mode in ("fused", "separate"))
+    bad = job.manifest.read(0, 300).to_pylist()
+    for row in (0, 3, 89, 200):
+        bad[row]["bytes"] = b"short"
+    path = tmp_path / "manifest.parquet"
+    pq.write_table(pa.Table.from_pylist(bad, datasets.SCHEMA), path, row_group_size=datasets.ROW_GROUP)
+    manifest = replace(job.manifest, path=str(path))
+    found = []
+    for mode, chosen in {"fused": fused, "separate": variant(separate, max_bad_fraction=1.0)}.items():
+        todo = replace(job, manifest=manifest, folder=str(tmp_path / mode))
+        numbers = extract.run([todo], variant(chosen, max_bad_fraction=1.0), lambda _: None)
+        assert numbers["forward_images"] == 296
+        parts = [Path(todo.folder) / store.part_name(number) for number in range(4)]
+        errors = pq.read_table(Path(todo.folder) / "errors.parquet")
+        found.append(([pq.read_table(part) for part in parts], errors))
+    assert found[0][1].num_rows == 4
+    assert found[0][1].equals(found[1][1])
+    assert all(one.equals(other) for one, other in zip(found[0][0], found[1][0], strict=True))
+
+
+def test_decoding_is_separate_where_actors_have_gpus(plan) -> None:
+    assert not plan.separate
+    assert variant(plan, gpus_per_actor=0.5).separate
+    assert not variant(plan, gpus_per_actor=1.0, decode="fused").separate
+    assert variant(plan, decode="separate").separate
+
+
+@pytest.mark.parametrize(("side", "batch", "rows"), [(28, 64, 2048), (224, 256, 768), (224, 5000, 5000)])
+def test_automatic_shards_hold_whole_batches_and_bounded_pixels(plan, side, batch, rows) -> None:
+    transform = plan.transform.model_copy(update={"crop": side, "channels": 3 if side == 224 else 1})
+    chosen = replace(variant(plan, shard_rows="auto", batch_size=batch), transform=transform)
+    assert chosen.shard_rows == rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"channels_last": True}, 1e-4),
+        ({"feature_dtype": "float16"}, 1e-3),
+        ({"precision": "bf16"}, 0.06),
+        ({"precision": "fp16"}, 0.01),
+    ],
+)
+def test_other_numerics_stay_close_and_have_a_cache_of_their_own(
+    job, plan, classifier, changes, tolerance
+) -> None:
+    reference, other = extracted(job, plan), extracted(job, variant(plan, **changes))
+    for name in (FEATURE, LOGITS, BLOCK_NORM):
+        scale = np.abs(reference[name]).max()
+        np.testing.assert_allclose(other[name], reference[name], atol=tolerance * scale)
+        assert other[name].dtype == np.float32
+    identities = [
+        extract.identity(classifier, job.manifest, chosen.settings)
+        for chosen in (plan, variant(plan, **changes))
+    ]
+    assert identities[0] != identities[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_logits_are_of_full_precision_whatever_the_body_is(job, plan, classifier, precision) -> None:
+    found = extracted(job, variant(plan, precision=precision))
+    weight, bias = classifier.head
+    rebuilt = found[FEATURE].astype(np.float64) @ weight.T.astype(np.float64) + bias
+    np.testing.assert_allclose(found[LOGITS], rebuilt, rtol=1e-5, atol=1e-5)
+    assert len(np.unique(found[LOGITS])) > 0.99 * found[LOGITS].size  # half precision has many ties
+
+
+def test_a_compiled_network_gives_the_same_features(job, plan, monkeypatch) -> None:
+    """By the tracer alone, without the C++ compiler that the default backend needs."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *given, **kept: compiler(*given, backend="eager", **kept))
+    reference, other = extracted(job, plan), extracted(job, variant(plan, compile=True))
+    for name in (FEATURE, LOGITS, BLOCK_NORM):
+        np.testing.assert_array_equal(other[name], reference[name])
+
+
+def test_a_decoder_that_is_not_installed_is_refused(job, plan, classifier, monkeypatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(extract, "version", missing)
+    settings = plan.settings.model_copy(update={"decoder": "simplejpeg"})
+    with pytest.raises(UserError, match=r"extract\.decoder: simplejpeg is not installed"):
+        extract.identity(classifier, job.manifest, settings)

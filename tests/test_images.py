@@ -265,3 +265,26 @@ def test_pixels_without_an_agreed_range_are_an_error_and_no_black_image(tmp_path
     Image.fromarray(np.ones((30, 30), dtype)).save(path)
     with pytest.raises(ValueError, match="have no agreed range"):
         decode(path.read_bytes(), None, Transform(crop=28, mean=(0.5,), std=(0.5,), channels=1))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+def test_simplejpeg_gives_the_pixels_of_pillow(mode, options):
+    noise = Image.fromarray(RNG.integers(256, size=(50, 70, 3), dtype=np.uint8)).resize((300, 200))
+    content = encoded(noise.convert(mode), "JPEG", **options)
+    target = transform(crop=100, resize=120)
+    np.testing.assert_array_equal(
+        decode(content, None, target, "simplejpeg"), decode(content, None, target, "pillow")
+    )
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+def test_a_broken_jpeg_is_an_error_whatever_reads_it(decoder):
+    content = encoded(Image.fromarray(RNG.integers(256, size=(40, 60, 3), dtype=np.uint8)), "JPEG")
+    with pytest.raises(OSError, match="truncated"):
+        decode(content[: len(content) // 2], None, transform(), decoder)
+
+
+def test_simplejpeg_leaves_other_formats_to_pillow():
+    content = encoded(Image.fromarray(COLOUR))
+    np.testing.assert_array_equal(decode(content, None, transform(), "simplejpeg"), centre(COLOUR))

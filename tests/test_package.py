@@ -34,6 +34,9 @@ def test_the_wheel_holds_configs_data_weights_and_notices(wheel: Path) -> None:
         "pipeline/quickstart/images.npz",
         "pipeline/quickstart/resnet.safetensors",
         "pipeline/report/template.html",
+        "pipeline/configs/imagenet1k-resnet50.yaml",
+        "pipeline/configs/protocols/openood-imagenet1k.yaml",
+        "pipeline/configs/published/imagenet1k-resnet50.csv",
         "pipeline/py.typed",
     ):
         assert (wheel / name).is_file(), name

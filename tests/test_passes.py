@@ -37,7 +37,8 @@ class Inline:
 def plan(settings, load) -> Plan:
     loaded = load(settings)
     classifier = model.load(loaded.model, loaded.seed)
-    return Plan(loaded.model, config.Extract(batch_size=16, actors=2), seed=3, digest=classifier.digest)
+    chosen = config.Extract(batch_size=16, actors=2)
+    return Plan(loaded.model, chosen, 3, classifier.digest, classifier.transform)
 
 
 @pytest.fixture

@@ -94,6 +94,39 @@ def test_a_change_in_a_module_behind_the_factory_is_another_model(
     assert len(seen) == 2 * len(settings["datasets"])
 
 
+def test_another_number_of_images_than_the_protocol_has_is_refused(settings, load, tmp_path) -> None:
+    settings["protocol"] = "Mine v2"
+    settings["datasets"][2]["expected"] = 151
+    with pytest.raises(
+        UserError, match=r"datasets\.animals: 150 images .* but Mine v2 expects 151\."
+    ) as caught:
+        prepare.prepare(load(settings))
+    assert "--set datasets.animals.expected=null" in str(caught.value)
+    assert not (tmp_path / "workspace" / "features").exists()
+
+
+@pytest.mark.parametrize("expected", [150, None])
+def test_the_right_number_of_images_and_a_removed_one_pass(settings, load, expected) -> None:
+    settings["datasets"][2]["expected"] = expected
+    prepare.prepare(load(settings))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"published": "cifar10-resnet81"}, r"published: unknown table .* Did you mean 'cifar10-resnet18'\?"),
+        ({"published": "cifar10-resnet18"}, "are of OpenOOD v1.5 CIFAR-10, but protocol is None"),
+        (
+            {"published": "cifar10-resnet18", "protocol": "OpenOOD v1.5 CIFAR-100"},
+            "are of OpenOOD v1.5 CIFAR-10, but protocol is OpenOOD v1.5 CIFAR-100. Set published=null",
+        ),
+    ],
+)
+def test_published_numbers_of_another_protocol_are_refused(settings, load, keys, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(load(settings | keys))
+
+
 def test_a_faiss_string_is_checked_before_any_work(settings, load) -> None:
     settings["index"] = {"kind": "IVFF10"}
     with pytest.raises(UserError, match=r"index\.kind: FAISS refuses 'IVFF10'"):

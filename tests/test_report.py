@@ -18,6 +18,7 @@ from sklearn.metrics import roc_curve
 from pipeline import report
 from pipeline.errors import UserError
 from pipeline.report import plots
+from pipeline.report.compare import deviations
 from pipeline.report.tables import Results
 
 NEAR = {"cifar-100": "near_ood", "tin": "near_ood"}
@@ -42,6 +43,7 @@ class Setup:
     errors: dict[str, int] = field(default_factory=dict)
     full_spectrum: bool = False
     rows: int = 120
+    published: str | None = None
 
 
 def area(inlier, outlier):
@@ -117,6 +119,8 @@ def manifest_of(setup):
         "started": "2026-01-01T00:00:00+00:00",
         "finished": "2026-01-01T01:30:00+01:00",
         "seed": 0,
+        "protocol": "OpenOOD v1.5 CIFAR-10",
+        "published": setup.published,
         "versions": {"ood-pipeline": "0.1.0", "python": "3.11.7", "ray": "2.63.0", "torch": "2.14.0"},
         "git_commit": "abcdef0123456789",
         "model": {
@@ -135,6 +139,7 @@ def manifest_of(setup):
                 "format": "npz",
                 "path": f"data/{name}.npz",
                 "rows": setup.rows + setup.errors.get(name, 0),
+                "expected": setup.rows,
                 "features": setup.rows,
                 "errors": setup.errors.get(name, 0),
                 "hash": f"{i:02x}" * 32,
@@ -145,7 +150,7 @@ def manifest_of(setup):
         },
         "detectors": {
             label: {
-                "method": "grood",
+                "method": label,
                 "title": f"{label.upper()} (2025)",
                 "parameters": {"k": 1, "prototype": {"kind": "mixup", "weight": 0.8}},
                 "uses_ood": label in setup.uses_ood,
@@ -489,3 +494,63 @@ def test_scores_that_hardly_differ_have_a_density(scores):
     edges, heights = plots.densities({"id": np.array(scores)})
     assert (np.diff(edges) > 0).all()
     assert (heights["id"] * np.diff(edges)).sum() == pytest.approx(1)
+
+
+CIFAR10 = {"cifar100": "near_ood", "tin": "near_ood", "mnist": "far_ood", "svhn": "far_ood"}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    setup = Setup(CIFAR10, ("knn", "msp", "grood"), published="cifar10-resnet18", full_spectrum=True)
+    return make_run(tmp_path_factory.mktemp("runs"), setup)
+
+
+def test_every_published_number_that_the_run_has_a_counterpart_of_stands_beside_it(compared):
+    rows = pq.read_table(compared / "metrics.parquet").to_pylist()
+    ours = {(r["detector"], r["group"], r["dataset"], r["metric"]): r["value"] for r in rows}
+    cells = page_of(compared).cells["published"][7:]
+    shown = {tuple(cells[i : i + 3]): cells[i + 3 : i + 7] for i in range(0, len(cells), 7)}
+    auroc, fpr = "AUROC ↑", "FPR95, OOD caught ↓"
+    for detector, group, dataset, metric, published in (
+        ("knn", "near_ood", "near_ood", "auroc", "0.9064 ± 0.0020"),
+        ("grood", "near_ood", "near_ood", "auroc", "0.9116"),
+        ("msp", "far_ood", "mnist", "auroc", "0.9263"),
+        ("msp", "far_ood", "mnist", "fpr95_ood", "0.2364"),
+    ):
+        name = "Near-OOD, mean" if dataset == group else dataset
+        mine, theirs, difference, source = shown[detector, name, auroc if metric == "auroc" else fpr]
+        value = ours[detector, group, dataset, metric]
+        assert mine.startswith(f"{value:.4f} ")
+        assert theirs == published
+        assert float(difference) == pytest.approx(value - float(published.split()[0]), abs=6e-5)
+        assert "github.com" in source
+    datasets = {name for _, name, _ in shown}
+    assert datasets == {"Near-OOD, mean", "Far-OOD, mean", "mnist", "svhn"}
+    assert {detector for detector, _, _ in shown} == {"knn", "msp", "grood"}
+
+
+def test_a_method_under_two_labels_is_compared_under_each(tmp_path):
+    run = make_run(tmp_path, Setup(CIFAR10, ("knn", "near"), published="cifar10-resnet18"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["detectors"]["near"]["method"] = "knn"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    cells = page_of(run).cells["published"]
+    assert cells.count("knn") == cells.count("near") > 0
+
+
+def test_what_keeps_a_run_from_being_the_protocol_is_said_beside_the_published_numbers(compared):
+    text = page_of(compared).text
+    assert "Not the protocol as published" not in text
+    manifest = json.loads((compared / "manifest.json").read_text())
+    manifest["datasets"]["tin"]["expected"] = 7793
+    manifest["datasets"]["svhn"]["expected"] = None
+    manifest["datasets"]["production"]["expected"] = None
+    assert deviations(manifest["datasets"]) == [
+        "tin has 120 of 7,793 images.",
+        "Number of images not checked: svhn.",
+    ]
+
+
+def test_a_run_without_published_numbers_has_no_such_section(finished, page):
+    assert "published" not in page.cells
+    assert "Published numbers" not in page.text

@@ -168,6 +168,25 @@ def test_a_second_run_makes_no_forward_pass_and_gives_the_same_files(settings, l
     assert (folder / "metrics.json").read_bytes() == metrics
 
 
+def test_a_run_of_a_protocol_records_it_and_reports_published_numbers_beside_its_own(
+    settings, load, execute
+) -> None:
+    settings |= {"protocol": "OpenOOD v1.5 CIFAR-10", "published": "cifar10-resnet18"}
+    settings["datasets"][2]["expected"] = 150
+    folder = execute(load(settings)).folder
+    manifest = store.read_json(folder / "manifest.json")
+    assert (manifest["protocol"], manifest["published"]) == ("OpenOOD v1.5 CIFAR-10", "cifar10-resnet18")
+    assert {name: entry["expected"] for name, entry in manifest["datasets"].items()} == {
+        "train": None,
+        "test": None,
+        "animals": 150,
+        "textures": None,
+    }
+    page = (folder / "report" / "index.html").read_text(encoding="utf-8")
+    assert "0.9064 ± 0.0020" in page  # KNN, near-OOD
+    assert "Number of images not checked: train, test, textures." in page
+
+
 def test_fresh_does_everything_again(settings, load, execute) -> None:
     loaded = load(settings)
     folder = execute(loaded, last="extract").folder

@@ -25,6 +25,10 @@ class Pass(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def forwards(self, classes: int, rows: int) -> int:
+        """Most images it forwards, for a head of so many classes and so many training rows."""
+        raise NotImplementedError
+
 
 class Mixup(Pass):
     """Mean feature of training images mixed, at `block`, with their runner-up class.
@@ -37,6 +41,11 @@ class Mixup(Pass):
     samples: int = Field(default=1000, ge=1)
     class_samples: int | None = Field(default=100, ge=1)
 
+    def forwards(self, classes: int, rows: int) -> int:
+        """Once to find the runner-up classes, once mixed, and the images behind their mean maps."""
+        behind = rows if self.class_samples is None else min(self.class_samples * classes, rows)
+        return 2 * min(self.samples, rows) + behind
+
 
 class Noise(Pass):
     """Mean feature of the blurred noise images the classifier is least sure about.
@@ -47,6 +56,10 @@ class Noise(Pass):
     samples: int = Field(default=1000, ge=10)
     keep: float = Field(default=0.1, gt=0, le=1)
 
+    def forwards(self, classes: int, rows: int) -> int:
+        """Every noise image."""
+        return self.samples
+
 
 class Jigsaw(Pass):
     """FeatureNorm of training images over FeatureNorm of their jigsaws, for every block.
@@ -56,6 +69,10 @@ class Jigsaw(Pass):
 
     samples: int = Field(default=10_000, ge=2)
     grid: int = Field(default=3, ge=2)
+
+    def forwards(self, classes: int, rows: int) -> int:
+        """Every image and its jigsaw."""
+        return 2 * min(self.samples, rows)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import published
 from pipeline.report import plots
+from pipeline.report.compare import comparisons, deviations
 from pipeline.report.tables import GROUPS, METRICS, OOD, SUMMARY, Cell, Results, leaderboard, metric_boards
 
 __all__ = ["console_table", "leaderboard", "write"]
@@ -56,7 +58,7 @@ def write(run: Path) -> Path:
         The page.
 
     Raises:
-        UserError: if the run is not finished.
+        UserError: if the run is not finished, or the published numbers it names are not there.
     """
     results = Results.read(run)
     target = run / "report"
@@ -152,6 +154,7 @@ def _norm_ratio_pictures(results: Results) -> list[Picture]:
 
 def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
     manifest, unlabelled = results.manifest, results.datasets("unlabelled")
+    known = published.read(manifest["published"]) if manifest["published"] else []
     return (
         _environment()
         .get_template("template.html")
@@ -162,6 +165,9 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
             metrics=METRICS,
             summary=leaderboard(results.metrics),
             boards=metric_boards(results.metrics),
+            comparisons=comparisons(results, known),
+            deviations=deviations(manifest["datasets"]),
+            known=known,
             pictures=pictures,
             detectors=results.detectors,
             thresholds=results.thresholds,

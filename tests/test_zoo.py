@@ -1,0 +1,56 @@
+"""Networks that published checkpoints are loaded into."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline import model, zoo
+from pipeline.config import Model
+
+
+def test_the_small_resnet18_has_the_modules_of_the_published_checkpoints() -> None:
+    """Key names as in OpenOOD's resnet18_32x32; shapes as in the paper."""
+    state = zoo.cifar10_resnet18().state_dict()
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    expected = {"conv1.weight", "fc.weight", "fc.bias", *(f"bn1.{name}" for name in norm)}
+    for stage in range(1, 5):
+        for block in range(2):
+            where = f"layer{stage}.{block}"
+            expected |= {f"{where}.conv{i}.weight" for i in (1, 2)}
+            expected |= {f"{where}.bn{i}.{name}" for i in (1, 2) for name in norm}
+        if stage > 1:
+            expected |= {f"layer{stage}.0.shortcut.0.weight"}
+            expected |= {f"layer{stage}.0.shortcut.1.{name}" for name in norm}
+    assert set(state) == expected
+    assert state["conv1.weight"].shape == (64, 3, 3, 3)
+    assert state["layer4.0.shortcut.0.weight"].shape == (512, 256, 1, 1)
+    parameters = sum(parameter.numel() for parameter in zoo.cifar10_resnet18().parameters())
+    assert parameters == 11_173_962
+
+
+@pytest.mark.parametrize(
+    ("build", "side", "classes", "maps"),
+    [
+        ("cifar10_resnet18", 32, 10, 4),
+        ("cifar100_resnet18", 32, 100, 4),
+        ("imagenet200_resnet18", 224, 200, 7),
+    ],
+)
+def test_every_network_has_the_taps_that_the_detectors_need(build, side, classes, maps) -> None:
+    transform = {"crop": side, "mean": [0.5] * 3, "std": [0.5] * 3}
+    settings = {
+        "source": "factory",
+        "name": f"pipeline.zoo:{build}",
+        "weights": "random",
+        "transform": transform,
+    }
+    found = model.load(Model.model_validate(settings), seed=0)
+    assert found.head[0].shape == (classes, 512)
+    assert found.taps.blocks == tuple(f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2))
+    assert found.taps.early == "layer3.1"
+    last = found.module.get_submodule("layer4")
+    shapes = []
+    last.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    found.module(torch.zeros(1, 3, side, side))
+    assert shapes == [(1, 512, maps, maps)]
