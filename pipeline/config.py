@@ -58,18 +58,31 @@ class Transform(Frozen):
 class Model(Frozen):
     """The classifier."""
 
-    source: Literal["torchvision", "factory"]
-    name: str = Field(description="torchvision name, or 'package.module:function' or './file.py:function'")
+    source: str = Field(description="torchvision, timm, exported or factory; a file of pipeline/sources")
+    name: str = Field(
+        description="torchvision or timm name; an exported program (.pt2); or 'package.module:function' or "
+        "'./file.py:function'"
+    )
     weights: str | None = Field(
         default=None,
-        description="state dict (.safetensors, or .pt read with weights_only), or 'random'; "
-        "null keeps what a factory returns",
+        description="state dict (.safetensors, or .pt read with weights_only), published weights of "
+        "torchvision (IMAGENET1K_V1), or 'random'; null keeps what a factory returns or a program holds",
+    )
+    options: dict[str, Any] = Field(
+        default={}, description="keyword arguments for the model's constructor, e.g. {num_classes: 10}"
     )
     head: str = Field(default="auto", description="module name of the last linear layer")
     blocks: Literal["auto"] | tuple[str, ...] = Field(default="auto", description="FeatureNorm candidates")
     transform: Transform | str = Field(
         default="auto", description="auto, the name of a torchvision weights preset, or written out"
     )
+
+    @model_validator(mode="after")
+    def _weights_are_given_once(self) -> Model:
+        twice = sorted(set(self.options) & {"weights", "pretrained", "checkpoint_path", "cache_dir"})
+        if twice:
+            raise ValueError(f"options: {twice[0]} would load weights; name them in weights")
+        return self
 
 
 class Dataset(Frozen):
@@ -330,6 +343,11 @@ def _labels_are_a_file(dataset: Dataset) -> bool:
     return dataset.format == "idx" or named
 
 
+def is_name(weights: str) -> bool:
+    """Whether configured weights are a name (`IMAGENET1K_V1`, `random`) and no path."""
+    return not re.search(r"[./\\]", weights)
+
+
 def dump(config: Config) -> str:
     """The resolved config as YAML; loads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -349,7 +367,7 @@ def _absolute(config: Config, base: Path) -> Config:
     data = base if config.data is None else Path(config.data).expanduser().resolve()
 
     def beside(path: str | None, start: Path = data) -> str | None:
-        if path is None or "://" in path or path == "random":
+        if path is None or "://" in path:
             return path
         return str((start / Path(path).expanduser()).resolve())
 
@@ -358,7 +376,10 @@ def _absolute(config: Config, base: Path) -> Config:
         return f"{beside(file, base)}:{name}" if separator and file.endswith(".py") else reference
 
     workspace, model = config.workspace, config.model
-    name = function(model.name) if model.source == "factory" else model.name
+    name = model.name
+    if model.source in ("factory", "exported"):
+        name = function(name) if model.source == "factory" else str(beside(name))
+    weights = model.weights if model.weights and is_name(model.weights) else beside(model.weights)
     datasets = tuple(
         dataset.model_copy(
             update={
@@ -372,7 +393,7 @@ def _absolute(config: Config, base: Path) -> Config:
     return config.model_copy(
         update={
             "workspace": workspace if "://" in workspace else str(Path(workspace).expanduser().resolve()),
-            "model": model.model_copy(update={"name": name, "weights": beside(model.weights)}),
+            "model": model.model_copy(update={"name": name, "weights": weights}),
             "datasets": datasets,
             "data": None if config.data is None else str(data),
         }

@@ -1,4 +1,7 @@
-"""Functions that a config names: `package.module:function` or `./file.py:function`. They run as they are."""
+"""Functions that a config names: `package.module:function` or `./file.py:function`. They run as they are.
+
+The function may belong to a class: `package.module:Class.method`.
+"""
 
 import hashlib
 import importlib
@@ -29,7 +32,9 @@ def load_function(reference: str, where: str) -> Callable[..., Any]:
             f"{where}: got {reference!r}; expected 'package.module:function' or './file.py:function'."
         )
     module = _module(source, where)
-    function = getattr(module, name, None)
+    function: Any = module
+    for part in name.split("."):
+        function = getattr(function, part, None)
     if not callable(function):
         callables = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise UserError(f"{where}: {unknown('function', name, callables)}")

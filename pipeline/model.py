@@ -6,12 +6,10 @@ Whatever builds it, from here on a classifier is pixels in, penultimate feature,
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline import config, imports, taps
+from pipeline import config, imports, sources, taps
 from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
 from pipeline.config import Transform
-from pipeline.errors import UserError, unknown
+from pipeline.errors import UserError
 from pipeline.images import Pixels
+from pipeline.layout import Layout
+
+WRONG_SIZE = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
+"""What modules raise on images of a size they were not made for."""
 
 Traced = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Penultimate feature (N, D), logits (N, C), and FeatureNorm (N,) by block."""
@@ -88,7 +90,9 @@ class Classifier:
         """Penultimate feature, logits and block norms of one forward pass."""
         feature: list[Tensor] = []
         norms: dict[str, Tensor] = {}
-        hooks: dict[str, Any] = {name: _norm_into(norms, name) for name in self.taps.blocks if blocks}
+        hooks: dict[str, Any] = {}
+        for name, place in zip(self.taps.blocks, self.taps.layouts, strict=True) if blocks else ():
+            hooks[name] = _norm_into(norms, name, place)
         with self.tapped(feature), taps.hooked(self.module, hooks), self._autocast():
             logits = self.module(images)
         return feature[0], logits, norms
@@ -116,13 +120,13 @@ class Classifier:
         """The traced forward pass as one compiled function, with hooks that stay: new ones recompile."""
         seen: dict[str, Tensor] = {}
 
-        def keep(_: nn.Module, inputs: Any) -> None:
-            seen[FEATURE] = taps.penultimate(inputs[0])
+        def keep(head: nn.Module, inputs: Any) -> None:
+            seen[FEATURE] = taps.penultimate(head, inputs[0])
 
         self.module.get_submodule(self.taps.head).register_forward_pre_hook(keep)
         norms: dict[str, Tensor] = {}
-        for name in self.taps.blocks:
-            self.module.get_submodule(name).register_forward_hook(_norm_into(norms, name))
+        for name, place in zip(self.taps.blocks, self.taps.layouts, strict=True):
+            self.module.get_submodule(name).register_forward_hook(_norm_into(norms, name, place))
 
         def traced(images: Tensor) -> Traced:
             with self._autocast():
@@ -135,8 +139,8 @@ class Classifier:
     def tapped(self, feature: list[Tensor]) -> Iterator[None]:
         """Append the penultimate feature (N, D) of every forward pass to `feature`."""
 
-        def keep(_: nn.Module, inputs: Any) -> None:
-            feature.append(taps.penultimate(inputs[0]))
+        def keep(head: nn.Module, inputs: Any) -> None:
+            feature.append(taps.penultimate(head, inputs[0]))
 
         handle = self.module.get_submodule(self.taps.head).register_forward_pre_hook(keep)
         try:
@@ -152,19 +156,20 @@ def load(model: config.Model, seed: int, device: str = "cpu") -> Classifier:
         UserError: unknown name, weights that are missing or do not fit, taps that cannot be found.
     """
     torch.manual_seed(seed)
-    module, transform, source = _factory(model) if model.source == "factory" else _torchvision(model)
-    if model.weights not in (None, "random"):
-        _load_weights(module, str(model.weights))
+    built = sources.build(model)
+    module, transform = built.module, built.transform
     module.eval().requires_grad_(False)
     try:
         probe = torch.rand(2, transform.channels, transform.crop, transform.crop)
         found = taps.find(module, probe, model.head, None if model.blocks == "auto" else model.blocks)
-    except (RuntimeError, AssertionError, TypeError) as error:  # what modules raise on a wrong size
+    except UserError:
+        raise
+    except WRONG_SIZE as error:
         raise UserError(
             f"model: it does not run on {transform.channels} x {transform.crop} x {transform.crop} images: "
             f"{error}. Check model.transform."
         ) from error
-    architecture = hashlib.sha256(repr(module).encode() + source + _sources(module)).hexdigest()
+    architecture = hashlib.sha256(repr(module).encode() + built.code + _sources(module)).hexdigest()
     return Classifier(module.to(device), transform, found, _digest(module), architecture, device)
 
 
@@ -179,7 +184,8 @@ def feature_norm(maps: Tensor) -> Tensor:
     """FeatureNorm of a block (Yu et al., CVPR 2023, eq. 1): mean over channels of the L2 norm of the ReLU.
 
     Args:
-        maps: (N, M, H, W) output of the block, any floating dtype; reduced in float32.
+        maps: (N, M, H, W), the block's output with its channels at axis 1, any floating dtype; reduced in
+            float32.
 
     Returns:
         (N,) float32, >= 0.
@@ -187,98 +193,11 @@ def feature_norm(maps: Tensor) -> Tensor:
     return maps.float().relu().square_().sum(dim=(2, 3)).sqrt_().mean(dim=1)
 
 
-def _norm_into(norms: dict[str, Tensor], name: str) -> Any:
+def _norm_into(norms: dict[str, Tensor], name: str, place: Layout) -> Any:
     def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        norms[name] = feature_norm(output)
+        norms[name] = feature_norm(place.maps(output))
 
     return keep
-
-
-def _factory(model: config.Model) -> tuple[nn.Module, Transform, bytes]:
-    function = imports.load_function(model.name, "model.name")
-    module = function()
-    if not isinstance(module, nn.Module):
-        raise UserError(
-            f"model.name: {model.name} returned {type(module).__name__}; expected a torch.nn.Module."
-        )
-    if not isinstance(model.transform, Transform):
-        raise UserError("model.transform: a factory has no preset; give crop, mean and std.")
-    return module, model.transform, imports.source_of(function)
-
-
-def _torchvision(model: config.Model) -> tuple[nn.Module, Transform, bytes]:
-    import torchvision
-
-    known = torchvision.models.list_models(module=torchvision.models)
-    if model.name not in known:
-        raise UserError(f"model.name: {unknown('torchvision model', model.name, known)}")
-    if model.weights is None:
-        raise UserError("model.weights: name a weights file (.safetensors or .pt), or 'random' for tests.")
-    module = torchvision.models.get_model(model.name, weights=None)
-    transform = model.transform
-    if not isinstance(transform, Transform):
-        presets = torchvision.models.get_model_weights(model.name).__members__
-        transform = _preset(transform, {name: weights.transforms() for name, weights in presets.items()})
-    return module, transform, torchvision.__version__.encode()
-
-
-def _preset(name: str, presets: dict[str, Any]) -> Transform:
-    """Transform of one of the published weights; "auto" only where all of them share it."""
-    if name != "auto" and name not in presets:
-        raise UserError(f"model.transform: {unknown('preset', name, ['auto', *presets])}")
-    chosen = {
-        key: Transform(
-            resize=preset.resize_size[0],
-            crop=preset.crop_size[0],
-            interpolation=preset.interpolation.value,
-            mean=tuple(preset.mean),
-            std=tuple(preset.std),
-        )
-        for key, preset in presets.items()
-        if name in ("auto", key)
-    }
-    if len(set(chosen.values())) != 1:
-        raise UserError(
-            f"model.transform: the published weights of this model use different transforms; "
-            f"name the one yours were trained with: {', '.join(chosen)}."
-        )
-    return next(iter(chosen.values()))
-
-
-def _load_weights(module: nn.Module, weights: str) -> None:
-    """Load a state dict without running anything stored in it."""
-    path = config.resolve(weights)
-    if not path.is_file():
-        raise UserError(f"model.weights: no such file: {path}")
-    try:
-        state = _read_state(path)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"model.weights: {path} is not a file of tensors alone, and nothing in it was run. "
-            "Save the model's state dict, best as .safetensors."
-        ) from None
-    except Exception as error:
-        raise UserError(f"model.weights: {path} cannot be read: {error}. Check the file.") from error
-    try:
-        missing, unexpected = module.load_state_dict(state, strict=False)
-    except Exception as error:
-        raise UserError(
-            f"model.weights: {path} does not fit the model: {error}. Check model.name and the file."
-        ) from error
-    if missing or unexpected:
-        raise UserError(
-            f"model.weights: {path} does not fit the model: {len(missing)} entries missing "
-            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})."
-        )
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state)  # type: ignore[no-any-return]
 
 
 def _digest(module: nn.Module) -> str:

@@ -17,7 +17,7 @@ from pipeline.config import Config, Dataset
 from pipeline.datasets import Manifest, compile_manifest
 from pipeline.detectors.base import Detector, Jigsaw, Mixup
 from pipeline.errors import UserError, unknown
-from pipeline.model import Classifier, load
+from pipeline.model import WRONG_SIZE, Classifier, load
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def prepare(settings: Config) -> Prepared:
         raise UserError(f"workspace: got {settings.workspace}; expected a local or shared folder.")
     store.require_writable(workspace, "workspace")
     classifier = load(settings.model, settings.seed)
-    _check_blocks(classifier, detectors)
+    for label, detector in detectors.items():
+        check_applies(label, detector, classifier)
     if any(detector.neighbours for detector in detectors.values()):
         index.made(settings.index.kind, classifier.head[0].shape[1])
     manifests = {
@@ -132,22 +133,31 @@ def _check_roles(settings: Config, detectors: dict[str, Detector]) -> None:
             )
 
 
-def _check_blocks(classifier: Classifier, detectors: dict[str, Detector]) -> None:
-    """Blocks that detectors name, or need at all."""
-    for label, detector in detectors.items():
-        if BLOCK_NORM in detector.columns and not classifier.taps.blocks:
+def check_applies(label: str, detector: Detector, classifier: Classifier) -> None:
+    """Whether the model has what a detector looks at: blocks with maps, layers to mix images at.
+
+    Raises:
+        UserError: the reason why the detector does not apply, and what to do about it.
+    """
+    found = classifier.taps
+    if BLOCK_NORM in detector.columns and not found.blocks:
+        raise UserError(
+            f"detectors.{label}: the model has no block with maps or tokens whose channels are certain. "
+            "Name some with model.blocks, or drop the detector."
+        )
+    named = getattr(detector, "block", "auto")
+    if named not in ("auto", *found.blocks):
+        raise UserError(f"detectors.{label}.block: {unknown('block', named, found.blocks)}")
+    for spec in detector.passes():
+        if isinstance(spec, Mixup) and spec.block == "auto" and found.early is None:
             raise UserError(
-                f"detectors.{label}: the model has no block that gives (N, M, H, W) maps. "
-                "Name some with model.blocks, or drop the detector."
+                f"detectors.{label}: the model has no block to mix images at. Name one of its layers with "
+                "mixup_layer, or choose prototype noise or proto_mean."
             )
-        named = getattr(detector, "block", "auto")
-        if named not in ("auto", *classifier.taps.blocks):
-            raise UserError(f"detectors.{label}.block: {unknown('block', named, classifier.taps.blocks)}")
-        for spec in detector.passes():
-            if isinstance(spec, Mixup) and spec.block not in ("auto", *classifier.taps.layers):
-                raise UserError(f"detectors.{label}: {unknown('layer', spec.block, classifier.taps.layers)}")
-            if isinstance(spec, Jigsaw):
-                _check_grid(f"detectors.{label}.grid", spec.grid, classifier)
+        if isinstance(spec, Mixup) and spec.block not in ("auto", *found.layers):
+            raise UserError(f"detectors.{label}: {unknown('layer', spec.block, found.layers)}")
+        if isinstance(spec, Jigsaw):
+            _check_grid(f"detectors.{label}.grid", spec.grid, classifier)
 
 
 def _check_grid(where: str, grid: int, classifier: Classifier) -> None:
@@ -156,9 +166,11 @@ def _check_grid(where: str, grid: int, classifier: Classifier) -> None:
     side = crop // grid * grid
     if side == 0:
         raise UserError(f"{where} is {grid} but images have {crop} pixels per side; lower grid.")
+    if side == crop:
+        return
     try:
-        classifier.forward(np.zeros((1, side, side, channels), np.uint8))
-    except RuntimeError as error:
+        classifier.forward(np.zeros((2, side, side, channels), np.uint8))
+    except WRONG_SIZE as error:
         raise UserError(
             f"{where}: jigsaws of {grid} x {grid} tiles have {side} pixels per side, which the model "
             f"does not take ({error}). Choose a grid that divides {crop}, or name the block."

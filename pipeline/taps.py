@@ -5,6 +5,7 @@ Found by running one batch with hooks on every module. Hooks live inside context
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline import layout
 from pipeline.errors import UserError, unknown
+from pipeline.layout import Call, Layout
 
 TOLERANCE = 1e-5
 """Largest difference between the model's logits and `head(feature)`, relative to the largest logit."""
@@ -29,19 +32,11 @@ class Taps:
     blocks: tuple[str, ...]
     """FeatureNorm candidates."""
     early: str | None
-    """The last block before the final reduction."""
+    """The last block before the final reduction; three quarters down where nothing is reduced."""
     layers: tuple[str, ...]
-    """Every module before the head that runs once and gives a tensor: where images can be mixed."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What one module did in the traced forward pass."""
-
-    name: str
-    module: nn.Module
-    source: Tensor | None
-    result: Tensor | None
+    """Every module before the head that runs once and gives one tensor per image: where they can be mixed."""
+    layouts: tuple[Layout, ...] = ()
+    """Where the channels of each block are."""
 
 
 @contextmanager
@@ -58,55 +53,73 @@ def find(model: nn.Module, images: Tensor, head: str = "auto", blocks: tuple[str
 
     Args:
         model: classifier in eval mode.
-        images: (N, channels, H, W), N >= 1.
+        images: (N, channels, side, side), N >= 2, all different.
         head: name of the last linear layer, or "auto".
         blocks: names of the FeatureNorm blocks, or None to find them.
 
     Raises:
         UserError: a named module does not exist or does not run, the model does not end in a linear
-            layer, or that layer on the penultimate feature does not give the logits.
+            layer, that layer on the penultimate feature does not give the logits, or a named block has
+            no map whose channels are certain.
     """
     calls, logits = _trace(model, images)
     once = _once(calls)
     chosen = _head(model, calls, logits) if head == "auto" else _named(model, once, head, "model.head")
-    feature = penultimate(once[chosen].source)
-    check_head(model.get_submodule(chosen), feature, logits, chosen)
+    _check_head(once[chosen], logits)
     if blocks is None:
-        maps = _blocks(model, calls)
+        places = _blocks(model, calls, len(images))
     else:
-        maps = tuple(_named(model, once, name, "model.blocks") for name in blocks)
-        for name in maps:
-            if not _is_map(once[name].result):
-                raise UserError(f"model.blocks: {name!r} gives no (N, M, H, W) map; FeatureNorm needs one.")
+        for name in blocks:
+            _named(model, once, name, "model.blocks")
+        places = {name: _place(once[name], calls, len(images)) for name in blocks}
     before = calls[: calls.index(once[chosen])]
-    layers = tuple(call.name for call in before if call.name in once and call.result is not None)
-    return Taps(chosen, maps, _early([(name, once[name].result) for name in maps]), layers)
+    layers = tuple(call.name for call in before if call.name in once and _is_batch(call.result, len(images)))
+    return Taps(chosen, tuple(places), _early(places), layers, tuple(places.values()))
 
 
-def penultimate(source: Tensor | None) -> Tensor:
-    """(N, D) input of the head, flattened if it is (N, D, 1, 1)."""
-    if source is None or source.flatten(1).shape[1] != source.shape[1]:
+def penultimate(head: nn.Module, source: Tensor | None) -> Tensor:
+    """Penultimate feature: the input of the head, averaged over positions where it has several.
+
+    A linear layer and the mean over positions commute, so a head that runs at every position and is
+    averaged afterwards is the same head on the averaged input. Whether the model does just that shows
+    when `find` compares the logits; SqueezeNet does not, there is a ReLU before its mean.
+
+    Args:
+        head: linear layer or 1x1 convolution.
+        source: (N, D) or (N, ..., D); (N, D, H, W) for a convolution.
+
+    Returns:
+        (N, D).
+    """
+    width = head_weight(head)[0].shape[1]
+    axis = 1 if _is_convolution(head) else -1
+    if source is None or source.dim() < 2 or source.shape[axis] != width:
+        shape = None if source is None else tuple(source.shape)
         raise UserError(
-            f"model.head: its input has shape {None if source is None else tuple(source.shape)}; "
-            "expected one pooled vector per image. Name another layer with model.head."
+            f"model.head: its input has shape {shape}; expected {width} features per image. "
+            "Name another layer with model.head."
         )
-    return source.flatten(1)
+    if source.numel() == len(source) * width:
+        return source.flatten(1)
+    return source.movedim(axis, 1).flatten(2).mean(dim=2)
 
 
 def head_weight(head: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight (C, D) and bias (C,) of a linear layer or 1x1 convolution; zeros for a missing bias."""
     weight: Tensor = head.weight.detach().flatten(1)  # type: ignore[operator]
-    bias: Tensor | None = head.bias  # type: ignore[assignment]
+    bias: Tensor | None = getattr(head, "bias", None)
     return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()
 
 
-def check_head(head: nn.Module, feature: Tensor, logits: Tensor, name: str) -> None:
+def _check_head(call: Call, logits: Tensor) -> None:
     """Refuse a head that does not turn the penultimate feature into the model's logits."""
+    head, name = call.module, call.name
     if not _is_linear(head):
         raise UserError(
-            f"model.head: {name!r} is a {type(head).__name__}; expected Linear or a 1x1 convolution. "
+            f"model.head: {name!r} is a {_class(head)}; expected Linear or a 1x1 convolution. "
             "The detectors need a linear last layer."
         )
+    feature = penultimate(head, call.source)
     weight, bias = head_weight(head)
     rebuilt = feature @ weight.T + bias
     if rebuilt.shape != logits.shape:
@@ -115,21 +128,29 @@ def check_head(head: nn.Module, feature: Tensor, logits: Tensor, name: str) -> N
         )
     scale = max(float(logits.abs().max()), 1.0)
     error = float((rebuilt - logits).abs().max()) / scale
-    if not error <= TOLERANCE:
+    if error <= TOLERANCE:
+        return
+    differs = f"differs from the model's output by {error:.2g} (relative), more than {TOLERANCE:.0e}"
+    if call.source is not None and call.source.numel() > feature.numel():
         raise UserError(
-            f"model.head: {name!r} applied to its input differs from the model's output by {error:.2g} "
-            f"(relative), more than {TOLERANCE:.0e}. Something follows the layer; name the true last one."
+            f"model.head: {name!r} runs at every position, and the mean of what it gives {differs}. "
+            "Something that is not linear, such as a ReLU, lies between it and the pooling: no linear layer "
+            "gives the logits, and the detectors need one."
         )
+    raise UserError(
+        f"model.head: {name!r} applied to its input {differs}. "
+        "Something follows the layer; name the true last one."
+    )
 
 
-def _trace(model: nn.Module, images: Tensor) -> tuple[list[_Call], Tensor]:
+def _trace(model: nn.Module, images: Tensor) -> tuple[list[Call], Tensor]:
     """Run one batch and record every module call in order of completion."""
-    calls: list[_Call] = []
+    calls: list[Call] = []
 
     def recorder(name: str) -> Callable[[Any, Any, Any], None]:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
             source = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
-            calls.append(_Call(name, module, source, output if isinstance(output, Tensor) else None))
+            calls.append(Call(name, module, source, output if isinstance(output, Tensor) else None))
 
         return record
 
@@ -142,13 +163,13 @@ def _trace(model: nn.Module, images: Tensor) -> tuple[list[_Call], Tensor]:
     return calls, logits
 
 
-def _once(calls: list[_Call]) -> dict[str, _Call]:
+def _once(calls: list[Call]) -> dict[str, Call]:
     """The calls of modules that ran exactly once."""
     count = Counter(call.name for call in calls)
     return {call.name: call for call in calls if count[call.name] == 1}
 
 
-def _named(model: nn.Module, once: dict[str, _Call], name: str, where: str) -> str:
+def _named(model: nn.Module, once: dict[str, Call], name: str, where: str) -> str:
     if name in once:
         return name
     existing = [found for found, _ in model.named_modules() if found]
@@ -157,64 +178,95 @@ def _named(model: nn.Module, once: dict[str, _Call], name: str, where: str) -> s
     raise UserError(f"{where}: {unknown('layer', name, existing)}")
 
 
+def _class(module: nn.Module) -> str:
+    """Name of a module's class without its package."""
+    return layout.kind(module).rpartition(".")[2]
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) or _class(module) == "Conv2d"
+
+
 def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d):
-        return module.kernel_size == (1, 1) and module.groups == 1
-    return isinstance(module, nn.Linear)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return False
+    if _is_convolution(module):
+        return weight.shape[2:] == (1, 1) and getattr(module, "groups", 1) == 1
+    return isinstance(module, nn.Linear) or _class(module) == "Linear"
 
 
-def _head(model: nn.Module, calls: list[_Call], logits: Tensor) -> str:
-    """The last linear layer whose output is the logits."""
-    once = _once(calls).values()
-    for call in reversed(once):
-        if _is_linear(call.module) and call.result is not None and call.result.numel() == logits.numel():
+def _head(model: nn.Module, calls: list[Call], logits: Tensor) -> str:
+    """The last linear layer that gives the logits, or as many of them at several positions."""
+    linear = [call for call in reversed(_once(calls).values()) if _is_linear(call.module)]
+    whole = [call for call in linear if call.result is not None and call.result.numel() == logits.numel()]
+    for call in whole or linear:
+        if len(head_weight(call.module)[0]) == logits.shape[1]:
             return call.name
     last = next((call for call in reversed(calls) if not list(call.module.children())), None)
-    what = f"{last.name!r} ({type(last.module).__name__})" if last else type(model).__name__
+    what = f"{last.name!r} ({_class(last.module)})" if last else type(model).__name__
     raise UserError(
         f"model: no Linear or 1x1 convolution gives the {logits.shape[1]} logits; the last layer is {what}. "
         "The detectors need a linear last layer; name it with model.head if it was missed."
     )
 
 
-def _is_map(result: Tensor | None) -> bool:
-    """Whether this is (N, M, H, W): square, as the image is; (N, H, W, M) of a token model is not."""
-    if result is None or result.dim() != 4 or not result.is_floating_point():
-        return False
-    return result.shape[2] == result.shape[3] > 1
+def _is_batch(result: Tensor | None, images: int) -> bool:
+    return result is not None and result.is_floating_point() and result.shape[:1] == (images,)
 
 
-def _blocks(model: nn.Module, calls: list[_Call]) -> tuple[str, ...]:
-    """Outermost modules of a repeated class that give maps; else the activations that do.
+def _place(call: Call, calls: list[Call], images: int) -> Layout:
+    """Layout of a block that the user names."""
+    place = layout.of(call, calls, images)
+    if place is None:
+        shape = None if call.result is None else tuple(call.result.shape)
+        raise UserError(
+            f"model.blocks: {call.name!r} gives {shape}, no map whose channels are certain; FeatureNorm "
+            "needs (N, M, H, W), (N, H, W, M) or (N, tokens, M) of square images. Name another."
+        )
+    return place
 
-    So a ResNet gives its residual blocks, a VGG the outputs of its ReLUs.
+
+def _blocks(model: nn.Module, calls: list[Call], images: int) -> dict[str, Layout]:
+    """Outermost modules of a repeated class that give maps, with their like; else the activations that do.
+
+    So a ResNet gives its residual blocks, a vision transformer its encoder blocks, a VGG the outputs of its
+    ReLUs. A module beside a block that has weights of its own counts as a block too, as the two Inception
+    modules that occur only once: the layers inside them are branches, not steps of the network.
     """
     once = _once(calls)
-    kinds = Counter(type(module) for module in model.modules() if list(module.children()))
-    plain = (nn.Sequential, nn.ModuleList)
-
-    def repeated(name: str, module: nn.Module) -> bool:
-        return (
-            kinds[type(module)] > 1
-            and type(module) not in plain
-            and name in once
-            and _is_map(once[name].result)
-        )
-
-    inner = {name for name, module in model.named_modules() if name and repeated(name, module)}
-    outer = {name for name in inner if not any(name.startswith(f"{other}.") for other in inner)}
+    composite = {
+        name: layout.kind(module)
+        for name, module in model.named_modules()
+        if name and any(list(child.parameters()) for child in module.children())
+    }
+    plain = ("torch.nn.modules.container.Sequential", "torch.nn.modules.container.ModuleList")
+    count = Counter(composite.values())
+    own = [name for name, kind in composite.items() if kind not in plain and name in once]
+    places = {name: place for name in own if (place := layout.of(once[name], calls, images)) is not None}
+    outer = _outermost([name for name in places if count[composite[name]] > 1])
+    beside = {name.rpartition(".")[0] for name in outer}
+    outer = _outermost([name for name in places if name in outer or name.rpartition(".")[0] in beside])
     if not outer:
         activations = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU)
-        outer = {
-            name
-            for name, call in once.items()
-            if isinstance(call.module, activations) and _is_map(call.result)
-        }
-    return tuple(call.name for call in calls if call.name in outer)
+        outer = [name for name, call in once.items() if isinstance(call.module, activations)]
+        found = {name: layout.of(once[name], calls, images) for name in outer}
+        places = {name: place for name, place in found.items() if place is not None}
+    return {call.name: places[call.name] for call in calls if call.name in outer and call.name in places}
 
 
-def _early(maps: list[tuple[str, Tensor | None]]) -> str | None:
-    """The deepest block before the last spatial reduction: the third of a ResNet's four stages."""
-    areas = [(name, result.shape[-1] * result.shape[-2]) for name, result in maps if result is not None]
-    larger = [name for name, area in areas if area > areas[-1][1]]
-    return larger[-1] if larger else (areas[-1][0] if areas else None)
+def _outermost(names: list[str]) -> list[str]:
+    """The names that lie inside no other one."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def _early(blocks: dict[str, Layout]) -> str | None:
+    """The deepest block before the last spatial reduction: the third of a ResNet's four stages.
+
+    Where nothing is reduced, as in a vision transformer, the block three quarters down.
+    """
+    if not blocks:
+        return None
+    names, last = list(blocks), list(blocks.values())[-1]
+    larger = [name for name, place in blocks.items() if place.positions > last.positions]
+    return larger[-1] if larger else names[math.ceil(0.75 * len(names)) - 1]

@@ -382,6 +382,24 @@ def test_what_is_no_file_name_stays_as_it_is(load):
     assert (loaded.model.weights, loaded.model.name) == ("random", "package.module:build")
 
 
+@pytest.mark.parametrize(
+    ("given", "weights", "name"),
+    [
+        ({"source": "torchvision", "name": "a", "weights": "IMAGENET1K_V1"}, "IMAGENET1K_V1", "a"),
+        ({"source": "timm", "name": "a.b_c", "weights": "w/a.pt"}, "{}/w/a.pt", "a.b_c"),
+        ({"source": "timm", "name": "a", "weights": "./w"}, "{}/w", "a"),
+        ({"source": "exported", "name": "a.pt2"}, None, "{}/a.pt2"),
+        ({"source": "exported", "name": "package://p/a.pt2"}, None, "package://p/a.pt2"),
+    ],
+)
+def test_weights_and_programs_are_files_beside_the_config_and_names_stay(
+    load, tmp_path, given, weights, name
+):
+    loaded = load(key(RAW, "model", given)).model
+    assert loaded.weights == (weights and weights.format(tmp_path))
+    assert loaded.name == name.format(tmp_path)
+
+
 @pytest.mark.parametrize("path", ["package://no_such_package/a", "package://", "package://pipeline.config/a"])
 def test_data_in_a_package_that_is_not_there_is_refused(path):
     with pytest.raises(UserError, match="no package named"):

@@ -221,6 +221,34 @@ def test_the_architecture_changes_with_the_source_of_the_factory(factory):
     assert first.digest == changed.digest
 
 
+def test_the_architecture_and_the_network_change_with_the_options(factory):
+    name = factory(FACTORY.replace("build()", "build(classes=3)").replace("26, 3)", "26, classes)"))
+    first, other = (
+        load(model(name=name, weights="random", options=given), 0) for given in ({}, {"classes": 4})
+    )
+    assert (len(first.head[1]), len(other.head[1])) == (3, 4)
+    assert first.architecture != other.architecture
+    with pytest.raises(UserError, match=r"model\.options: .*net\.py:build does not take them: .*'depth'"):
+        load(model(name=name, weights="random", options={"depth": 4}), 0)
+
+
+def test_a_factory_may_be_a_method(factory):
+    source = FACTORY.replace("def build():", "class Net:\n  @classmethod\n  def build(cls):")
+    name = factory(source.replace("    return", "      return")).replace(":build", ":Net.build")
+    assert load(model(name=name, weights="random"), 0).taps.head == "3"
+
+
+@pytest.mark.parametrize("key", ["weights", "pretrained", "checkpoint_path"])
+def test_options_cannot_load_weights(key):
+    with pytest.raises(ValueError, match=f"options: {key} would load weights; name them in weights"):
+        model(options={key: "x.pt"})
+
+
+def test_an_unknown_source_names_the_closest():
+    with pytest.raises(UserError, match=r"model\.source: unknown source 'tim'\. Did you mean 'timm'"):
+        load(model(source="tim"), 0)
+
+
 @pytest.mark.parametrize(
     ("weights", "expected"),
     [

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import config, datasets, detectors
+from pipeline import config, datasets, detectors, sources
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,3 +92,11 @@ def test_jobs_are_thin() -> None:
         )
         assert "Usage" in found.stdout
         assert len(job.read_text().splitlines()) <= 40
+
+
+def test_the_models_in_the_documents_are_valid() -> None:
+    blocks = re.findall(
+        r"```yaml\nmodel:\n(.*?)```", (ROOT / "docs" / "models.md").read_text("utf-8"), re.DOTALL
+    )
+    models = [config.Model.model_validate(yaml.safe_load(block)) for block in blocks]
+    assert {model.source for model in models} == set(sources.names())

@@ -99,6 +99,38 @@ def test_mixup_is_the_mean_feature_of_images_mixed_with_their_runner_up(
     np.testing.assert_allclose(result["mean"], (total / SAMPLES).numpy(), rtol=1e-4, atol=1e-6)
 
 
+def test_tokens_are_mixed_as_maps_are(settings, load, train, pixels) -> None:
+    settings["model"] |= {
+        "source": "timm",
+        "name": "vit_tiny_patch16_224",
+        "weights": "random",
+        "options": {
+            "img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10,
+            "depth": 4, "embed_dim": 24, "num_heads": 3,
+        },
+    }  # fmt: skip
+    loaded = load(settings)
+    classifier = model.load(loaded.model, 3)
+    worker = passes.Worker(Plan(loaded.model, config.Extract(batch_size=16), 3, classifier.digest))
+    assert classifier.taps.early == "blocks.2"
+    network, rows = classifier.module, np.arange(20)
+
+    def upto(batch: torch.Tensor) -> torch.Tensor:
+        tokens = network._pos_embed(network.patch_embed(batch))
+        return network.blocks[2](network.blocks[1](network.blocks[0](network.norm_pre(tokens))))
+
+    with torch.inference_mode():
+        tokens = upto(normalised(pixels[rows]))
+        mean = tokens.double().mean(dim=0).float()
+        mixed = network.norm(network.blocks[3](0.8 * tokens + 0.2 * mean))
+        feature = network.pool(mixed).double().sum(dim=0)
+    found = worker.mean_map(train, rows, "blocks.2")
+    np.testing.assert_allclose(found, mean.numpy(), atol=1e-6)
+    total, count = worker.mixed_sum(train, rows, [found] * 20, Mixup(block="blocks.2", weight=0.8))
+    assert count == 20
+    np.testing.assert_allclose(total, feature.numpy(), rtol=1e-4, atol=1e-4)
+
+
 def test_mixup_uses_no_more_images_of_a_class_than_asked_for(runner) -> None:
     some = runner.run(Mixup(samples=SAMPLES, class_samples=3))["mean"]
     more = runner.run(Mixup(samples=SAMPLES, class_samples=None))["mean"]

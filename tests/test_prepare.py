@@ -61,6 +61,17 @@ def test_jigsaws_that_the_model_cannot_take_are_refused(flat, load) -> None:
     prepare.prepare(load(flat))
 
 
+def test_a_model_without_blocks_says_which_detectors_do_not_apply(flat, load) -> None:
+    flat["detectors"] = ["featurenorm"]
+    with pytest.raises(UserError, match=r"detectors\.featurenorm: the model has no block with maps"):
+        prepare.prepare(load(flat))
+    flat["detectors"] = ["grood_norm"]
+    with pytest.raises(UserError, match=r"detectors\.grood_norm: .* no block to mix .* with mixup_layer"):
+        prepare.prepare(load(flat))
+    flat["detectors"] = [{"grood_norm": {"mixup_layer": "block"}}, {"grood": {"prototype": "proto_mean"}}]
+    prepare.prepare(load(flat))
+
+
 @pytest.mark.parametrize("layer", ["fc", "nowhere"])
 def test_images_are_mixed_only_where_it_changes_the_feature(settings, load, layer: str) -> None:
     settings["detectors"] = [{"grood": {"mixup_layer": layer}}]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from pipeline import taps
@@ -82,15 +81,18 @@ class Twice(nn.Module):
         return (self.fc(x.flatten(1)) + self.fc(2 * x.flatten(1))) / 2
 
 
-class Wide(nn.Module):
-    """A head on a map that was never pooled."""
+class Everywhere(nn.Module):
+    """A head at each of four positions, and the mean over them."""
 
-    def __init__(self) -> None:
+    def __init__(self, head: nn.Module, between: nn.Module | None = None, axis: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(6, 5, 1)
+        self.head = head
+        self.between = between or nn.Identity()
+        self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.expand(-1, -1, 2, 2)).mean(dim=(2, 3))
+        maps = torch.cat([torch.cat([x, 3 * x], 2), torch.cat([x.square(), -x], 2)], 3).movedim(1, self.axis)
+        return self.between(self.head(maps)).movedim(self.axis, 1).mean(dim=(2, 3))
 
 
 def find(model: nn.Module, head: str = "auto", blocks: tuple[str, ...] | None = None) -> taps.Taps:
@@ -183,11 +185,22 @@ def test_a_model_that_does_not_end_in_a_linear_layer_is_refused(model, expected)
     assert hooks(model) == 0
 
 
-def test_a_head_on_a_map_that_is_not_pooled_is_refused():
-    with pytest.raises(
-        UserError, match=r"model\.head: its input has shape \(2, 6, 2, 2\); expected one pooled"
-    ):
-        find(Net(Wide()), head="end.conv")
+@pytest.mark.parametrize("end", [Everywhere(nn.Conv2d(6, 5, 1)), Everywhere(nn.Linear(6, 5), axis=-1)])
+def test_a_head_before_the_mean_over_positions_is_the_same_head_after_it(end):
+    model = Net(end)
+    assert find(model).head == "end.head"
+    calls, logits = taps._trace(model, torch.rand(2, 3, 12, 12))
+    source = next(call.source for call in calls if call.name == "end.head")
+    weight, bias = taps.head_weight(end.head)
+    feature = taps.penultimate(end.head, source)
+    assert feature.shape == (2, 6)
+    assert torch.allclose(feature @ weight.T + bias, logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.Softmax(1)])
+def test_a_head_before_something_that_does_not_commute_with_the_mean_is_refused(between):
+    with pytest.raises(UserError, match=r"'end\.head' runs at every position, and the mean .* not linear"):
+        find(Net(Everywhere(nn.Conv2d(6, 5, 1), between=between)))
 
 
 def test_a_named_head_is_checked_and_taken():
@@ -213,7 +226,7 @@ def test_named_blocks_are_checked_and_taken_in_their_order():
     with pytest.raises(UserError, match=r"model\.blocks: unknown layer 'cnov'\. Did you mean 'conv'"):
         find(model, blocks=("cnov",))
     for name in ("pool", "end.0", "end"):
-        with pytest.raises(UserError, match=rf"model\.blocks: '{name}' gives no \(N, M, H, W\) map"):
+        with pytest.raises(UserError, match=rf"model\.blocks: '{name}' gives .* no map whose channels"):
             find(model, blocks=(name,))
 
 
@@ -248,8 +261,3 @@ def test_hooks_last_as_long_as_their_block_whatever_happens_in_it(names):
         raise AttributeError
     assert entered == ([2] if names == ["conv", "act"] else [])
     assert hooks(model) == 0
-
-
-def test_maps_with_channels_last_are_no_blocks():
-    module = torchvision.models.swin_t(weights=None).eval()
-    assert taps.find(module, torch.rand(2, 3, 64, 64)).blocks == ()
