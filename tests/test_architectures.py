@@ -6,7 +6,7 @@ Random weights, and small images where the architecture takes them.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import detectors
+from pipeline import detectors, taps
 from pipeline.config import Model, Transform
 from pipeline.errors import UserError
 from pipeline.model import Classifier, load
@@ -96,7 +96,10 @@ def made(request: pytest.FixtureRequest) -> tuple[Row, Classifier]:
     pytest.importorskip(row.source)
     transform = Transform(crop=row.size, mean=(0.5,) * 3, std=(0.5,) * 3)
     options = {"source": row.source, "name": row.name, "options": row.options, "transform": transform}
-    return row, load(Model(weights="random", **options), seed=0)
+    classifier = load(Model(weights="random", **options), seed=0)
+    head = classifier.module.get_submodule(classifier.taps.head)
+    torch.nn.init.normal_(head.weight, std=0.05)  # some start with zeros, which fit any feature
+    return row, replace(classifier, taps=taps.find(classifier.module, torch.rand(2, 3, row.size, row.size)))
 
 
 def test_taps_are_found_and_the_head_on_the_feature_gives_the_logits(made: tuple[Row, Classifier]) -> None:
@@ -109,6 +112,7 @@ def test_taps_are_found_and_the_head_on_the_feature_gives_the_logits(made: tuple
     with torch.inference_mode():
         plain = classifier.module(classifier.images(pixels)).numpy()
     np.testing.assert_array_equal(output["logits"], plain)
+    assert np.ptp(plain, axis=1).min() > 0
     assert output["feature"].shape == (2, row.width)
     weight, bias = classifier.head
     rebuilt = output["feature"].astype(np.float64) @ weight.T + bias

@@ -111,7 +111,8 @@ def test_tokens_are_mixed_as_maps_are(settings, load, train, pixels) -> None:
     }  # fmt: skip
     loaded = load(settings)
     classifier = model.load(loaded.model, 3)
-    worker = passes.Worker(Plan(loaded.model, config.Extract(batch_size=16), 3, classifier.digest))
+    extract = config.Extract(batch_size=16)
+    worker = passes.Worker(Plan(loaded.model, extract, 3, classifier.digest, classifier.transform))
     assert classifier.taps.early == "blocks.2"
     network, rows = classifier.module, np.arange(20)
 

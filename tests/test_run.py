@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torchvision
 import yaml
 from PIL import Image
 from scipy.spatial.distance import cdist
@@ -61,6 +62,31 @@ def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
         {"grood_val": {"method": "grood", "prototype": "ood_val"}},
     ]
     return raw
+
+
+def test_every_detector_runs_on_an_exported_vision_transformer(
+    settings, images, load, execute, tmp_path
+) -> None:
+    torch.manual_seed(0)
+    vit = torchvision.models.VisionTransformer(28, 7, 4, 3, 24, 48, num_classes=10)
+    vit.conv_proj = torch.nn.Conv2d(1, 24, 7, stride=7)
+    torch.nn.init.normal_(vit.heads.head.weight)
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(vit.eval(), (torch.rand(2, 1, 28, 28),), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "vit.pt2")
+    raw = everything(settings, images)
+    raw["model"] = {"source": "exported", "name": "vit.pt2", "transform": raw["model"]["transform"]}
+    raw["detectors"][5] = {"featurenorm": {"samples": 64, "grid": 4}}
+    found = scores(execute(load(raw)).folder, "animals")
+    assert set(found) - {"key", "label", "prediction"} >= {
+        "featurenorm",
+        "grood",
+        "grood_norm",
+        "grood_noise",
+    }
+    for name in set(found) - {"key", "label", "prediction"}:
+        assert np.isfinite(found[name]).all()
+        assert np.ptp(found[name]) > 0
 
 
 def test_results_do_not_depend_on_workers_shards_or_index_shards(

@@ -66,6 +66,7 @@ class Mlp(nn.Module):
 def test_a_program_has_the_output_and_the_taps_of_its_network(network, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = network().eval()
+    nn.init.normal_(list(module.parameters())[-2])  # the head's weight, which starts with zeros in some
     expected = taps.find(module, torch.rand(2, 3, SIDE, SIDE))
     classifier = exported(export(module, tmp_path / "net.pt2"))
     found = classifier.taps
@@ -75,9 +76,9 @@ def test_a_program_has_the_output_and_the_taps_of_its_network(network, tmp_path:
     with torch.inference_mode():
         plain = module(classifier.images(pixels)).numpy()
     output = classifier.forward(pixels)
-    np.testing.assert_allclose(output["logits"], plain, atol=1e-6)
+    np.testing.assert_allclose(output["logits"], plain, rtol=1e-5, atol=1e-5)
     weight, bias = classifier.head
-    np.testing.assert_allclose(output["feature"] @ weight.T + bias, plain, atol=1e-5)
+    np.testing.assert_allclose(output["feature"] @ weight.T + bias, plain, atol=1e-4)
 
 
 def test_detectors_apply_as_to_the_network_but_for_the_fixed_size(tmp_path: Path) -> None:
