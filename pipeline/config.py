@@ -91,7 +91,10 @@ class Dataset(Frozen):
     name: Name
     role: Role
     expected: int | None = Field(
-        default=None, ge=1, description="images that the protocol has here; another number is refused"
+        default=None,
+        ge=1,
+        description="images that the protocol has here; another number is refused unless a sample "
+        "(limit, limit_per_class, include_labels) is wanted",
     )
     format: str
     path: str = Field(
@@ -249,8 +252,8 @@ class Config(Frozen):
     )
     data: str | None = Field(
         default=None,
-        description="folder, relative to the current one, that relative paths of datasets and weights start "
-        "from; null = the folder of the config file",
+        description="folder, relative to the current one, or URI that relative paths of datasets and weights "
+        "start from; null = the folder of the config file",
     )
     model: Model
     datasets: tuple[Dataset, ...] = Field(min_length=1)
@@ -359,21 +362,30 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _folder(data: str | None, base: Path) -> str:
+    """Where relative paths of datasets and weights start."""
+    if data is None:
+        return str(base)
+    return data.rstrip("/") if "://" in data else str(Path(data).expanduser().resolve())
+
+
 def _absolute(config: Config, base: Path) -> Config:
     """Paths become absolute: workspace and data from the current folder, code from the config file.
 
     Datasets and weights start from `data`; from the folder of the config file if there is none.
     """
-    data = base if config.data is None else Path(config.data).expanduser().resolve()
+    data = _folder(config.data, base)
 
-    def beside(path: str | None, start: Path = data) -> str | None:
+    def beside(path: str | None, start: str = data) -> str | None:
         if path is None or "://" in path:
             return path
-        return str((start / Path(path).expanduser()).resolve())
+        if "://" in start and not path.startswith(("/", "~")):
+            return f"{start}/{path}"
+        return str((Path(start) / Path(path).expanduser()).resolve())
 
     def function(reference: str) -> str:
         file, separator, name = reference.rpartition(":")
-        return f"{beside(file, base)}:{name}" if separator and file.endswith(".py") else reference
+        return f"{beside(file, str(base))}:{name}" if separator and file.endswith(".py") else reference
 
     workspace, model = config.workspace, config.model
     name = model.name
@@ -395,6 +407,6 @@ def _absolute(config: Config, base: Path) -> Config:
             "workspace": workspace if "://" in workspace else str(Path(workspace).expanduser().resolve()),
             "model": model.model_copy(update={"name": name, "weights": weights}),
             "datasets": datasets,
-            "data": None if config.data is None else str(data),
+            "data": None if config.data is None else data,
         }
     )

@@ -221,11 +221,12 @@ def _check_published(settings: Config) -> None:
 
 
 def _check_count(dataset: Dataset, rows: int, protocol: str | None) -> None:
-    """Results on more or fewer images than a protocol has are not results of the protocol."""
-    if dataset.expected in (None, rows):
+    """Results on more or fewer images than a protocol has are not results of it; a wanted sample says so."""
+    sampled = dataset.limit or dataset.limit_per_class or dataset.include_labels
+    if sampled or dataset.expected in (None, rows):
         return
     raise UserError(
         f"datasets.{dataset.name}: {rows:,} images in {dataset.path}, but {protocol or 'the config'} expects "
         f"{dataset.expected:,}. Complete the data; or, to run on these images anyway, remove the key or "
-        f"--set datasets.{dataset.name}.expected=null."
+        f"--set datasets.{dataset.name}.expected=null. It does not apply to a sample (limit)."
     )

@@ -323,6 +323,17 @@ def test_with_data_datasets_and_weights_start_from_that_folder_and_code_from_the
         ]
 
 
+def test_data_may_be_on_other_storage(load, tmp_path):
+    dataset = {"name": "a", "role": "id", "format": "imagelist", "path": "lists/a.txt", "root": "images"}
+    raw = key(key(RAW, "datasets", [dataset]), "model.weights", str(tmp_path / "w.pt"))
+    loaded = load(raw, "data=s3://bucket/all/")
+    assert (loaded.datasets[0].path, loaded.datasets[0].root) == (
+        "s3://bucket/all/lists/a.txt",
+        "s3://bucket/all/images",
+    )
+    assert loaded.model.weights == str(tmp_path / "w.pt")
+
+
 def test_a_config_that_extends_another_is_dumped_whole(load, tmp_path):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(RAW | {"protocol": "Mine", "data": "./data"}))
     loaded = load({"extends": "base.yaml", "seed": 4}, "name=other")

@@ -105,6 +105,12 @@ def test_another_number_of_images_than_the_protocol_has_is_refused(settings, loa
     assert not (tmp_path / "workspace" / "features").exists()
 
 
+@pytest.mark.parametrize("sample", [{"limit": 20}, {"limit_per_class": 2}, {"include_labels": [0, 1]}])
+def test_a_sample_is_not_held_to_the_number_of_the_protocol(settings, load, sample: dict[str, Any]) -> None:
+    settings["datasets"][1] |= sample | {"expected": 9000}
+    assert prepare.prepare(load(settings)).jobs["test"].manifest.rows < 300
+
+
 @pytest.mark.parametrize("expected", [150, None])
 def test_the_right_number_of_images_and_a_removed_one_pass(settings, load, expected) -> None:
     settings["datasets"][2]["expected"] = expected
