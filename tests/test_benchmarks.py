@@ -14,7 +14,8 @@ from PIL import Image
 from pipeline import cli, config, imports, prepare, zoo
 from pipeline.errors import UserError
 
-BENCHMARKS = sorted(path.stem for path in config.bundled().glob("*.yaml") if path.stem != "quickstart")
+OTHERS = ("quickstart", "photos")
+BENCHMARKS = sorted(path.stem for path in config.bundled().glob("*.yaml") if path.stem not in OTHERS)
 TRAINED_BY_OPENOOD = ("cifar10-resnet18", "cifar100-resnet18", "imagenet200-resnet18")
 
 Refusal = Callable[..., str]
