@@ -37,8 +37,15 @@ class Done:
         return found
 
 
-def run(command: str, settings: dict[str, Any], folder: Path, watch: bool = False) -> Done:
-    """Run a command with its workspace in `folder`; a second call there finds what the first left."""
+def run(command: str, settings: dict[str, Any], folder: Path, watch: float | None = None) -> Done:
+    """Run a command with its workspace in `folder`; a second call there finds what the first left.
+
+    Args:
+        command: name of the command.
+        settings: the config.
+        folder: where config, workspace and log lie.
+        watch: seconds between two samples of memory; None takes none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     arguments = [str(PROGRAM), command, "config.yaml", "--workspace", str(folder / "workspace")]
@@ -48,7 +55,7 @@ def run(command: str, settings: dict[str, Any], folder: Path, watch: bool = Fals
     with log.open("wb") as stream:
         process = subprocess.Popen(arguments, stdout=stream, stderr=stream, cwd=folder, env=environment)
         try:
-            peaks = _watched(process) if watch else {}
+            peaks = _watched(process, watch) if watch else {}
             status = process.wait()
         finally:
             process.terminate()
@@ -62,7 +69,7 @@ def run(command: str, settings: dict[str, Any], folder: Path, watch: bool = Fals
     return Done(seconds, float(prepare[1]), json.loads(record.read_text()), peaks)
 
 
-def _watched(process: subprocess.Popen[bytes]) -> dict[str, tuple[int, int]]:
-    with Watch(process.pid) as watch:
+def _watched(process: subprocess.Popen[bytes], period: float) -> dict[str, tuple[int, int]]:
+    with Watch(process.pid, period) as watch:
         process.wait()
     return watch.peaks

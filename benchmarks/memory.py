@@ -11,8 +11,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-PERIOD = 0.05
-"""Seconds between two samples; shorter peaks are missed."""
+PERIOD = 0.25
+"""Seconds between two samples; shorter peaks are missed, and more samples slow down what is measured."""
 
 KINDS = {
     "Extractor": "model actor",
@@ -30,8 +30,8 @@ DRIVER = "driver"
 class Watch:
     """Samples until the end of the `with` block."""
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
+    def __init__(self, pid: int, period: float = PERIOD) -> None:
+        self.pid, self.period = pid, period
         self.peaks: dict[str, tuple[int, int]] = {}
         """Kind of process -> largest USS and RSS in bytes of any one process of that kind."""
         self._kind: dict[int, str] = {pid: DRIVER}
@@ -47,7 +47,7 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(PERIOD):
+        while not self._stop.wait(self.period):
             for pid in family(self.pid):
                 try:
                     self._sample(pid)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import decoding
 import evaluation
 import extraction
 import fashion
@@ -16,6 +17,7 @@ import gradients
 import machine
 import results
 import scoring
+import streaming
 from session import Session
 
 BENCHMARKS: dict[str, Callable[[Session], results.Section]] = {
@@ -25,6 +27,8 @@ BENCHMARKS: dict[str, Callable[[Session], results.Section]] = {
     "d": evaluation.measure_warm,
     "e": footprint.measure,
     "f": scoring.measure,
+    "g": decoding.measure,
+    "h": streaming.measure,
 }
 RESULTS = Path(__file__).with_name("results.md")
 
