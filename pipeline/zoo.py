@@ -6,7 +6,6 @@ Names of modules are those of OpenOOD's published checkpoints.
 from __future__ import annotations
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from pipeline.quickstart.resnet import BasicBlock
@@ -35,19 +34,3 @@ class SmallResNet18(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
-
-
-def cifar10_resnet18() -> SmallResNet18:
-    """ResNet-18 for the 10 classes of CIFAR-10, with random weights."""
-    return SmallResNet18(10)
-
-
-def cifar100_resnet18() -> SmallResNet18:
-    """ResNet-18 for the 100 classes of CIFAR-100, with random weights."""
-    return SmallResNet18(100)
-
-
-def imagenet200_resnet18() -> nn.Module:
-    """The ResNet-18 of torchvision for the 200 classes of ImageNet-200, with random weights."""
-    module: nn.Module = torchvision.models.resnet18(num_classes=200)
-    return module

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torchvision.models import resnet18
 
 from pipeline import cli, config, imports, prepare, zoo
 from pipeline.errors import UserError
@@ -124,7 +125,8 @@ def test_a_tree_as_openood_leaves_it_needs_only_one_path(name, classes, tmp_path
     counts = openood(tmp_path / "openood" / "data", name, classes)
     weights = Path(str(config.load(name, [f"data={tmp_path}/openood/data"]).model.weights))
     weights.parent.mkdir(parents=True)
-    torch.save(getattr(zoo, name.replace("-", "_"))().state_dict(), weights)
+    model = zoo.SmallResNet18(classes) if "cifar" in name else resnet18(num_classes=classes)
+    torch.save(model.state_dict(), weights)
     ready = validate(name, tmp_path, f"data={tmp_path}/openood/data", "detectors.knn.k=1", *counts)
     assert [job.manifest.rows for job in ready.jobs.values()][:2] == [classes, 3]
     assert {job.manifest.rows for job in ready.of_role("near_ood", "far_ood")} == {2}
@@ -139,12 +141,14 @@ def test_a_tree_with_too_few_images_is_refused_with_the_protocol(tmp_path) -> No
     assert "OpenOOD v1.5 CIFAR-10 expects 50,000." in str(caught.value)
 
 
-def test_samples_of_the_imagenet_tree_need_no_counts(tmp_path) -> None:
-    openood(tmp_path / "data", "imagenet1k-resnet50", 1000)
-    names = [dataset.name for dataset in config.load("imagenet1k-resnet50").datasets]
+@pytest.mark.parametrize("model", ["resnet50", "vit-b-16", "swin-t"])
+def test_samples_of_the_imagenet_tree_need_no_counts(tmp_path, model) -> None:
+    name = f"imagenet1k-{model}"
+    openood(tmp_path / "data", name, 1000)
+    names = [dataset.name for dataset in config.load(name).datasets]
     samples = [f"datasets.{name}.limit=1000" for name in names]
     overrides = [f"data={tmp_path}/data", "model.weights=random", *samples]
-    ready = validate("imagenet1k-resnet50", tmp_path, *overrides)
+    ready = validate(name, tmp_path, *overrides)
     shifted = [dataset.name for dataset in ready.config.of_role("shifted_id")]
     assert shifted == ["imagenet_v2", "imagenet_c", "imagenet_r"]
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline import model, zoo
-from pipeline.config import Model
+from pipeline import config, model, zoo
 
 
 def test_the_small_resnet18_has_the_modules_of_the_published_checkpoints() -> None:
     """Key names as in OpenOOD's resnet18_32x32; shapes as in the paper."""
-    state = zoo.cifar10_resnet18().state_dict()
+    state = zoo.SmallResNet18(10).state_dict()
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     expected = {"conv1.weight", "fc.weight", "fc.bias", *(f"bn1.{name}" for name in norm)}
     for stage in range(1, 5):
@@ -25,32 +24,20 @@ def test_the_small_resnet18_has_the_modules_of_the_published_checkpoints() -> No
     assert set(state) == expected
     assert state["conv1.weight"].shape == (64, 3, 3, 3)
     assert state["layer4.0.shortcut.0.weight"].shape == (512, 256, 1, 1)
-    parameters = sum(parameter.numel() for parameter in zoo.cifar10_resnet18().parameters())
+    parameters = sum(parameter.numel() for parameter in zoo.SmallResNet18(10).parameters())
     assert parameters == 11_173_962
 
 
-@pytest.mark.parametrize(
-    ("build", "side", "classes", "maps"),
-    [
-        ("cifar10_resnet18", 32, 10, 4),
-        ("cifar100_resnet18", 32, 100, 4),
-        ("imagenet200_resnet18", 224, 200, 7),
-    ],
-)
-def test_every_network_has_the_taps_that_the_detectors_need(build, side, classes, maps) -> None:
-    transform = {"crop": side, "mean": [0.5] * 3, "std": [0.5] * 3}
-    settings = {
-        "source": "factory",
-        "name": f"pipeline.zoo:{build}",
-        "weights": "random",
-        "transform": transform,
-    }
-    found = model.load(Model.model_validate(settings), seed=0)
-    assert found.head[0].shape == (classes, 512)
+@pytest.mark.parametrize(("name", "maps"), [("cifar10", 4), ("cifar100", 4), ("imagenet200", 7)])
+def test_every_network_has_the_taps_that_the_detectors_need(name, maps) -> None:
+    settings = config.load(f"{name}-resnet18").model
+    assert isinstance(settings.transform, config.Transform)
+    found = model.load(settings.model_copy(update={"weights": "random"}), seed=0)
+    assert found.head[0].shape == (int(name.removeprefix("cifar").removeprefix("imagenet")), 512)
     assert found.taps.blocks == tuple(f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2))
     assert found.taps.early == "layer3.1"
     last = found.module.get_submodule("layer4")
     shapes = []
     last.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
-    found.module(torch.zeros(1, 3, side, side))
+    found.module(torch.zeros(1, 3, settings.transform.crop, settings.transform.crop))
     assert shapes == [(1, 512, maps, maps)]
