@@ -27,12 +27,13 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """Ray with four logical CPUs, shared by all tests."""
+    """Ray with four logical CPUs and two logical GPUs, shared by all tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             address="local",
             num_cpus=4,
+            num_gpus=2,
             object_store_memory=300 * 2**20,
             include_dashboard=False,
             log_to_driver=False,

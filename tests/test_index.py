@@ -139,8 +139,8 @@ def test_actors_hold_every_bank_and_report_recall(ray_session, tmp_path, vectors
         ({"shards": 4}, "leave no CPU for scoring"),
         ({"shards": 1000}, "smallest bank has 450 rows"),
         (
-            {"gpus_per_shard": 1, "device": "cpu"},
-            "one needs 1 CPU and 1 GPU, the cluster has 4 CPU and 0 GPU",
+            {"gpus_per_shard": 3, "device": "cpu"},
+            "one needs 1 CPU and 3 GPU, the cluster has 4 CPU and 2 GPU",
         ),
     ],
 )

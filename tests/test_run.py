@@ -107,6 +107,18 @@ def test_results_do_not_depend_on_workers_shards_or_index_shards(
     check_scores(first.folder, tmp_path / "one")
 
 
+def test_actors_that_hold_gpus_give_the_same_results(settings, load, execute) -> None:
+    """Placement on Ray's logical GPUs, with decoding in tasks of its own; torch and FAISS stay on CPUs."""
+    first = execute(load(settings, "one"))
+    settings["extract"] |= {"actors": 2, "gpus_per_actor": 1, "device": "cpu"}
+    settings["index"] = {"gpus_per_shard": 0.5, "shards": 2, "device": "cpu"}
+    second = execute(load(settings, "two"))
+    assert (first.folder / "metrics.json").read_bytes() == (second.folder / "metrics.json").read_bytes()
+    settings["extract"]["actors"] = 3
+    with pytest.raises(UserError, match=r"extract\.actors: 3 asked for, the cluster has room for 2"):
+        execute(load(settings, "three"))
+
+
 def features(workspace: Path, dataset: str) -> dict[str, np.ndarray]:
     """Cached rows of a dataset, read without our own code."""
     folder = next(workspace.glob(f"features/{dataset}-*"))
