@@ -77,14 +77,16 @@ def _in_use(workspace: Place, holder: dict[str, Any]) -> str:
 @contextmanager
 def _leased(workspace: Remote) -> Iterator[Callable[[], None]]:
     lease, over = Lease(workspace), Event()
-    lease.take()
     renewing = Thread(target=lease.keep, args=(over,), name="lease", daemon=True)
-    renewing.start()
     try:
-        yield lease.check
+        lease.take()
+        renewing.start()
+        try:
+            yield lease.check
+        finally:
+            over.set()
+            renewing.join()
     finally:
-        over.set()
-        renewing.join()
         lease.release()
 
 

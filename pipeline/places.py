@@ -195,7 +195,8 @@ def require_writable(path: str, field: str) -> None:
         raise UserError(f"{field}: {error}") from None
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
-        raise UserError(f"{field}: cannot write to {path}: {reason}. Choose another folder.") from None
+        advice = "Check its name and the credentials" if storage.is_remote(path) else "Choose another folder"
+        raise UserError(f"{field}: cannot write to {path}: {reason}. {advice}.") from None
 
 
 def _require_whole(path: str) -> None:
