@@ -99,15 +99,15 @@ def _compare(scores: Scores, label: str, inside: Float, prefix: str) -> list[dic
 def _column(folders: Iterable[str], label: str) -> Float:
     """One detector's scores of some datasets."""
     parts = [part for folder in folders for part in store.Table.open(places.at(folder)).parts()]
-    columns = [store.read_columns(part, [label])[label].to_numpy() for part in parts]
+    columns = [table[label].to_numpy() for table in store.read_columns(parts, [label])]
     return np.concatenate(columns) if columns else np.empty(0)
 
 
 def _accuracy(dataset: str, folder: str) -> list[dict[str, Any]]:
     """The row with the classifier's accuracy on an ID dataset; its own argmax, not a detector's."""
     correct = total = 0
-    for part in store.Table.open(places.at(folder)).parts():
-        table = store.read_columns(part, [LABEL, PREDICTION])
+    parts = store.Table.open(places.at(folder)).parts()
+    for table in store.read_columns(parts, [LABEL, PREDICTION]):
         correct += int((table[LABEL].to_numpy() == table[PREDICTION].to_numpy()).sum())
         total += len(table)
     estimate = metrics.accuracy(correct, total)

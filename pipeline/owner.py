@@ -7,12 +7,14 @@ locks: there the owner's object is a lease, renewed while the run lives and void
 from __future__ import annotations
 
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from os import getpid
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -47,7 +49,7 @@ def alone(workspace: Place) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _locked(workspace: Any) -> Iterator[Callable[[], None]]:
+def _locked(workspace: Path) -> Iterator[Callable[[], None]]:
     owner = workspace / _OWNER
     lock = FileLock(workspace / ".lock")
     try:
@@ -111,7 +113,7 @@ class Lease:
         if holder and _now() < _expiry(holder):
             raise self._refusal(holder)
         self._renew()
-        Event().wait(SETTLE)
+        time.sleep(SETTLE)
         self.check()
 
     def check(self) -> None:

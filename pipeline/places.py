@@ -120,9 +120,10 @@ def atomic(path: Place) -> Iterator[Path]:
 @contextmanager
 def scratch(folder: Place) -> Iterator[Path]:
     """A local folder for drafts, on the disk of `folder` if that is local; gone after the block."""
+    beside = None
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
-    beside = folder if isinstance(folder, Path) else None
+        beside = folder
     with TemporaryDirectory(dir=beside, prefix=".ood-pipeline-", ignore_cleanup_errors=True) as made:
         yield Path(made)
 

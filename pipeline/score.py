@@ -159,7 +159,7 @@ def _missing(job: Job) -> list[dict[str, Any]]:
 def _finish(job: Job) -> None:
     """Count the rows and mark the dataset as scored."""
     folder, slices = places.at(job.folder), job.features.slices(SLICE)
-    parts = [str(folder / store.part_name(number)) for number in range(len(slices))]
+    parts = [folder / store.part_name(number) for number in range(len(slices))]
     part_rows = [metadata.num_rows for metadata in store.metadata(parts)]
     if part_rows != [stop - start for start, stop in slices]:
         raise RuntimeError(f"{folder}: {sum(part_rows)} scores for {job.features.rows} feature rows")

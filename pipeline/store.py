@@ -25,8 +25,8 @@ ROW_GROUP = 1024
 """Rows per row group of every Parquet file; a reader decodes only the groups it needs."""
 
 
-FOOTERS = 16
-"""Footers of Parquet files that are read at once: in an object store each takes a few answers of a server."""
+AHEAD = 8
+"""Parts that are opened at once: in an object store each takes a few answers of a server."""
 
 
 def write_text(path: Place, text: str) -> None:
@@ -135,20 +135,24 @@ def read_rows(path: Place, start: int, stop: int, names: Sequence[str] | None = 
     return groups.slice(start - first * ROW_GROUP, stop - start)
 
 
-def read_columns(path: Place, names: Sequence[str]) -> pa.Table:
-    """Some columns of a Parquet file."""
-    with places.parquet(path) as file:
-        return file.read(columns=list(names))
+def read_columns(paths: Iterable[Place | str], names: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of Parquet files, file by file in order."""
+
+    def read(path: Place | str) -> pa.Table:
+        with places.parquet(path) as file:
+            return file.read(columns=list(names))
+
+    return storage.ahead(read, paths, AHEAD)
 
 
-def metadata(paths: Iterable[str]) -> Iterator[pq.FileMetaData]:
-    """What the footers of Parquet files say, in order; several are read at once."""
-    return storage.ahead(_footer, paths, FOOTERS)
+def metadata(paths: Iterable[Place | str]) -> Iterator[pq.FileMetaData]:
+    """What the footers of Parquet files say, in order."""
 
+    def read(path: Place | str) -> pq.FileMetaData:
+        with places.parquet(path) as file:
+            return file.metadata
 
-def _footer(path: str) -> pq.FileMetaData:
-    with places.parquet(path) as file:
-        return file.metadata
+    return storage.ahead(read, paths, AHEAD)
 
 
 def fixed_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -53,10 +54,10 @@ def test_a_lease_is_renewed_while_the_run_lives_and_can_be_taken_over_when_it_ra
     killed.take()
     with pytest.raises(UserError, match="in use"):
         owner.Lease(workspace).take()
-    monkeypatch.setattr(owner, "LEASE", timedelta(seconds=0.5))
-    owner.Event().wait(0.6)
+    monkeypatch.setattr(owner, "LEASE", timedelta(seconds=1.5))
+    time.sleep(1.6)
     with owner.alone(workspace) as check:
-        owner.Event().wait(0.8)
+        time.sleep(1.8)
         with pytest.raises(UserError, match="in use"):
             owner.Lease(workspace).take()
         check()

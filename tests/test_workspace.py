@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline import config, places, prepare, store
+from pipeline.datasets import compile_manifest
 from pipeline.errors import UserError
 from pipeline.places import Place
 
@@ -19,10 +21,10 @@ SCORED = ("test", "animals", "textures", "production")
 
 @pytest.fixture
 def raw(settings: dict[str, Any], images: Path) -> dict[str, Any]:
-    """The small evaluation with an extra pass, a trained index and flagged images."""
+    """The small evaluation with statistics, a trained index and flagged images."""
     production = {"name": "production", "role": "unlabelled", "format": "npz"}
     settings["datasets"].append({**production, "path": str(images), "images": "production_x"})
-    settings["detectors"] = ["msp", {"knn": {"k": 5}}, {"grood": {"samples": 64, "class_samples": 10}}]
+    settings["detectors"] = ["dice", {"knn": {"k": 5}}]
     settings["index"] = {"kind": "IVF4,Flat"}
     return settings
 
@@ -87,6 +89,20 @@ def test_an_object_store_gives_the_results_of_a_folder_and_is_resumed_like_one(
     assert forwarded(remote) == 128
     assert (remote / "metrics.json").read_bytes() == metrics
     assert scores(remote) == scores(local)
+
+
+def test_a_dataset_compiled_into_an_object_store_is_read_like_a_local_one(
+    settings: dict[str, Any], bucket: str, tmp_path: Path
+) -> None:
+    dataset = config.Dataset(**settings["datasets"][0])
+    local, remote = (
+        compile_manifest(dataset, folder / "manifests") for folder in (tmp_path, places.at(bucket))
+    )
+    assert remote.path.startswith("s3://")
+    assert (remote.rows, remote.digest, remote.class_count) == (local.rows, local.digest, local.class_count)
+    assert remote.read(100, 110) == local.read(100, 110)
+    assert remote.take(np.array([499, 3])) == local.take(np.array([3, 499]))
+    np.testing.assert_array_equal(remote.labels(), local.labels())
 
 
 def test_a_missing_bucket_is_one_clear_error_before_any_work(

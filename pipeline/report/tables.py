@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import places
+from pipeline import places, store
 from pipeline.columns import IS_OOD, Float
 from pipeline.errors import UserError
 from pipeline.places import Place
@@ -246,6 +246,5 @@ class Results:
         parts = sorted(map(str, folder.glob("part-*.parquet")))
         if not parts:
             raise UserError(f"{folder}: no scores, got no part-*.parquet; expected one or more. Score again.")
-        for part in parts:
-            with places.parquet(part) as file:
-                yield file.read(columns=[column]).column(column)
+        for table in store.read_columns(parts, [column]):
+            yield table.column(column)
