@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 
-from pipeline import cluster, metrics, store
+from pipeline import cluster, metrics, places, store
 from pipeline.columns import LABEL, PREDICTION, Float
+from pipeline.places import Place
 
 SCHEMA = pa.schema(
     [
@@ -64,11 +63,11 @@ def run(
     return pa.Table.from_pylist(rows, SCHEMA), thresholds
 
 
-def write(folder: Path, table: pa.Table, thresholds: Mapping[str, float]) -> None:
+def write(folder: Place, table: pa.Table, thresholds: Mapping[str, float]) -> None:
     """Write metrics.parquet, .csv and .json and thresholds.json."""
     store.write_table(folder / "metrics.parquet", table)
     store.write_json(folder / "metrics.json", table.to_pylist())
-    with store.atomic(folder / "metrics.csv") as draft:
+    with places.atomic(folder / "metrics.csv") as draft:
         pyarrow.csv.write_csv(table, draft)
     store.write_json(folder / "thresholds.json", dict(thresholds))
 
@@ -99,16 +98,16 @@ def _compare(scores: Scores, label: str, inside: Float, prefix: str) -> list[dic
 
 def _column(folders: Iterable[str], label: str) -> Float:
     """One detector's scores of some datasets."""
-    parts = [part for folder in folders for part in store.Table.open(Path(folder)).parts()]
-    columns = [pq.read_table(part, columns=[label])[label].to_numpy() for part in parts]
+    parts = [part for folder in folders for part in store.Table.open(places.at(folder)).parts()]
+    columns = [table[label].to_numpy() for table in store.read_columns(parts, [label])]
     return np.concatenate(columns) if columns else np.empty(0)
 
 
 def _accuracy(dataset: str, folder: str) -> list[dict[str, Any]]:
     """The row with the classifier's accuracy on an ID dataset; its own argmax, not a detector's."""
     correct = total = 0
-    for part in store.Table.open(Path(folder)).parts():
-        table = pq.read_table(part, columns=[LABEL, PREDICTION])
+    parts = store.Table.open(places.at(folder)).parts()
+    for table in store.read_columns(parts, [LABEL, PREDICTION]):
         correct += int((table[LABEL].to_numpy() == table[PREDICTION].to_numpy()).sum())
         total += len(table)
     estimate = metrics.accuracy(correct, total)

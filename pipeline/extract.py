@@ -14,23 +14,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 from numpy.typing import NDArray
 from ray.util.annotations import RayDeprecationWarning
 
-from pipeline import cluster, config, images, store
+from pipeline import cluster, config, images, places, store
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
 from pipeline.datasets import Manifest, fetch
 from pipeline.errors import UserError
 from pipeline.model import Classifier, load
+from pipeline.places import Place
 
 SHARD_ROWS, SHARD_PIXELS = 2048, 2**27
 """Most rows of a shard, and most bytes of pixels, if `extract.shard_rows` is auto."""
@@ -58,7 +57,7 @@ class Job:
     @property
     def complete(self) -> bool:
         """Whether all rows are there."""
-        return (Path(self.folder) / store.MANIFEST).is_file()
+        return (places.at(self.folder) / store.MANIFEST).is_file()
 
 
 def identity(classifier: Classifier, manifest: Manifest, settings: config.Extract) -> dict[str, Any]:
@@ -103,7 +102,7 @@ def device(configured: str, gpus: float) -> str:
     return configured
 
 
-def job(dataset: config.Dataset, manifest: Manifest, parts: dict[str, Any], workspace: Path) -> Job:
+def job(dataset: config.Dataset, manifest: Manifest, parts: dict[str, Any], workspace: Place) -> Job:
     """The job of one dataset; its folder is named by the digest of its identity."""
     folder = workspace / "features" / f"{dataset.name}-{config.digest(parts)[:16]}"
     return Job(dataset.name, manifest, str(folder), parts)
@@ -196,7 +195,9 @@ class Extractor:
         started, clock = time.time(), time.perf_counter()
         batches = decoded.batches(size) if decoded else self._decode(shard)
         features, errors, forwarded = extract_rows(classifier, batches, self.plan.settings)
-        store.write_table(Path(shard.part), features.replace_schema_metadata({ERRORS: json.dumps(errors)}))
+        store.write_table(
+            places.at(shard.part), features.replace_schema_metadata({ERRORS: json.dumps(errors)})
+        )
         return {
             "dataset": shard.dataset,
             "rows": shard.stop - shard.start,
@@ -337,7 +338,7 @@ def shards(job: Job, shard_rows: int) -> list[Shard]:
             manifest=job.manifest.path,
             start=start,
             stop=min(start + shard_rows, job.manifest.rows),
-            part=str(Path(job.folder) / store.part_name(number)),
+            part=str(places.at(job.folder) / store.part_name(number)),
         )
         for number, start in enumerate(range(0, job.manifest.rows, shard_rows))
     ]
@@ -345,13 +346,14 @@ def shards(job: Job, shard_rows: int) -> list[Shard]:
 
 def missing(job: Job, shard_rows: int) -> list[Shard]:
     """The shards still to do; parts that were cut differently by an interrupted run are removed."""
-    folder = Path(job.folder)
+    folder = places.at(job.folder)
     plan = folder / "_plan.json"
     if folder.is_dir() and (not plan.is_file() or store.read_json(plan) != {"shard_rows": shard_rows}):
         for part in folder.glob("part-*.parquet"):
             part.unlink()
     store.write_json(plan, {"shard_rows": shard_rows})
-    return [shard for shard in shards(job, shard_rows) if not Path(shard.part).is_file()]
+    done = {str(part) for part in folder.glob("part-*.parquet")}
+    return [shard for shard in shards(job, shard_rows) if shard.part not in done]
 
 
 def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> dict[str, float]:
@@ -430,14 +432,14 @@ def finish(job: Job, plan: Plan) -> None:
     Raises:
         UserError: if more than `max_bad_fraction` of the images are bad; names the first of them.
     """
-    folder, limit = Path(job.folder), plan.settings.max_bad_fraction
-    part_rows, errors, bad_parts = [], list[list[str]](), list[Path]()
-    for shard in shards(job, plan.shard_rows):
-        metadata = pq.read_metadata(shard.part)
+    folder, limit = places.at(job.folder), plan.settings.max_bad_fraction
+    part_rows, errors, bad_parts = [], list[list[str]](), list[Place]()
+    planned = shards(job, plan.shard_rows)
+    for shard, metadata in zip(planned, store.metadata(shard.part for shard in planned), strict=True):
         part_rows.append(metadata.num_rows)
         found = json.loads(metadata.metadata[ERRORS])
         errors += found
-        bad_parts += [Path(shard.part)] if found else []
+        bad_parts += [places.at(shard.part)] if found else []
         if metadata.num_rows + len(found) != shard.stop - shard.start:
             raise RuntimeError(
                 f"{shard.part}: {metadata.num_rows} features and {len(found)} errors do not add up"

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from pipeline import __version__, cluster, config, store
+from pipeline import __version__, cluster, config, places, store
 from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Bank, Detector, Scorer, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.index import BankFiles
+from pipeline.places import Place
 from pipeline.statistics import Statistics
 
 SLICE = 8192
@@ -33,7 +33,7 @@ BATCH = 1024
 class Cache:
     """The artefacts of a workspace."""
 
-    folder: Path
+    folder: Place
     mode: Literal["reuse", "frozen", "fresh"] = "reuse"
     """Compute what is not there; or refuse to; or compute everything again."""
 
@@ -48,16 +48,17 @@ class Cache:
         folder = self.place(kind, identity)
         arrays = folder / "arrays.safetensors"
         if not self.has(folder, kind):
-            with store.atomic(arrays) as draft:
+            with places.atomic(arrays) as draft:
                 save_file({name: np.asarray(value, order="C") for name, value in compute().items()}, draft)
             store.write_json(folder / store.MANIFEST, {"kind": kind, "identity": identity})
-        return load_file(arrays)
+        with places.local(arrays) as file:
+            return load_file(file)
 
-    def place(self, kind: str, identity: Mapping[str, Any]) -> Path:
+    def place(self, kind: str, identity: Mapping[str, Any]) -> Place:
         """Folder of an artefact."""
         return self.folder / config.digest({"kind": kind, "version": __version__, **identity})[:16]
 
-    def has(self, folder: Path, kind: str) -> bool:
+    def has(self, folder: Place, kind: str) -> bool:
         """Whether an artefact is there to be used."""
         if self.mode == "fresh":
             store.remove_folder(folder)
@@ -118,7 +119,7 @@ def _write_bank(bank: Bank, table: store.Table, start: int, stop: int, path: str
     vectors = np.concatenate(pieces).astype(np.float32)
     if not np.isfinite(vectors).all():
         raise RuntimeError(f"{path}: bank vectors of rows {start} to {stop} are not finite")
-    with store.atomic(Path(path)) as draft, draft.open("wb") as stream:
+    with places.atomic(places.at(path)) as draft, draft.open("wb") as stream:
         np.save(stream, vectors)
     return len(vectors), vectors.shape[1]
 

@@ -8,16 +8,15 @@ Their distances are then computed again in float64 from the stored vectors: FAIS
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from pipeline import cluster, config, store
+from pipeline import cluster, config, places
 from pipeline.columns import Float
 from pipeline.errors import UserError
 
@@ -38,7 +37,7 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class BankFiles:
-    """A bank on disk: .npy pieces in row order."""
+    """A bank in the workspace: .npy pieces in row order."""
 
     folder: str
     counts: tuple[int, ...]
@@ -49,20 +48,16 @@ class BankFiles:
         """Vectors in the bank."""
         return sum(self.counts)
 
-    def pieces(self) -> list[Vectors]:
-        """Memory-mapped pieces."""
-        return [
-            np.load(Path(self.folder) / f"bank-{number:05d}.npy", mmap_mode="r")
-            for number in range(len(self.counts))
-        ]
-
-    def ranges(self, start: int, stop: int) -> list[Vectors]:
-        """Vectors [start, stop), memory-mapped, in the pieces they lie in."""
-        found, offset = [], 0
-        for piece in self.pieces():
-            found.append(piece[max(start - offset, 0) : max(stop - offset, 0)])
-            offset += len(piece)
-        return found
+    def ranges(self, start: int, stop: int) -> Iterator[Vectors]:
+        """Vectors [start, stop), memory-mapped, in the pieces they lie in; only these are opened."""
+        folder, offset = places.at(self.folder), 0
+        for number, count in enumerate(self.counts):
+            first, last = max(start - offset, 0), min(stop - offset, count)
+            if first < last:
+                with places.local(folder / f"bank-{number:05d}.npy") as file:
+                    piece = np.load(file, mmap_mode="r")
+                yield piece[first:last]
+            offset += count
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ class Shard:
             stored = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * bank.width)
             self.vectors[label] = stored.reshape(index.ntotal, bank.width)
         else:
-            self.vectors[label] = np.concatenate(bank.ranges(start, stop))
+            self.vectors[label] = np.concatenate(list(bank.ranges(start, stop)))
             index = self._trained(bank, self.vectors[label])
         self.source[label] = index
         self.indexes[label] = self._on_device(index)
@@ -160,10 +155,11 @@ class Shard:
     def _trained(self, bank: BankFiles, vectors: Vectors) -> Any:
         """An index by factory string, trained once and kept beside the bank."""
         name = config.digest([self.settings.kind, self.number, self.of])[:16]
-        path = Path(bank.folder) / f"index-{name}.faiss"
+        path = places.at(bank.folder) / f"index-{name}.faiss"
         if path.is_file():
             try:
-                return faiss.read_index(str(path))
+                with places.local(path) as file:
+                    return faiss.read_index(str(file))
             except RuntimeError as error:
                 logging.getLogger(__name__).warning("%s is damaged (%s); building it again", path, error)
         index = made(self.settings.kind, bank.width)
@@ -174,7 +170,7 @@ class Shard:
             raise UserError(
                 f"index.kind: {self.settings.kind!r} cannot be trained: {_reason(error)}"
             ) from None
-        with store.atomic(path) as draft:
+        with places.atomic(path) as draft:
             faiss.write_index(index, str(draft))
         return index
 

@@ -6,18 +6,18 @@ Starts no Ray and makes no forward pass over a dataset; every mistake of the use
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline import __version__, config, extract, index, published, store
+from pipeline import __version__, config, extract, index, places, published
 from pipeline.columns import BLOCK_NORM
 from pipeline.config import Config, Dataset
 from pipeline.datasets import Manifest, compile_manifest
 from pipeline.detectors.base import Detector, Jigsaw, Mixup
 from pipeline.errors import UserError, unknown
 from pipeline.model import WRONG_SIZE, Classifier, load
+from pipeline.places import Place
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Prepared:
     """A run that is ready to start."""
 
     config: Config
-    workspace: Path
+    workspace: Place
     classifier: Classifier
     detectors: dict[str, Detector]
     jobs: dict[str, extract.Job]
@@ -44,7 +44,7 @@ class Prepared:
         )
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         """The run folder."""
         return self.workspace / "runs" / self.config.name
 
@@ -89,10 +89,10 @@ def prepare(settings: Config) -> Prepared:
     detectors = settings.built()
     _check_roles(settings, detectors)
     _check_published(settings)
-    workspace = Path(settings.workspace)
-    if "://" in settings.workspace:
-        raise UserError(f"workspace: got {settings.workspace}; expected a local or shared folder.")
-    store.require_writable(workspace, "workspace")
+    if settings.tracking.enabled:
+        tracking_uri(settings)
+    places.require_writable(settings.workspace, "workspace")
+    workspace = places.at(settings.workspace)
     classifier = load(settings.model, settings.seed)
     for label, detector in detectors.items():
         check_applies(label, detector, classifier)
@@ -113,6 +113,23 @@ def prepare(settings: Config) -> Prepared:
     prepared = Prepared(settings, workspace, classifier, detectors, jobs)
     _check_neighbours(prepared)
     return prepared
+
+
+def tracking_uri(settings: Config) -> str:
+    """The MLflow store: the one configured, or an SQLite file in the workspace.
+
+    Raises:
+        UserError: if none is configured and the workspace cannot hold a database.
+    """
+    if settings.tracking.uri:
+        return settings.tracking.uri
+    workspace = places.at(settings.workspace)
+    if isinstance(workspace, places.Remote):
+        raise UserError(
+            f"tracking.uri: not set, and {workspace} cannot hold MLflow's database. Name a server "
+            "(tracking.uri=http://host:5000), or set tracking.enabled=false."
+        )
+    return f"sqlite:///{workspace / 'mlflow.db'}"
 
 
 def _check_roles(settings: Config, detectors: dict[str, Detector]) -> None:

@@ -7,10 +7,9 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-from pipeline import config, store
+from pipeline import config, places, store
 from pipeline.prepare import Prepared
 
 
@@ -75,7 +74,7 @@ def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
         "expected": dataset.expected,
         "features": None,
         "errors": None,
-        "hash": Path(job.folder).name.rpartition("-")[2],
+        "hash": places.at(job.folder).name.rpartition("-")[2],
         "digest": job.manifest.digest,
         "accuracy": None,
     }

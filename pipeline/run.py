@@ -5,28 +5,25 @@ Extract, fit, score, evaluate, report. A killed run is continued by running it a
 
 from __future__ import annotations
 
-import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from os import getpid
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from pipeline import cluster, config, evaluate, extract, index, passes, report, store, track
+from pipeline import cluster, config, evaluate, extract, index, passes, places, report, store, track
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Jigsaw, Pass, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.fit import Cache, Fitted, fit_detectors, fit_statistics
-from pipeline.prepare import Prepared, prepare
+from pipeline.owner import alone
+from pipeline.places import Place
+from pipeline.prepare import Prepared, prepare, tracking_uri
 from pipeline.progress import Display, Stage
-from pipeline.record import Record, now
+from pipeline.record import Record
 from pipeline.score import Job as ScoreJob
 from pipeline.score import Scoring, flag
 from pipeline.score import run as run_scores
@@ -59,7 +56,7 @@ class Options:
 class Outcome:
     """What the command line shows at the end."""
 
-    folder: Path
+    folder: Place
     link: str = ""
     warning: str = ""
 
@@ -74,12 +71,13 @@ def execute(settings: config.Config, options: Options, display: Display) -> Outc
         ready = prepare(settings)
         images = sum(job.manifest.rows for job in ready.jobs.values())
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
-    with _alone(ready.workspace), cluster.session(), ThreadPoolExecutor(1) as threads:
+    with alone(ready.workspace) as check, cluster.session(), ThreadPoolExecutor(1) as threads:
         if options.fresh:
             _forget(ready)
         run = Run(ready, options, display, threads)
         try:
             for name in STAGES[: STAGES.index(options.last) + 1]:
+                check()
                 getattr(run, name)()
         except BaseException as error:
             run.record.close("failed")
@@ -90,31 +88,9 @@ def execute(settings: config.Config, options: Options, display: Display) -> Outc
         return Outcome(ready.folder, *run.tracking.publish(display))
 
 
-@contextmanager
-def _alone(workspace: Path) -> Iterator[None]:
-    """Hold the workspace; its holder is named to whoever comes second."""
-    owner = workspace / ".owner.json"
-    lock = FileLock(workspace / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = store.read_json(owner) if owner.is_file() else {}
-        raise UserError(
-            f"workspace: {workspace} is in use by process {holder.get('pid', '?')} on "
-            f"{holder.get('host', '?')} since {holder.get('since', '?')}. "
-            "Wait for it, or use another workspace."
-        ) from None
-    try:
-        store.write_json(owner, {"pid": getpid(), "host": socket.gethostname(), "since": now()})
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
-
-
 def _forget(ready: Prepared) -> None:
     """Drop the run folder and the features of its datasets."""
-    for folder in (ready.folder, *(Path(job.folder) for job in ready.jobs.values())):
+    for folder in (ready.folder, *(places.at(job.folder) for job in ready.jobs.values())):
         store.remove_folder(folder)
 
 
@@ -143,7 +119,7 @@ class Run:
             for name in (_EVALUATED, *_RESULTS) if stale else ():
                 (folder / name).unlink(missing_ok=True)
             if stale:
-                shutil.rmtree(folder / "report", ignore_errors=True)
+                places.remove_folder(folder / "report")
             store.write_text(folder / "config.yaml", config.dump(self.ready.config))
             self.record.open = True
             self.record.write()
@@ -178,7 +154,7 @@ class Run:
         wanted = {"always": True, "never": False}.get(self.options.publish, settings.enabled)
         if not wanted or self.options.last != "report":
             return Tracked(None)
-        uri = settings.uri or f"sqlite:///{self.ready.workspace / 'mlflow.db'}"
+        uri = tracking_uri(self.ready.config)
         name = self.ready.config.name
         folder = self.ready.folder
         opening = self.threads.submit(
@@ -204,7 +180,7 @@ class Run:
             if self.may_work("extract"):
                 self.record.content["stages"]["extract"] = numbers
             for job in jobs:
-                counted = store.read_json(Path(job.folder) / store.MANIFEST)
+                counted = store.read_json(places.at(job.folder) / store.MANIFEST)
                 entry = self.record.content["datasets"][job.dataset]
                 entry |= {"features": counted["features"], "errors": counted["errors"]}
             shown.note = f"{numbers['forward_images']:,} of {numbers['images']:,} images forwarded"
@@ -329,7 +305,7 @@ class Run:
                 jobs.append(ScoreJob(dataset.name, _table(job), folder, inputs))
         return jobs
 
-    def _scores(self, dataset: str) -> Path:
+    def _scores(self, dataset: str) -> Place:
         return self.ready.folder / "scores" / dataset
 
     def evaluate(self) -> None:
@@ -345,7 +321,7 @@ class Run:
                 scores = evaluate.Scores(roles, self.ready.config.seed)
                 table, thresholds = evaluate.run(scores, list(self.ready.detectors), shown.advance)
                 for folder in scores.of("unlabelled").values():
-                    flag(Path(folder), thresholds)
+                    flag(places.at(folder), thresholds)
                 evaluate.write(self.ready.folder, table, thresholds)
                 store.write_json(self.ready.folder / _EVALUATED, self.ready.fingerprint)
             self._note_accuracy()
@@ -398,4 +374,4 @@ class Tracked:
 
 
 def _table(job: extract.Job) -> store.Table:
-    return store.Table.open(Path(job.folder))
+    return store.Table.open(places.at(job.folder))

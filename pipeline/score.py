@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from numpy.typing import NDArray
 
-from pipeline import cluster, store
+from pipeline import cluster, places, store
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
 from pipeline.detectors.base import NEIGHBOURS, Scorer, bank_of
 from pipeline.errors import UserError
 from pipeline.fit import BATCH, SLICE
 from pipeline.index import Index, Neighbours
+from pipeline.places import Place
 
 T = TypeVar("T")
 
@@ -37,7 +36,7 @@ class Job:
     @property
     def complete(self) -> bool:
         """Whether scores of exactly these inputs are there."""
-        done = Path(self.folder) / store.MANIFEST
+        done = places.at(self.folder) / store.MANIFEST
         return done.is_file() and store.read_json(done)["inputs"] == self.inputs
 
 
@@ -100,7 +99,7 @@ def _score_part(row: dict[str, Any], work: Scoring, tables: Mapping[str, store.T
             f"scores of {row['dataset']} are not finite: {'; '.join(bad)}. "
             "Check these images, the detector's parameters, and index.kind if it is approximate."
         )
-    store.write_table(Path(row["part"]), scores)
+    store.write_table(places.at(row["part"]), scores)
     return {"dataset": row["dataset"], "rows": len(scores)}
 
 
@@ -139,31 +138,36 @@ def run(jobs: Sequence[Job], scoring: Scoring, progress: Callable[[dict[str, Any
 
 def _missing(job: Job) -> list[dict[str, Any]]:
     """Parts still to score; those of other inputs are removed first."""
-    folder = Path(job.folder)
+    folder = places.at(job.folder)
     plan, inputs = folder / "_plan.json", [job.inputs, list(job.features.part_rows)]
     if not plan.is_file() or store.read_json(plan) != inputs:
         for stale in (folder / store.MANIFEST, *folder.glob("part-*.parquet")):
             stale.unlink(missing_ok=True)
         store.write_json(plan, inputs)
-    parts = {folder / store.part_name(number): rows for number, rows in enumerate(job.features.slices(SLICE))}
+    done = {str(part) for part in folder.glob("part-*.parquet")}
+    parts = (
+        (str(folder / store.part_name(number)), rows)
+        for number, rows in enumerate(job.features.slices(SLICE))
+    )
     return [
-        {"dataset": job.dataset, "start": start, "stop": stop, "part": str(part)}
-        for part, (start, stop) in parts.items()
-        if not part.is_file()
+        {"dataset": job.dataset, "start": start, "stop": stop, "part": part}
+        for part, (start, stop) in parts
+        if part not in done
     ]
 
 
 def _finish(job: Job) -> None:
     """Count the rows and mark the dataset as scored."""
-    folder, slices = Path(job.folder), job.features.slices(SLICE)
-    part_rows = [pq.read_metadata(folder / store.part_name(number)).num_rows for number in range(len(slices))]
+    folder, slices = places.at(job.folder), job.features.slices(SLICE)
+    parts = [folder / store.part_name(number) for number in range(len(slices))]
+    part_rows = [metadata.num_rows for metadata in store.metadata(parts)]
     if part_rows != [stop - start for start, stop in slices]:
         raise RuntimeError(f"{folder}: {sum(part_rows)} scores for {job.features.rows} feature rows")
     store.remove_drafts(folder)
     store.write_json(folder / store.MANIFEST, {"inputs": job.inputs, "part_rows": part_rows})
 
 
-def flag(folder: Path, thresholds: Mapping[str, float]) -> None:
+def flag(folder: Place, thresholds: Mapping[str, float]) -> None:
     """Add the columns `is_ood.<detector>` (score above the threshold) to the scores of a dataset."""
     arguments = [(str(part), dict(thresholds)) for part in store.Table.open(folder).parts()]
     for _ in cluster.in_order(_flag_part, arguments):
@@ -171,11 +175,12 @@ def flag(folder: Path, thresholds: Mapping[str, float]) -> None:
 
 
 def _flag_part(path: str, thresholds: dict[str, float]) -> None:
-    table = pq.read_table(path)
+    with places.parquet(path) as file:
+        table = file.read()
     for label, threshold in thresholds.items():
         name = IS_OOD + label
         flags = pa.array(table[label].to_numpy() > threshold)
         if name in table.column_names:
             table = table.drop_columns(name)
         table = table.append_column(name, flags)
-    store.write_table(Path(path), table)
+    store.write_table(places.at(path), table)

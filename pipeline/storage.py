@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -26,6 +28,9 @@ from pipeline.errors import UserError
 
 BUFFER = 2**20
 """Bytes that a sequential reader of a remote file asks for at once."""
+
+CHUNK = 2**23
+"""Bytes that a download asks for at once."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -65,7 +70,7 @@ def parent(path: str) -> str:
 
 def name_of(path: str) -> str:
     """The last part of a path, decoded."""
-    return Path(_place(path)[1]).name
+    return Path(located(path)[1]).name
 
 
 def find(path: str) -> Entry | None:
@@ -75,7 +80,7 @@ def find(path: str) -> Entry | None:
         UserError: a URI that names no usable storage.
         OSError: no access.
     """
-    system, place = _place(path)
+    system, place = located(path)
     if system is None:
         return _local_entry(Path(place)) if os.path.lexists(place) else None
     info = system.get_file_info(place)
@@ -89,7 +94,7 @@ def entries(folder: str) -> list[Entry]:
         UserError: a URI that names no usable storage.
         OSError: no such folder, or no access.
     """
-    system, place = _place(folder)
+    system, place = located(folder)
     if system is None:
         with os.scandir(place) as found:
             listed = [_local_entry(entry) for entry in found]
@@ -106,7 +111,7 @@ def open_input(path: str) -> BinaryIO:
         UserError: a URI that names no usable storage.
         OSError: no such file, or no access.
     """
-    system, place = _place(path)
+    system, place = located(path)
     if system is None:
         return Path(place).open("rb")
     return cast(BinaryIO, io.BufferedReader(system.open_input_file(place), BUFFER))
@@ -120,7 +125,7 @@ def read(path: str, offset: int | None = None, length: int | None = None) -> byt
         OSError: no such file, or no access.
         EOFError: a file that ends earlier.
     """
-    system, place = _place(path)
+    system, place = located(path)
     with Path(place).open("rb") if system is None else system.open_input_file(place) as file:
         if offset is None:
             return cast(bytes, file.read())
@@ -129,6 +134,60 @@ def read(path: str, offset: int | None = None, length: int | None = None) -> byt
     if length is not None and len(content) < length:
         raise EOFError(f"the file ends {length - len(content)} bytes too early")
     return content
+
+
+def upload(file: Path, uri: str) -> None:
+    """Write a local file to a URI; in an object store it appears when it is complete, or not at all.
+
+    Raises:
+        UserError: a URI that names no usable storage.
+        OSError: no access.
+    """
+    system, place = located(uri)
+    # Closing a stream completes the object, whatever went wrong before: so everything is written in one
+    # call, and in a thread, where no interrupt comes before it. `fs.copy_files` ignores errors of late parts.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(_write, system, place, file).result()
+
+
+def _write(system: Any, place: str, file: Path) -> None:
+    with pa.memory_map(str(file)) as content, system.open_output_stream(place) as stream:
+        stream.write(content.read_buffer())
+
+
+def download(uri: str, file: Path) -> None:
+    """Copy the file at a URI to the local disk.
+
+    Raises:
+        UserError: a URI that names no usable storage.
+        OSError: no such file, or no access.
+    """
+    system, place = located(uri)
+    with system.open_input_file(place) as source, file.open("wb") as target:
+        shutil.copyfileobj(source, target, CHUNK)
+
+
+def remove(uri: str) -> None:
+    """Delete the file at a URI.
+
+    Raises:
+        UserError: a URI that names no usable storage.
+        OSError: no such file, or no access.
+    """
+    system, place = located(uri)
+    system.delete_file(place)
+
+
+def remove_folder(uri: str) -> None:
+    """Delete the folder at a URI and all below it; nothing if there is none.
+
+    Raises:
+        UserError: a URI that names no usable storage.
+        OSError: no access.
+    """
+    system, place = located(uri)
+    with suppress(FileNotFoundError):
+        system.delete_dir(place)
 
 
 def ahead(call: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
@@ -141,8 +200,12 @@ def ahead(call: Callable[[Item], Result], items: Iterable[Item], threads: int) -
             running.extend(pool.submit(call, item) for item in islice(source, 1))
 
 
-def _place(path: str) -> tuple[Any, str]:
-    """The file system of a path (None for the local disk) and the path in it."""
+def located(path: str) -> tuple[Any, str]:
+    """The file system of a path (None for the local disk) and the path in it.
+
+    Raises:
+        UserError: a URI that names no usable storage.
+    """
     if "://" not in path:
         return None, path
     parts = urlsplit(path)

@@ -1,4 +1,4 @@
-"""Tables and documents on disk: written under a temporary name, renamed when complete, read in slices.
+"""Tables and documents of a workspace: visible when they are complete, read in slices.
 
 A folder of parts is complete when its `_manifest.json` exists; that file is always written last.
 """
@@ -6,12 +6,8 @@ A folder of parts is complete when its `_manifest.json` exists; that file is alw
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline import places, storage
 from pipeline.columns import padded
-from pipeline.errors import UserError
+from pipeline.places import Place
 
 MANIFEST = "_manifest.json"
 
@@ -28,62 +25,37 @@ ROW_GROUP = 1024
 """Rows per row group of every Parquet file; a reader decodes only the groups it needs."""
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it if the block succeeds and removed if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield draft
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+AHEAD = 8
+"""Parts that are opened at once: in an object store each takes a few answers of a server."""
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     """Write a text file atomically."""
-    with atomic(path) as draft:
+    with places.atomic(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Place, value: Any) -> None:
     """Write a JSON document atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """Read a JSON document."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_table(path: Place, table: pa.Table) -> None:
     """Write a Parquet file atomically."""
-    with atomic(path) as draft:
+    with places.atomic(path) as draft:
         pq.write_table(table, draft, compression="lz4", row_group_size=ROW_GROUP, use_dictionary=False)
 
 
-def require_writable(folder: Path, field: str) -> None:
-    """Refuse a folder that cannot be made or written to.
-
-    Raises:
-        UserError: naming the config field and the reason.
-    """
-    probe = folder / f".write-test-{uuid.uuid4().hex}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{field}: cannot write to {folder}: {error.strerror}. Choose another folder."
-        ) from None
-
-
-def remove_folder(folder: Path) -> None:
+def remove_folder(folder: Place) -> None:
     """Delete a folder, its completion marker first: what a kill leaves then never looks complete."""
     if folder.is_dir():
         (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        places.remove_folder(folder)
 
 
 def part_name(number: int) -> str:
@@ -126,7 +98,7 @@ class Table:
     part_rows: tuple[int, ...]
 
     @classmethod
-    def open(cls, folder: Path) -> Table:
+    def open(cls, folder: Place) -> Table:
         """Open a complete folder."""
         return cls(str(folder), tuple(read_json(folder / MANIFEST)["part_rows"]))
 
@@ -135,9 +107,10 @@ class Table:
         """Number of rows in all parts."""
         return sum(self.part_rows)
 
-    def parts(self) -> list[Path]:
+    def parts(self) -> list[Place]:
         """Paths of the parts, in row order."""
-        return [Path(self.folder) / part_name(number) for number in range(len(self.part_rows))]
+        folder = places.at(self.folder)
+        return [folder / part_name(number) for number in range(len(self.part_rows))]
 
     def slices(self, size: int) -> list[tuple[int, int]]:
         """Row ranges of a fixed size, independent of how the rows lie in parts."""
@@ -154,12 +127,32 @@ class Table:
         return numpy_columns(pa.concat_tables(tables), names)
 
 
-def read_rows(path: Path, start: int, stop: int, names: Sequence[str] | None = None) -> pa.Table:
+def read_rows(path: Place, start: int, stop: int, names: Sequence[str] | None = None) -> pa.Table:
     """Rows [start, stop) of a file of `write_table`, decoding no more than the row groups they lie in."""
-    with pq.ParquetFile(path) as file:
+    with places.parquet(path) as file:
         first, last = start // ROW_GROUP, min(-(-stop // ROW_GROUP), file.num_row_groups)
         groups = file.read_row_groups(list(range(first, last)), columns=names and list(names))
     return groups.slice(start - first * ROW_GROUP, stop - start)
+
+
+def read_columns(paths: Iterable[Place | str], names: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of Parquet files, file by file in order."""
+
+    def read(path: Place | str) -> pa.Table:
+        with places.parquet(path) as file:
+            return file.read(columns=list(names))
+
+    return storage.ahead(read, paths, AHEAD)
+
+
+def metadata(paths: Iterable[Place | str]) -> Iterator[pq.FileMetaData]:
+    """What the footers of Parquet files say, in order."""
+
+    def read(path: Place | str) -> pq.FileMetaData:
+        with places.parquet(path) as file:
+            return file.metadata
+
+    return storage.ahead(read, paths, AHEAD)
 
 
 def fixed_batches(
@@ -172,7 +165,7 @@ def fixed_batches(
         yield {name: padded(values[start : start + count], size) for name, values in columns.items()}, count
 
 
-def remove_drafts(folder: Path) -> None:
+def remove_drafts(folder: Place) -> None:
     """Delete what writers that were killed left behind."""
     for draft in folder.glob(".part-*"):
         draft.unlink(missing_ok=True)

@@ -26,10 +26,11 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
-from pyarrow import parquet
 
+from pipeline import places, store
 from pipeline.errors import UserError
 from pipeline.journal import MAX_TAG, Content, limited, of_detector, of_run, redact
+from pipeline.places import Place
 
 PATIENCE = 120.0
 """Seconds after which `publish` begins no further detector; publishing again sends the rest."""
@@ -55,14 +56,14 @@ class TrackingError(Exception):
 class Session:
     """One evaluation in one MLflow store."""
 
-    run: Path
+    run: Place
     uri: str = field(repr=False)
     """With its credentials; never written anywhere."""
     experiment_id: str
     run_id: str
 
 
-def begin(run: Path, uri: str, experiment: str, name: str, fingerprint: str) -> Session:
+def begin(run: Place, uri: str, experiment: str, name: str, fingerprint: str) -> Session:
     """Open the parent run of an evaluation, or continue the one that `<run>/mlflow.json` names.
 
     Creates the store, the experiment and the run, so that nothing is created while workers run. Another
@@ -82,7 +83,9 @@ def begin(run: Path, uri: str, experiment: str, name: str, fingerprint: str) -> 
         else:
             opened = client.create_run(experiment_id, tags={"fingerprint": fingerprint}, run_name=name)
             run_id, children = opened.info.run_id, {}
-    _write_record(run, record | {"run_id": run_id, "children": children, "published": False})
+    store.write_json(
+        run / "mlflow.json", record | {"run_id": run_id, "children": children, "published": False}
+    )
     return Session(run, uri, experiment_id, run_id)
 
 
@@ -95,8 +98,9 @@ def publish(session: Session) -> None:
         TrackingError: if MLflow fails or takes longer than `PATIENCE`.
     """
     run, deadline = session.run, time.monotonic() + PATIENCE
-    manifest, thresholds = _read_json(run / "manifest.json"), _read_json(run / "thresholds.json")
-    rows = parquet.read_table(run / "metrics.parquet").to_pylist()
+    manifest, thresholds = store.read_json(run / "manifest.json"), store.read_json(run / "thresholds.json")
+    with places.parquet(run / "metrics.parquet") as file:
+        rows = file.read().to_pylist()
     parent = of_run(manifest, yaml.safe_load((run / "config.yaml").read_text("utf-8")), rows)
     children = {
         label: of_detector(label, manifest, rows, thresholds[label]) for label in manifest["detectors"]
@@ -113,7 +117,7 @@ def publish(session: Session) -> None:
             client.delete_tag(session.run_id, "failure")
         finished = round(datetime.fromisoformat(manifest["finished"]).timestamp() * 1000)
         client.set_terminated(session.run_id, "FINISHED", max(finished, found.info.start_time))
-    _write_record(run, _record(run) | {"children": ids, "published": True})
+    store.write_json(run / "mlflow.json", _record(run) | {"children": ids, "published": True})
 
 
 def fail(session: Session, reason: str) -> None:
@@ -294,29 +298,20 @@ def _inputs(datasets: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     return inputs
 
 
-def _stage(run: Path, folder: Path) -> None:
+def _stage(run: Place, folder: Path) -> None:
     """Copy the files to upload, without credentials."""
-    for source in (*(run / name for name in _ARTIFACTS), *(run / "report").rglob("*")):
+    files = {name: run / name for name in _ARTIFACTS}
+    files |= {f"report/{source.name}": source for source in (run / "report").glob("*")}
+    for name, source in files.items():
         if source.is_file():
-            target = folder / source.relative_to(run)
+            target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            if source.suffix in _TEXT:
-                target.write_bytes(redact(source.read_bytes().decode("utf-8")).encode("utf-8"))
-            else:
-                shutil.copyfile(source, target)
+            content = source.read_bytes()
+            if target.suffix in _TEXT:
+                content = redact(content.decode("utf-8")).encode("utf-8")
+            target.write_bytes(content)
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8"))
-
-
-def _record(run: Path) -> dict[str, Any]:
+def _record(run: Place) -> dict[str, Any]:
     path = run / "mlflow.json"
-    return _read_json(path) if path.exists() else {}
-
-
-def _write_record(run: Path, record: Mapping[str, Any]) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    new = run / "mlflow.json.new"
-    new.write_text(json.dumps(record, indent=2), "utf-8")
-    new.replace(run / "mlflow.json")
+    return store.read_json(path) if path.is_file() else {}

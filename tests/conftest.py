@@ -1,22 +1,32 @@
-"""A real local Ray for the whole session, and a small real evaluation to run on it."""
+"""A real local Ray and a local S3 for the whole session, and a small real evaluation to run on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import boto3
 import numpy as np
 import pytest
 import ray
 import torch
 import yaml
+from moto.server import ThreadedMotoServer
 from rich.console import Console
 
 from pipeline import cluster, config, quickstart, run
 from pipeline.progress import Display
 
 ARRAYS = Path(quickstart.__file__).parent / "images.npz"
+
+S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +40,8 @@ def ray_session() -> Iterator[None]:
     """Ray with four logical CPUs and two logical GPUs, shared by all tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for name, value in S3_ENVIRONMENT.items():  # inherited by the workers
+            patch.setenv(name, value)
         ray.init(
             address="local",
             num_cpus=4,
@@ -42,6 +54,28 @@ def ray_session() -> Iterator[None]:
         cluster.quiet()
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    """A local S3 with the bucket `data`; its address and credentials are in the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", **S3_ENVIRONMENT}.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="data")
+        yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str) -> str:
+    """URI of a new bucket, with the server's address: workers started earlier cannot see the environment."""
+    name = f"bucket-{uuid4().hex[:12]}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}?endpoint_override={endpoint}&scheme=http"
 
 
 @pytest.fixture(scope="session")
@@ -102,12 +136,13 @@ def settings(images: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., config.Config]:
-    """Load a raw config with a workspace of the test's own."""
+    """Load a raw config with a workspace of the test's own, or one given by URI."""
 
     def loaded(raw: dict[str, Any], workspace: str = "workspace") -> config.Config:
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(raw))
-        return config.load(str(path), [f"workspace={tmp_path / workspace}"])
+        place = workspace if "://" in workspace else tmp_path / workspace
+        return config.load(str(path), [f"workspace={place}"])
 
     return loaded
 

@@ -274,9 +274,9 @@ MISTAKES = {
         workspace_below_a_file,
         r"workspace: cannot write to .*below: Not a directory\. Choose another folder",
     ),
-    "workspace that is no folder": (
+    "workspace that holds no database": (
         lambda case: case.raw.update(workspace="s3://bucket/x"),
-        r"workspace: got s3://bucket/x; expected a local or shared folder",
+        r"tracking\.uri: not set, and s3://bucket/x cannot hold MLflow's database\. Name a server",
     ),
     "no ID data": (lambda case: case.without("id"), r"datasets: none has role 'id'; add the ID test images"),
     "two training sets": (two_training_sets, r"datasets: several have role 'train'; expected at most one"),

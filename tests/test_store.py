@@ -9,23 +9,6 @@ import pytest
 
 from pipeline import store
 from pipeline.columns import padded
-from pipeline.errors import UserError
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    store.write_json(path, {"old": 1})
-    with pytest.raises(RuntimeError, match="power cut"), store.atomic(path) as draft:
-        draft.write_text("half")
-        raise RuntimeError("power cut")
-    assert store.read_json(path) == {"old": 1}
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_an_unwritable_folder_is_named_with_its_field(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"workspace: cannot write to .*file/below: Not a directory"):
-        store.require_writable(tmp_path / "file" / "below", "workspace")
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -25,10 +23,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline import places
 from pipeline.config import LABELLED_ROLES, Dataset
 from pipeline.datasets import _filters
 from pipeline.datasets._fetch import fetch
 from pipeline.errors import UserError, unknown
+from pipeline.places import Place
 
 __all__ = ["ROW_GROUP", "SCHEMA", "Manifest", "compile_manifest", "fetch", "formats"]
 
@@ -60,7 +60,7 @@ ROW_GROUP = 1024
 
 @dataclass(frozen=True)
 class Manifest:
-    """A compiled dataset on disk."""
+    """A compiled dataset in the workspace."""
 
     path: str
     rows: int
@@ -71,7 +71,7 @@ class Manifest:
 
     def read(self, start: int, stop: int) -> pa.Table:
         """Rows [start, stop), reading no more than the row groups they lie in."""
-        with pq.ParquetFile(self.path) as file:
+        with places.parquet(self.path) as file:
             first, last = start // ROW_GROUP, -(-stop // ROW_GROUP)
             groups = file.read_row_groups(list(range(first, min(last, file.num_row_groups))))
         return groups.slice(start - first * ROW_GROUP, stop - start)
@@ -79,7 +79,7 @@ class Manifest:
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
         """The named rows, in ascending order, reading no more than the row groups they lie in."""
         rows = np.sort(rows)
-        with pq.ParquetFile(self.path) as file:
+        with places.parquet(self.path) as file:
             groups = np.unique(rows // ROW_GROUP)
             tables = [
                 file.read_row_group(group).take(rows[rows // ROW_GROUP == group] - group * ROW_GROUP)
@@ -89,7 +89,8 @@ class Manifest:
 
     def labels(self) -> NDArray[np.int32]:
         """(rows,) int32 labels in manifest order."""
-        labels: NDArray[np.int32] = pq.read_table(self.path, columns=["label"])["label"].to_numpy()
+        with places.parquet(self.path) as file:
+            labels: NDArray[np.int32] = file.read(columns=["label"])["label"].to_numpy()
         return labels
 
 
@@ -98,7 +99,7 @@ def formats() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def compile_manifest(dataset: Dataset, folder: Path, seed: int = 0) -> Manifest:
+def compile_manifest(dataset: Dataset, folder: Place, seed: int = 0) -> Manifest:
     """Compile a dataset below `folder`; equal datasets share one manifest.
 
     Args:
@@ -113,10 +114,7 @@ def compile_manifest(dataset: Dataset, folder: Path, seed: int = 0) -> Manifest:
     if dataset.format not in formats():
         raise UserError(f"datasets.{dataset.name}.format: {unknown('format', dataset.format, formats())}")
     module = import_module(f"{__name__}.{dataset.format}")
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{dataset.name}-{uuid.uuid4().hex}"
-    draft.mkdir()
-    try:
+    with places.scratch(folder) as draft:
         rows, whole = _regrouped(_listed(dataset, module.read(dataset))), None
         if _filters.wanted(dataset):
             whole = _write(rows, draft / "whole.parquet")
@@ -130,12 +128,9 @@ def compile_manifest(dataset: Dataset, folder: Path, seed: int = 0) -> Manifest:
             manifest = replace(
                 manifest, class_count=dict.fromkeys(whole.class_count, 0) | manifest.class_count
             )
-        final = folder / f"{dataset.name}-{manifest.digest[:16]}"
-        final.mkdir(exist_ok=True)
-        (draft / "rows.parquet").replace(final / "rows.parquet")  # the files may lie elsewhere by now
-        return replace(manifest, path=str(final / "rows.parquet"))
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        final = folder / f"{dataset.name}-{manifest.digest[:16]}" / "rows.parquet"
+        places.put(draft / "rows.parquet", final)  # also over an old one: the files may lie elsewhere by now
+        return replace(manifest, path=str(final))
 
 
 def _listed(dataset: Dataset, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

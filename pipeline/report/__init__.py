@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import published
+from pipeline import places, published
+from pipeline.places import Place
 from pipeline.report import plots
 from pipeline.report.compare import comparisons, deviations
 from pipeline.report.tables import GROUPS, METRICS, OOD, SUMMARY, Cell, Results, leaderboard, metric_boards
@@ -49,10 +48,11 @@ class Picture:
         return int.from_bytes(self.png[16:20]) // 2
 
 
-def write(run: Path) -> Path:
+def write(run: Place) -> Place:
     """Write `report/index.html` and `report/*.png` into the folder of a finished run.
 
-    An earlier report stays as it is until the new one is complete.
+    An earlier report stays as it is until the new one is complete; in an object store the page is replaced
+    last.
 
     Returns:
         The page.
@@ -62,20 +62,18 @@ def write(run: Path) -> Path:
     """
     results = Results.read(run)
     target = run / "report"
-    with TemporaryDirectory(dir=run, prefix=".report-") as scratch:
-        draft = Path(scratch, "new")
+    with places.scratch(run) as scratch:
+        draft = scratch / "new"
         draft.mkdir()
         pictures = {**_score_pictures(results), "norm_ratio": _norm_ratio_pictures(results)}
         for picture in (picture for section in pictures.values() for picture in section):
             (draft / picture.file).write_bytes(picture.png)
         (draft / "index.html").write_text(_page(results, pictures), encoding="utf-8")
-        if target.exists():
-            target.rename(Path(scratch, "old"))
-        draft.rename(target)
+        places.replace_folder(draft, target, last="index.html")
     return target / "index.html"
 
 
-def console_table(run: Path) -> Table:
+def console_table(run: Place) -> Table:
     """The leaderboard of a finished run for the terminal; best values in green, AUROC below 0.5 in red.
 
     Raises:

@@ -10,16 +10,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pipeline import places, store
 from pipeline.columns import IS_OOD, Float
 from pipeline.errors import UserError
+from pipeline.places import Place
 
 
 class Metric(NamedTuple):
@@ -189,14 +189,14 @@ def _cell(row: dict[str, Any], best: float) -> Cell:
 class Results:
     """The files of a finished run."""
 
-    folder: Path
+    folder: Place
     manifest: dict[str, Any]
     metrics: pa.Table
     thresholds: dict[str, float]
     """Detector -> score at which 95% of the ID images are accepted."""
 
     @classmethod
-    def read(cls, run: Path) -> Results:
+    def read(cls, run: Place) -> Results:
         """Read the run folder, but no scores.
 
         Raises:
@@ -208,10 +208,12 @@ class Results:
                     f"{run}: not a finished run, got no {name}; expected the folder of a run that has been "
                     "evaluated. Evaluate the run first."
                 )
+        with places.parquet(run / "metrics.parquet") as file:
+            metrics = file.read()
         return cls(
             folder=run,
             manifest=json.loads((run / "manifest.json").read_text(encoding="utf-8")),
-            metrics=pq.read_table(run / "metrics.parquet"),
+            metrics=metrics,
             thresholds=json.loads((run / "thresholds.json").read_text(encoding="utf-8")),
         )
 
@@ -241,9 +243,8 @@ class Results:
     def _parts(self, dataset: str, column: str) -> Iterator[pa.ChunkedArray]:
         """One column of a dataset's score table, file by file."""
         folder = self.folder / "scores" / dataset
-        parts = sorted(folder.glob("part-*.parquet"))
+        parts = sorted(map(str, folder.glob("part-*.parquet")))
         if not parts:
             raise UserError(f"{folder}: no scores, got no part-*.parquet; expected one or more. Score again.")
-        for part in parts:
-            with pq.ParquetFile(part) as file:
-                yield file.read(columns=[column]).column(column)
+        for table in store.read_columns(parts, [column]):
+            yield table.column(column)

@@ -1,4 +1,4 @@
-"""Datasets as manifests, in a folder of the test's own; the same images in every layout; a local S3."""
+"""Datasets as manifests, in a folder of the test's own; the same images in every layout"""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from pipeline.config import Dataset
@@ -145,26 +144,6 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, d
         "npz": {"format": "npz", "path": "a.npz", "images": "x", "labels": "y"},
         "idx": {"format": "idx", "path": "images.gz", "labels": "labels.idx"},
     }
-
-
-@pytest.fixture(scope="session")
-def endpoint() -> Iterator[str]:
-    """A local S3 with the bucket `data`; its address and credentials are in the environment."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="data")
-        yield f"{host}:{port}"
-    server.stop()
 
 
 @pytest.fixture

@@ -1,0 +1,209 @@
+"""Files of a workspace: `pathlib.Path` on the local disk, `Remote` in an object store; and what both can do.
+
+A file is written to the local disk first and then renamed, or uploaded: an object appears when its upload is
+complete, so in both cases nothing half-written is ever seen under its name.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+_APPEAR_WHOLE = {"s3", "gcs", "abfs"}
+"""Kinds of storage in which a file that is being written cannot be seen."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file or folder by URI, with the methods of `pathlib.Path` that a workspace needs."""
+
+    uri: str
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __truediv__(self, name: str) -> Remote:
+        return Remote(storage.join(self.uri, name))
+
+    @property
+    def name(self) -> str:
+        """The last part, decoded."""
+        return storage.name_of(self.uri)
+
+    def is_file(self) -> bool:
+        """Whether there is a file."""
+        found = storage.find(self.uri)
+        return found is not None and not found.folder
+
+    def is_dir(self) -> bool:
+        """Whether there is a folder, or anything below one."""
+        found = storage.find(self.uri)
+        return found is not None and found.folder
+
+    def glob(self, pattern: str) -> Iterator[Remote]:
+        """What lies in the folder under names of a pattern, in the order of the names."""
+        with suppress(FileNotFoundError):
+            for entry in storage.entries(self.uri):
+                if fnmatchcase(entry.name, pattern):
+                    yield Remote(entry.uri)
+
+    def read_bytes(self) -> bytes:
+        """Content of the file."""
+        return storage.read(self.uri)
+
+    def read_text(self, encoding: str) -> str:
+        """Text of the file."""
+        return self.read_bytes().decode(encoding)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Delete the file.
+
+        Raises:
+            FileNotFoundError: if there is none and that is not expected.
+        """
+        with suppress(FileNotFoundError) if missing_ok else nullcontext():
+            storage.remove(self.uri)
+
+
+Place = Path | Remote
+
+
+def at(path: str) -> Place:
+    """The place of a path or URI."""
+    if storage.is_remote(path):
+        return Remote(path)
+    return Path(storage.located(path)[1])
+
+
+def put(file: Path, to: Place) -> None:
+    """Make a local file, which is complete, appear at a place; its folder is made if need be.
+
+    Raises:
+        OSError: no access, or no room. What was at the place is then still there.
+    """
+    if isinstance(to, Remote):
+        storage.upload(file, to.uri)
+    else:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(to)
+
+
+@contextmanager
+def atomic(path: Place) -> Iterator[Path]:
+    """A local path to write to, put at `path` if the block succeeds and removed if it does not."""
+    if isinstance(path, Remote):
+        with TemporaryDirectory(prefix="ood-pipeline-") as folder:
+            draft = Path(folder, path.name)
+            yield draft
+            put(draft, path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch(folder: Place) -> Iterator[Path]:
+    """A local folder for drafts, on the disk of `folder` if that is local; gone after the block."""
+    beside = None
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder
+    with TemporaryDirectory(dir=beside, prefix=".ood-pipeline-", ignore_cleanup_errors=True) as made:
+        yield Path(made)
+
+
+@contextmanager
+def local(path: Place) -> Iterator[Path]:
+    """A file as a local one: itself, or a copy of a remote one that is deleted after the block.
+
+    What the block mapped into memory stays readable, and its disk space in use, as long as it is mapped.
+    """
+    if isinstance(path, Path):
+        yield path
+        return
+    with TemporaryDirectory(prefix="ood-pipeline-") as folder:
+        storage.download(path.uri, Path(folder, path.name))
+        yield Path(folder, path.name)
+
+
+def parquet(path: Place | str) -> pq.ParquetFile:
+    """A Parquet file to read; of a remote one only what is asked for is transferred."""
+    system, place = storage.located(str(path))
+    return pq.ParquetFile(place, filesystem=system, pre_buffer=system is not None)
+
+
+def remove_folder(folder: Place) -> None:
+    """Delete a folder and all below it; nothing if there is none."""
+    if isinstance(folder, Remote):
+        storage.remove_folder(folder.uri)
+    elif folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def replace_folder(draft: Path, folder: Place, last: str) -> None:
+    """Put a local folder of files in the place of another.
+
+    Args:
+        draft: the new one, on the same disk if `folder` is local.
+        folder: renamed over if it is local. If not, the files are put one by one, `last` the last, and then
+            those that are not in the draft are deleted.
+        last: name of the file that makes the others known.
+    """
+    if isinstance(folder, Path):
+        if folder.exists():
+            folder.rename(draft.with_name("old"))
+        draft.rename(folder)
+        return
+    files = sorted(draft.iterdir(), key=lambda file: (file.name == last, file.name))
+    for file in files:
+        put(file, folder / file.name)
+    kept = {file.name for file in files}
+    for stale in folder.glob("*"):
+        if stale.name not in kept:
+            stale.unlink()
+
+
+def require_writable(path: str, field: str) -> None:
+    """Refuse a folder that cannot be made or written to, or where incomplete files would be seen.
+
+    Raises:
+        UserError: naming the config field and the reason.
+    """
+    try:
+        _require_whole(path)
+        folder = at(path)
+        probe = folder / f".write-test-{uuid.uuid4().hex}"
+        with atomic(probe) as draft:
+            draft.touch()
+        probe.unlink()
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from None
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
+        advice = "Check its name and the credentials" if storage.is_remote(path) else "Choose another folder"
+        raise UserError(f"{field}: cannot write to {path}: {reason}. {advice}.") from None
+
+
+def _require_whole(path: str) -> None:
+    system, _ = storage.located(path)
+    if system is not None and system.type_name not in _APPEAR_WHOLE:
+        raise UserError(
+            f"files at {path} can be seen before they are complete; expected a local or shared folder, or an "
+            "object store (s3://, gs://)."
+        )
