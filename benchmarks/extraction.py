@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import commands
 import fashion
+import numpy as np
 import plain
+import pyarrow as pa
+from numpy.typing import NDArray
+from processes import fresh
 from results import Section, at_least
 from session import Session
+
+from pipeline import config, extract, store
+from pipeline.datasets import SCHEMA
+from pipeline.model import load
 
 TARGET = 0.9
 
@@ -28,6 +39,8 @@ def measure(session: Session) -> Section:
         rows.append((f"turn {turn}", f"{loop:,.0f}", f"{ours:,.0f}", f"{ratios[-1]:.3f}"))
         print(f"  turn {turn}: plain loop {loop:,.0f}, pipeline {ours:,.0f} images/s", flush=True)
     rows += [(f"tried: {setting}", f"{rate:,.0f}", "", "") for setting, rate in tried]
+    profile = fresh(_profile, pixels[: session.size(8192, 1024)], session.scratch)
+    rows += [(f"one actor alone: {part}", "", f"{rate:,.0f}", "") for part, rate in profile.items()]
     return Section(
         title="(a) Extraction against a plain PyTorch loop",
         text=_text(count, setting),
@@ -35,6 +48,48 @@ def measure(session: Session) -> Section:
         rows=rows,
         checks=[at_least("extraction, steady state, against a plain loop", median(ratios), TARGET)],
     )
+
+
+def _profile(pixels: NDArray[np.uint8], scratch: Path) -> dict[str, float]:
+    """Images per second of one thread for more and more of what a model actor does, the best of three."""
+    settings = config.load("quickstart")
+    model = load(settings.model, settings.seed)
+    plan = extract.Plan(settings.model, settings.extract, settings.seed, model.digest, model.transform)
+    classifier, size = extract.load_in_worker(plan), settings.extract.batch_size
+    shapes = [list(pixels.shape[1:])] * len(pixels)
+    columns = {
+        "key": [f"{row}" for row in range(len(pixels))],
+        "bytes": [image.tobytes() for image in pixels],
+    }
+    given = {**columns, "shape": shapes, "label": [0] * len(pixels)}
+    table = pa.Table.from_pydict(dict.fromkeys(SCHEMA.names, [None] * len(pixels)) | given, SCHEMA)
+    decoded = extract.decode_rows(table, plan)
+
+    def cut() -> Iterator[extract.Decoded]:
+        return (extract.decode_rows(table.slice(start, size), plan) for start in range(0, len(table), size))
+
+    parts: dict[str, Callable[[], Any]] = {
+        "network": lambda: [
+            classifier.forward(batch.pixels, blocks=False) for batch in decoded.batches(size)
+        ],
+        "network and FeatureNorm": lambda: [
+            classifier.forward(batch.pixels) for batch in decoded.batches(size)
+        ],
+        "and checks and tables": lambda: extract.extract_rows(
+            classifier, decoded.batches(size), plan.settings
+        ),
+        "and decoding": lambda: extract.extract_rows(classifier, cut(), plan.settings),
+        "and writing Parquet": lambda: store.write_table(
+            scratch / "profile.parquet", extract.extract_rows(classifier, cut(), plan.settings)[0]
+        ),
+    }
+    return {part: len(pixels) / min(_seconds(call) for _ in range(3)) for part, call in parts.items()}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def _extract(session: Session, count: int) -> float:
@@ -67,5 +122,6 @@ def _text(count: int, setting: plain.Setting) -> str:
         "so reading, decoding, FeatureNorm of four blocks, checks and writing Parquet are in it, starting "
         "Ray and loading the model are not. Plain loop: images in memory, normalise, forward, feature and "
         f"logits kept in memory; warmed up; its best setting ({setting}), found on fewer images. "
-        "The two sides took turns; the ratio is the median over the turns."
+        "The two sides took turns; the ratio is the median over the turns. Last rows: the work of a model "
+        "actor, added up part by part, in one process of one thread with nothing beside it."
     )

@@ -7,25 +7,28 @@ from dataclasses import dataclass
 
 REASONS: dict[str, str] = {
     "extraction, steady state, against a plain loop": (
-        "against the plain loop in PyTorch's own defaults (see the rows below it) the pipeline is "
-        "ahead; it is behind one that also uses channels-last tensors of 256 images and an "
-        "allocator that keeps freed memory. Of the two, the pipeline has the allocator; its batches "
-        "of 128, FeatureNorm of four blocks, the decoding of single rows and Parquet are the "
-        "difference."
+        "the profile is in the last rows of (a). Everything that an actor does beyond the network "
+        "(FeatureNorm of four blocks, checks, tables, decoding, Parquet) costs the difference between the "
+        "first and the last of them; twice the last is what two actors would reach if they did not "
+        "disturb each other. What is missing from there to the pipeline's turns is lost between processes "
+        "on two cores: shared cache and memory, and Ray's own processes. The plain loop has both cores to "
+        "itself, and channels-last tensors and a batch size that were searched for; in PyTorch's defaults "
+        "it is slower than the pipeline."
     ),
     "evaluation, all detectors, each further image, against a plain forward pass": (
-        "half of the difference is scoring, and nearly all of that the exact neighbour search of "
-        "KNN and GROOD (without them scoring is some 20 times as fast, see (f)); the network of "
-        "this benchmark is so small that a forward pass costs as little as a search in 2,000 rows."
+        "the profile is the last column of (b). What is not extraction is mostly the exact neighbour "
+        "search of KNN and GROOD (compare the rows of (f) with and without it): two matrix products with "
+        "the bank per image, on the same two cores, against a network so small that it costs about as "
+        "much. The ratio falls with the size of the network; no detector makes another forward pass."
     ),
     "growth of peak memory from 10,000 to 60,000 images": (
-        "only the evaluate task grows by more: it sorts one detector's scores of all datasets at "
-        "once, a few hundred bytes per image, and exact metrics need them together."
+        "the kind of process that grows most is named. The evaluate task sorts one detector's scores of "
+        "all datasets at once, some hundred bytes per image, because exact metrics need them together; "
+        "the others hold a slice or a batch, and differ by when the samples fell."
     ),
-    "gradient of GROOD against per-sample autograd": (
-        "about nine tenths of the closed form's time is one float64 matrix product of features and "
-        "prototypes (distances are logits here, and float32 loses the small ones); autograd with a "
-        "graph per image makes the same product in float32."
+    "scoring with neighbours: growth of peak memory from 40,000 to 120,000 rows": (
+        "the score task holds one slice of 8,192 rows and what it has asked the index for two batches of "
+        "1,024; at 40,000 rows there are five slices, and few samples fall on the peak of one."
     ),
 }
 """Why a target is missed, by the name of its check: the profile and what follows from it. Shown beside the

@@ -44,7 +44,7 @@ class Scored:
 def measure(session: Session) -> Section:
     """Rows per second without and with nearest neighbours."""
     alone = [_scored(session, rows, False) for rows in _sizes(session, 100_000, 1_000_000)]
-    indexed_sizes = (100_000, 1_000_000) if session.large else (20_000, 60_000)
+    indexed_sizes = (100_000, 1_000_000) if session.large else (40_000, 120_000)
     indexed = [_scored(session, rows, True) for rows in _sizes(session, *indexed_sizes)]
     return Section(
         title="(f) Scoring of cached rows",

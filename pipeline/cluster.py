@@ -68,20 +68,21 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def capacity(cpus: float, gpus: float, what: str) -> int:
-    """How many actors of this size the cluster holds at once.
+def capacity(cpus: float, gpus: float, what: str, spare: int = 0) -> int:
+    """How many actors of this size the cluster holds at once, beside `spare` CPUs for tasks.
 
     Raises:
         UserError: if not even one fits.
     """
     connect()
     have = ray.cluster_resources()
-    fits = [int(have.get("CPU", 0) / cpus)]
+    fits = [int(max(have.get("CPU", 0) - spare, 0) / cpus)]
     if gpus:
         fits.append(int(have.get("GPU", 0) / gpus))
     if min(fits) < 1:
+        beside = f" beside {spare} CPU for tasks" if spare else ""
         raise UserError(
-            f"{what}: one needs {cpus:g} CPU and {gpus:g} GPU, the cluster has "
+            f"{what}: one needs {cpus:g} CPU and {gpus:g} GPU{beside}, the cluster has "
             f"{have.get('CPU', 0):g} CPU and {have.get('GPU', 0):g} GPU. "
             "Lower the resources in the config or add nodes."
         )

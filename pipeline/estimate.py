@@ -74,12 +74,12 @@ class Probe:
 def duration(ready: Prepared, found: Probe) -> tuple[float, int]:
     """About how many seconds all forward passes take once they are running, and on how many model actors."""
     plan, cost = ready.plan, Cost.of(ready)
-    images, actors = cost.images + cost.extra, extract.actor_count(plan.settings)
+    images, actors = cost.images + cost.extra, extract.actor_count(plan)
     forward = found.forward[plan.settings.batch_size]
     if not plan.separate:
         return images / actors * (1 / forward + 1 / found.decode), actors
     cpus = ray.cluster_resources().get("CPU", 0) - actors * plan.settings.cpus_per_actor
-    return images / min(actors * forward, max(cpus, 1) * found.decode), actors
+    return images / min(actors * forward, cpus * found.decode), actors
 
 
 def probe(ready: Prepared, sizes: Sequence[int]) -> Probe:
@@ -89,7 +89,7 @@ def probe(ready: Prepared, sizes: Sequence[int]) -> Probe:
         UserError: if none of the images can be read, or the cluster has no room for a model actor.
     """
     settings = ready.config.extract
-    extract.actor_count(settings)
+    extract.actor_count(ready.plan)
     each = -(-PROBE_IMAGES // len(ready.jobs))
     tables = []
     for job in ready.jobs.values():
@@ -103,6 +103,7 @@ def probe(ready: Prepared, sizes: Sequence[int]) -> Probe:
 def measure(plan: extract.Plan, table: pa.Table, sizes: Sequence[int]) -> Probe:
     """Rates of decoding, and of the forward pass at some batch sizes up to the first that does not fit."""
     classifier = extract.load_in_worker(plan, compiled=plan.settings.compile)
+    extract.decode_rows(table.slice(0, 8), plan)  # warms up
     started = time.perf_counter()
     decoded = extract.decode_rows(table, plan)
     decode = len(table) / (time.perf_counter() - started)

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from ray.util.annotations import RayDeprecationWarning
 
-from pipeline import cluster, config, images, places, store
+from pipeline import __version__, cluster, config, images, places, store
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
 from pipeline.datasets import Manifest, fetch
 from pipeline.errors import UserError
@@ -64,6 +64,7 @@ def identity(classifier: Classifier, manifest: Manifest, settings: config.Extrac
     """What the features of a dataset depend on; equal identities have bit-equal features."""
     return {
         "weights": classifier.digest,
+        "versions": {"ood-pipeline": __version__, "torch": torch.__version__},
         "architecture": classifier.architecture,
         "head": classifier.taps.head,
         "blocks": list(classifier.taps.blocks),
@@ -370,6 +371,8 @@ def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], No
     Raises:
         UserError: too many unreadable images.
     """
+    for job in jobs:
+        _reopen(job, plan)
     unfinished = [job for job in jobs if not job.complete]
     todo = [shard for job in unfinished for shard in missing(job, plan.shard_rows)]
     receipts = list(_execute(todo, plan, progress)) if todo else []
@@ -386,18 +389,30 @@ def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], No
     }
 
 
-def actor_count(settings: config.Extract) -> int:
-    """How many model actors there will be.
+def _reopen(job: Job, plan: Plan) -> None:
+    """Take the mark off a dataset that has more bad images than are allowed by now; `finish` then says so."""
+    marker = places.at(job.folder) / store.MANIFEST
+    if (
+        job.complete
+        and store.read_json(marker)["errors"] > plan.settings.max_bad_fraction * job.manifest.rows
+    ):
+        marker.unlink()
+
+
+def actor_count(plan: Plan) -> int:
+    """How many model actors there will be; where they do not decode, a CPU is left for the tasks that do.
 
     Raises:
         UserError: if the cluster has no room for as many as configured, or for one.
     """
-    fits = cluster.capacity(settings.cpus_per_actor, settings.gpus_per_actor, "extract")
+    settings, spare = plan.settings, 1 if plan.separate else 0
+    fits = cluster.capacity(settings.cpus_per_actor, settings.gpus_per_actor, "extract", spare)
     if settings.actors == "auto":
         return fits
     if settings.actors > fits:
         raise UserError(
-            f"extract.actors: {settings.actors} asked for, the cluster has room for {fits}. Lower it."
+            f"extract.actors: {settings.actors} asked for, the cluster has room for {fits}"
+            f"{' beside a CPU that decodes' if spare else ''}. Lower it."
         )
     return settings.actors
 
@@ -405,7 +420,7 @@ def actor_count(settings: config.Extract) -> int:
 def _execute(todo: list[Shard], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> Any:
     """Stream receipts out of one Ray Data execution."""
     settings = plan.settings
-    actors = min(actor_count(settings), len(todo))
+    actors = min(actor_count(plan), len(todo))
     rows = ray.data.from_items([asdict(shard) for shard in todo], override_num_blocks=len(todo))
     if plan.separate:
         rows = rows.map(decode_shard, fn_kwargs={"plan": plan}, num_cpus=1)

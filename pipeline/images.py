@@ -73,9 +73,10 @@ def _fast_jpeg(content: bytes, image: Image.Image) -> Image.Image:
     import simplejpeg
 
     try:
-        return Image.fromarray(simplejpeg.decode_jpeg(content, _JPEG_COLOURS[image.mode]).squeeze())
+        pixels = simplejpeg.decode_jpeg(content, _JPEG_COLOURS[image.mode])
     except ValueError:
         return image
+    return Image.fromarray(pixels.reshape(_squeezed(pixels.shape)))
 
 
 def _check_size(width: int, height: int) -> None:

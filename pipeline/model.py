@@ -43,7 +43,7 @@ class Classifier:
     digest: str
     """SHA-256 of the state dict."""
     architecture: str
-    """SHA-256 of the module tree and of the source that built it."""
+    """SHA-256 of the module tree, of the source that built it, and of what it answers to fixed images."""
     device: str = "cpu"
     precision: str = "fp32"
     channels_last: bool = False
@@ -129,9 +129,14 @@ class Classifier:
             self.module.get_submodule(name).register_forward_hook(_norm_into(norms, name, place))
 
         def traced(images: Tensor) -> Traced:
+            seen.clear()
+            norms.clear()
             with self._autocast():
                 logits = self.module(images)
-            return seen[FEATURE], logits, dict(norms)
+            result = seen[FEATURE], logits, dict(norms)
+            seen.clear()  # empty before and after: what the compiler guards on is always the same
+            norms.clear()
+            return result
 
         return torch.compile(traced, dynamic=False)
 
@@ -160,7 +165,8 @@ def load(model: config.Model, seed: int, device: str = "cpu") -> Classifier:
     module, transform = built.module, built.transform
     module.eval().requires_grad_(False)
     try:
-        probe = torch.rand(2, transform.channels, transform.crop, transform.crop)
+        probe = torch.rand(3, transform.channels, transform.crop, transform.crop)
+        probe[2] = 10 * torch.randn_like(probe[2])  # what only happens to large values shows here
         found = taps.find(module, probe, model.head, None if model.blocks == "auto" else model.blocks)
     except UserError:
         raise
@@ -169,8 +175,17 @@ def load(model: config.Model, seed: int, device: str = "cpu") -> Classifier:
             f"model: it does not run on {transform.channels} x {transform.crop} x {transform.crop} images: "
             f"{error}. Check model.transform."
         ) from error
-    architecture = hashlib.sha256(repr(module).encode() + built.code + _sources(module)).hexdigest()
+    code = repr(module).encode() + built.code + _sources(module) + _behaviour(module, probe.shape)
+    architecture = hashlib.sha256(code).hexdigest()
     return Classifier(module.to(device), transform, found, _digest(module), architecture, device)
+
+
+def _behaviour(module: nn.Module, shape: torch.Size) -> bytes:
+    """Logits of fixed noise to four digits: what the source does not show, such as functions it imports."""
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = module(noise)
+    return ",".join(f"{value:.3e}" for value in logits.flatten().tolist()).encode()
 
 
 def _sources(module: nn.Module) -> bytes:
@@ -202,7 +217,8 @@ def _norm_into(norms: dict[str, Tensor], name: str, place: Layout) -> Any:
 
 def _digest(module: nn.Module) -> str:
     sha = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    tensors = {**module.state_dict(), **dict(module.named_buffers())}  # not all buffers are in the state
+    for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

@@ -145,7 +145,7 @@ class Runner:
     def _pool(self) -> ActorPool:
         if not self.actors:
             settings = self.plan.settings
-            count = extract.actor_count(settings)
+            count = extract.actor_count(self.plan)
             gpus = settings.gpus_per_actor
             remote = ray.remote(Worker).options(num_cpus=settings.cpus_per_actor, num_gpus=gpus)
             self.actors = [remote.remote(self.plan) for _ in range(count)]

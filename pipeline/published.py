@@ -7,7 +7,11 @@ Every value stands under the metric of ours that has its definition (`fpr95_ood`
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import yaml
 
 from pipeline.config import bundled
 from pipeline.errors import UserError, unknown
@@ -49,3 +53,15 @@ def read(name: str) -> list[Published]:
 def _row(cells: dict[str, str]) -> Published:
     value, std = float(cells.pop("value")), cells.pop("std")
     return Published(value=value, std=float(std) if std else None, **cells)
+
+
+def members(protocol: str) -> dict[str, set[str]]:
+    """Datasets of a protocol by role, from the bundled file that describes it."""
+    for path in (bundled() / "protocols").glob("*.yaml"):
+        described: Mapping[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if described["protocol"] == protocol:
+            found: dict[str, set[str]] = {}
+            for dataset in described["datasets"]:
+                found.setdefault(dataset["role"], set()).add(dataset["name"])
+            return found
+    raise UserError(f"published: no protocol {protocol!r} is described in {bundled() / 'protocols'}.")

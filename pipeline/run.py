@@ -120,6 +120,9 @@ class Run:
                 (folder / name).unlink(missing_ok=True)
             if stale:
                 places.remove_folder(folder / "report")
+            for scores in (folder / "scores").glob("*"):
+                if scores.name not in self.ready.jobs:  # a dataset that is no longer in the config
+                    places.remove_folder(scores)
             store.write_text(folder / "config.yaml", config.dump(self.ready.config))
             self.record.open = True
             self.record.write()

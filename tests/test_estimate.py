@@ -94,6 +94,6 @@ def test_a_batch_that_does_not_fit_ends_the_search(ready, monkeypatch) -> None:
 
 
 def test_a_configured_number_of_actors_that_does_not_fit_is_refused(ray_session, ready) -> None:
-    settings = config.Extract(actors=99)
+    plan = replace(ready.plan, settings=config.Extract(actors=99))
     with pytest.raises(UserError, match=r"extract\.actors: 99 asked for, the cluster has room for 4"):
-        estimate.extract.actor_count(settings)
+        estimate.extract.actor_count(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError
@@ -250,9 +251,15 @@ def test_logits_are_of_full_precision_whatever_the_body_is(job, plan, classifier
 
 def test_a_compiled_network_gives_the_same_features(job, plan, monkeypatch) -> None:
     """By the tracer alone, without the C++ compiler that the default backend needs."""
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *given, **kept: compiler(*given, backend="eager", **kept))
-    reference, other = extracted(job, plan), extracted(job, variant(plan, compile=True))
+    compiler, graphs = torch.compile, []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *given, **kept: compiler(*given, backend=backend, **kept))
+    reference, other = extracted(job, plan, 200), extracted(job, variant(plan, compile=True), 200)
+    assert len(graphs) == 1
     for name in (FEATURE, LOGITS, BLOCK_NORM):
         np.testing.assert_array_equal(other[name], reference[name])
 
@@ -265,3 +272,31 @@ def test_a_decoder_that_is_not_installed_is_refused(job, plan, classifier, monke
     settings = plan.settings.model_copy(update={"decoder": "simplejpeg"})
     with pytest.raises(UserError, match=r"extract\.decoder: simplejpeg is not installed"):
         extract.identity(classifier, job.manifest, settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"actors": 4}, "4 asked for, the cluster has room for 3 beside a CPU that decodes"),
+        ({"cpus_per_actor": 4.0}, "beside 1 CPU for tasks, the cluster has 4 CPU"),
+    ],
+)
+def test_model_actors_leave_a_cpu_to_the_tasks_that_decode(ray_session, plan, changes, message) -> None:
+    assert extract.actor_count(variant(plan, decode="separate")) == 3
+    assert extract.actor_count(plan) == 4
+    with pytest.raises(UserError, match=message):
+        extract.actor_count(variant(plan, decode="separate", **changes))
+
+
+def test_a_stricter_limit_holds_for_features_that_are_there(job, plan) -> None:
+    write_all(job, plan)
+    bad = Path(extract.shards(job, 90)[1].part)
+    table = pq.read_table(bad)
+    errors = json.dumps([[table["key"][0].as_py(), "made up"]])
+    store.write_table(bad, table.slice(1).replace_schema_metadata({extract.ERRORS: errors}))
+    extract.finish(job, variant(plan, max_bad_fraction=0.01))
+    assert job.complete
+    with pytest.raises(UserError, match="1 of 300 images are bad, more than"):
+        extract.run([job], variant(plan, max_bad_fraction=0.001), lambda _: None)
+    assert not job.complete
+    assert not bad.is_file()

@@ -288,3 +288,15 @@ def test_a_broken_jpeg_is_an_error_whatever_reads_it(decoder):
 def test_simplejpeg_leaves_other_formats_to_pillow():
     content = encoded(Image.fromarray(COLOUR))
     np.testing.assert_array_equal(decode(content, None, transform(), "simplejpeg"), centre(COLOUR))
+
+
+@pytest.mark.parametrize("size", [(1, 60), (60, 1), (1, 1)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_simplejpeg_reads_images_of_one_pixel_as_pillow_does(size, mode):
+    content = encoded(
+        Image.fromarray(RNG.integers(256, size=(*size, 3), dtype=np.uint8)).convert(mode), "JPEG"
+    )
+    target = transform(crop=1)
+    np.testing.assert_array_equal(
+        decode(content, None, target, "simplejpeg"), decode(content, None, target, "pillow")
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -356,4 +357,47 @@ def test_a_preset_is_that_of_torchvision(monkeypatch, name, preset):
     assert [given.crop] == theirs.crop_size
     assert given.interpolation == theirs.interpolation.value
     assert (list(given.mean), list(given.std)) == (theirs.mean, theirs.std)
-    assert seen == [(2, 3, given.crop, given.crop)]
+    assert seen == [(3, 3, given.crop, given.crop)]
+
+
+def test_what_the_head_gives_to_large_values_is_checked_too(tmp_path):
+    code = """
+from pipeline.quickstart.resnet import ResNet10
+class Clamped(ResNet10):
+    def forward(self, x):
+        return super().forward(x).clamp(-8, 8)
+"""
+    (tmp_path / "clamped.py").write_text(code)
+    weights = str(FOLDER / "resnet.safetensors")
+    with pytest.raises(UserError, match="'fc' applied to its input differs from the model's output"):
+        load(model(name=f"{tmp_path}/clamped.py:Clamped", weights=weights), seed=0)
+
+
+def test_features_of_other_behaviour_have_another_cache(tmp_path):
+    """A buffer that is not saved, and a function that the model's file imports."""
+    code = """
+import torch
+from pipeline.quickstart.resnet import ResNet10
+import changer
+class Net(ResNet10):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("offset", torch.tensor({offset}), persistent=False)
+    def forward(self, x):
+        return super().forward(changer.change(x))
+"""
+    found = []
+    for helper, body, offset in (("one", "x", 0.0), ("two", "x * 0.5", 0.0), ("three", "x", 1.0)):
+        folder = tmp_path / helper
+        folder.mkdir()
+        (folder / "changer.py").write_text(f"def change(x):\n    return {body}\n")
+        (folder / "net.py").write_text(code.format(offset=offset))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(folder))
+            patch.delitem(sys.modules, "changer", raising=False)
+            weights = str(FOLDER / "resnet.safetensors")
+            classifier = load(model(name=f"{folder}/net.py:Net", weights=weights), seed=0)
+            del sys.modules["changer"]
+        found.append((classifier.digest, classifier.architecture))
+    assert found[0][1] != found[1][1]
+    assert found[0][0] == found[1][0] != found[2][0]

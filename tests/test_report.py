@@ -56,7 +56,7 @@ def write_scores(run, setup):
     """Score tables in two parts each; returns dataset -> detector -> scores."""
     rng = np.random.default_rng(0)
     scores = {}
-    for i, name in enumerate(["cifar-10-test", *setup.ood, *setup.unlabelled]):
+    for i, name in enumerate(["cifar10_test", *setup.ood, *setup.unlabelled]):
         shift = {d: (setup.shift.get(d, 2.0) + 0.2 * i if i else 0) for d in setup.detectors}
         scores[name] = {d: rng.normal(shift[d], 1 + 0.2 * (i > 0), setup.rows) for d in setup.detectors}
         table = {"key": [f"{n}.png" for n in range(setup.rows)], **scores[name]}
@@ -78,7 +78,7 @@ def metric_rows(setup, scores):
         for prefix in ("", "fs_") if setup.full_spectrum else ("",):
             values = {}
             for dataset, role in setup.ood.items():
-                value = area(scores["cifar-10-test"][detector], scores[dataset][detector])
+                value = area(scores["cifar10_test"][detector], scores[dataset][detector])
                 values[dataset, prefix + role] = {m: float(rng.random()) for m in METRICS} | {"auroc": value}
             for group in dict.fromkeys(group for _, group in values):
                 members = [v for (_, g), v in values.items() if g == group]
@@ -88,7 +88,7 @@ def metric_rows(setup, scores):
                 for (dataset, group), cells in values.items()
                 for metric, value in cells.items()
             ]
-    return [*rows, metric_row("classifier", "cifar-10-test", "id", "id_accuracy", 0.9137)]
+    return [*rows, metric_row("classifier", "cifar10_test", "id", "id_accuracy", 0.9137)]
 
 
 def metric_row(detector, dataset, group, metric, value):
@@ -98,7 +98,7 @@ def metric_row(detector, dataset, group, metric, value):
 
 
 def manifest_of(setup):
-    roles = {"cifar-10-train": "train", "cifar-10-test": "id", **setup.ood}
+    roles = {"cifar10_train": "train", "cifar10_test": "id", **setup.ood}
     roles |= dict.fromkeys(setup.unlabelled, "unlabelled")
     blocks = [f"layer{i}.{j}" for i in range(1, 5) for j in range(2)]
     ratio = [1.02, 1.05, 1.11, 1.13, 1.22, 1.31, 1.46, 1.17]
@@ -401,11 +401,11 @@ def test_several_id_datasets_are_drawn_as_one(tmp_path):
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["datasets"]["more"]["role"] = "id"
     (run / "manifest.json").write_text(json.dumps(manifest))
-    ids = ["cifar-10-test", "more"]
+    ids = ["cifar10_test", "more"]
     expected = np.concatenate([pq.read_table(run / "scores" / name)["knn"].to_numpy() for name in ids])
     np.testing.assert_array_equal(Results.read(run).scores(ids, "knn"), expected)
     alts = [image["alt"] for image in page_of(run).images]
-    assert "Densities of the knn scores of cifar-10-test + more, tin, svhn" in alts
+    assert "Densities of the knn scores of cifar10_test + more, tin, svhn" in alts
 
 
 def test_a_block_without_a_finite_ratio_is_never_the_largest():
@@ -496,7 +496,9 @@ def test_scores_that_hardly_differ_have_a_density(scores):
     assert (heights["id"] * np.diff(edges)).sum() == pytest.approx(1)
 
 
-CIFAR10 = {"cifar100": "near_ood", "tin": "near_ood", "mnist": "far_ood", "svhn": "far_ood"}
+CIFAR10 = dict.fromkeys(("cifar100", "tin"), "near_ood") | dict.fromkeys(
+    ("mnist", "svhn", "texture", "places365"), "far_ood"
+)
 
 
 @pytest.fixture(scope="module")
@@ -525,8 +527,8 @@ def test_every_published_number_that_the_run_has_a_counterpart_of_stands_beside_
         assert float(difference) == pytest.approx(value - float(published.split()[0]), abs=6e-5)
         assert "github.com" in source
     datasets = {name for _, name, _ in shown}
-    assert datasets == {"Near-OOD, mean", "Far-OOD, mean", "mnist", "svhn"}
-    assert {detector for detector, _, _ in shown} == {"knn", "msp", "grood"}
+    assert datasets >= {"Near-OOD, mean", "Far-OOD, mean", "mnist", "svhn"}
+    assert {detector for detector, _, _ in shown} == {"classifier", "knn", "msp", "grood"}
 
 
 def test_a_method_under_two_labels_is_compared_under_each(tmp_path):
@@ -542,13 +544,25 @@ def test_what_keeps_a_run_from_being_the_protocol_is_said_beside_the_published_n
     text = page_of(compared).text
     assert "Not the protocol as published" not in text
     manifest = json.loads((compared / "manifest.json").read_text())
+    protocol = manifest["protocol"]
+    assert deviations(manifest["datasets"], protocol) == []
     manifest["datasets"]["tin"]["expected"] = 7793
     manifest["datasets"]["svhn"]["expected"] = None
     manifest["datasets"]["production"]["expected"] = None
-    assert deviations(manifest["datasets"]) == [
+    assert deviations(manifest["datasets"], protocol) == [
         "tin has 120 of 7,793 images.",
         "Number of images not checked: svhn.",
     ]
+
+
+def test_a_mean_over_other_datasets_is_not_set_beside_the_published_one(tmp_path):
+    fewer = {name: role for name, role in CIFAR10.items() if name != "texture"}
+    page = page_of(make_run(tmp_path, Setup(fewer, ("knn", "msp"), published="cifar10-resnet18")))
+    cells = page.cells["published"]
+    assert "Near-OOD, mean" in cells
+    assert "mnist" in cells
+    assert "Far-OOD, mean" not in cells
+    assert "far_ood is no mean over the protocol's datasets (far_ood: mnist, places365, svhn)." in page.text
 
 
 def test_a_run_without_published_numbers_has_no_such_section(finished, page):

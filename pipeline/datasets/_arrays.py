@@ -29,6 +29,8 @@ def check_labels(where: str, labels: NDArray[Any], images: int) -> NDArray[np.in
         raise UserError(
             f"{where}: labels are {labels.dtype} {labels.shape}; expected {images} integers, one per image."
         )
+    if len(labels) and not np.iinfo(np.int32).min <= labels.min() <= labels.max() <= np.iinfo(np.int32).max:
+        raise UserError(f"{where}: labels go from {labels.min()} to {labels.max()}; expected class indices.")
     return labels.astype(np.int32)
 
 

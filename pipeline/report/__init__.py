@@ -164,7 +164,7 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
             summary=leaderboard(results.metrics),
             boards=metric_boards(results.metrics),
             comparisons=comparisons(results, known),
-            deviations=deviations(manifest["datasets"]),
+            deviations=deviations(manifest["datasets"], known[0].protocol) if known else [],
             known=known,
             pictures=pictures,
             detectors=results.detectors,

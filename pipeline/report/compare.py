@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.published import Published
+from pipeline.published import Published, members
 from pipeline.report.tables import GROUPS, METRICS, Results
 
 CLASSIFIER = "classifier"
@@ -57,9 +57,12 @@ def comparisons(results: Results, known: Iterable[Published]) -> list[Comparison
     labels: dict[str, list[str]] = {CLASSIFIER: [CLASSIFIER]}
     for label, entry in results.manifest["detectors"].items():
         labels.setdefault(entry["method"], []).append(label)
+    known = list(known)
+    other = {group for row in known[:1] for group in other_groups(results.manifest["datasets"], row.protocol)}
     found = [
         (label, row, ours.get((label, row.dataset, row.metric)))
         for row in known
+        if row.dataset not in other
         for label in labels.get(row.detector, [])
     ]
     return [
@@ -69,15 +72,34 @@ def comparisons(results: Results, known: Iterable[Published]) -> list[Comparison
     ]
 
 
-def deviations(datasets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def other_groups(datasets: Mapping[str, Mapping[str, Any]], protocol: str) -> dict[str, str]:
+    """Groups whose mean is over other datasets than the protocol's, with a sentence that says which."""
+    ours: dict[str, set[str]] = {}
+    for name, entry in datasets.items():
+        ours.setdefault(entry["role"], set()).add(name)
+    theirs, found = members(protocol), {}
+    for prefix, shared in (("", ("id",)), ("fs_", ("id", "shifted_id"))):
+        for group in ("near_ood", "far_ood"):
+            roles = [role for role in (*shared, group) if ours.get(role, set()) != theirs.get(role, set())]
+            if roles and all(ours.get(role) and theirs.get(role) for role in (*shared, group)):
+                names = "; ".join(f"{role}: {', '.join(sorted(ours.get(role, set())))}" for role in roles)
+                found[prefix + group] = f"{prefix}{group} is no mean over the protocol's datasets ({names})."
+    return found
+
+
+def deviations(datasets: Mapping[str, Mapping[str, Any]], protocol: str) -> list[str]:
     """What differs, or may differ, from the images of the protocol; one sentence each."""
     compared = {
         name: entry for name, entry in datasets.items() if entry["role"] not in ("unlabelled", "ood_val")
     }
     other = [
-        f"{name} has {entry['rows']:,} of {entry['expected']:,} images."
+        f"{name} has {entry['features']:,} of {entry['expected']:,} images."
         for name, entry in compared.items()
-        if entry["expected"] not in (None, entry["rows"])
+        if entry["expected"] not in (None, entry["features"])
     ]
     unchecked = [name for name, entry in compared.items() if entry["expected"] is None]
-    return [*other, *([f"Number of images not checked: {', '.join(unchecked)}."] if unchecked else [])]
+    return [
+        *other_groups(datasets, protocol).values(),
+        *other,
+        *([f"Number of images not checked: {', '.join(unchecked)}."] if unchecked else []),
+    ]
