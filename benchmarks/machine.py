@@ -10,6 +10,9 @@ from pathlib import Path
 
 PACKAGES = ("ood-pipeline", "ray", "torch", "faiss-cpu", "numpy", "pyarrow")
 
+VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Environment variables that change how fast the libraries compute."""
+
 
 def describe() -> dict[str, str]:
     """Date, hardware, load and versions, in the order they are shown."""
@@ -20,6 +23,8 @@ def describe() -> dict[str, str]:
         "memory": f"{_memory() / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "libraries": ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
+        or "-",
         "other load": busy,
     }
 

@@ -26,9 +26,9 @@ REASONS: dict[str, str] = {
         "all datasets at once, some hundred bytes per image, because exact metrics need them together; "
         "the others hold a slice or a batch, and differ by when the samples fell."
     ),
-    "scoring with neighbours: growth of peak memory from 40,000 to 120,000 rows": (
+    "scoring with neighbours: growth of peak memory from 80,000 to 240,000 rows": (
         "the score task holds one slice of 8,192 rows and what it has asked the index for two batches of "
-        "1,024; at 40,000 rows there are five slices, and few samples fall on the peak of one."
+        "1,024; at 80,000 rows there are ten slices, and few samples fall on the peak of one."
     ),
 }
 """Why a target is missed, by the name of its check: the profile and what follows from it. Shown beside the
