@@ -22,9 +22,11 @@ REASONS: dict[str, str] = {
         "much. The ratio falls with the size of the network; no detector makes another forward pass."
     ),
     "growth of peak memory from 10,000 to 60,000 images": (
-        "the kind of process that grows most is named. The evaluate task sorts one detector's scores of "
-        "all datasets at once, some hundred bytes per image, because exact metrics need them together; "
-        "the others hold a slice or a batch, and differ by when the samples fell."
+        "the kind of process that grows most is named. A fit task works on one slice of 8,192 rows. At "
+        "10,000 images a worker takes one or two of them; in a process that took eight, one after the "
+        "other, private memory rose until the second or third (what the allocator keeps) and stayed there. "
+        "The evaluate task sorts one detector's scores of all datasets at once, some hundred bytes per "
+        "image, because exact metrics need them together."
     ),
     "scoring with neighbours: growth of peak memory from 80,000 to 240,000 rows": (
         "the score task holds one slice of 8,192 rows and what it has asked the index for two batches of "
