@@ -27,7 +27,7 @@ def test_the_cost_counts_what_is_still_to_do(ready) -> None:
     assert cost.index_bytes == 2 * rows["train"] * 128 * 4
 
 
-def test_finished_datasets_and_small_features_cost_less(ready, settings, load, execute) -> None:
+def test_finished_datasets_and_small_features_cost_less(ray_session, ready, settings, load, execute) -> None:
     settings["detectors"] = ["msp"]
     settings["extract"]["feature_dtype"] = "float16"
     halved = prepare.prepare(load(settings))
