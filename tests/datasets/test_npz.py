@@ -3,6 +3,8 @@ import zipfile
 import numpy as np
 import pytest
 
+from pipeline.config import Dataset
+from pipeline.datasets import npz
 from pipeline.errors import UserError
 
 GREY = np.arange(5 * 4 * 6, dtype=np.uint8).reshape(5, 4, 6)
@@ -150,3 +152,12 @@ def test_an_array_without_images_is_refused(compiled, tmp_path):
     np.savez(tmp_path / "a.npz", x=GREY[:0])
     with pytest.raises(UserError, match=r"datasets\.set\.path: no images in .*a\.npz"):
         compiled("npz", tmp_path / "a.npz")
+
+
+def test_labels_that_are_no_class_indices_are_refused(tmp_path):
+    """2**32 + 3 would become class 3."""
+    path = tmp_path / "large.npz"
+    np.savez(path, x=np.zeros((2, 4, 4), np.uint8), y=np.array([0, 2**32 + 3], np.uint64))
+    given = {"name": "large", "role": "id", "format": "npz", "path": str(path), "images": "x", "labels": "y"}
+    with pytest.raises(UserError, match="labels go from 0 to 4294967299; expected class indices"):
+        list(npz.read(Dataset(**given)))
