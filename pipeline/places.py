@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import UserError
+
+ROW_GROUP = 1024
+"""Rows per row group of every Parquet file of a workspace; a reader decodes only the groups it needs."""
 
 _APPEAR_WHOLE = {"s3", "gcs", "abfs"}
 """Kinds of storage in which a file that is being written cannot be seen."""
@@ -146,6 +150,14 @@ def parquet(path: Place | str) -> pq.ParquetFile:
     """A Parquet file to read; of a remote one only what is asked for is transferred."""
     system, place = storage.located(str(path))
     return pq.ParquetFile(place, filesystem=system, pre_buffer=system is not None)
+
+
+def read_rows(path: Place | str, start: int, stop: int, names: Sequence[str] | None = None) -> pa.Table:
+    """Rows [start, stop) of a Parquet file of a workspace; only the row groups they lie in are decoded."""
+    with parquet(path) as file:
+        first, last = start // ROW_GROUP, min(-(-stop // ROW_GROUP), file.num_row_groups)
+        groups = file.read_row_groups(list(range(first, last)), columns=names and list(names))
+    return groups.slice(start - first * ROW_GROUP, stop - start)
 
 
 def remove_folder(folder: Place) -> None:

@@ -21,10 +21,6 @@ from pipeline.places import Place
 
 MANIFEST = "_manifest.json"
 
-ROW_GROUP = 1024
-"""Rows per row group of every Parquet file; a reader decodes only the groups it needs."""
-
-
 AHEAD = 8
 """Parts that are opened at once: in an object store each takes a few answers of a server."""
 
@@ -48,7 +44,7 @@ def read_json(path: Place) -> Any:
 def write_table(path: Place, table: pa.Table) -> None:
     """Write a Parquet file atomically."""
     with places.atomic(path) as draft:
-        pq.write_table(table, draft, compression="lz4", row_group_size=ROW_GROUP, use_dictionary=False)
+        pq.write_table(table, draft, compression="lz4", row_group_size=places.ROW_GROUP, use_dictionary=False)
 
 
 def remove_folder(folder: Place) -> None:
@@ -122,17 +118,9 @@ class Table:
         for path, rows in zip(self.parts(), self.part_rows, strict=True):
             first, last = max(start - offset, 0), min(stop - offset, rows)
             if first < last:
-                tables.append(read_rows(path, first, last, names))
+                tables.append(places.read_rows(path, first, last, names))
             offset += rows
         return numpy_columns(pa.concat_tables(tables), names)
-
-
-def read_rows(path: Place, start: int, stop: int, names: Sequence[str] | None = None) -> pa.Table:
-    """Rows [start, stop) of a file of `write_table`, decoding no more than the row groups they lie in."""
-    with places.parquet(path) as file:
-        first, last = start // ROW_GROUP, min(-(-stop // ROW_GROUP), file.num_row_groups)
-        groups = file.read_row_groups(list(range(first, last)), columns=names and list(names))
-    return groups.slice(start - first * ROW_GROUP, stop - start)
 
 
 def read_columns(paths: Iterable[Place | str], names: Sequence[str]) -> Iterator[pa.Table]:

@@ -102,7 +102,7 @@ def test_only_the_row_groups_asked_for_are_transferred(bucket: str, monkeypatch:
         return status, headers, content
 
     monkeypatch.setattr(S3Response, "_handle_range_header", counted)
-    found = store.read_rows(path, 5000, 5003, ["row"])
+    found = places.read_rows(path, 5000, 5003, ["row"])
     assert found["row"].to_pylist() == [5000, 5001, 5002]
     assert 0 < sum(sent) < len(path.read_bytes()) / 10
 

@@ -28,7 +28,7 @@ from pipeline.config import LABELLED_ROLES, Dataset
 from pipeline.datasets import _filters
 from pipeline.datasets._fetch import fetch
 from pipeline.errors import UserError, unknown
-from pipeline.places import Place
+from pipeline.places import ROW_GROUP, Place
 
 __all__ = ["ROW_GROUP", "SCHEMA", "Manifest", "compile_manifest", "fetch", "formats"]
 
@@ -54,9 +54,6 @@ nor `bytes` is an image known to be lost. `label` is the class index, -1 where i
 are right, `accepted` has all of them and `label` the first. `identity` changes with the image: size and time
 stamp of its file, empty for inline bytes."""
 
-ROW_GROUP = 1024
-"""Rows per row group of a manifest; a shard reads only the row groups it needs."""
-
 
 @dataclass(frozen=True)
 class Manifest:
@@ -71,10 +68,7 @@ class Manifest:
 
     def read(self, start: int, stop: int) -> pa.Table:
         """Rows [start, stop), reading no more than the row groups they lie in."""
-        with places.parquet(self.path) as file:
-            first, last = start // ROW_GROUP, -(-stop // ROW_GROUP)
-            groups = file.read_row_groups(list(range(first, min(last, file.num_row_groups))))
-        return groups.slice(start - first * ROW_GROUP, stop - start)
+        return places.read_rows(self.path, start, stop)
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
         """The named rows, in ascending order, reading no more than the row groups they lie in."""
