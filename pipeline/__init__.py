@@ -1,5 +1,3 @@
 """Ray-distributed batch evaluation of out-of-distribution detectors."""
 
-from importlib.metadata import version
-
-__version__ = version("ood-pipeline")
+__version__ = "0.1.0"

@@ -1,12 +1,14 @@
 """The command `ood-pipeline`: reads arguments, calls the package, turns errors into exit statuses.
 
-0 success, 2 a mistake of the user's (one message, no traceback), 1 anything else.
+0 success, 2 a mistake of the user's (one message, no traceback), 1 anything else; the job's status where a
+command waited for one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Mapping
@@ -45,11 +47,20 @@ Overrides = Annotated[
 Workspace = Annotated[str, typer.Option(help="Folder for features, fits and runs; overrides the config's.")]
 
 
+Address = Annotated[
+    str,
+    typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the cluster's head."),
+]
+
+
+def _changes(overrides: list[str], workspace: str) -> list[str]:
+    return [*overrides, f"workspace={json.dumps(workspace)}"] if workspace else overrides
+
+
 def _load(source: str, overrides: list[str], workspace: str) -> Config:
     from pipeline import config
 
-    changes = [*overrides, f"workspace={json.dumps(workspace)}"] if workspace else overrides
-    return config.load(source, changes)
+    return config.load(source, _changes(overrides, workspace))
 
 
 def _execute(settings: Config, options: Options) -> None:
@@ -129,6 +140,71 @@ def report(
     from pipeline.run import Options
 
     _execute(_load(source, overrides, workspace), Options("report", publish="always" if track else "never"))
+
+
+@app.command()
+def submit(
+    source: ConfigFile,
+    address: Address,
+    overrides: Overrides = [],  # noqa: B006 - typer copies defaults
+    workspace: Workspace = "",
+    stage: Annotated[str, typer.Option(help="run, extract, fit, score or evaluate.")] = "run",
+    env: Annotated[
+        list[str],
+        typer.Option(metavar="NAME", help="Environment variable to send, or pattern; may be repeated."),
+    ] = [],  # noqa: B006
+    follow: Annotated[bool, typer.Option("--follow", help="Show the job's log while waiting.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return when the job is submitted.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do everything again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be sent; send nothing.")
+    ] = False,
+) -> None:
+    """Run an evaluation on a Ray cluster, and wait for its end; submitting again resumes it.
+
+    Example: `ood-pipeline submit quickstart --address http://head:8265 --workspace /shared/ood --env 'AWS_*'`
+    """
+    from pipeline import submit as jobs
+
+    order = jobs.Order(source, _changes(overrides, workspace), stage, fresh, tuple(env))
+    if dry_run:
+        jobs.show(order, console)
+    else:
+        raise typer.Exit(jobs.submit(order, address, console, follow, wait=not no_wait))
+
+
+@app.command()
+def status(
+    address: Address,
+    job: Annotated[str, typer.Argument(help="One job in full.")] = "",
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show its log until it ends; the exit status is the job's.")
+    ] = False,
+) -> None:
+    """List the jobs of a cluster, or show one.
+
+    Example: `ood-pipeline status quickstart-1a2b3c4d --address http://head:8265 --follow`
+    """
+    from pipeline import submit as jobs
+
+    cluster = jobs.Cluster(address)
+    if not job:
+        jobs.table(cluster, console)
+    elif follow:
+        raise typer.Exit(jobs.watch(cluster, job, console, follow=True))
+    else:
+        jobs.describe(cluster, job, console)
+
+
+@app.command()
+def stop(job: Annotated[str, typer.Argument(help="The job.")], address: Address) -> None:
+    """Stop a job of a cluster and wait until it gave its workspace back; submitting again resumes it.
+
+    Example: `ood-pipeline stop quickstart-1a2b3c4d --address http://head:8265`
+    """
+    from pipeline import submit as jobs
+
+    jobs.stop(jobs.Cluster(address), job, console)
 
 
 @app.command()
@@ -297,10 +373,16 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
         raise typer.Exit
 
 
+def _end(number: int, _: object) -> None:
+    """Leave by an exception, so that whatever is held is given back."""
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Entry point of the console command."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, _end)  # Ray, once started, has a handler that does the same
     os.environ[imports.FOLDER] = str(Path.cwd())  # inherited by Ray's workers
     try:
         app()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,8 @@ Role = Literal["train", "id", "near_ood", "far_ood", "shifted_id", "ood_val", "u
 LABELLED_ROLES = ("train", "id", "shifted_id")
 CLASS_FILES = (".txt", ".csv", ".json", ".yaml", ".yml")
 """Endings of files that say which index a class name has."""
+Start = Literal["current", "file", "data"]
+"""What a relative path starts from: the current folder, the config file's, or `data` if that is set."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 """A name that is a folder, a column and an MLflow metric at once."""
 
@@ -298,6 +301,15 @@ def load(source: str, overrides: list[str] | None = None) -> Config:
         UserError: missing file, invalid YAML, unknown key, value of a wrong type or out of range,
             unknown detector; the message names file and key.
     """
+    return _absolute(*read(source, overrides))
+
+
+def read(source: str, overrides: list[str] | None = None) -> tuple[Config, Path]:
+    """The config as `load` validates it, with paths as they are written, and the folder of its file.
+
+    Raises:
+        UserError: as `load`.
+    """
     path = locate(source)
     data = inherit.read(path, bundled())
     for override in overrides or []:
@@ -309,7 +321,7 @@ def load(source: str, overrides: list[str] | None = None) -> Config:
         raise UserError(explain(error, f"{path}: ", Config)) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return _absolute(config, path.parent)
+    return config, path.parent
 
 
 def locate(source: str) -> Path:
@@ -362,11 +374,41 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _folder(data: str | None, base: Path) -> str:
-    """Where relative paths of datasets and weights start."""
-    if data is None:
-        return str(base)
-    return data.rstrip("/") if "://" in data else str(Path(data).expanduser().resolve())
+def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config:
+    """The config with each of its paths replaced; names of weights, labels and modules are none and stay.
+
+    Args:
+        config: the config.
+        place: gives the new path for a field, its path, and what a relative path in that field starts from.
+    """
+
+    def code(field: str, reference: str) -> str:
+        file, separator, name = reference.rpartition(":")
+        return f"{place(field, file, 'file')}:{name}" if separator and file.endswith(".py") else reference
+
+    def data(field: str, path: str | None) -> str | None:
+        return None if path is None else place(field, path, "data")
+
+    def dataset(given: Dataset) -> Dataset:
+        where = f"datasets.{given.name}"
+        source = (code if given.format == "python" else data)(f"{where}.path", given.path)
+        labels = data(f"{where}.labels", given.labels) if _labels_are_a_file(given) else given.labels
+        root = data(f"{where}.root", given.root)
+        return given.model_copy(update={"path": source, "root": root, "labels": labels})
+
+    model = config.model
+    find = {"factory": code, "exported": data}.get(model.source, lambda _, name: name)
+    name = find("model.name", model.name)
+    named = model.weights is not None and is_name(model.weights)
+    weights = model.weights if named else data("model.weights", model.weights)
+    return config.model_copy(
+        update={
+            "workspace": place("workspace", config.workspace, "current"),
+            "data": None if config.data is None else place("data", config.data, "current"),
+            "model": model.model_copy(update={"name": name, "weights": weights}),
+            "datasets": tuple(map(dataset, config.datasets)),
+        }
+    )
 
 
 def _absolute(config: Config, base: Path) -> Config:
@@ -374,39 +416,16 @@ def _absolute(config: Config, base: Path) -> Config:
 
     Datasets and weights start from `data`; from the folder of the config file if there is none.
     """
-    data = _folder(config.data, base)
+    current = str(Path.cwd())
+    data = str(base) if config.data is None else _beside(current, config.data)
+    starts = {"current": current, "file": str(base), "data": data}
+    return relocated(config, lambda _, path, start: _beside(starts[start], path))
 
-    def beside(path: str | None, start: str = data) -> str | None:
-        if path is None or "://" in path:
-            return path
-        if "://" in start and not path.startswith(("/", "~")):
-            return f"{start}/{path}"
-        return str((Path(start) / Path(path).expanduser()).resolve())
 
-    def function(reference: str) -> str:
-        file, separator, name = reference.rpartition(":")
-        return f"{beside(file, str(base))}:{name}" if separator and file.endswith(".py") else reference
-
-    workspace, model = config.workspace, config.model
-    name = model.name
-    if model.source in ("factory", "exported"):
-        name = function(name) if model.source == "factory" else str(beside(name))
-    weights = model.weights if model.weights and is_name(model.weights) else beside(model.weights)
-    datasets = tuple(
-        dataset.model_copy(
-            update={
-                "path": function(dataset.path) if dataset.format == "python" else beside(dataset.path),
-                "root": beside(dataset.root),
-                "labels": beside(dataset.labels) if _labels_are_a_file(dataset) else dataset.labels,
-            }
-        )
-        for dataset in config.datasets
-    )
-    return config.model_copy(
-        update={
-            "workspace": workspace if "://" in workspace else str(Path(workspace).expanduser().resolve()),
-            "model": model.model_copy(update={"name": name, "weights": weights}),
-            "datasets": datasets,
-            "data": None if config.data is None else data,
-        }
-    )
+def _beside(start: str, path: str) -> str:
+    """A path as a URI or an absolute one, given where relative ones start."""
+    if "://" in path:
+        return path
+    if "://" in start and not path.startswith(("/", "~")):
+        return f"{start.rstrip('/')}/{path}"
+    return str((Path(start) / Path(path).expanduser()).resolve())

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.error import URLError
 
+from pipeline import __version__
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -26,7 +28,8 @@ class Finding:
 def examine(mlflow_uri: str = "") -> Iterator[Finding]:
     """All findings."""
     yield Finding("python", platform.python_version())
-    for name in ("ood-pipeline", "ray", "torch", "torchvision", "pyarrow", "mlflow"):
+    yield Finding("ood-pipeline", __version__)
+    for name in ("ray", "torch", "torchvision", "pyarrow", "mlflow"):
         yield _version(name)
     yield _torch()
     yield _faiss()

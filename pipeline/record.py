@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipeline import config, places, store
+from pipeline import __version__, config, places, store
 from pipeline.prepare import Prepared
 
 
@@ -92,8 +92,9 @@ def _detector(ready: Prepared, label: str) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    names = ("ood-pipeline", "ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "mlflow")
-    found = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "mlflow")
+    found = {"python": platform.python_version(), "ood-pipeline": __version__}
+    found |= {name: version(name) for name in names}
     for name in ("faiss-cpu", "faiss-gpu"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)

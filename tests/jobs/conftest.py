@@ -1,0 +1,138 @@
+"""A real cluster head that asks for a token, and the command line that submits to it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head node of its own, with two CPUs."""
+
+    address: str
+    folder: Path
+    """Ray's folder for sessions."""
+    token: str
+    printed: list[str] = field(default_factory=list)
+    """What commands have printed."""
+
+    def command(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run the command on a machine that knows the cluster's address and token."""
+        environment = clean() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        environment |= {"RAY_API_SERVER_ADDRESS": self.address, "COLUMNS": "200"} | variables
+        done = subprocess.run(
+            [BIN / "ood-pipeline", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        self.printed.extend([done.stdout, done.stderr])
+        return done
+
+    def get(self, path: str) -> Any:
+        """What the server answers."""
+        answer = requests.get(
+            self.address + path, headers={"Authorization": f"Bearer {self.token}"}, timeout=10
+        )
+        answer.raise_for_status()
+        return answer
+
+
+def clean() -> dict[str, str]:
+    """The environment without what other tests may have set for Ray."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
+def free_ports(count: int) -> list[str]:
+    """Ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for found in sockets:
+        found.bind(("127.0.0.1", 0))
+    ports = [str(found.getsockname()[1]) for found in sockets]
+    for found in sockets:
+        found.close()
+    return ports
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[Head]:
+    """A head in a process group of its own, which alone is ended; its Python has no path to this checkout."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="r"))
+    port, dashboard, client, agent = free_ports(4)
+    made = Head(f"http://127.0.0.1:{dashboard}", folder, secrets.token_hex(16))
+    environment = clean() | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": made.token, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    environment.pop("PYTHONPATH", None)
+    options = {
+        "port": port,
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard,
+        "ray-client-server-port": client,
+        "dashboard-agent-listen-port": agent,
+        "min-worker-port": "0",
+        "max-worker-port": "0",
+        "num-cpus": "2",
+        "object-store-memory": str(200 * 2**20),
+        "temp-dir": str(folder),
+    }
+    started = subprocess.Popen(
+        [
+            BIN / "ray",
+            "start",
+            "--head",
+            "--block",
+            *(f"--{name}={value}" for name, value in options.items()),
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: answers(made), 60)
+        yield made
+    finally:
+        os.killpg(started.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            started.wait(15)
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(head: Head) -> bool:
+    """Whether the server is up."""
+    try:
+        return bool(head.get("/api/version").ok)
+    except requests.RequestException:
+        return False
+
+
+def wait_for(condition: Any, seconds: float) -> None:
+    """Wait until something is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
