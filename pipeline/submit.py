@@ -179,7 +179,7 @@ class Cluster:
         if "already exists" in text:
             return UserError(f"{name}: there is a job of this name already. Submit again to get another.")
         lines = [line for line in map(str.strip, text.splitlines()) if line.strip(".")]
-        return Unanswered(f"{where}: the cluster answered: {(lines or ['nothing'])[-1]:.300}")
+        return Unanswered(f"{where}: the cluster answered: {(lines or ['nothing'])[-1].rstrip('.')[:300]}.")
 
 
 def show(order: Order, console: Console) -> None:
@@ -267,7 +267,7 @@ def stop(cluster: Cluster, job: str, console: Console) -> None:
     """
     cluster.info(job)
     cluster.stop(job)
-    watch(cluster, job, console, follow=True)
+    watch(cluster, job, console, follow=False)
 
 
 def describe(cluster: Cluster, job: str, console: Console) -> None:

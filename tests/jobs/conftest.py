@@ -34,20 +34,22 @@ class Head:
     printed: list[str] = field(default_factory=list)
     """What commands have printed."""
 
-    def command(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run the command on a machine that knows the cluster's address and token."""
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        """Start the command on a machine that knows the cluster's address and token."""
         environment = clean() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
         environment |= {"RAY_API_SERVER_ADDRESS": self.address, "COLUMNS": "200"} | variables
-        done = subprocess.run(
-            [BIN / "ood-pipeline", *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        self.printed.extend([done.stdout, done.stderr])
-        return done
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([BIN / "ood-pipeline", *arguments], env=environment, text=True, **pipes)
+
+    def finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+        """Wait for a command."""
+        out, err = process.communicate(timeout=120)
+        self.printed.extend([out, err])
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def command(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run the command to its end."""
+        return self.finish(self.start(*arguments, **variables))
 
     def get(self, path: str) -> Any:
         """What the server answers."""
