@@ -205,9 +205,13 @@ def submit(order: Order, address: str, console: Console, follow: bool, wait: boo
         The exit status of the job if it was waited for, 130 if waiting was interrupted, else 0.
 
     Raises:
-        UserError: whatever `package.fill` and `Cluster` refuse.
+        UserError: options that exclude each other; whatever `package.fill` and `Cluster` refuse.
     """
     entrypoint = order.entrypoint
+    if follow and not wait:
+        raise UserError(
+            "--follow: shows the log while the command waits, but --no-wait is set. Leave one out."
+        )
     with order.packed() as (folder, name):
         cluster = Cluster(address)
         job = f"{name}-{secrets.token_hex(4)}"

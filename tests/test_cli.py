@@ -9,6 +9,7 @@ import socketserver
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -30,7 +31,10 @@ from typer.testing import CliRunner
 from pipeline import __version__, cli, detectors, doctor, imports
 
 COMMAND = Path(sys.executable).parent / "ood-pipeline"
-SUBCOMMANDS = ("run", "extract", "fit", "score", "evaluate", "report", "validate", "detectors", "doctor")
+SUBCOMMANDS = (
+    *("run", "extract", "fit", "score", "evaluate", "report", "validate", "detectors", "doctor"),
+    *("submit", "status", "stop"),
+)
 
 NET = """
 from torch import nn
@@ -52,6 +56,11 @@ def softmax():
 
 def broken():
     return 1 / 0
+
+def endless():
+    import pathlib, time
+    pathlib.Path("started").touch()
+    time.sleep(100)
 """
 
 
@@ -523,6 +532,18 @@ def test_modules_beside_the_user_are_found_and_their_errors_have_status_1_and_a_
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
     assert_nothing_looks_complete(case.workspace)
+
+
+def test_a_command_that_is_terminated_leaves_in_order(case):
+    case.raw["model"]["name"] = "./net.py:endless"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen([COMMAND, "run", case.config()], cwd=case.folder, **pipes)
+    deadline = time.monotonic() + 60
+    while not (case.folder / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.terminate()
+    assert running.communicate(timeout=60) == (b"", b"")
+    assert running.returncode == 143
 
 
 def test_a_workspace_in_use_is_refused(case):

@@ -43,7 +43,7 @@ class Head:
 
     def finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
         """Wait for a command."""
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
         self.printed.extend([out, err])
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -60,9 +60,9 @@ class Head:
         return answer
 
 
-def clean() -> dict[str, str]:
-    """The environment without what other tests may have set for Ray."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+def clean(*others: str) -> dict[str, str]:
+    """The environment without what other tests may have set for Ray, and without names that begin so."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", *others))}
 
 
 def free_ports(count: int) -> list[str]:
@@ -76,16 +76,15 @@ def free_ports(count: int) -> list[str]:
     return ports
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def head() -> Iterator[Head]:
     """A head in a process group of its own, which alone is ended; its Python has no path to this checkout."""
     folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="r"))
     port, dashboard, client, agent = free_ports(4)
     made = Head(f"http://127.0.0.1:{dashboard}", folder, secrets.token_hex(16))
-    environment = clean() | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment = clean("PYTHONPATH", "COVERAGE") | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": made.token, "RAY_USAGE_STATS_ENABLED": "0"}
     environment |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    environment.pop("PYTHONPATH", None)
     options = {
         "port": port,
         "dashboard-host": "127.0.0.1",

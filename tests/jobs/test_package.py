@@ -16,6 +16,7 @@ import yaml
 
 from pipeline import config, package
 from pipeline.errors import UserError
+from tests.jobs.conftest import clean
 
 RAW: dict[str, Any] = {
     "name": "small",
@@ -159,7 +160,7 @@ def test_the_package_has_code_labels_and_published_numbers_of_its_own(fill, tmp_
 
 def python(package: Path, current: Path, *arguments: str) -> str:
     """What Python prints with a package before everything that is installed."""
-    environment = {**os.environ, "PYTHONPATH": str(package)}
+    environment = clean("COVERAGE") | {"PYTHONPATH": str(package)}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=current,

@@ -1,4 +1,4 @@
-"""Evaluations as jobs of a real head: refused, interrupted, stopped, resumed, done afresh; never indiscreet."""
+"""Evaluations as jobs of a real head: refused, stopped, resumed, done afresh; and never indiscreet."""
 
 from __future__ import annotations
 
@@ -329,6 +329,12 @@ def test_the_versions_of_ray_are_those_of_the_package():
 def test_a_command_that_a_job_cannot_have_is_refused(order, expected):
     with pytest.raises(UserError, match=expected):
         _ = order.entrypoint
+
+
+def test_a_log_is_not_followed_without_waiting():
+    order = submit.Order("quickstart", [])
+    with pytest.raises(UserError, match=r"^--follow: .* but --no-wait is set\. Leave one out"):
+        submit.submit(order, "http://127.0.0.1:1", Console(), follow=True, wait=False)
 
 
 def test_the_command_of_a_job_is_that_of_a_stage():
