@@ -73,15 +73,19 @@ class Site:
         self._start("head", "127.0.0.1", "--head", f"--port={self.port}", "--include-dashboard=false",
                     f"--temp-dir={self.folder}", "--num-cpus=2")  # fmt: skip
 
-    def add_node(self, *resources: str) -> str:
-        """A worker node; its name."""
+    def add_node(self, *resources: str, hidden: Path | None = None) -> str:
+        """A worker node; its name. It sees another, empty folder in the place of a `hidden` one."""
         self.started += 1
         name = f"node-{self.started}"
-        self._start(name, f"127.0.0.{self.started + 1}", f"--address={self.address}", *resources)
+        address = f"127.0.0.{self.started + 1}"
+        self._start(name, address, f"--address={self.address}", *resources, hidden=hidden)
         return name
 
-    def _start(self, name: str, ip: str, *options: str) -> None:
+    def _start(self, name: str, ip: str, *options: str, hidden: Path | None = None) -> None:
         command = [RAY, "start", "--block", f"--node-ip-address={ip}", "--object-store-memory=100000000"]
+        if hidden is not None:
+            script = 'mount -t tmpfs none "$0" && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", script, str(hidden), *command]
         with (self.folder / f"{name}.log").open("wb") as log:
             self.nodes[name] = subprocess.Popen(
                 [*command, *options],
@@ -121,10 +125,14 @@ class Site:
                             found.append(child)
         return found
 
-    def run(self, config: Path, *arguments: str) -> subprocess.Popen[str]:
+    def run(self, config: Path) -> subprocess.Popen[str]:
         """Start a driver."""
+        return self.command("run", str(config))
+
+    def command(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start the command line."""
         return subprocess.Popen(
-            [sys.executable, "-c", "from pipeline.cli import main; main()", "run", str(config), *arguments],
+            [sys.executable, "-c", "from pipeline.cli import main; main()", *arguments],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

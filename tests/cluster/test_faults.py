@@ -1,6 +1,6 @@
 """Processes, nodes and drivers are killed at seeded points of a run; it ends with the undisturbed results.
 
-One point of every kind runs always; all of them with `make chaos`.
+One run with several faults is tested always; one run for every fault with `make chaos`.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ FAULTS = [
     for victim in ("actor", "node", "driver")
     for seed in range(3)
 ]
-ALWAYS = {Fault("extract", "actor", 0), Fault("extract", "node", 0), Fault("score", "actor", 0)}
 
 
-def begun(site: Site, workspace: Path, stage: str) -> bool:
-    """Whether a stage is under way."""
-    if stage == "extract":
-        return any(workspace.glob("features/*/part-*.parquet"))
-    if stage == "fit":
-        return len(list(workspace.glob("features/*/_manifest.json"))) == 4
-    return bool(site.workers(ACTORS["score"]))
+def wait_for(site: Site, workspace: Path, stage: str, driver: Any) -> None:
+    """Wait until a stage is under way."""
+    begun = {
+        "extract": lambda: any(workspace.glob("features/*/part-*.parquet")),
+        "fit": lambda: len(list(workspace.glob("features/*/_manifest.json"))) == 4,
+        "score": lambda: site.workers(ACTORS["score"]),
+    }
+    wait(f"{stage} to begin", lambda: driver.poll() is not None or begun[stage](), 120)
 
 
 def strike(site: Site, fault: Fault, driver: Any, seconds: float) -> None:
@@ -63,36 +63,44 @@ def strike(site: Site, fault: Fault, driver: Any, seconds: float) -> None:
         kill(wait("a victim", lambda: site.workers(ACTORS[fault.stage]))[0])
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param(
-            fault,
-            id=f"{fault.stage}-{fault.victim}-{fault.seed}",
-            marks=() if fault in ALWAYS else pytest.mark.chaos,
-        )
-        for fault in FAULTS
-    ],
-)
-def test_a_run_survives(
-    fault: Fault, site: Site, undisturbed: Results, everything: dict[str, Any], tmp_path: Path
-) -> None:
+def survives(
+    faults: list[Fault], site: Site, undisturbed: Results, raw: dict[str, Any], folder: Path
+) -> Results:
+    """Run with some faults, one after the other, and compare every score and metric."""
     if len(site.nodes) == 1:
         site.add_node("--num-cpus=2")
-    config = written(everything, tmp_path)
-    workspace = tmp_path / "workspace"
+    config = written(raw, folder)
     driver = site.run(config)
-    wait(
-        f"{fault.stage} to begin",
-        lambda: driver.poll() is not None or begun(site, workspace, fault.stage),
-        120,
-    )
-    usual = undisturbed.record["stages"][fault.stage]
-    strike(site, fault, driver, usual.get("steady_seconds", usual["seconds"]))
-    if fault.victim == "driver":
-        driver.wait()
-        driver = site.run(config)
+    for fault in faults:
+        usual = undisturbed.record["stages"][fault.stage]
+        wait_for(site, folder / "workspace", fault.stage, driver)
+        strike(site, fault, driver, usual.get("steady_seconds", usual["seconds"]))
+        if fault.victim == "driver":
+            driver.communicate()
+            driver = site.run(config)
     finished(driver)
     found = Results.of(config)
     assert found.scores == undisturbed.scores
     assert found.metrics == undisturbed.metrics
+    return found
+
+
+def test_a_run_survives_the_loss_of_actors_and_of_a_node(
+    site: Site, undisturbed: Results, everything: dict[str, Any], tmp_path: Path
+) -> None:
+    faults = [Fault("extract", "actor", 0), Fault("extract", "node", 0), Fault("score", "actor", 0)]
+    found = survives(faults, site, undisturbed, everything, tmp_path)
+    assert found.record["stages"]["extract"]["retries"] > 0
+    assert found.record["stages"]["extract"]["cpu_seconds"] > 0
+    assert len(found.record["nodes"]) > 1
+    assert not list(tmp_path.rglob(".attempts-*"))
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.stage}-{fault.victim}-{fault.seed}")
+def test_a_run_survives(
+    fault: Fault, site: Site, undisturbed: Results, everything: dict[str, Any], tmp_path: Path
+) -> None:
+    survives([fault], site, undisturbed, everything, tmp_path)
+    verified = site.command("verify", str(tmp_path / "workspace" / "runs" / "small"))
+    finished(verified)
