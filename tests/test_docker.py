@@ -43,7 +43,7 @@ def parse(command: str) -> None:
     """Let the real command line read a command; raises for an unknown command or option."""
     program, name, *arguments = shlex.split(command)
     assert program == "ood-pipeline"
-    typer.main.get_command(cli.app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+    typer.main.get_command(cli.app).commands[name].make_context(name, arguments)
 
 
 @pytest.mark.parametrize("path", sorted(DOCKER.glob("Dockerfile*")), ids=lambda path: path.name)
