@@ -186,7 +186,9 @@ def local(path: Place) -> Iterator[Path]:
 def parquet(path: Place | str) -> pq.ParquetFile:
     """A Parquet file to read; of a remote one only what is asked for is transferred."""
     system, place = storage.located(str(path))
-    return pq.ParquetFile(place, filesystem=system, pre_buffer=system is not None)
+    return pq.ParquetFile(
+        place, filesystem=system, pre_buffer=system is not None, page_checksum_verification=True
+    )
 
 
 def read_rows(path: Place | str, start: int, stop: int, names: Sequence[str] | None = None) -> pa.Table:

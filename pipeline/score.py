@@ -178,6 +178,7 @@ def flag(folder: Place, thresholds: Mapping[str, float]) -> None:
     arguments = [(str(part), dict(thresholds)) for part in store.Table.open(folder).parts()]
     for _ in cluster.in_order(_flag_part, arguments):
         pass
+    store.remove_drafts(folder)
 
 
 def _flag_part(path: str, thresholds: dict[str, float]) -> None:
