@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FAISS ?= cpu  # or gpu
 
-.PHONY: quickstart test check install clean
+.PHONY: quickstart test check chaos install clean
 
 quickstart: install
 	$(BIN)/ood-pipeline run quickstart
@@ -14,6 +14,9 @@ test: install
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
+
+chaos: install
+	$(BIN)/pytest -m chaos tests/cluster
 
 check: install
 	$(BIN)/ruff format --check .

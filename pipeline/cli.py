@@ -365,6 +365,35 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def verify(
+    folder: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run folder, path or URI: <workspace>/runs/<name>.")
+    ],
+) -> None:
+    """Count a finished run again from its files; exit status 1 if anything does not add up.
+
+    Example: `ood-pipeline verify ./workspace/runs/quickstart`
+    """
+    from pipeline import verify as recount
+    from pipeline.progress import Display
+
+    place = recount.located(folder)
+    checks, fixes = 0, list[str]()
+    with Display(console).stage("verify", recount.rows(place)) as stage:
+        for finding in recount.examine(place, stage.advance):
+            mark = "[green]ok[/green]  " if finding.good else "[red]bad[/red] "
+            text = f"{finding.what}: expected {finding.expected}; found {finding.found}"
+            console.print(f"{mark} {finding.where:<20} {escape(text)}")
+            checks += 1
+            fixes += [] if finding.good else [finding.fix]
+        stage.note = f"{stage.done:,} rows, {checks} checks, {len(fixes)} bad"
+    for fix in dict.fromkeys(fixes):
+        console.print(f"fix  {fix}", markup=False)
+    if fixes:
+        raise typer.Exit(1)
+
+
 @app.callback(invoke_without_command=True)
 def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Options of the command itself."""

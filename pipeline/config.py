@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline import detectors, inherit
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
@@ -31,6 +39,17 @@ Start = Literal["current", "file", "data"]
 """What a relative path starts from: the current folder, the config file's, or `data` if that is set."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 """A name that is a folder, a column and an MLflow metric at once."""
+
+
+def _are_own(resources: dict[str, float]) -> dict[str, float]:
+    for name in resources:
+        if name in ("CPU", "GPU", "memory", "object_store_memory"):
+            raise ValueError(f"{name} is no resource of the cluster's own; there are keys for CPUs and GPUs")
+    return resources
+
+
+Resources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_are_own)]
+"""Amounts by names that nodes declare (`ray start --resources`)."""
 
 
 class Frozen(BaseModel):
@@ -138,6 +157,9 @@ class Extract(Frozen):
     )
     cpus_per_actor: float = Field(default=1, gt=0)
     gpus_per_actor: float = Field(default=0, ge=0)
+    resources: Resources = Field(
+        default={}, description="resources of the cluster's own that each actor needs, e.g. {a100: 1}"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto = cuda where gpus_per_actor > 0"
     )
@@ -163,6 +185,11 @@ class Extract(Frozen):
         default=0.01, ge=0, le=1, description="share of unreadable images above which the run fails"
     )
 
+    @property
+    def needs(self) -> dict[str, float]:
+        """What a model actor needs, by the names of Ray's resources."""
+        return {"CPU": self.cpus_per_actor, "GPU": self.gpus_per_actor, **self.resources}
+
 
 class Index(Frozen):
     """The nearest-neighbour index over training rows."""
@@ -171,9 +198,17 @@ class Index(Frozen):
     shards: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     cpus_per_shard: float = Field(default=1, gt=0)
     gpus_per_shard: float = Field(default=0, ge=0)
+    resources: Resources = Field(
+        default={}, description="resources of the cluster's own that each shard needs, e.g. {highmem: 1}"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto = cuda where gpus_per_shard > 0"
     )
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What the actor of a shard needs, by the names of Ray's resources."""
+        return {"CPU": self.cpus_per_shard, "GPU": self.gpus_per_shard, **self.resources}
 
 
 class Tracking(Frozen):

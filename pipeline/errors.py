@@ -6,6 +6,9 @@ Every message names the file, key or field, what was found, and what to do about
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+AGAIN = "What is finished is kept: run the same command again to go on."
+"""End of a message about a failure that does not lie in the config."""
+
 
 class UserError(ValueError):
     """A mistake the user can mend: bad config, missing data, weights that do not fit."""

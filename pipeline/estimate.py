@@ -95,7 +95,9 @@ def probe(ready: Prepared, sizes: Sequence[int]) -> Probe:
     for job in ready.jobs.values():
         rows = np.unique(np.linspace(0, job.manifest.rows - 1, each).astype(np.int64))
         tables.append(job.manifest.take(rows))
-    task = ray.remote(measure).options(num_cpus=settings.cpus_per_actor, num_gpus=settings.gpus_per_actor)
+    task = ray.remote(measure).options(
+        num_cpus=settings.cpus_per_actor, num_gpus=settings.gpus_per_actor, resources=settings.resources
+    )
     found: Probe = cluster.get(task.remote(ready.plan, pa.concat_tables(tables), list(sizes)))
     return found
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import ctypes
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -22,9 +21,9 @@ import pyarrow as pa
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.util.annotations import RayDeprecationWarning
 
-from pipeline import __version__, cluster, config, images, places, store
+from pipeline import __version__, attempts, cluster, config, images, places, store
+from pipeline.attempts import FIRST, Attempt
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
 from pipeline.datasets import Manifest, fetch
 from pipeline.errors import UserError
@@ -119,6 +118,10 @@ class Shard:
     stop: int
     part: str
 
+    def images(self) -> pa.Table:
+        """The rows of the manifest."""
+        return places.read_rows(self.manifest, self.start, self.stop)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -169,9 +172,13 @@ class Decoded:
 def decode_shard(row: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """Ray Data function: add the decoded images of a shard to the row that describes it."""
     shard = Shard(**row)
-    table = Manifest(shard.manifest, 0, "", {}).read(shard.start, shard.stop)
-    found = decode_rows(table, plan)
-    return {**row, "pixels": found.pixels, _OTHERS: json.dumps([found.rows, found.errors])}
+
+    def work() -> dict[str, Any]:
+        with attempts.begun(shard.part, "decoding") as attempt:
+            found = decode_rows(shard.images(), plan, attempt)
+        return {"pixels": found.pixels, _OTHERS: json.dumps([found.rows, found.errors])}
+
+    return {**row, **cluster.receipt(work)}
 
 
 class Extractor:
@@ -186,16 +193,25 @@ class Extractor:
         return load_in_worker(self.plan, compiled=self.plan.settings.compile)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Extract one shard, given as a row of `Shard` fields; for Ray Data."""
-        decoded = Decoded(row.pop("pixels"), *json.loads(row.pop(_OTHERS))) if _OTHERS in row else None
-        return cluster.receipt(lambda: self.extract(Shard(**row), decoded))
+        """Extract one shard, given as a row of `Shard` fields, or what `decode_shard` made of it."""
+        shard = Shard(**{field.name: row[field.name] for field in fields(Shard)})
+        if "failure" not in row:
+            return cluster.receipt(lambda: self.extract(shard))
+        if row["failure"]:
+            return {"costs": row["costs"], "failure": row["failure"]}
+        decoded = Decoded(row["pixels"], *json.loads(row[_OTHERS]))
+        return cluster.receipt(lambda: self.extract(shard, decoded), row["costs"])
 
     def extract(self, shard: Shard, decoded: Decoded | None = None) -> dict[str, Any]:
         """Extract one shard, decode it first if need be, write its part, and return the receipt."""
+        with attempts.begun(shard.part, "extracting") as attempt:
+            return self._extract(shard, decoded, attempt)
+
+    def _extract(self, shard: Shard, decoded: Decoded | None, attempt: Attempt) -> dict[str, Any]:
         classifier, size = self.classifier, self.plan.settings.batch_size
         started, clock = time.time(), time.perf_counter()
-        batches = decoded.batches(size) if decoded else self._decode(shard)
-        features, errors, forwarded = extract_rows(classifier, batches, self.plan.settings)
+        batches = decoded.batches(size) if decoded else self._decode(shard, attempt)
+        features, errors, forwarded = extract_rows(classifier, batches, self.plan.settings, attempt)
         store.write_table(
             places.at(shard.part), features.replace_schema_metadata({ERRORS: json.dumps(errors)})
         )
@@ -208,11 +224,11 @@ class Extractor:
             "seconds": time.perf_counter() - clock,
         }
 
-    def _decode(self, shard: Shard) -> Iterator[Decoded]:
-        table = Manifest(shard.manifest, 0, "", {}).read(shard.start, shard.stop)
-        size, contents = self.plan.settings.batch_size, fetch(table)
+    def _decode(self, shard: Shard, attempt: Attempt = FIRST) -> Iterator[Decoded]:
+        table, size = shard.images(), self.plan.settings.batch_size
+        contents = fetch(table)
         for start in range(0, len(table), size):
-            yield decode_rows(table.slice(start, size), self.plan, contents)
+            yield decode_rows(table.slice(start, size), self.plan, attempt, contents)
 
 
 def load_in_worker(plan: Plan, compiled: bool = False) -> Classifier:
@@ -244,11 +260,18 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**29)
 
 
-def decode_rows(table: pa.Table, plan: Plan, contents: Iterator[bytes | Exception] | None = None) -> Decoded:
+def decode_rows(
+    table: pa.Table,
+    plan: Plan,
+    attempt: Attempt = FIRST,
+    contents: Iterator[bytes | Exception] | None = None,
+) -> Decoded:
     """Decode rows of a manifest, from the next ones of a `fetch` under way or from one of their own."""
     pixels, good, errors = [], [], []
     rows = table.select([KEY, LABEL, ACCEPTED, "shape"]).to_pylist()
     for row, content in zip(rows, contents or fetch(table), strict=False):
+        if attempt.last:
+            attempt.at([row[KEY]])
         found = _decoded(content, row.pop("shape"), plan)
         if isinstance(found, Exception):
             errors.append([row[KEY], f"{type(found).__name__}: {found}"])
@@ -272,7 +295,10 @@ def _decoded(content: bytes | Exception, shape: list[int] | None, plan: Plan) ->
 
 
 def extract_rows(
-    classifier: Classifier, batches: Iterable[Decoded], settings: config.Extract
+    classifier: Classifier,
+    batches: Iterable[Decoded],
+    settings: config.Extract,
+    attempt: Attempt = FIRST,
 ) -> tuple[pa.Table, list[list[str]], int]:
     """Feature rows and errors of decoded images, and how many images were forwarded.
 
@@ -286,6 +312,7 @@ def extract_rows(
         errors += batch.errors
         if not batch.rows:
             continue
+        attempt.at([row[KEY] for row in batch.rows])
         forward = classifier.forward(padded(batch.pixels, settings.batch_size))
         output = {name: values[: len(batch.rows)] for name, values in forward.items()}
         output[FEATURE] = output[FEATURE].astype(settings.feature_dtype)
@@ -352,6 +379,7 @@ def missing(job: Job, shard_rows: int) -> list[Shard]:
     if folder.is_dir() and (not plan.is_file() or store.read_json(plan) != {"shard_rows": shard_rows}):
         for part in folder.glob("part-*.parquet"):
             part.unlink()
+    attempts.forget(folder)
     store.write_json(plan, {"shard_rows": shard_rows})
     done = {str(part) for part in folder.glob("part-*.parquet")}
     return [shard for shard in shards(job, shard_rows) if shard.part not in done]
@@ -406,7 +434,7 @@ def actor_count(plan: Plan) -> int:
         UserError: if the cluster has no room for as many as configured, or for one.
     """
     settings, spare = plan.settings, 1 if plan.separate else 0
-    fits = cluster.capacity(settings.cpus_per_actor, settings.gpus_per_actor, "extract", spare)
+    fits = cluster.capacity(settings.needs, "extract", spare)
     if settings.actors == "auto":
         return fits
     if settings.actors > fits:
@@ -424,18 +452,14 @@ def _execute(todo: list[Shard], plan: Plan, progress: Callable[[dict[str, Any]],
     rows = ray.data.from_items([asdict(shard) for shard in todo], override_num_blocks=len(todo))
     if plan.separate:
         rows = rows.map(decode_shard, fn_kwargs={"plan": plan}, num_cpus=1)
-    with warnings.catch_warnings():
-        # The named parameters of Ray 2.60 cannot bound the retries of a shard that kills its process.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        receipts = rows.map(
-            Extractor,
-            fn_constructor_kwargs={"plan": plan},
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            num_cpus=settings.cpus_per_actor,
-            num_gpus=settings.gpus_per_actor or None,
-            max_restarts=4,
-            max_task_retries=2,
-        )
+    receipts = rows.map(
+        Extractor,
+        fn_constructor_kwargs={"plan": plan},
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=settings.cpus_per_actor,
+        num_gpus=settings.gpus_per_actor or None,
+        resources=settings.resources or None,
+    )
     for receipt in cluster.receipts(receipts):
         progress(receipt)
         yield receipt

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from pipeline import __version__, cluster, config, places, store
 from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION
@@ -48,8 +48,9 @@ class Cache:
         folder = self.place(kind, identity)
         arrays = folder / "arrays.safetensors"
         if not self.has(folder, kind):
+            found = save({name: np.asarray(value, order="C") for name, value in compute().items()})
             with places.atomic(arrays) as draft:
-                save_file({name: np.asarray(value, order="C") for name, value in compute().items()}, draft)
+                draft.write_bytes(found)
             store.write_json(folder / store.MANIFEST, {"kind": kind, "identity": identity})
         with places.local(arrays) as file:
             return load_file(file)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from pipeline import cluster, config, places
+from pipeline import cluster, config, places, usage
 from pipeline.columns import Float
 from pipeline.errors import UserError
 
@@ -30,6 +31,9 @@ except ModuleNotFoundError:
 
 AUTO_SHARD_BYTES = 8 * 2**30
 """With `shards: auto` a shard holds at most this much."""
+
+_STOPPING = 10.0
+"""Seconds that a shard has to say what it cost; one that is just being started again is not waited for."""
 
 Vectors = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -106,22 +110,29 @@ def exact_distance(queries: Vectors, vectors: Vectors, row: Ids) -> Float:
 
 
 class Shard:
-    """One range of rows of every bank. Not an actor itself; `start` makes actors of it."""
+    """One range of rows of every bank. Not an actor itself; `start` makes actors of it.
 
-    def __init__(self, number: int, of: int, settings: config.Index) -> None:
-        self.number, self.of, self.settings = number, of, settings
+    An index is loaded from the workspace when it is first needed: an actor that was started again, perhaps
+    on another node, goes on where the old one was.
+    """
+
+    def __init__(self, number: int, of: int, settings: config.Index, banks: Mapping[str, BankFiles]) -> None:
+        self.number, self.of, self.settings, self.banks = number, of, settings, banks
         self.source: dict[str, Any] = {}
         self.indexes: dict[str, Any] = {}
         self.vectors: dict[str, Vectors] = {}
         self.offset: dict[str, int] = {}
         faiss.omp_set_num_threads(max(1, int(settings.cpus_per_shard)))
 
-    def load(self, label: str, bank: BankFiles) -> None:
-        """Build or read back the index of this shard's rows.
+    def load(self, label: str) -> None:
+        """Build or read back the index of this shard's rows of a bank; nothing if it is there.
 
         Raises:
             UserError: GPU asked for but not in this build of FAISS, or a factory string it refuses.
         """
+        if label in self.indexes:
+            return
+        bank = self.banks[label]
         start = bank.rows * self.number // self.of
         stop = bank.rows * (self.number + 1) // self.of
         self.offset[label] = start
@@ -139,6 +150,7 @@ class Shard:
 
     def search(self, label: str, queries: Vectors, k: int, exact: bool = False) -> Neighbours:
         """The k nearest vectors of this shard for (N, width) float32 queries."""
+        self.load(label)
         vectors = self.vectors[label]
         if exact:
             rank, row = faiss.knn(queries, vectors, min(k, len(vectors)))
@@ -151,6 +163,10 @@ class Shard:
             row=np.where(found, row + self.offset[label], -1),
             distance=np.where(found, distance, np.inf),
         )
+
+    def costs(self) -> dict[str, Any]:
+        """What the process has cost since it was started."""
+        return usage.of_process()
 
     def _trained(self, bank: BankFiles, vectors: Vectors) -> Any:
         """An index by factory string, trained once and kept beside the bank."""
@@ -232,8 +248,10 @@ class Index:
         return lambda: merge([cluster.get(part) for part in found], k)
 
     def stop(self) -> None:
-        """End the actors."""
+        """End the actors and report what they cost."""
         for shard in self.shards:
+            with suppress(ray.exceptions.RayError):
+                usage.report(ray.get(shard.costs.remote(), timeout=_STOPPING))
             ray.kill(shard)
 
 
@@ -244,7 +262,7 @@ def start(banks: Mapping[str, BankFiles], settings: config.Index) -> Index:
     smallest = min(bank.rows for bank in banks.values())
     if count > smallest:
         raise UserError(f"index.shards is {count} but the smallest bank has {smallest} rows; lower it.")
-    fits = cluster.capacity(settings.cpus_per_shard, settings.gpus_per_shard, "index")
+    fits = cluster.capacity(settings.needs, "index")
     spare = ray.cluster_resources().get("CPU", 0) - count * settings.cpus_per_shard
     if count > fits or spare < 1:
         raise UserError(
@@ -252,10 +270,14 @@ def start(banks: Mapping[str, BankFiles], settings: config.Index) -> Index:
             f"{settings.gpus_per_shard:g} GPU leave no CPU for scoring on this cluster. "
             "Lower shards or cpus_per_shard, or add nodes."
         )
-    remote = ray.remote(Shard).options(num_cpus=settings.cpus_per_shard, num_gpus=settings.gpus_per_shard)
-    index = Index(tuple(remote.remote(number, count, settings) for number in range(count)))
-    for label, bank in banks.items():
-        loading = [shard.load.remote(label, bank) for shard in index.shards]
+    index = Index(
+        tuple(
+            cluster.actor(Shard, settings.needs, number, count, settings, dict(banks), spread=True)
+            for number in range(count)
+        )
+    )
+    for label in banks:
+        loading = [shard.load.remote(label) for shard in index.shards]
         for reference in loading:
             cluster.get(reference)
     return index

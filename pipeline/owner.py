@@ -125,7 +125,7 @@ class Lease:
     def keep(self, over: Event) -> None:
         """Renew the lease until an event; while the store does not answer, try again."""
         while not over.wait(RENEWAL):
-            with suppress(OSError):
+            with suppress(OSError, UserError):
                 if self._is_ours():
                     self._renew()
 

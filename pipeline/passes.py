@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ray.util import ActorPool
 from torchvision.transforms.functional import gaussian_blur
 
-from pipeline import cluster, extract, images, taps
+from pipeline import cluster, extract, images, taps, usage
 from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS, Float, padded
 from pipeline.datasets import Manifest
 from pipeline.detectors.base import Jigsaw, Mixup, Noise, Pass
@@ -42,6 +42,12 @@ class Worker:
     def classifier(self) -> Classifier:
         """Loaded by the first call: an error raised there keeps its type, one of `__init__` does not."""
         return extract.load_in_worker(self.plan)
+
+    def metered(self, call: str, *arguments: Any) -> tuple[Any, dict[str, Any]]:
+        """Result of one of the methods below, and what it cost."""
+        with usage.metered() as costs:
+            result = getattr(self, call)(*arguments)
+        return result, costs
 
     def _batches(self, train: Manifest, rows: Index) -> Iterator[tuple[images.Pixels, Index]]:
         """Decodable images of some rows (ascending), at most `size` at once, and their rows."""
@@ -144,17 +150,18 @@ class Runner:
 
     def _pool(self) -> ActorPool:
         if not self.actors:
-            settings = self.plan.settings
-            count = extract.actor_count(self.plan)
-            gpus = settings.gpus_per_actor
-            remote = ray.remote(Worker).options(num_cpus=settings.cpus_per_actor, num_gpus=gpus)
-            self.actors = [remote.remote(self.plan) for _ in range(count)]
+            needs, count = self.plan.settings.needs, extract.actor_count(self.plan)
+            self.actors = [cluster.actor(Worker, needs, self.plan) for _ in range(count)]
         return ActorPool(self.actors)
 
-    def each(self, call: Callable[[Any, Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
-        """Results of a call on the pool, in the order of the arguments."""
+    def each(self, call: str, arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results of a method of `Worker` on the pool, in the order of the arguments."""
         with cluster.user_errors():
-            yield from self._pool().map(call, list(arguments))
+            for result, costs in self._pool().map(
+                lambda worker, some: worker.metered.remote(call, *some), list(arguments)
+            ):
+                usage.report(costs)
+                yield result
 
     def pieces(self, rows: Index) -> list[Index]:
         """Rows in pieces of one batch."""
@@ -173,7 +180,7 @@ class Runner:
     def jigsaw(self, spec: Jigsaw) -> Result:
         """NormRatio (Yu et al., CVPR 2023, eq. 4): mean over images of the ratio, and its standard error."""
         pieces = self.pieces(self.sample(spec, spec.samples))
-        found = self.each(lambda worker, rows: worker.norm_ratios.remote(self.train, rows, spec.grid), pieces)
+        found = self.each("norm_ratios", [(self.train, rows, spec.grid) for rows in pieces])
         ratios = np.concatenate(list(found))
         usable = np.isfinite(ratios).sum(axis=0)
         mean = np.divide(
@@ -188,20 +195,15 @@ class Runner:
         spec = spec.model_copy(update={"block": self.early if spec.block == "auto" else spec.block})
         if spec.block is None:
             raise UserError("the model has no block to mix images at; name a layer with mixup_layer.")
-        found = self.each(
-            lambda worker, rows: worker.runners_up.remote(self.train, rows),
-            self.pieces(self.sample(spec, spec.samples)),
-        )
+        sample = self.pieces(self.sample(spec, spec.samples))
+        found = self.each("runners_up", [(self.train, rows) for rows in sample])
         rows, classes = (np.concatenate(side) for side in zip(*found, strict=True))
         maps = self._class_maps(spec, np.unique(classes))
         grouped = [np.sort(piece) for piece in self.pieces(rows[np.argsort(classes, kind="stable")])]
         runner_up = dict(zip(rows.tolist(), classes.tolist(), strict=True))
-        sums = self.each(
-            lambda worker, piece: worker.mixed_sum.remote(
-                self.train, piece, [maps[runner_up[row]] for row in piece.tolist()], spec
-            ),
-            grouped,
-        )
+        others = [[maps[runner_up[row]] for row in piece.tolist()] for piece in grouped]
+        pairs = zip(grouped, others, strict=True)
+        sums = self.each("mixed_sum", [(self.train, piece, some, spec) for piece, some in pairs])
         totals, counts = zip(*sums, strict=True)
         return {"mean": np.sum(totals, axis=0) / sum(counts), "samples": np.array(sum(counts))}
 
@@ -211,7 +213,7 @@ class Runner:
         rng = np.random.default_rng([self.plan.seed, *b"class maps"])
         order = rng.permutation(len(labels))
         rows = [np.sort(order[labels[order] == label][: spec.class_samples]) for label in classes]
-        found = self.each(lambda worker, some: worker.mean_map.remote(self.train, some, spec.block), rows)
+        found = self.each("mean_map", [(self.train, some, spec.block) for some in rows])
         return dict(zip(classes.tolist(), found, strict=True))
 
     def noise(self, spec: Noise) -> Result:
@@ -221,7 +223,7 @@ class Runner:
             (piece, min(size, spec.samples - start))
             for piece, start in enumerate(range(0, spec.samples, size))
         ]
-        found = self.each(lambda worker, piece: worker.noise.remote(*piece), counts)
+        found = self.each("noise", counts)
         feature, energy = (np.concatenate(side) for side in zip(*found, strict=True))
         kept = np.argsort(energy, kind="stable")[: max(1, round(spec.keep * spec.samples))]
         return {"mean": feature[kept].astype(np.float64).mean(axis=0), "samples": np.array(len(kept))}

@@ -6,7 +6,9 @@ complete, so in both cases nothing half-written is ever seen under its name.
 
 from __future__ import annotations
 
+import errno
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,10 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import AGAIN, UserError
 
 ROW_GROUP = 1024
 """Rows per row group of every Parquet file of a workspace; a reader decodes only the groups it needs."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_LEAST = 2**20
+"""Bytes: a disk with fewer is full."""
 
 _APPEAR_WHOLE = {"s3", "gcs", "abfs"}
 """Kinds of storage in which a file that is being written cannot be seen."""
@@ -105,20 +112,50 @@ def put(file: Path, to: Place) -> None:
 
 @contextmanager
 def atomic(path: Place) -> Iterator[Path]:
-    """A local path to write to, put at `path` if the block succeeds and removed if it does not."""
+    """A local path to write to, put at `path` if the block succeeds and removed if it does not.
+
+    Raises:
+        UserError: no room or no access, there or where the draft lies.
+    """
+    with _clear(path), _draft(path) as draft:
+        yield draft
+        put(draft, path)
+
+
+@contextmanager
+def _draft(path: Place) -> Iterator[Path]:
+    """A local path, on the disk of `path` if that is local, that is gone after the block."""
     if isinstance(path, Remote):
         with TemporaryDirectory(prefix="ood-pipeline-") as folder:
-            draft = Path(folder, path.name)
-            yield draft
-            put(draft, path)
+            yield Path(folder, path.name)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield draft
-        draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _clear(path: Place) -> Iterator[None]:
+    """Tell a full disk or missing rights apart from mistakes of ours; writers do not always say which."""
+    try:
+        yield
+    except OSError as error:
+        folder = tempfile.gettempdir() if isinstance(path, Remote) else path.parent
+        full = error.errno in _FULL or _is_full(folder)
+        if not full and error.errno not in _REFUSED and not isinstance(path, Remote):
+            raise
+        reason = f"no space left on the disk of {folder}" if full else str(error).splitlines()[0]
+        cure = "Free some space" if full else "Check the rights and the credentials"
+        raise UserError(f"cannot write {path}: {reason}. {cure}. {AGAIN}") from None
+
+
+def _is_full(folder: Path | str) -> bool:
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free < _LEAST
+    return False
 
 
 @contextmanager
@@ -149,7 +186,9 @@ def local(path: Place) -> Iterator[Path]:
 def parquet(path: Place | str) -> pq.ParquetFile:
     """A Parquet file to read; of a remote one only what is asked for is transferred."""
     system, place = storage.located(str(path))
-    return pq.ParquetFile(place, filesystem=system, pre_buffer=system is not None)
+    return pq.ParquetFile(
+        place, filesystem=system, pre_buffer=system is not None, page_checksum_verification=True
+    )
 
 
 def read_rows(path: Place | str, start: int, stop: int, names: Sequence[str] | None = None) -> pa.Table:
@@ -201,8 +240,9 @@ def require_writable(path: str, field: str) -> None:
         _require_whole(path)
         folder = at(path)
         probe = folder / f".write-test-{uuid.uuid4().hex}"
-        with atomic(probe) as draft:
+        with _draft(probe) as draft:
             draft.touch()
+            put(draft, probe)
         probe.unlink()
     except UserError as error:
         raise UserError(f"{field}: {error}") from None

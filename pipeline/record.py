@@ -49,11 +49,12 @@ class Record:
             "passes": [],
             "index": {},
             "stages": {},
+            "nodes": {},
         }
         earlier = store.read_json(self.path) if self.path.is_file() else {}
         if earlier.get("fingerprint") == ready.fingerprint:
-            for part in ("index", "stages") if keep_stages else ("index",):
-                self.content[part] = earlier[part]
+            for part in ("index", "stages", "nodes") if keep_stages else ("index",):
+                self.content[part] = earlier.get(part, {})
 
     def write(self) -> None:
         """Write the record as it stands."""

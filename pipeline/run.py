@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from numpy.typing import NDArray
 
-from pipeline import cluster, config, evaluate, extract, index, passes, places, report, store, track
+from pipeline import cluster, config, evaluate, extract, index, passes, places, report, store, track, usage
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Jigsaw, Pass, Training, bank_of
 from pipeline.errors import UserError
@@ -71,7 +72,8 @@ def execute(settings: config.Config, options: Options, display: Display) -> Outc
         ready = prepare(settings)
         images = sum(job.manifest.rows for job in ready.jobs.values())
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
-    with alone(ready.workspace) as check, cluster.session(), ThreadPoolExecutor(1) as threads:
+    shared = [ready.workspace] if isinstance(ready.workspace, Path) else []
+    with alone(ready.workspace) as check, cluster.session(*shared), ThreadPoolExecutor(1) as threads:
         if options.fresh:
             _forget(ready)
         run = Run(ready, options, display, threads)
@@ -136,15 +138,17 @@ class Run:
 
     @contextmanager
     def stage(self, name: StageName, total: int = 0) -> Iterator[Stage]:
-        """Show a stage and record its wall time."""
+        """Show a stage and record what it took."""
         if self.may_work(name):
             self.begin()
         started = time.perf_counter()
-        with self.display.stage(name, total) as shown:
+        with self.display.stage(name, total) as shown, usage.collect() as used:
             yield shown
         if self.may_work(name):
             numbers = self.record.content["stages"].setdefault(name, {})
-            numbers["seconds"] = round(time.perf_counter() - started, 3)
+            numbers |= {"seconds": round(time.perf_counter() - started, 3), **used.numbers()}
+            nodes = cluster.nodes(dead=True)
+            self.record.content["nodes"] |= {node: nodes[node] for node in used.nodes & nodes.keys()}
             self.record.write()
 
     def may_work(self, name: StageName) -> bool:

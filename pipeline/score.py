@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from pipeline import cluster, places, store
+from pipeline import attempts, cluster, places, store
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
 from pipeline.detectors.base import NEIGHBOURS, Scorer, bank_of
 from pipeline.errors import UserError
@@ -92,6 +92,11 @@ def score_part(row: dict[str, Any], work: Any) -> dict[str, Any]:
 
 
 def _score_part(row: dict[str, Any], work: Scoring, tables: Mapping[str, store.Table]) -> dict[str, Any]:
+    with attempts.begun(row["part"], "scoring"):
+        return _scored(row, work, tables)
+
+
+def _scored(row: dict[str, Any], work: Scoring, tables: Mapping[str, store.Table]) -> dict[str, Any]:
     scores = work.table(tables[row["dataset"]].read(row["start"], row["stop"], work.columns))
     bad = _not_finite(scores, list(work.scorers))
     if bad:
@@ -144,6 +149,7 @@ def _missing(job: Job) -> list[dict[str, Any]]:
         for stale in (folder / store.MANIFEST, *folder.glob("part-*.parquet")):
             stale.unlink(missing_ok=True)
         store.write_json(plan, inputs)
+    attempts.forget(folder)
     done = {str(part) for part in folder.glob("part-*.parquet")}
     parts = (
         (str(folder / store.part_name(number)), rows)
@@ -172,6 +178,7 @@ def flag(folder: Place, thresholds: Mapping[str, float]) -> None:
     arguments = [(str(part), dict(thresholds)) for part in store.Table.open(folder).parts()]
     for _ in cluster.in_order(_flag_part, arguments):
         pass
+    store.remove_drafts(folder)
 
 
 def _flag_part(path: str, thresholds: dict[str, float]) -> None:

@@ -42,9 +42,16 @@ def read_json(path: Place) -> Any:
 
 
 def write_table(path: Place, table: pa.Table) -> None:
-    """Write a Parquet file atomically."""
+    """Write a Parquet file atomically, with checksums that `places.parquet` compares."""
     with places.atomic(path) as draft:
-        pq.write_table(table, draft, compression="lz4", row_group_size=places.ROW_GROUP, use_dictionary=False)
+        pq.write_table(
+            table,
+            draft,
+            compression="lz4",
+            row_group_size=places.ROW_GROUP,
+            use_dictionary=False,
+            write_page_checksum=True,
+        )
 
 
 def remove_folder(folder: Place) -> None:

@@ -102,6 +102,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(images: Path) -> dict[str, Any]:
     """The raw config of a small evaluation; tests change it and load it."""
+    return small(images)
+
+
+def small(images: Path) -> dict[str, Any]:
+    """The raw config of a small evaluation."""
 
     def dataset(name: str, role: str, labelled: bool = False) -> dict[str, Any]:
         labels = {"labels": f"{name}_y"} if labelled else {}

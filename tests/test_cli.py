@@ -33,7 +33,7 @@ from pipeline import __version__, cli, detectors, doctor, imports
 COMMAND = Path(sys.executable).parent / "ood-pipeline"
 SUBCOMMANDS = (
     *("run", "extract", "fit", "score", "evaluate", "report", "validate", "detectors", "doctor"),
-    *("submit", "status", "stop"),
+    *("submit", "status", "stop", "verify"),
 )
 
 NET = """
@@ -557,3 +557,25 @@ def test_a_workspace_in_use_is_refused(case):
     assert len(done.stderr.splitlines()) == 1
     assert not (case.workspace / "runs").exists()
     assert not (case.workspace / "features").exists()
+
+
+@pytest.mark.parametrize("name", ["", "runs", "runs/small/report"])
+def test_what_is_no_run_folder_cannot_be_verified(tmp_path, command, name):
+    (tmp_path / "runs" / "small" / "report").mkdir(parents=True)
+    (tmp_path / "runs" / "small" / "config.yaml").touch()
+    outcome = command("verify", str(tmp_path / name))
+    assert (outcome.status, outcome.out) == (2, "")
+    assert re.fullmatch(
+        r"error: .*: no run folder\. Give the path or URI of <workspace>/runs/<name>\.\n", outcome.err
+    )
+
+
+def test_a_run_that_never_came_far_has_status_1_and_no_traceback(tmp_path, command):
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    (tmp_path / "runs" / "small" / "config.yaml").touch()
+    outcome = command("verify", str(tmp_path / "runs" / "small"))
+    assert (outcome.status, outcome.err) == (1, "")
+    assert re.match(r"bad +manifest\.json +files: .*/runs/small/manifest\.json is missing\n", outcome.out)
+    assert re.search(
+        r"\nfix  run the evaluation again, which writes .*/runs/small/manifest\.json anew\n$", outcome.out
+    )

@@ -278,7 +278,10 @@ def test_a_decoder_that_is_not_installed_is_refused(job, plan, classifier, monke
     ("changes", "message"),
     [
         ({"actors": 4}, "4 asked for, the cluster has room for 3 beside a CPU that decodes"),
-        ({"cpus_per_actor": 4.0}, "beside 1 CPU for tasks, the cluster has 4 CPU"),
+        (
+            {"cpus_per_actor": 4.0},
+            "on one node beside 1 CPU for tasks; the cluster's nodes have 4 CPU and 2 GPU",
+        ),
     ],
 )
 def test_model_actors_leave_a_cpu_to_the_tasks_that_decode(ray_session, plan, changes, message) -> None:

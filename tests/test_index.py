@@ -21,9 +21,9 @@ def bank(folder: Path, vectors: np.ndarray, pieces: int = 3) -> BankFiles:
 
 
 def shards(files: BankFiles, of: int, **settings: object) -> list[Shard]:
-    found = [Shard(number, of, config.Index(**settings)) for number in range(of)]
+    found = [Shard(number, of, config.Index(**settings), {"bank": files}) for number in range(of)]
     for shard in found:
-        shard.load("bank", files)
+        shard.load("bank")
     return found
 
 
@@ -111,9 +111,9 @@ def test_a_gpu_that_this_faiss_does_not_see_is_a_clear_error(tmp_path, vectors) 
 
 
 def test_faiss_uses_as_many_threads_as_the_shard_has_cpus(tmp_path, vectors) -> None:
-    Shard(0, 1, config.Index(cpus_per_shard=3))
+    Shard(0, 1, config.Index(cpus_per_shard=3), {})
     assert faiss.omp_get_max_threads() == 3
-    Shard(0, 1, config.Index(cpus_per_shard=0.5))
+    Shard(0, 1, config.Index(cpus_per_shard=0.5), {})
     assert faiss.omp_get_max_threads() == 1
 
 
@@ -140,7 +140,7 @@ def test_actors_hold_every_bank_and_report_recall(ray_session, tmp_path, vectors
         ({"shards": 1000}, "smallest bank has 450 rows"),
         (
             {"gpus_per_shard": 3, "device": "cpu"},
-            "one needs 1 CPU and 3 GPU, the cluster has 4 CPU and 2 GPU",
+            "one actor needs 1 CPU and 3 GPU on one node; the cluster's nodes have 4 CPU and 2 GPU",
         ),
     ],
 )

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import store
+from pipeline import places, store
 from pipeline.columns import padded
 
 
@@ -62,3 +62,14 @@ def test_drafts_of_killed_writers_are_removed(tmp_path: Path) -> None:
     (tmp_path / "part-00000.parquet").touch()
     store.remove_drafts(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
+
+
+def test_a_bit_that_flipped_on_the_disk_is_noticed(tmp_path) -> None:
+    path = tmp_path / "part-00000.parquet"
+    vectors = np.random.default_rng(0).random((2048, 8), dtype=np.float32)
+    store.write_table(path, store.arrow_columns({"row": np.arange(2048), "feature": vectors}))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(OSError, match="CRC checksum verification failed"):
+        places.read_rows(path, 0, 2048)

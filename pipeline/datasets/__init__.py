@@ -30,7 +30,7 @@ from pipeline.datasets._fetch import fetch
 from pipeline.errors import UserError, unknown
 from pipeline.places import ROW_GROUP, Place
 
-__all__ = ["ROW_GROUP", "SCHEMA", "Manifest", "compile_manifest", "fetch", "formats"]
+__all__ = ["ROW_GROUP", "SCHEMA", "Manifest", "compile_manifest", "fetch", "formats", "table_digest"]
 
 SCHEMA = pa.schema(
     [
@@ -143,7 +143,7 @@ def _write(tables: Iterator[pa.Table], path: Path) -> Manifest:
         for table in tables:
             writer.write_table(table, row_group_size=ROW_GROUP)
             rows += len(table)
-            sha.update(_identity(table))
+            sha.update(table_digest(table))
             for label, count in _counts(table):
                 class_count[label] = class_count.get(label, 0) + count
     return Manifest(str(path), rows, sha.hexdigest(), class_count)
@@ -198,8 +198,11 @@ def _without_labels(table: pa.Table) -> pa.Table:
     return table
 
 
-def _identity(table: pa.Table) -> bytes:
-    """Digest of one table of rows; the folder a dataset lies in does not enter, its content does."""
+def table_digest(table: pa.Table) -> bytes:
+    """Digest of one table of rows; the folder a dataset lies in does not enter, its content does.
+
+    The digest of a dataset is SHA-256 over those of its row groups.
+    """
     sha = hashlib.sha256()
     names = ("key", "bytes", "shape", "label", "identity", "accepted")
     rows = zip(*(table[name].to_pylist() for name in names), strict=True)

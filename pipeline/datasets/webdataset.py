@@ -90,7 +90,7 @@ class _Tar:
         """Files in order, without hidden ones; sets `cut` when the archive lacks its end.
 
         Raises:
-            UserError: where a header should be there is something else.
+            UserError: where a header should be there is something else, or a member's path leads out.
         """
         end, reason = 0, ""
         try:
@@ -98,6 +98,11 @@ class _Tar:
                 while end <= self.size and (member := archive.next()) is not None:
                     end = archive.offset
                     archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+                    if member.name.startswith("/") or ".." in member.name.split("/"):
+                        raise UserError(
+                            f"{self.where}: the member {member.name!r} lies outside of the archive. Pack it "
+                            "again with relative paths."
+                        )
                     if not member.isdir() and not member.name.rpartition("/")[2].startswith("."):
                         yield member
         except tarfile.ReadError as error:

@@ -181,6 +181,13 @@ def test_two_images_in_one_sample_are_refused(compiled, write_tar, tmp_path):
         compiled("webdataset", tmp_path / "a.tar")
 
 
+@pytest.mark.parametrize("name", ["/etc/1.png", "a/../../1.png", "../1.png"])
+def test_a_member_outside_of_the_archive_is_refused(compiled, write_tar, tmp_path, png, name):
+    path = write_tar(tmp_path / "a.tar", {name: png(1)})
+    with pytest.raises(UserError, match=r"datasets\.set\.path: a\.tar: the member '.*1\.png' lies outside"):
+        compiled("webdataset", path)
+
+
 def test_a_tar_without_images_is_refused(compiled, write_tar, tmp_path):
     write_tar(tmp_path / "a.tar", {"1.txt": b"x"})
     with pytest.raises(UserError, match=r"datasets\.set\.path: no images in .*a\.tar"):

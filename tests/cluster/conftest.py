@@ -1,0 +1,48 @@
+"""A real cluster for the session, and an evaluation that uses every kind of work."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.nodes import Results, Site, finished, written
+from tests.conftest import small
+
+
+@pytest.fixture(scope="session")
+def site() -> Iterator[Site]:
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="r", ignore_cleanup_errors=True) as folder:
+        site = Site(Path(folder))
+        try:
+            site.start_head()
+            yield site
+        finally:
+            site.stop()
+
+
+@pytest.fixture(scope="session")
+def everything(images: Path) -> dict[str, Any]:
+    """The small evaluation with extra passes, statistics, and two banks on two index shards."""
+    settings = small(images)
+    settings["detectors"] = [
+        "msp",
+        "dice",
+        {"featurenorm": {"samples": 64}},
+        {"knn": {"k": 5}},
+        {"grood": {"samples": 64, "class_samples": 10}},
+    ]
+    settings["extract"] |= {"shard_rows": 32, "actors": 2, "batch_size": 32}
+    settings["index"] = {"shards": 2, "cpus_per_shard": 0.5}
+    return settings
+
+
+@pytest.fixture(scope="session")
+def undisturbed(site: Site, everything: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What a run gives that nothing happens to."""
+    config = written(everything, tmp_path_factory.mktemp("undisturbed"))
+    finished(site.run(config))
+    return Results.of(config)
