@@ -88,14 +88,13 @@ def of_process() -> dict[str, Any]:
 
 
 def _costs(wall: float, cpu: float) -> dict[str, Any]:
-    context = ray.get_runtime_context()
-    gpus = context.get_assigned_resources().get("GPU", 0.0) if _in_worker() else 0.0
+    context = ray.get_runtime_context() if _in_worker() else None  # elsewhere, asking for it starts Ray
     return {
         "cpu_seconds": cpu,
-        "gpu_seconds": wall * gpus,
+        "gpu_seconds": wall * context.get_assigned_resources().get("GPU", 0.0) if context else 0.0,
         "peak_memory": _peak_memory(),
         "retries": _untold_restarts(),
-        "node": context.get_node_id() if ray.is_initialized() else "",
+        "node": context.get_node_id() if context else "",
     }
 
 
