@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import attempts, usage
+from pipeline import attempts, store, usage
 from pipeline.errors import UserError
 
 POISON = """
 import os
+ONCE, DIED = {once}, "{died}"
 from pipeline.quickstart import resnet
 
 def build():
@@ -18,14 +19,16 @@ def build():
     inner = network.forward
 
     def forward(images):
-        if (images.flatten(1).amin(dim=1) > 2).any():
+        if (images.flatten(1).amin(dim=1) > 2).any() and not os.path.exists(DIED):
+            if ONCE:
+                open(DIED, "w").close()
             os._exit(1)
         return inner(images)
 
     network.forward = forward
     return network
 """
-"""A classifier that ends its process over a white image."""
+"""A classifier that ends its process over a white image, always or once."""
 
 
 def test_the_first_start_leaves_no_trace(tmp_path) -> None:
@@ -60,7 +63,8 @@ def test_an_image_that_kills_its_process_ends_the_run_and_is_named(
         kept = {name: arrays[name].copy() for name in ("test_x", "test_y", "animals_x")}
     kept["animals_x"][77] = 255
     np.savez(tmp_path / "images.npz", **kept)
-    (tmp_path / "poison.py").write_text(POISON)
+    died = tmp_path / "died"
+    (tmp_path / "poison.py").write_text(POISON.format(once=False, died=died))
     settings["model"]["name"] = "poison.py:build"
     settings["datasets"] = [
         {**dataset, "path": str(tmp_path / "images.npz")}
@@ -78,6 +82,10 @@ def test_an_image_that_kills_its_process_ends_the_run_and_is_named(
     (features,) = Path(tmp_path / "workspace" / "features").glob("animals-*")
     assert not (features / "_manifest.json").exists()
 
-    kept["animals_x"][77] = 0
-    np.savez(tmp_path / "images.npz", **kept)
-    assert execute(load(settings)).folder.is_dir()
+    (tmp_path / "poison.py").write_text(POISON.format(once=True, died=died))
+    run = execute(load(settings)).folder
+    assert died.exists()
+    record = store.read_json(run / "manifest.json")
+    assert record["datasets"]["animals"] == record["datasets"]["animals"] | {"rows": 150, "features": 150}
+    assert record["stages"]["extract"]["retries"] == 1
+    assert {file.parent for file in tmp_path.rglob(".attempts-*")} == {features}

@@ -1,0 +1,194 @@
+"""Several nodes: work goes where its resources are, and survives the loss of processes, nodes and drivers.
+
+They are killed at seeded points of a run, which ends with the results of an undisturbed one.
+
+One run with several faults is tested always; one run for every fault with `make chaos`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.nodes import Results, Site, finished, kill, wait, written
+
+ACTORS = {"extract": "ray::MapWorker", "fit": "ray::Worker", "score": "ray::Shard"}
+"""Titles of the actors that work in a stage."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is killed when: at some share of the time that a stage takes."""
+
+    stage: str
+    victim: str
+    seed: int
+
+    @property
+    def share(self) -> float:
+        return random.Random(f"{self}").uniform(0, 0.8)
+
+
+FAULTS = [
+    Fault(stage, victim, seed)
+    for stage in ("extract", "fit", "score")
+    for victim in ("actor", "node", "driver")
+    for seed in range(3)
+]
+
+
+def wait_for(site: Site, workspace: Path, stage: str, driver: Any) -> None:
+    """Wait until a stage is under way."""
+    begun = {
+        "extract": lambda: any(workspace.glob("features/*/part-*.parquet")),
+        "fit": lambda: len(list(workspace.glob("features/*/_manifest.json"))) == 4,
+        "score": lambda: site.workers(ACTORS["score"]),
+    }
+    wait(f"{stage} to begin", lambda: driver.poll() is not None or begun[stage](), 120)
+
+
+def strike(site: Site, fault: Fault, driver: Any, seconds: float) -> None:
+    """Kill the victim."""
+    time.sleep(fault.share * seconds)
+    assert driver.poll() is None, "the run was over before the fault"
+    if fault.victim == "driver":
+        driver.kill()
+    elif fault.victim == "node":
+        site.kill_node(list(site.nodes)[-1])
+        site.add_node("--num-cpus=2")
+    else:
+        kill(wait("a victim", lambda: site.workers(ACTORS[fault.stage]))[0])
+
+
+def survives(
+    faults: list[Fault], site: Site, undisturbed: Results, raw: dict[str, Any], folder: Path
+) -> Results:
+    """Run with some faults, one after the other, and compare every score and metric."""
+    if len(site.nodes) == 1:
+        site.add_node("--num-cpus=2")
+    config = written(raw, folder)
+    driver = site.run(config)
+    for fault in faults:
+        usual = undisturbed.record["stages"][fault.stage]
+        wait_for(site, folder / "workspace", fault.stage, driver)
+        strike(site, fault, driver, usual.get("steady_seconds", usual["seconds"]))
+        if fault.victim == "driver":
+            driver.communicate()
+            driver = site.run(config)
+    finished(driver)
+    found = Results.of(config)
+    assert found.scores == undisturbed.scores
+    assert found.metrics == undisturbed.metrics
+    return found
+
+
+def test_a_run_survives_the_loss_of_actors_and_of_a_node(
+    site: Site, undisturbed: Results, everything: dict[str, Any], tmp_path: Path
+) -> None:
+    faults = [Fault("extract", "actor", 0), Fault("extract", "node", 0), Fault("score", "actor", 0)]
+    found = survives(faults, site, undisturbed, everything, tmp_path)
+    assert found.record["stages"]["extract"]["cpu_seconds"] > 0
+    assert len(found.record["nodes"]) > 1
+    assert not list(tmp_path.rglob(".attempts-*"))
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.stage}-{fault.victim}-{fault.seed}")
+def test_a_run_survives(
+    fault: Fault, site: Site, undisturbed: Results, everything: dict[str, Any], tmp_path: Path
+) -> None:
+    survives([fault], site, undisturbed, everything, tmp_path)
+    verified = site.command("verify", str(tmp_path / "workspace" / "runs" / "small"))
+    finished(verified)
+
+
+def test_actors_go_to_the_nodes_that_have_what_they_need(
+    site: Site, undisturbed: Results, everything: dict[str, Any], tmp_path: Path
+) -> None:
+    """Logical GPUs and a resource of the cluster's own, on one node; the device is the CPU by config."""
+    name = site.add_node("--num-cpus=2", "--num-gpus=2", '--resources={"special": 2}')
+    extract = {**everything["extract"], "gpus_per_actor": 1, "device": "cpu", "resources": {"special": 1}}
+    index = {"shards": 3, "gpus_per_shard": 0.25, "cpus_per_shard": 0.25, "device": "cpu"}
+    config = written({**everything, "extract": extract, "index": index}, tmp_path)
+    try:
+        finished(site.run(config))
+    finally:
+        site.kill_node(name)
+    found = Results.of(config)
+    assert found.scores == undisturbed.scores
+    assert found.metrics == undisturbed.metrics
+    assert any(node["resources"].get("special") == 2 for node in found.record["nodes"].values())
+    assert found.record["stages"]["extract"]["gpu_seconds"] > 0
+    assert undisturbed.record["stages"]["extract"]["gpu_seconds"] == 0
+
+
+def test_an_actor_that_fits_on_no_single_node_is_refused(
+    site: Site, everything: dict[str, Any], tmp_path: Path
+) -> None:
+    extract = {**everything["extract"], "cpus_per_actor": 3}
+    driver = site.run(written({**everything, "extract": extract}, tmp_path))
+    output, _ = driver.communicate()
+    assert driver.returncode == 2
+    assert "extract: one actor needs 3 CPU on one node; the cluster's nodes have 2 CPU" in output
+
+
+def can_hide() -> bool:
+    return os.geteuid() == 0 and not subprocess.run(["unshare", "--mount", "true"], check=False).returncode
+
+
+@pytest.mark.skipif(not can_hide(), reason="needs the right to mount")
+def test_a_workspace_that_a_node_does_not_see_is_refused(
+    site: Site, everything: dict[str, Any], tmp_path: Path
+) -> None:
+    config = written(everything, tmp_path)
+    (tmp_path / "workspace").mkdir()
+    name = site.add_node("--num-cpus=1", hidden=tmp_path / "workspace")
+    try:
+        driver = site.run(config)
+        output, _ = driver.communicate()
+    finally:
+        site.kill_node(name)
+    assert driver.returncode == 2
+    assert f"workspace: {tmp_path}/workspace is a folder of this machine that 1 of" in output
+    assert "s3://bucket/prefix" in output
+    assert not list((tmp_path / "workspace").glob("features/*/part-*"))
+
+
+SMALL = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 16, stride=16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    )
+"""
+"""A network that costs little for large images."""
+
+
+@pytest.mark.chaos
+def test_more_pixels_than_the_object_store_holds_go_through_it(
+    site: Site, everything: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "small.py").write_text(SMALL)
+    transform = {"resize": 1000, "crop": 1000, "mean": [0.5], "std": [0.5], "channels": 1}
+    model = {"source": "factory", "name": str(tmp_path / "small.py:build"), "transform": transform}
+    found = []
+    for decode in ("separate", "fused"):
+        extract = {**everything["extract"], "decode": decode, "actors": 1, "shard_rows": 64}
+        raw = {**everything, "model": model, "detectors": ["msp", "dice"], "extract": extract}
+        (tmp_path / decode).mkdir()
+        config = written(raw, tmp_path / decode)
+        finished(site.run(config))
+        found.append(Results.of(config))
+    separate, fused = found
+    assert separate.scores == fused.scores
+    assert separate.metrics == fused.metrics
