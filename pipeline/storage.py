@@ -7,6 +7,7 @@ tools read them, and only the endpoint may stand in a URI (`?endpoint_override=.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -99,8 +100,7 @@ def entries(folder: str) -> list[Entry]:
         with os.scandir(place) as found:
             listed = [_local_entry(entry) for entry in found]
     else:
-        infos = system.get_file_info(fs.FileSelector(place))
-        listed = [_remote_entry(join(folder, info.base_name), info) for info in infos]
+        listed = [_remote_entry(join(folder, info.base_name), info) for info in _children(system, place)]
     return sorted(listed, key=lambda entry: entry.name)
 
 
@@ -186,8 +186,13 @@ def remove_folder(uri: str) -> None:
         OSError: no access.
     """
     system, place = located(uri)
-    with suppress(FileNotFoundError):
-        system.delete_dir(place)
+    if system.type_name != "gcs":
+        with suppress(FileNotFoundError):
+            system.delete_dir(place)
+        return
+    for info in system.get_file_info(fs.FileSelector(place, allow_not_found=True, recursive=True)):
+        if info.type == fs.FileType.File:  # pyarrow deletes no folder that has no object of its own
+            system.delete_file(info.path)
 
 
 def ahead(call: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
@@ -247,6 +252,22 @@ def _local_entry(entry: Path | os.DirEntry[str]) -> Entry:
     except OSError:  # a dangling link
         return Entry(uri, entry.name, folder, "missing")
     return Entry(uri, entry.name, folder, f"{stat.st_size}-{stat.st_mtime_ns}")
+
+
+def _children(system: Any, place: str) -> Iterator[fs.FileInfo]:
+    """What lies in a folder. Of GCS, all below it is listed: pyarrow sees no folders there but by their files."""
+    implied = system.type_name == "gcs"
+    found: set[str] = set()
+    infos = system.get_file_info(fs.FileSelector(place, allow_not_found=implied, recursive=implied))
+    if not infos and system.get_file_info(place).type == fs.FileType.NotFound:
+        raise FileNotFoundError(errno.ENOENT, "no such folder", place)
+    for info in infos:
+        name, below, _ = info.path.removeprefix(f"{place.rstrip('/')}/").partition("/")
+        if below:
+            info = fs.FileInfo(f"{place.rstrip('/')}/{name}", fs.FileType.Directory)
+        if name not in found:
+            found.add(name)
+            yield info
 
 
 def _remote_entry(uri: str, info: Any) -> Entry:

@@ -37,7 +37,7 @@ class Usage:
             "retries": self.retries,
             "cpu_seconds": round(self.cpu_seconds, 3),
             "gpu_seconds": round(self.gpu_seconds, 3),
-            "peak_memory": self.peak_memory,
+            "peak_memory_mib": round(self.peak_memory / 2**20),
         }
 
     def add(self, found: Mapping[str, Any]) -> None:

@@ -168,8 +168,9 @@ def manifest_of(setup):
                 "forward_images": 5800,
             },
             "fit": {"seconds": 3.0},
-            "score": {"seconds": 1.25, "images": 5800, "images_per_second": 4640.0},
+            "score": {"seconds": 1.25, "images": 5800, "images_per_second": 4640.0, "retries": 3},
         },
+        "nodes": {"ab12": {"host": "worker-7", "address": "10.0.0.7", "resources": {"CPU": 4.0, "GPU": 1.0}}},
     }
 
 
@@ -301,6 +302,9 @@ def test_every_name_and_every_fact_of_the_manifest_is_on_the_page(finished, page
         *manifest["detectors"],
         *manifest["versions"].values(),
         *manifest["stages"],
+        "worker-7",
+        "10.0.0.7",
+        "CPU = 4.0, GPU = 1.0",
     ]
     shown += [entry["hash"][:12] for entry in manifest["datasets"].values()]
     shown += [

@@ -1,0 +1,91 @@
+"""Images and workspaces on gs://, in a local server that stands in for Google's."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import config, owner, places, storage, store
+from pipeline.datasets import compile_manifest, fetch
+from pipeline.errors import UserError
+from pipeline.places import Place
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The URI of a bucket."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    host, port = address.split(":")
+    command = [str(Path(sys.executable).with_name("gcp-storage-emulator")), "start", "--in-memory"]
+    process = subprocess.Popen(
+        [*command, "--host", host, "--port", port, "--default-bucket", "data"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"http://{address}/storage/v1/b").close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    yield f"gs://anonymous@data?endpoint_override={address}&scheme=http"
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture
+def folder(server: str) -> Place:
+    return places.at(server) / uuid4().hex
+
+
+def test_folders_without_objects_of_their_own_are_found(folder: Place, tmp_path: Path) -> None:
+    for number, name in enumerate(("b/one.png", "a/two.png", "a/deep/three.png")):
+        Image.new("L", (4, 4), number).save(tmp_path / "image.png")
+        storage.upload(tmp_path / "image.png", storage.join(str(folder), name))
+    assert [(entry.name, entry.folder) for entry in storage.entries(str(folder))] == [
+        ("a", True),
+        ("b", True),
+    ]
+    images = config.Dataset(name="images", role="id", format="imagefolder", path=str(folder))
+    manifest = compile_manifest(images, tmp_path / "manifests")
+    rows = manifest.read(0, 3)
+    assert rows["key"].to_pylist() == ["a/deep/three.png", "a/two.png", "b/one.png"]
+    assert rows["label"].to_pylist() == [0, 0, 1]
+    assert all(isinstance(content, bytes) and content.startswith(b"\x89PNG") for content in fetch(rows))
+
+
+def test_files_of_a_workspace_are_written_read_and_removed(folder: Place) -> None:
+    table = store.arrow_columns({"row": np.arange(3000)})
+    store.write_table(folder / "features" / "part-00000.parquet", table)
+    store.write_json(folder / "features" / store.MANIFEST, {"part_rows": [3000]})
+    found = store.Table.open(folder / "features").read(1000, 1005, ["row"])
+    assert found["row"].tolist() == [1000, 1001, 1002, 1003, 1004]
+    assert [path.name for path in folder.glob("*")] == ["features"]
+    store.remove_folder(folder / "features")
+    store.remove_folder(folder / "features")
+    assert list(folder.glob("*")) == []
+    (folder / "nothing").unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError):
+        (folder / "nothing").read_bytes()
+    with pytest.raises(FileNotFoundError):
+        storage.entries(str(folder))
+
+
+def test_a_workspace_is_leased(folder: Place) -> None:
+    with owner.alone(folder), pytest.raises(UserError, match="is in use by process"), owner.alone(folder):
+        raise AssertionError
+    with owner.alone(folder):
+        pass
