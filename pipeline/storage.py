@@ -255,7 +255,7 @@ def _local_entry(entry: Path | os.DirEntry[str]) -> Entry:
 
 
 def _children(system: Any, place: str) -> Iterator[fs.FileInfo]:
-    """What lies in a folder. Of GCS, all below it is listed: pyarrow sees no folders there but by their files."""
+    """What lies in a folder. Of GCS, all below it is listed: pyarrow sees folders there only by files."""
     implied = system.type_name == "gcs"
     found: set[str] = set()
     infos = system.get_file_info(fs.FileSelector(place, allow_not_found=implied, recursive=implied))
