@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 from pipeline import __version__
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def examine(mlflow_uri: str = "") -> Iterator[Finding]:
     yield _torch()
     yield _faiss()
     yield Finding("cpus", str(os.cpu_count()))
-    yield Finding("ray cluster", os.environ.get("RAY_ADDRESS", "none; a local one is started for each run"))
+    yield _ray()
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     yield Finding("disk", f"{free:,.1f} GiB free here", free > 1)
     if mlflow_uri:
@@ -46,6 +47,26 @@ def _version(name: str) -> Finding:
         return Finding(name, version(name))
     except PackageNotFoundError:
         return Finding(name, "not installed. Install ood-pipeline with its dependencies.", good=False)
+
+
+def _ray() -> Finding:
+    """The nodes of the cluster that runs would use, and what each offers."""
+    if "RAY_ADDRESS" not in os.environ:
+        return Finding("ray cluster", "none; a local one is started for each run")
+    from pipeline import cluster
+
+    try:
+        with cluster.session():
+            cluster.connect()
+            nodes = cluster.nodes().values()
+    except UserError as error:
+        return Finding("ray cluster", str(error), good=False)
+    offers = [
+        f"{node['host']} ({node['address']}) {node['resources'].get('CPU', 0):g} CPU, "
+        f"{node['resources'].get('GPU', 0):g} GPU"
+        for node in nodes
+    ]
+    return Finding("ray cluster", f"{len(offers)} nodes: {'; '.join(offers)}")
 
 
 def _torch() -> Finding:

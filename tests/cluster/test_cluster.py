@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import time
 from dataclasses import dataclass
@@ -127,6 +128,11 @@ def test_actors_go_to_the_nodes_that_have_what_they_need(
     assert any(node["resources"].get("special") == 2 for node in found.record["nodes"].values())
     assert found.record["stages"]["extract"]["gpu_seconds"] > 0
     assert undisturbed.record["stages"]["extract"]["gpu_seconds"] == 0
+
+
+def test_the_doctor_sees_the_nodes(site: Site, undisturbed: Results) -> None:
+    output = finished(site.command("doctor"))
+    assert re.search(r"ray cluster +\d+ nodes: .*\(127\.0\.0\.1\) 2 CPU, 0 GPU; .*\(127\.0\.0\.\d+\)", output)
 
 
 def test_an_actor_that_fits_on_no_single_node_is_refused(
