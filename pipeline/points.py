@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.detectors.base import Bank, Scorer, bank_of
+from pipeline.detectors.base import Bank, Detector, Scorer, bank_of
 from pipeline.index import Neighbours
 from pipeline.score import Scoring
 
 
-def holders(scorers: Mapping[str, Scorer]) -> dict[str, str]:
-    """For each scorer with a bank the one whose bank serves it: equal vectors, and the largest k of these.
+def holders(detectors: Mapping[str, Detector], scorers: Mapping[str, Scorer]) -> dict[str, str]:
+    """For each scorer with a bank the one whose bank serves it.
+
+    Points that differ in the number of neighbours alone have the same vectors; the largest serves all.
 
     Args:
-        scorers: by label.
+        detectors: by label.
+        scorers: what they were fitted to, by label.
     """
     banks = {label: bank for label, scorer in scorers.items() if (bank := bank_of(scorer))}
-    vectors = {label: pickle.dumps((bank.embed, bank.keep)) for label, bank in banks.items()}
-    widest: dict[bytes, str] = {}
+    widest: dict[str, str] = {}
+    served = {}
     for label in sorted(banks, key=lambda label: -banks[label].k):
-        widest.setdefault(vectors[label], label)
-    return {label: widest[vectors[label]] for label in banks}
+        detector = detectors[label]
+        counts = getattr(detector, "k", None) == banks[label].k
+        fields = detector.model_dump_json(exclude={"k"} if counts else set())
+        served[label] = widest.setdefault(f"{type(detector)} {fields}", label)
+    return {label: served[label] for label in banks}
 
 
 @dataclass(frozen=True)

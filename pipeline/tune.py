@@ -202,7 +202,7 @@ class Search(Run):
         """The points, with as few banks as serve them all, and which bank serves which."""
         detectors, training = self.ready.detectors, self._training(cache)
         scorers = fit_detectors(detectors, training, cache, None).scorers
-        holder = holders(scorers)
+        holder = holders(detectors, scorers)
         holding = {label: detectors[label] for label in dict.fromkeys(holder.values())}
         trains = self.ready.of_role("train")
         source = (store.Table.open(places.at(trains[0].folder)), self.ready.training) if trains else None
