@@ -112,9 +112,10 @@ def execute(settings: Config, output: Path, display: Display) -> Outcome:
         ready = _prepared(settings, grids)
         stage.note = f"{len(ready.detectors)} points of {len(grids)} detectors"
     shared = [ready.workspace] if isinstance(ready.workspace, Path) else []
-    with alone(ready.workspace), cluster.session(*shared), ThreadPoolExecutor(1) as threads:
+    with alone(ready.workspace) as check, cluster.session(*shared), ThreadPoolExecutor(1) as threads:
         search = Search(ready, Options(first="fit"), display, threads)
         found = _chosen(grids, search.metrics(), wanted.metric)
+        check()
         written = _write(ready, wanted.metric, found)
         store.write_text(output, _text(_tuned(settings, grids, found), wanted.metric, written))
     return Outcome(wanted.metric, found, written, output)

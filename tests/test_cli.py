@@ -365,6 +365,12 @@ def test_a_detector_that_uses_ood_data_is_marked(case, command):
     assert [line.endswith("uses OOD data") for line in outcome.out.splitlines()[-2:]] == [False, True]
 
 
+def test_a_detector_that_was_tuned_on_ood_data_is_marked(case, command):
+    case.raw["detectors"].append({"knn": {"k": 3, "tuned_on_ood": True}})
+    outcome = command("run", case.config(), "--dry-run")
+    assert [line.endswith("uses OOD data") for line in outcome.out.splitlines()[-2:]] == [False, True]
+
+
 def grids(found: Any) -> Callable[[Case], None]:
     return lambda case: case.raw.update(tune={"grids": found})
 

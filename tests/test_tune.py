@@ -50,8 +50,8 @@ class Search:
     folder: Path
     raw: dict[str, Any]
     output: str
-    banks: dict[str, int]
-    """Width of the search in every bank that was held."""
+    banks: list[str]
+    """The points whose banks were held in memory."""
 
     @property
     def workspace(self) -> Path:
@@ -75,7 +75,7 @@ class Search:
 
 @pytest.fixture(scope="module")
 def searched(ray_session: None, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Search]:
-    """Features of what trains and what decides, and then a search, in which no image may be forwarded."""
+    """Features of all images, and then a search, in which no image may be forwarded."""
     folder = tmp_path_factory.mktemp("tune")
     raw = small(images)
     with np.load(ARRAYS) as arrays:
@@ -95,17 +95,13 @@ def searched(ray_session: None, images: Path, tmp_path_factory: pytest.TempPathF
     raw |= {"workspace": str(folder / "workspace"), "tune": {"grids": {"knn": {"k": K}, "dice": {"p": P}}}}
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
-    loaded = config.load(str(path))
-    decides = tuple(loaded.of_role("train", "id", "id_val", "ood_val"))
-    run.execute(loaded.model_copy(update={"datasets": decides}), run.Options(last="extract"), quiet())
-    banks: dict[str, int] = {}
+    run.execute(config.load(str(path)), run.Options(last="extract"), quiet())
+    banks: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extract, "run", no_forward_pass)
         patch.setattr(passes.Runner, "run", no_forward_pass)
         start = index.start
-        patch.setattr(
-            index, "start", lambda held, of: banks.update({name: 0 for name in held}) or start(held, of)
-        )
+        patch.setattr(index, "start", lambda held, settings: banks.extend(held) or start(held, settings))
         found = CliRunner().invoke(cli.app, ["tune", str(path)], catch_exceptions=False)
     assert found.exit_code == 0
     yield Search(folder, raw, found.output, banks)
@@ -170,13 +166,17 @@ def test_all_points_are_in_the_table_and_on_the_screen(searched) -> None:
 
 
 def test_points_that_search_the_same_vectors_share_one_bank(searched) -> None:
-    assert list(searched.banks) == ["knn[k=30]"]
+    assert searched.banks == ["knn[k=30]"]
 
 
 def test_only_training_and_validation_rows_are_read(searched) -> None:
     scored = {folder.name for folder in (searched.results / "tune").iterdir()}
     assert scored == {"held_out", *VALIDATION}
-    assert not list(searched.workspace.glob("features/animals-*"))
+    assert store.read_json(searched.results / "tune.json")["datasets"] == {
+        "train": "train",
+        "held_out": "id_val",
+        **dict.fromkeys(VALIDATION, "ood_val"),
+    }
 
 
 def test_another_metric_decides_on_the_same_scores(searched, monkeypatch) -> None:
@@ -197,15 +197,8 @@ def test_another_metric_decides_on_the_same_scores(searched, monkeypatch) -> Non
 
 
 def test_the_new_config_runs_on_the_cached_features_and_its_results_are_marked(searched) -> None:
-    """The command wrote it; datasets whose features nobody needed so far are left out."""
     tuned = config.load(str(searched.folder / "small.tuned.yaml"))
-    datasets = tuple(dataset for dataset in tuned.datasets if dataset.role != "near_ood")
-    raw = tuned.model_copy(update={"datasets": datasets}).model_dump(mode="json")
-    raw["datasets"] = [
-        d | ({"role": "far_ood"} if d["name"] == "textures_val" else {}) for d in raw["datasets"]
-    ]
-    raw["datasets"] = [d for d in raw["datasets"] if d["name"] != "textures"]
-    folder = run.execute(searched.load(raw), run.Options(), quiet()).folder
+    folder = run.execute(tuned, run.Options(), quiet()).folder
     assert folder.name == "small-tuned"
     record = store.read_json(folder / "manifest.json")
     assert record["stages"]["extract"]["forward_images"] == 0
