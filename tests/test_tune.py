@@ -200,6 +200,13 @@ def test_the_new_config_runs_on_the_cached_features_and_its_results_are_marked(s
     tuned = config.load(str(searched.folder / "small.tuned.yaml"))
     folder = run.execute(tuned, run.Options(), quiet()).folder
     assert folder.name == "small-tuned"
+    for name in VALIDATION:
+        tried, scored = (
+            pq.read_table(f) for f in (searched.results / "tune" / name, folder / "scores" / name)
+        )
+        for point in store.read_json(searched.results / "tune.json")["points"]:
+            if point["chosen"]:
+                assert tried[point["point"]].equals(scored[point["detector"]])
     record = store.read_json(folder / "manifest.json")
     assert record["stages"]["extract"]["forward_images"] == 0
     assert {label: entry["uses_ood"] for label, entry in record["detectors"].items()} == {
