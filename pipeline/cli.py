@@ -143,6 +143,32 @@ def report(
 
 
 @app.command()
+def tune(
+    source: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006 - typer copies defaults
+    workspace: Workspace = "",
+    metric: Annotated[str, typer.Option(help="Decides instead of the config's `tune.metric`.")] = "",
+    output: Annotated[
+        str, typer.Option(metavar="FILE", help="The new config; default NAME.tuned.yaml.")
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace the new config if it exists.")] = False,
+) -> None:
+    """Choose detector parameters from the grids of `tune`, on cached rows of `id_val` and `ood_val` images.
+
+    Example: `ood-pipeline tune quickstart --metric fpr95_id --output tuned.yaml`
+    """
+    from pipeline import tune as search
+    from pipeline.progress import Display
+
+    chosen = [f"tune.metric={json.dumps(metric)}"] if metric else []
+    settings = _load(source, [*overrides, *chosen], workspace)
+    outcome = search.execute(settings, search.target(source, output, force), Display(console))
+    console.print(search.console_table(outcome))
+    for name, text in {"table": outcome.table, "config": outcome.config}.items():
+        console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def submit(
     source: ConfigFile,
     address: Address,
@@ -258,7 +284,7 @@ def _show_plan(ready: Prepared) -> None:
     console.print(f"index     {_size(cost.index_bytes)} of memory")
     for label, detector in ready.detectors.items():
         extra = ", ".join(f"{type(spec).__name__} pass" for spec in detector.passes())
-        flag = "  [bold]uses OOD data[/bold]" if detector.uses_ood() else ""
+        flag = "  [bold]uses OOD data[/bold]" if ready.uses_ood(label) else ""
         console.print(f"detector  {label:<14} {detector.title}{'; ' + extra if extra else ''}{flag}")
 
 

@@ -27,11 +27,12 @@ from pydantic import (
 from pipeline import detectors, inherit
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
 from pipeline.detectors.base import Detector
-from pipeline.errors import UserError
+from pipeline.errors import UserError, unknown
 from pipeline.explain import explain
+from pipeline.grids import Tune, points
 from pipeline.overrides import apply_override
 
-Role = Literal["train", "id", "near_ood", "far_ood", "shifted_id", "ood_val", "unlabelled"]
+Role = Literal["train", "id", "near_ood", "far_ood", "shifted_id", "id_val", "ood_val", "unlabelled"]
 LABELLED_ROLES = ("train", "id", "shifted_id")
 CLASS_FILES = (".txt", ".csv", ".json", ".yaml", ".yml")
 """Endings of files that say which index a class name has."""
@@ -235,6 +236,10 @@ class DetectorEntry(Frozen):
     label: Name
     method: str
     parameters: dict[str, Any] = {}
+    tuned_on_ood: bool = Field(
+        default=False,
+        description="parameters were chosen on OOD images; marked wherever a result is shown",
+    )
 
     def build(self) -> Detector:
         """The detector with its parameters validated.
@@ -263,7 +268,7 @@ def _entries(value: Any) -> Any:
     for item in value:
         if isinstance(item, str):
             entries.append({"label": item, "method": item})
-        elif isinstance(item, dict) and not set(item) <= {"label", "method", "parameters"}:
+        elif isinstance(item, dict) and not set(item) <= set(DetectorEntry.model_fields):
             entries += [_entry(label, given) for label, given in item.items()]
         else:
             entries.append(item)
@@ -271,11 +276,12 @@ def _entries(value: Any) -> Any:
 
 
 def _entry(label: str, given: Any) -> dict[str, Any]:
-    """`label: {method: name, parameter: value, ...}` as a detector entry."""
+    """`label: {method: name, parameter: value, ...}` as a detector entry; `tuned_on_ood` is no parameter."""
     if not isinstance(given, dict | None):
         raise ValueError(f"{label!r}: expected its parameters, e.g. {{knn: {{k: 50}}}}, got {given!r}")
     parameters = dict(given or {})
-    return {"label": label, "method": parameters.pop("method", label), "parameters": parameters}
+    own = {name: parameters.pop(name) for name in ("method", "tuned_on_ood") if name in parameters}
+    return {"label": label, "method": label, **own, "parameters": parameters}
 
 
 class Config(Frozen):
@@ -299,6 +305,7 @@ class Config(Frozen):
     extract: Extract = Extract()
     index: Index = Index()
     tracking: Tracking = Tracking()
+    tune: Tune | None = None
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Config:
@@ -321,6 +328,25 @@ class Config(Frozen):
     def built(self) -> dict[str, Detector]:
         """The detectors with validated parameters, by label."""
         return {entry.label: entry.build() for entry in self.detectors}
+
+    def points(self) -> dict[str, dict[str, DetectorEntry]]:
+        """The points of the grids of `tune`, by label of the detector and of the point, each validated.
+
+        Raises:
+            UserError: unknown detector or parameter, or a value out of range.
+        """
+        entries = {entry.label: entry for entry in self.detectors}
+        found = {}
+        for label, grid in self.tune.grids.items() if self.tune else ():
+            if label not in entries:
+                raise UserError(f"tune.grids.{label}: {unknown('detector', label, entries)}")
+            entry = entries[label]
+            tried = points(label, detectors.get(entry.method), entry.parameters, grid)
+            found[label] = {
+                name: entry.model_copy(update={"label": name, "parameters": parameters})
+                for name, parameters in tried.items()
+            }
+        return found
 
     def of_role(self, *roles: str) -> list[Dataset]:
         """The datasets that play one of these parts, in config order."""
@@ -352,6 +378,7 @@ def read(source: str, overrides: list[str] | None = None) -> tuple[Config, Path]
     try:
         config = Config.model_validate(data)
         config.built()
+        config.points()
     except ValidationError as error:
         raise UserError(explain(error, f"{path}: ", Config)) from None
     except UserError as error:

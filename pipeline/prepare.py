@@ -52,6 +52,11 @@ class Prepared:
         """Jobs of the datasets with these roles."""
         return [self.jobs[dataset.name] for dataset in self.config.of_role(*roles)]
 
+    def uses_ood(self, label: str) -> bool:
+        """Whether a detector is fitted to OOD images, or its parameters were chosen on some."""
+        tuned = any(entry.tuned_on_ood for entry in self.config.detectors if entry.label == label)
+        return tuned or self.detectors[label].uses_ood()
+
     @property
     def training(self) -> dict[str, Any]:
         """What fitted detectors depend on besides their own parameters."""

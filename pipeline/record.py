@@ -87,7 +87,7 @@ def _detector(ready: Prepared, label: str) -> dict[str, Any]:
         "method": type(detector).__module__.rpartition(".")[2],
         "title": detector.title,
         "parameters": detector.model_dump(mode="json"),
-        "uses_ood": detector.uses_ood(),
+        "uses_ood": ready.uses_ood(label),
         "columns": list(detector.columns),
     }
 

@@ -33,7 +33,7 @@ from pipeline import __version__, cli, detectors, doctor, imports
 COMMAND = Path(sys.executable).parent / "ood-pipeline"
 SUBCOMMANDS = (
     *("run", "extract", "fit", "score", "evaluate", "report", "validate", "detectors", "doctor"),
-    *("submit", "status", "stop", "verify"),
+    *("submit", "status", "stop", "tune", "verify"),
 )
 
 NET = """
@@ -363,6 +363,73 @@ def test_a_detector_that_uses_ood_data_is_marked(case, command):
     case.raw["detectors"].append({"grood": {"prototype": "ood_val"}})
     outcome = command("run", case.config(), "--dry-run")
     assert [line.endswith("uses OOD data") for line in outcome.out.splitlines()[-2:]] == [False, True]
+
+
+def test_a_detector_that_was_tuned_on_ood_data_is_marked(case, command):
+    case.raw["detectors"].append({"knn": {"k": 3, "tuned_on_ood": True}})
+    outcome = command("run", case.config(), "--dry-run")
+    assert [line.endswith("uses OOD data") for line in outcome.out.splitlines()[-2:]] == [False, True]
+
+
+def grids(found: Any) -> Callable[[Case], None]:
+    return lambda case: case.raw.update(tune={"grids": found})
+
+
+def without_ood_val(case: Case) -> None:
+    grids({"knn": {"k": [1, 2]}})(case)
+    case.without("ood_val")
+
+
+def output_that_exists(case: Case) -> None:
+    grids({"knn": {"k": [1, 2]}})(case)
+    (case.folder / "small.tuned.yaml").write_text("mine")
+
+
+TUNING_MISTAKES = {
+    "no grids": (grids({}), r"tune\.grids: none, so there is nothing to choose from\. Add the values"),
+    "no OOD validation data": (without_ood_val, r"datasets: none has role 'ood_val', whose OOD images dec"),
+    "unknown detector": (
+        grids({"kn": {"k": [1]}}),
+        r"tune\.grids\.kn: unknown detector 'kn'\. Did you mean 'knn'\? Known: knn, msp\.",
+    ),
+    "unknown parameter": (
+        grids({"knn": {"kk": [1]}}),
+        r"tune\.grids\.knn\.kk: unknown key 'kk'\. Did you mean 'k'",
+    ),
+    "value out of range": (
+        grids({"knn": {"k": [1, 0]}}),
+        r"tune\.grids\.knn\.k: Input should be .*, got 0\.",
+    ),
+    "more neighbours than rows": (
+        grids({"knn": {"k": [1, 31]}}),
+        r"detectors\.knn\[k=31\]\.k is 31 but there are 30 training images; lower k",
+    ),
+    "images that also test": (
+        grids({"knn": {"k": [1, 2]}}),
+        r"datasets\.held_out: 30 of its images are also in train \(role 'train'\); images that decide must",
+    ),
+    "output that exists": (
+        output_that_exists,
+        r"--output: .*small\.tuned\.yaml exists already\. Name another file, or replace it with --force",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", TUNING_MISTAKES)
+def test_a_mistake_in_tuning_has_status_2_and_leaves_nothing(case, command, mistake):
+    spoil, expected = TUNING_MISTAKES[mistake]
+    case.raw["detectors"] = ["msp", {"knn": {"k": 3}}]
+    case.raw["datasets"] += [
+        case.dataset("far_ood") | {"name": "held_out", "role": "id_val"},
+        case.dataset("far_ood") | {"name": "odd", "role": "ood_val"},
+    ]
+    spoil(case)
+    outcome = command("tune", case.config())
+    assert outcome.status == 2
+    assert re.match(f"error: (.*small.yaml: )?{expected}", outcome.err), outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert_nothing_looks_complete(case.workspace)
+    assert [path.read_text() for path in case.folder.glob("*.tuned.yaml")] in ([], ["mine"])
 
 
 @pytest.mark.parametrize("name", ["a: b #1", "null", "[red]x", "123"])

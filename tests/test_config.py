@@ -433,6 +433,32 @@ def test_one_method_may_run_under_several_labels(load):
     ]
 
 
+def test_the_mark_of_a_tuned_detector_is_no_parameter_and_survives_a_dump(load):
+    entries = ["msp", {"knn": {"k": 5, "tuned_on_ood": True}}]
+    loaded = load(key(RAW, "detectors", entries))
+    again = load(yaml.safe_load(config.dump(loaded)))
+    for found in (loaded, again):
+        assert [entry.tuned_on_ood for entry in found.detectors] == [False, True]
+        assert found.detectors[1].parameters == {"k": 5}
+
+
+def test_the_points_of_the_grids_keep_the_other_parameters(load):
+    raw = RAW | {
+        "detectors": [{"mine": {"method": "grood", "samples": 64}}],
+        "tune": {"grids": {"mine": {"k": [1, 2]}}},
+    }
+    points = load(raw).points()["mine"]
+    assert {name: entry.parameters for name, entry in points.items()} == {
+        "mine[k=1]": {"samples": 64, "k": 1},
+        "mine[k=2]": {"samples": 64, "k": 2},
+    }
+
+
+def test_an_unknown_metric_to_tune_by_is_refused(load):
+    with pytest.raises(UserError, match=r"tune\.metric: Input should be 'auroc'.*, got 'aurok'"):
+        load(RAW, "tune.metric=aurok")
+
+
 def test_datasets_of_a_role_come_in_config_order(load):
     loaded = load(key(RAW, "datasets.2.role", "id"))
     assert [dataset.name for dataset in loaded.of_role("id", "train")] == ["train", "test", "cifar-10"]

@@ -102,7 +102,7 @@ class Bank:
     keep: Callable[[Batch], Mask]
     """Batch of training rows -> (N,) bool; which of them enter the bank."""
     k: int
-    """How many neighbours are looked up."""
+    """How many neighbours are looked up; the vectors do not depend on it."""
 
 
 class Scorer(Protocol):

@@ -89,9 +89,8 @@ def other_groups(datasets: Mapping[str, Mapping[str, Any]], protocol: str) -> di
 
 def deviations(datasets: Mapping[str, Mapping[str, Any]], protocol: str) -> list[str]:
     """What differs, or may differ, from the images of the protocol; one sentence each."""
-    compared = {
-        name: entry for name, entry in datasets.items() if entry["role"] not in ("unlabelled", "ood_val")
-    }
+    others = ("unlabelled", "id_val", "ood_val")
+    compared = {name: entry for name, entry in datasets.items() if entry["role"] not in others}
     other = [
         f"{name} has {entry['features']:,} of {entry['expected']:,} images."
         for name, entry in compared.items()
