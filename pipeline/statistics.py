@@ -24,6 +24,8 @@ class Statistics:
     """(C,) rows of each class that the classifier got right."""
     class_sum: Float
     """(C, D) sum of the features of each class."""
+    correct_sum: Float
+    """(C, D) the same over the rows that the classifier got right."""
     unlabelled_count: int
     """Rows without a label."""
     unlabelled_sum: Float
@@ -40,15 +42,12 @@ class Statistics:
         feature = np.asarray(batch[FEATURE], dtype=np.float64)
         label, prediction = batch[LABEL], batch[PREDICTION]
         known = label >= 0
-        order = np.argsort(label[known], kind="stable")
-        present, starts = np.unique(label[known][order], return_index=True)
-        class_sum = np.zeros((classes, feature.shape[1]))
-        if len(present):
-            class_sum[present] = np.add.reduceat(feature[known][order], starts, axis=0)
+        correct = known & (label == prediction)
         return cls(
             class_count=np.bincount(label[known], minlength=classes),
-            correct_count=np.bincount(label[known & (label == prediction)], minlength=classes),
-            class_sum=class_sum,
+            correct_count=np.bincount(label[correct], minlength=classes),
+            class_sum=_class_sum(feature[known], label[known], classes),
+            correct_sum=_class_sum(feature[correct], label[correct], classes),
             unlabelled_count=int((~known).sum()),
             unlabelled_sum=feature[~known].sum(axis=0),
         )
@@ -59,6 +58,7 @@ class Statistics:
             class_count=self.class_count + other.class_count,
             correct_count=self.correct_count + other.correct_count,
             class_sum=self.class_sum + other.class_sum,
+            correct_sum=self.correct_sum + other.correct_sum,
             unlabelled_count=self.unlabelled_count + other.unlabelled_count,
             unlabelled_sum=self.unlabelled_sum + other.unlabelled_sum,
         )
@@ -79,3 +79,13 @@ class Statistics:
         """(K, D) mean feature of each class that has rows, in class order."""
         present = self.class_count > 0
         return self.class_sum[present] / self.class_count[present, None]
+
+
+def _class_sum(feature: Float, label: NDArray[np.int32], classes: int) -> Float:
+    """(C, D) sum of the features (N, D) of each class, by label (N,) in [0, C)."""
+    total = np.zeros((classes, feature.shape[1]))
+    order = np.argsort(label, kind="stable")
+    present, starts = np.unique(label[order], return_index=True)
+    if len(present):
+        total[present] = np.add.reduceat(feature[order], starts, axis=0)
+    return total

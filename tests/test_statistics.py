@@ -28,6 +28,8 @@ def test_statistics_equal_loops_over_the_rows(batch) -> None:
         assert found.correct_count[label] == len(correct)
         total = sum((batch["feature"][row].astype(np.float64) for row in rows), np.zeros(7))
         np.testing.assert_allclose(found.class_sum[label], total, rtol=1e-14)
+        right = sum((batch["feature"][row].astype(np.float64) for row in correct), np.zeros(7))
+        np.testing.assert_allclose(found.correct_sum[label], right, rtol=1e-14)
     assert found.count == 200
     np.testing.assert_allclose(found.mean, batch["feature"].astype(np.float64).mean(axis=0), rtol=1e-14)
 

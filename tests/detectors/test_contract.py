@@ -166,7 +166,7 @@ def test_every_number_has_bounds(kind, detector):
 
 def test_metadata_tell_the_reader_what_is_computed(kind):
     assert re.search(r"\((19|20)\d\d\)$", kind.title)
-    assert re.search(r"\b(19|20)\d\d, arXiv:\d{4}\.\d{4,5}$", kind.paper)
+    assert re.search(r"\b(19|20)\d\d, (arXiv:\d{4}\.\d{4,5}|openreview:\w+)$", kind.paper)
     assert kind.formula.startswith("score = ")
     assert kind.columns
     assert set(kind.columns) <= FEATURE_TABLE

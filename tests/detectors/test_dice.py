@@ -38,6 +38,7 @@ def test_contributions_equal_to_the_threshold_are_dropped():
         class_count=np.array([1, 1]),
         correct_count=np.array([1, 1]),
         class_sum=np.array([[2.0, 2.0], [0.0, 2.0]]),
+        correct_sum=np.array([[2.0, 2.0], [0.0, 2.0]]),
         unlabelled_count=0,
         unlabelled_sum=np.zeros(2),
     )
