@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 import uuid
 from collections import deque
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read when ray is imported
 import ray
-from ray import exceptions
+from ray import cloudpickle, exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import usage
@@ -85,6 +86,12 @@ def connect() -> None:
     quiet()
     while _unseen:
         _require_seen(_unseen.pop())
+
+
+def carry(kind: type) -> None:
+    """Send objects of a foreign class' module with their code: workers need not be able to import it."""
+    if kind.__module__.partition(".")[0] != __package__:
+        cloudpickle.register_pickle_by_value(sys.modules[kind.__module__])
 
 
 def nodes(dead: bool = False) -> dict[str, dict[str, Any]]:

@@ -233,7 +233,9 @@ class DetectorEntry(Frozen):
     """A detector under the name its column has."""
 
     label: Name
-    method: str
+    method: str = Field(
+        description="name of a detector; 'package.module:Class' or './file.py:Class' for one of your own"
+    )
     parameters: dict[str, Any] = {}
 
     def build(self) -> Detector:
@@ -351,7 +353,7 @@ def read(source: str, overrides: list[str] | None = None) -> tuple[Config, Path]
         apply_override(data, override)
     try:
         config = Config.model_validate(data)
-        config.built()
+        _absolute(config, path.parent).built()
     except ValidationError as error:
         raise UserError(explain(error, f"{path}: ", Config)) from None
     except UserError as error:
@@ -410,7 +412,7 @@ def digest(value: Any) -> str:
 
 
 def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config:
-    """The config with each of its paths replaced; names of weights, labels and modules are none and stay.
+    """The config with each of its paths replaced; names of weights, labels, modules and detectors stay.
 
     Args:
         config: the config.
@@ -431,6 +433,9 @@ def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config
         root = data(f"{where}.root", given.root)
         return given.model_copy(update={"path": source, "root": root, "labels": labels})
 
+    def detector(given: DetectorEntry) -> DetectorEntry:
+        return given.model_copy(update={"method": code(f"detectors.{given.label}.method", given.method)})
+
     model = config.model
     find = {"factory": code, "exported": data}.get(model.source, lambda _, name: name)
     name = find("model.name", model.name)
@@ -442,6 +447,7 @@ def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config
             "data": None if config.data is None else place("data", config.data, "current"),
             "model": model.model_copy(update={"name": name, "weights": weights}),
             "datasets": tuple(map(dataset, config.datasets)),
+            "detectors": tuple(map(detector, config.detectors)),
         }
     )
 

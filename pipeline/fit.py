@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
-from pipeline import __version__, cluster, config, places, store
+from pipeline import __version__, cluster, config, detectors, places, store
 from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Bank, Detector, Scorer, Training, bank_of
 from pipeline.errors import UserError
@@ -146,12 +146,13 @@ def fit_detectors(
     """
     scorers, banks = {}, {}
     for label, detector in chosen.items():
+        cluster.carry(type(detector))
         try:
             scorers[label] = detector.fit(training)
             bank = bank_of(scorers[label])
             if bank is not None and source is not None:
                 table, identity = source
-                parts = {"features": identity, "detector": type(detector).__name__, **detector.model_dump()}
+                parts = {"features": identity, "detector": detectors.identity(detector)}
                 banks[label] = build_bank(cache, bank, table, parts)
         except UserError as error:
             raise UserError(f"detectors.{label}: {error}") from None

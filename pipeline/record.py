@@ -84,7 +84,7 @@ def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
 def _detector(ready: Prepared, label: str) -> dict[str, Any]:
     detector = ready.detectors[label]
     return {
-        "method": type(detector).__module__.rpartition(".")[2],
+        "method": next(entry.method for entry in ready.config.detectors if entry.label == label),
         "title": detector.title,
         "parameters": detector.model_dump(mode="json"),
         "uses_ood": detector.uses_ood(),
