@@ -135,16 +135,25 @@ def _check_roles(settings: Config, chosen: dict[str, Detector]) -> None:
     if len(settings.of_role("train")) > 1:
         raise UserError("datasets: several have role 'train'; expected at most one. Put the images together.")
     for label, detector in chosen.items():
-        if detector.needs_train() and not settings.of_role("train"):
-            raise UserError(
-                f"detectors.{label}: it learns from training images, but no dataset has role 'train'. "
-                "Add one, or drop the detector."
-            )
-        if detector.uses_ood() and not settings.of_role("ood_val"):
-            raise UserError(
-                f"detectors.{label}: it uses OOD validation images, but no dataset has role 'ood_val'. "
-                "Add one, or choose other parameters."
-            )
+        check_data(label, detector, settings)
+
+
+def check_data(label: str, detector: Detector, settings: Config) -> None:
+    """Whether the config has the data a detector learns from.
+
+    Raises:
+        UserError: the role that no dataset plays.
+    """
+    if detector.needs_train() and not settings.of_role("train"):
+        raise UserError(
+            f"detectors.{label}: it learns from training images, but no dataset has role 'train'. "
+            "Add one, or drop the detector."
+        )
+    if detector.uses_ood() and not settings.of_role("ood_val"):
+        raise UserError(
+            f"detectors.{label}: it uses OOD validation images, but no dataset has role 'ood_val'. "
+            "Add one, or choose other parameters."
+        )
 
 
 def check_applies(label: str, detector: Detector, classifier: Classifier) -> None:

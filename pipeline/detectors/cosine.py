@@ -24,7 +24,7 @@ class Cosine(Detector):
     title: ClassVar[str] = "CosMax (2023)"
     paper: ClassVar[str] = (
         "Nguyen et al.: A Cosine Similarity-based Method for Out-of-Distribution Detection. "
-        "ICML 2023 workshop on Spurious Correlations, Invariance and Stability, 2023, arXiv:2306.14920"
+        "SCIS workshop at ICML 2023, arXiv:2306.14920"
     )
     formula: ClassVar[str] = "score = -max_c ⟨h, v_c⟩ / (‖h‖_2 ‖v_c‖_2), v_c = E_train[h | class c] or W_c"
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
