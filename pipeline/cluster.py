@@ -22,7 +22,7 @@ import ray
 from ray import cloudpickle, exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import usage
+from pipeline import imports, usage
 from pipeline.errors import AGAIN, UserError
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def connect() -> None:
 
 def carry(kind: type) -> None:
     """Send objects of a foreign class' module with their code: workers need not be able to import it."""
-    if kind.__module__.partition(".")[0] != __package__:
+    if imports.is_foreign(kind):
         cloudpickle.register_pickle_by_value(sys.modules[kind.__module__])
 
 

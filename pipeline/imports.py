@@ -60,6 +60,16 @@ def digest_of(kind: type) -> str:
     return hashlib.sha256(b"\0".join(content or [source_of(kind)])).hexdigest()
 
 
+def is_foreign(kind: type) -> bool:
+    """Whether a class is no part of this package."""
+    return kind.__module__.partition(".")[0] != __package__
+
+
+def foreign(kind: type) -> dict[str, str]:
+    """The digest of a foreign class as `code`; nothing for ours, whose code the version stands for."""
+    return {"code": digest_of(kind)} if is_foreign(kind) else {}
+
+
 def source_of(function: Callable[..., Any]) -> bytes:
     """Content of the file a function is defined in; empty where there is none."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import __version__, config, detectors, extract, index, places, published
+from pipeline import __version__, cluster, config, detectors, extract, index, places, published
 from pipeline.columns import BLOCK_NORM
 from pipeline.config import Config, Dataset
 from pipeline.datasets import Manifest, compile_manifest
@@ -84,6 +84,8 @@ def prepare(settings: Config) -> Prepared:
         UserError: the first thing found wrong, naming file, key or field and the fix.
     """
     chosen = settings.built()
+    for detector in chosen.values():
+        cluster.carry(type(detector))
     _check_roles(settings, chosen)
     _check_published(settings)
     if settings.tracking.enabled:

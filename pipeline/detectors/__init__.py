@@ -58,8 +58,7 @@ def get(name: str) -> type[Detector]:
 def identity(detector: Detector) -> list[Any]:
     """What scores depend on besides data: class, parameters, and the code of a detector that is not ours."""
     kind = type(detector)
-    parts = [kind.__name__, detector.model_dump(mode="json")]
-    return parts if kind.__module__.startswith(f"{__name__}.") else [*parts, imports.digest_of(kind)]
+    return [kind.__name__, detector.model_dump(mode="json"), *imports.foreign(kind).values()]
 
 
 def _checked(kind: type[Detector], reference: str) -> type[Detector]:

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from pipeline.columns import FEATURE, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.detectors.knn import normalize
 from pipeline.errors import UserError
+from pipeline.statistics import Classes, normalize
 
 
 class Cosine(Detector):
@@ -28,12 +28,15 @@ class Cosine(Detector):
     )
     formula: ClassVar[str] = "score = -max_c ⟨h, v_c⟩ / (‖h‖_2 ‖v_c‖_2), v_c = E_train[h | class c] or W_c"
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
-    statistics: ClassVar[bool] = True
 
     direction: Literal["mean", "weight"] = Field(
         default="mean",
         description="v_c is: mean, the mean training feature of the class; weight, its row of the last layer",
     )
+
+    def statistics(self) -> tuple[Classes, ...]:
+        """Class means, if they are the directions."""
+        return (Classes(),) if self.direction == "mean" else ()
 
     def fit(self, train: Training) -> CosineScorer:
         """Normalise the class directions.
@@ -43,13 +46,13 @@ class Cosine(Detector):
         """
         if self.direction == "weight":
             return CosineScorer(normalize(train.weight))
-        assert train.train is not None
-        if len(train.train.class_mean) == 0:
+        means = train.train[Classes()].class_mean
+        if len(means) == 0:
             raise UserError(
                 "cosine: class means need labels, got none in the training rows; expected at least one. "
                 "Give the dataset with role train its labels, or set direction to weight."
             )
-        return CosineScorer(normalize(train.train.class_mean))
+        return CosineScorer(normalize(means))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from scipy.spatial.distance import cdist
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
+from pipeline.statistics import Classes
 
 
 class Fdbd(Detector):
@@ -28,17 +29,19 @@ class Fdbd(Detector):
         "score = -mean_{c ≠ ŷ} (|z_ŷ - z_c| / ‖W_ŷ - W_c‖_2) / ‖h - μ‖_2, ŷ = argmax_c z_c, μ = E_train[h]"
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
-    statistics: ClassVar[bool] = True
+
+    def statistics(self) -> tuple[Classes]:
+        """The mean feature."""
+        return (Classes(),)
 
     def fit(self, train: Training) -> FdbdScorer:
         """Distances between the classes' weights."""
-        assert train.train is not None
         weight = train.weight.astype(np.float64)
         between = cdist(weight, weight)
         bounded = between > 0
         share = np.divide(1, between, out=np.zeros_like(between), where=bounded)
         share /= np.maximum(bounded.sum(axis=1, keepdims=True), 1)
-        return FdbdScorer(share, train.train.mean)
+        return FdbdScorer(share, train.train[Classes()].mean)
 
 
 @dataclass(frozen=True)

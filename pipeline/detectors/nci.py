@@ -10,7 +10,7 @@ from pydantic import Field, FiniteFloat
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.detectors.knn import normalize
+from pipeline.statistics import Classes, normalize
 
 
 class Nci(Detector):
@@ -27,14 +27,16 @@ class Nci(Detector):
     )
     formula: ClassVar[str] = "score = -⟨W_ŷ, h - μ⟩ / ‖h - μ‖_2 - α ‖h‖_1, ŷ = argmax_c z_c, μ = E_train[h]"
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
-    statistics: ClassVar[bool] = True
 
     alpha: FiniteFloat = Field(default=0.001, ge=0, description="α, weight of the feature's L1 norm")
 
+    def statistics(self) -> tuple[Classes]:
+        """The mean feature."""
+        return (Classes(),)
+
     def fit(self, train: Training) -> NciScorer:
         """Take the mean training feature."""
-        assert train.train is not None
-        return NciScorer(train.weight.astype(np.float64), train.train.mean, self.alpha)
+        return NciScorer(train.weight.astype(np.float64), train.train[Classes()].mean, self.alpha)
 
 
 @dataclass(frozen=True)

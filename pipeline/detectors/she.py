@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
+from pipeline.statistics import Classes
 
 
 class She(Detector):
@@ -28,7 +29,10 @@ class She(Detector):
         "that are classified correctly"
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
-    statistics: ClassVar[bool] = True
+
+    def statistics(self) -> tuple[Classes]:
+        """Class means of the rows that are classified correctly."""
+        return (Classes(correct=True),)
 
     def fit(self, train: Training) -> SheScorer:
         """Compute the patterns.
@@ -36,14 +40,14 @@ class She(Detector):
         Raises:
             UserError: if the classifier got no training row right.
         """
-        assert train.train is not None
-        count = train.train.correct_count
+        sums = train.train[Classes(correct=True)]
+        count = sums.class_count
         if not count.any():
             raise UserError(
                 "she: patterns need training rows that the classifier gets right, got none; expected at "
                 "least one. Check that labels of the dataset with role train and model belong together."
             )
-        return SheScorer(train.train.correct_sum / np.maximum(count, 1)[:, None])
+        return SheScorer(sums.class_sum / np.maximum(count, 1)[:, None])
 
 
 @dataclass(frozen=True)
