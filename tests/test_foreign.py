@@ -20,10 +20,22 @@ DOCUMENT = (ROOT / "docs/add-a-detector.md").read_text("utf-8")
 
 OWN = """
 from dataclasses import dataclass
+import numpy as np
 from pipeline.detectors.base import Bank, Detector
 from pipeline.detectors.knn import every_row, unit_feature
+from pipeline.statistics import Part, Statistic
 
 FACTOR = 1.0
+
+@dataclass(frozen=True)
+class Sum(Part):
+    total: np.ndarray
+
+class Total(Statistic[Sum]):
+    part = Sum
+
+    def measure(self, head, known):
+        return lambda batch: Sum(FACTOR * batch["feature"].sum(axis=0, dtype="float64"))
 
 class Own(Detector):
     title = paper = formula = "own"
@@ -31,11 +43,15 @@ class Own(Detector):
     neighbours = True
     k: int = 3
 
+    def statistics(self):
+        return (Total(),)
+
     def fit(self, train):
-        return OwnScorer(self.k)
+        return OwnScorer(train.train[Total()].total, self.k)
 
 @dataclass(frozen=True)
 class OwnScorer:
+    total: np.ndarray
     k: int
 
     @property
@@ -43,7 +59,7 @@ class OwnScorer:
         return Bank(embed=embed, keep=every_row, k=self.k)
 
     def __call__(self, batch):
-        return batch["neighbours"].mean(axis=1)
+        return batch["neighbours"].mean(axis=1) + self.total.sum()
 
 def embed(batch):
     return (FACTOR * unit_feature(batch)).astype("float32")
@@ -92,7 +108,9 @@ def test_the_example_of_the_document_runs(ray_session, settings, load, execute, 
     assert "Centre (2026)" in (outcome.folder / "report" / "index.html").read_text("utf-8")
 
 
-def test_a_changed_file_never_meets_old_vectors_or_scores(ray_session, settings, load, execute, own) -> None:
+def test_a_changed_file_never_meets_old_statistics_vectors_or_scores(
+    ray_session, settings, load, execute, own
+) -> None:
     settings["detectors"] = [{"mine": {"method": "./own.py:Own"}}]
     first = scores(execute(load(settings), last="score"), "mine")
     own.write_text(OWN.replace("FACTOR = 1.0", "FACTOR = 2.0"))
