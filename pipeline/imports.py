@@ -46,7 +46,9 @@ def load_class(reference: str, where: str, base: type[T]) -> type[T]:
     if not _is_a(found, base):
         classes = [key for key, value in vars(module).items() if _is_a(value, base) and value is not base]
         raise UserError(f"{where}: {unknown(f'subclass of {base.__name__}', name, classes)}")
-    digest_of(found)  # now: the files may change while the class is in use
+    for value in vars(module).values():
+        if _is_a(value, object) and value.__module__ == found.__module__:
+            digest_of(value)  # now: the files may change while their classes are in use
     return found  # type: ignore[no-any-return]
 
 
