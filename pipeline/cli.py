@@ -259,7 +259,7 @@ def _show_plan(ready: Prepared) -> None:
     for label, detector in ready.detectors.items():
         extra = ", ".join(f"{type(spec).__name__} pass" for spec in detector.passes())
         flag = "  [bold]uses OOD data[/bold]" if detector.uses_ood() else ""
-        console.print(f"detector  {label:<14} {detector.title}{'; ' + extra if extra else ''}{flag}")
+        console.print(f"detector  {label:<14} {detector.caption}{'; ' + extra if extra else ''}{flag}")
 
 
 def _histogram(class_count: Mapping[int, int]) -> str:

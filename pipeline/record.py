@@ -84,8 +84,8 @@ def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
 def _detector(ready: Prepared, label: str) -> dict[str, Any]:
     detector = ready.detectors[label]
     return {
-        "method": type(detector).__module__.rpartition(".")[2],
-        "title": detector.title,
+        "method": detector.name,
+        "title": detector.caption,
         "parameters": detector.model_dump(mode="json"),
         "uses_ood": detector.uses_ood(),
         "columns": list(detector.columns),

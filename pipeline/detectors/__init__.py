@@ -1,4 +1,7 @@
-"""The detectors. A file here is a detector; its name is the name used in the config."""
+"""The detectors. A file here is a detector; its name is the name used in the config.
+
+`base` is their contract, and files that begin with an underscore are what several of them share.
+"""
 
 from functools import cache
 from importlib import import_module
@@ -10,7 +13,9 @@ from pipeline.errors import UserError, unknown
 
 def names() -> list[str]:
     """Names of all detectors, sorted."""
-    return sorted(module.name for module in iter_modules(__path__) if module.name != "base")
+    return sorted(
+        module.name for module in iter_modules(__path__) if not module.name.startswith(("_", "base"))
+    )
 
 
 @cache
