@@ -260,7 +260,7 @@ def _show_plan(ready: Prepared) -> None:
     for label, detector in ready.detectors.items():
         extra = ", ".join(f"{type(spec).__name__} pass" for spec in detector.passes())
         flag = "  [bold]uses OOD data[/bold]" if detector.uses_ood() else ""
-        console.print(f"detector  {label:<14} {detector.title}{'; ' + extra if extra else ''}{flag}")
+        console.print(f"detector  {label:<14} {detector.caption}{'; ' + extra if extra else ''}{flag}")
 
 
 def _histogram(class_count: Mapping[int, int]) -> str:
@@ -370,9 +370,10 @@ def _list_detectors(found: Mapping[str, Detector], obstacles: Mapping[str, str] 
     ):
         table.add_column(column, overflow="fold")
     for label, detector in found.items():
-        method, _, year = detector.title.removesuffix(")").rpartition(" (")
+        methods, years, papers = zip(*map(_described, detector.parts()), strict=True)
         cost = ["index"] * detector.neighbours + ["pass"] * bool(detector.passes())
-        row = [label, method, year, _short(detector.paper), _needs(detector), " + ".join(cost) or "cheap"]
+        joined = [" + ".join(dict.fromkeys(words)) for words in (methods, years, papers, cost)]
+        row = [label, *joined[:3], _needs(detector), joined[3] or "cheap"]
         if obstacles is not None:
             row.append(f"no: {obstacles[label]}" if obstacles[label] else "yes")
         table.add_row(*map(escape, row))
@@ -383,11 +384,12 @@ def _list_detectors(found: Mapping[str, Detector], obstacles: Mapping[str, str] 
         Console(highlight=False, width=whole).print(table)
 
 
-def _short(paper: str) -> str:
-    """First author, venue and where to find it."""
-    authors, _, rest = paper.partition(": ")
+def _described(detector: Detector) -> tuple[str, str, str]:
+    """Method and year; first author, venue and where to find the paper."""
+    method, _, year = detector.title.removesuffix(")").rpartition(" (")
+    authors, _, rest = detector.paper.partition(": ")
     first, others, _ = authors.partition(", ")
-    return f"{first}{' et al.' if others else ''}, {rest.rpartition('. ')[2]}"
+    return method, year, f"{first}{' et al.' if others else ''}, {rest.rpartition('. ')[2]}"
 
 
 def _needs(detector: Detector) -> str:

@@ -85,7 +85,8 @@ def prepare(settings: Config) -> Prepared:
     """
     chosen = settings.built()
     for detector in chosen.values():
-        cluster.carry(type(detector))
+        for part in detector.parts():
+            cluster.carry(type(part))
     _check_roles(settings, chosen)
     _check_published(settings)
     if settings.tracking.enabled:

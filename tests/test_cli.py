@@ -415,12 +415,14 @@ def test_the_list_tells_what_applies_to_a_config_and_why_not(case, command):
         {"grood": {"prototype": "ood_val"}},
         {"far": {"method": "grood", "mixup_layer": "1.cnv"}},
         {"own": {"method": "./own.py:Own"}},
+        {"both": {"method": "msp", "steps": ["react"]}},
     ]
     outcome = command("detectors", "--config", case.config())
     assert outcome.status == 0
     table = listed(outcome)
-    assert list(table) == [*detectors.names(), "far", "own"]
+    assert list(table) == [*detectors.names(), "far", "own", "both"]
     assert {table[name][-1] for name in ("msp", "knn", "dice", "own")} == {"yes"}
+    assert table["both"][:2] == ["ReAct + MSP", "2021 + 2017"]
     assert table["featurenorm"][-1].startswith("no: the model has no block with maps or tokens")
     assert table["far"][-1].startswith("no: unknown layer '1.cnv'. Did you mean '1.conv'")
     assert table["grood"][3:5] == ["features, training statistics, index, OOD data", "index"]

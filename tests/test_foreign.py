@@ -173,7 +173,7 @@ def test_the_identity_is_that_of_the_code_that_runs(own) -> None:
     before = detectors.identity(detector)
     total = imports.foreign(type(detector.statistics()[0]))
     own.write_text(OWN + "\n")
-    assert detectors.identity(detector) == before == [*before[:2], total["code"]]
+    assert detectors.identity(detector) == before == [*before[:2], total]
     assert detectors.identity(detectors.get(f"{own}:Own")()) != before
 
 
@@ -212,3 +212,31 @@ def test_mistakes_are_named(settings, load, own, method, parameters, message) ->
     settings["detectors"] = [{"mine": {"method": method, **parameters}}]
     with pytest.raises(UserError, match=message):
         load(settings)
+
+
+STEP = """
+from pipeline.detectors._steps import Step
+
+class Halve(Step):
+    title = paper = formula = "halve"
+
+    def shape(self, train):
+        return halve
+
+def halve(feature):
+    return feature / 2
+"""
+
+
+def test_a_step_of_ones_own_travels_and_is_part_of_the_identity(
+    ray_session, settings, load, execute, tmp_path
+) -> None:
+    path = tmp_path / "halve.py"
+    settings["detectors"] = [
+        {"mine": {"method": "energy", "steps": [{"half": {"method": "./halve.py:Halve"}}]}}
+    ]
+    found = []
+    for text in (STEP, STEP.replace("/ 2", "/ 4")):
+        path.write_text(text)
+        found.append(scores(execute(load(settings), last="score"), "mine"))
+    assert (found[0] != found[1]).all()

@@ -1,5 +1,6 @@
 """The detectors. A file here is a detector; its name is the name used in the config.
 
+`base` is their contract, and files that begin with an underscore are what several of them share.
 Others come from a file or module that the config names, or by name from packages that are installed.
 """
 
@@ -22,7 +23,9 @@ _STORED = (KEY, LABEL, PREDICTION, FEATURE, LOGITS, BLOCK_NORM)
 
 def names() -> list[str]:
     """Names of the detectors that come with this package, sorted."""
-    return sorted(module.name for module in iter_modules(__path__) if module.name != "base")
+    return sorted(
+        module.name for module in iter_modules(__path__) if not module.name.startswith(("_", "base"))
+    )
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -56,9 +59,9 @@ def get(name: str) -> type[Detector]:
 
 
 def identity(detector: Detector) -> list[Any]:
-    """What scores depend on besides data: class, parameters, and the code of a detector that is not ours."""
-    kind = type(detector)
-    return [kind.__name__, detector.model_dump(mode="json"), *imports.foreign(kind).values()]
+    """What scores depend on besides data: class, parameters, and the code of what is not ours."""
+    foreign = [imports.foreign(type(part)) for part in detector.parts()]
+    return [type(detector).__name__, detector.model_dump(mode="json"), *(part for part in foreign if part)]
 
 
 def _checked(kind: type[Detector], reference: str) -> type[Detector]:

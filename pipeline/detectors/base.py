@@ -140,6 +140,20 @@ class Detector(BaseModel):
     neighbours: ClassVar[bool] = False
     """Whether the scorer has a bank of training rows."""
 
+    @property
+    def name(self) -> str:
+        """Name of the method in the config."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def caption(self) -> str:
+        """What tables call the method."""
+        return self.title
+
+    def parts(self) -> tuple[Detector, ...]:
+        """What it is made of: itself, unless it combines others."""
+        return (self,)
+
     def passes(self) -> tuple[Pass, ...]:
         """Extra passes through the network that `fit` reads."""
         return ()
