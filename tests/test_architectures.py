@@ -24,7 +24,8 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 ALL = "all"
 GRID = "all; `featurenorm` with `grid: 4`"
 FIXED = (
-    r"detectors\.(featurenorm|selectednorm)\.grid: jigsaws of 3 x 3 tiles have \d+ pixels per side, which the model does not"
+    r"detectors\.(featurenorm|selectednorm)\.grid: jigsaws of 3 x 3 tiles have \d+ pixels per side, "
+    r"which the model does not"
 )
 
 
