@@ -26,6 +26,7 @@ from pydantic import (
 
 from pipeline import detectors, inherit
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
+from pipeline.detectors._steps import combined
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError, unknown
 from pipeline.explain import explain
@@ -230,36 +231,8 @@ class Tracking(Frozen):
         return self
 
 
-class DetectorEntry(Frozen):
-    """A detector under the name its column has."""
-
-    label: Name
-    method: str
-    parameters: dict[str, Any] = {}
-    tuned_on_ood: bool = Field(
-        default=False,
-        description="parameters were chosen on OOD images; marked wherever a result is shown",
-    )
-
-    def build(self) -> Detector:
-        """The detector with its parameters validated.
-
-        Raises:
-            UserError: unknown method or parameter, or a value out of range.
-        """
-        where = f"detectors.{self.label}"
-        try:
-            method = detectors.get(self.method)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        try:
-            return method.model_validate(self.parameters)
-        except ValidationError as error:
-            raise UserError(explain(error, f"{where}.", method)) from None
-
-
 def _entries(value: Any) -> Any:
-    """Accept 'all', a list of names, and {name: parameters} with an optional `method`."""
+    """Accept 'all', a list of names, and {name: parameters} with an optional `method` and `steps`."""
     if value == "all":
         value = detectors.names()
     if not isinstance(value, list):
@@ -276,12 +249,51 @@ def _entries(value: Any) -> Any:
 
 
 def _entry(label: str, given: Any) -> dict[str, Any]:
-    """`label: {method: name, parameter: value, ...}` as a detector entry; `tuned_on_ood` is no parameter."""
+    """`label: {method: name, steps: [...], parameter: value, ...}` as a detector entry."""
     if not isinstance(given, dict | None):
         raise ValueError(f"{label!r}: expected its parameters, e.g. {{knn: {{k: 50}}}}, got {given!r}")
     parameters = dict(given or {})
-    own = {name: parameters.pop(name) for name in ("method", "tuned_on_ood") if name in parameters}
+    own = {name: parameters.pop(name) for name in ("method", "steps", "tuned_on_ood") if name in parameters}
     return {"label": label, "method": label, **own, "parameters": parameters}
+
+
+class DetectorEntry(Frozen):
+    """A detector under the name its column has."""
+
+    label: Name
+    method: str = Field(
+        description="name of a detector; 'package.module:Class' or './file.py:Class' for one of your own"
+    )
+    parameters: dict[str, Any] = {}
+    steps: Annotated[tuple[DetectorEntry, ...], BeforeValidator(_entries)] = ()
+    """Changes of the feature or the last layer before the score, in their order."""
+    tuned_on_ood: bool = Field(
+        default=False,
+        description="parameters were chosen on OOD images; marked wherever a result is shown",
+    )
+
+    def build(self) -> Detector:
+        """The detector with its parameters validated.
+
+        Raises:
+            UserError: unknown method or parameter, or a value out of range.
+        """
+        return self._built(f"detectors.{self.label}")
+
+    def _built(self, where: str) -> Detector:
+        steps = [step._built(f"{where}.steps.{step.label}") for step in self.steps]
+        try:
+            method = detectors.get(self.method)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        try:
+            detector = method.model_validate(self.parameters)
+        except ValidationError as error:
+            raise UserError(explain(error, f"{where}.", method)) from None
+        try:
+            return combined(detector, steps) if steps else detector
+        except UserError as error:
+            raise UserError(f"{where}.steps: {error}") from None
 
 
 class Config(Frozen):
@@ -377,8 +389,9 @@ def read(source: str, overrides: list[str] | None = None) -> tuple[Config, Path]
         apply_override(data, override)
     try:
         config = Config.model_validate(data)
-        config.built()
-        config.points()
+        absolute = _absolute(config, path.parent)
+        absolute.built()
+        absolute.points()
     except ValidationError as error:
         raise UserError(explain(error, f"{path}: ", Config)) from None
     except UserError as error:
@@ -437,7 +450,7 @@ def digest(value: Any) -> str:
 
 
 def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config:
-    """The config with each of its paths replaced; names of weights, labels and modules are none and stay.
+    """The config with each of its paths replaced; names of weights, labels, modules and detectors stay.
 
     Args:
         config: the config.
@@ -458,6 +471,10 @@ def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config
         root = data(f"{where}.root", given.root)
         return given.model_copy(update={"path": source, "root": root, "labels": labels})
 
+    def detector(given: DetectorEntry) -> DetectorEntry:
+        method = code(f"detectors.{given.label}.method", given.method)
+        return given.model_copy(update={"method": method, "steps": tuple(map(detector, given.steps))})
+
     model = config.model
     find = {"factory": code, "exported": data}.get(model.source, lambda _, name: name)
     name = find("model.name", model.name)
@@ -469,6 +486,7 @@ def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config
             "data": None if config.data is None else place("data", config.data, "current"),
             "model": model.model_copy(update={"name": name, "weights": weights}),
             "datasets": tuple(map(dataset, config.datasets)),
+            "detectors": tuple(map(detector, config.detectors)),
         }
     )
 

@@ -48,5 +48,5 @@ class Points(Scoring):
         for label in dict.fromkeys(self.holder.values()):
             bank = bank_of(self.scorers[label])
             assert isinstance(bank, Bank)
-            asked[label] = self.index.ask(label, bank.embed(batch), bank.k)
+            asked[label] = self.index.ask(label, bank.queries(batch), bank.k)
         return {label: asked[holder] for label, holder in self.holder.items()}

@@ -24,7 +24,8 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 ALL = "all"
 GRID = "all; `featurenorm` with `grid: 4`"
 FIXED = (
-    r"detectors\.featurenorm\.grid: jigsaws of 3 x 3 tiles have \d+ pixels per side, which the model does not"
+    r"detectors\.(featurenorm|selectednorm)\.grid: jigsaws of 3 x 3 tiles have \d+ pixels per side, "
+    r"which the model does not"
 )
 
 
@@ -126,7 +127,7 @@ def test_each_detector_applies_or_says_why_not(made: tuple[Row, Classifier]) -> 
     row, classifier = made
     for name in detectors.names():
         detector = detectors.get(name)()
-        if name == "featurenorm" and row.applies == GRID:
+        if name in ("featurenorm", "selectednorm") and row.applies == GRID:
             with pytest.raises(UserError, match=rf"{FIXED}.*Choose a grid that divides {row.size}"):
                 check_applies(name, detector, classifier)
             detector = detectors.get(name)(grid=4)

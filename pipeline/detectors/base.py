@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.columns import Batch, Float, Mask
-from pipeline.statistics import Statistics
+from pipeline.statistics import Statistic, Statistics
 
 
 class Pass(BaseModel):
@@ -85,10 +85,10 @@ class Training:
     """(C,) its bias; zeros where it has none."""
     blocks: tuple[str, ...] = ()
     """Names of the blocks behind the columns of `block_norm`."""
-    train: Statistics | None = None
-    """Statistics of the training rows; None if no detector of the run needs them."""
-    ood_val: Statistics | None = None
-    """Statistics of the OOD validation rows; None if no detector of the run needs them."""
+    train: Statistics = field(default_factory=Statistics)
+    """Statistics of the training rows, as far as a detector of the run needs them."""
+    ood_val: Statistics = field(default_factory=Statistics)
+    """Statistics of the OOD validation rows, as far as a detector of the run needs them."""
     passes: Mapping[Pass, Mapping[str, NDArray[np.float64]]] = field(default_factory=dict)
     """Results of the extra passes, by specification."""
 
@@ -98,11 +98,17 @@ class Bank:
     """Vectors of training rows in which the nearest neighbours of every row are looked up."""
 
     embed: Callable[[Batch], NDArray[np.float32]]
-    """Batch -> (N, E) float32; used for the training rows and for the queries."""
+    """Batch -> (N, E) float32; used for the training rows and, without a `query`, for the queries."""
     keep: Callable[[Batch], Mask]
     """Batch of training rows -> (N,) bool; which of them enter the bank."""
     k: int
     """How many neighbours are looked up; the vectors do not depend on it."""
+    query: Callable[[Batch], NDArray[np.float32]] | None = None
+    """Batch -> (N, E) float32; where queries are embedded in another way than training rows."""
+
+    def queries(self, batch: Batch) -> NDArray[np.float32]:
+        """(N, E) float32, what is looked up for a batch."""
+        return (self.query or self.embed)(batch)
 
 
 class Scorer(Protocol):
@@ -131,22 +137,42 @@ class Detector(BaseModel):
     """The score in the paper's symbols, with the sign we use."""
     columns: ClassVar[tuple[str, ...]]
     """Columns of the feature table that the scorer reads."""
-    statistics: ClassVar[bool] = False
-    """Whether `fit` reads `Training.train`."""
     neighbours: ClassVar[bool] = False
     """Whether the scorer has a bank of training rows."""
+
+    @property
+    def name(self) -> str:
+        """Name of the method in the config."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def caption(self) -> str:
+        """What tables call the method."""
+        return self.title
+
+    def parts(self) -> tuple[Detector, ...]:
+        """What it is made of: itself, unless it combines others."""
+        return (self,)
 
     def passes(self) -> tuple[Pass, ...]:
         """Extra passes through the network that `fit` reads."""
         return ()
 
+    def statistics(self) -> tuple[Statistic[Any], ...]:
+        """What `fit` reads of `Training.train`."""
+        return ()
+
+    def ood_statistics(self) -> tuple[Statistic[Any], ...]:
+        """What `fit` reads of `Training.ood_val`."""
+        return ()
+
     def uses_ood(self) -> bool:
-        """Whether `fit` reads `Training.ood_val`; marked wherever a result is shown."""
-        return False
+        """Whether `fit` reads OOD data; marked wherever a result is shown."""
+        return bool(self.ood_statistics())
 
     def needs_train(self) -> bool:
         """Whether the run must have training data."""
-        return self.statistics or self.neighbours or bool(self.passes())
+        return bool(self.statistics() or self.neighbours or self.passes())
 
     def fit(self, train: Training) -> Scorer:
         """Fit to the training data."""
