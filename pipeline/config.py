@@ -230,8 +230,46 @@ class Tracking(Frozen):
         return self
 
 
+class DetectorEntry(Frozen):
+    """A detector under the name its column has."""
+
+    label: Name
+    method: str
+    parameters: dict[str, Any] = {}
+    steps: Annotated[tuple[DetectorEntry, ...], BeforeValidator(lambda given: _entries(given))] = Field(
+        default=(), description="changes of the feature or the last layer before the score, in their order"
+    )
+
+    @property
+    def methods(self) -> str:
+        """The method and the steps before it, in order."""
+        return " + ".join([*(step.method for step in self.steps), self.method])
+
+    def build(self) -> Detector:
+        """The detector with its parameters validated.
+
+        Raises:
+            UserError: unknown method or parameter, a value out of range, or steps that do not fit.
+        """
+        return self._built(f"detectors.{self.label}")
+
+    def _built(self, where: str) -> Detector:
+        steps = [step._built(f"{where}.steps.{step.label}") for step in self.steps]
+        try:
+            method = detectors.get(self.method)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        try:
+            detector = method.model_validate(self.parameters)
+            return combined(detector, steps) if steps else detector
+        except ValidationError as error:
+            raise UserError(explain(error, f"{where}.", method)) from None
+        except UserError as error:
+            raise UserError(f"{where}.steps: {error}") from None
+
+
 def _entries(value: Any) -> Any:
-    """Accept 'all', a list of names, and {name: parameters} with an optional `method` and `steps`."""
+    """Accept 'all', a list of names, and {name: parameters} with an optional `method`."""
     if value == "all":
         value = detectors.names()
     if not isinstance(value, list):
@@ -252,41 +290,8 @@ def _entry(label: str, given: Any) -> dict[str, Any]:
     if not isinstance(given, dict | None):
         raise ValueError(f"{label!r}: expected its parameters, e.g. {{knn: {{k: 50}}}}, got {given!r}")
     parameters = dict(given or {})
-    method, steps = parameters.pop("method", label), parameters.pop("steps", [])
-    return {"label": label, "method": method, "parameters": parameters, "steps": steps}
-
-
-class DetectorEntry(Frozen):
-    """A detector under the name its column has."""
-
-    label: Name
-    method: str
-    parameters: dict[str, Any] = {}
-    steps: Annotated[tuple[DetectorEntry, ...], BeforeValidator(_entries)] = ()
-    """Changes of the feature or the last layer before the score, in their order."""
-
-    def build(self) -> Detector:
-        """The detector with its parameters validated.
-
-        Raises:
-            UserError: unknown method or parameter, or a value out of range.
-        """
-        return self._built(f"detectors.{self.label}")
-
-    def _built(self, where: str) -> Detector:
-        steps = [step._built(f"{where}.steps.{step.label}") for step in self.steps]
-        try:
-            method = detectors.get(self.method)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        try:
-            detector = method.model_validate(self.parameters)
-        except ValidationError as error:
-            raise UserError(explain(error, f"{where}.", method)) from None
-        try:
-            return combined(detector, steps) if steps else detector
-        except UserError as error:
-            raise UserError(f"{where}.steps: {error}") from None
+    own = {name: parameters.pop(name) for name in ("method", "steps") if name in parameters}
+    return {"label": label, "method": label, **own, "parameters": parameters}
 
 
 class Config(Frozen):

@@ -83,8 +83,9 @@ def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
 
 def _detector(ready: Prepared, label: str) -> dict[str, Any]:
     detector = ready.detectors[label]
+    entry = next(entry for entry in ready.config.detectors if entry.label == label)
     return {
-        "method": detector.name,
+        "method": entry.methods,
         "title": detector.caption,
         "parameters": detector.model_dump(mode="json"),
         "uses_ood": detector.uses_ood(),

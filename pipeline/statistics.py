@@ -72,7 +72,7 @@ class Statistic(Generic[P]):
     @property
     def identity(self) -> dict[str, Any]:
         """What distinguishes its result from that of any other statistic of the same rows."""
-        return {"statistic": type(self).__name__, **asdict(self)}
+        return {"statistic": f"{type(self).__module__}.{type(self).__qualname__}", **asdict(self)}
 
 
 @dataclass(frozen=True)
