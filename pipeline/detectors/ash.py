@@ -22,7 +22,7 @@ class Ash(Step):
     Implementations that shape the map before pooling give other numbers. Entries as large as the smallest
     one that is kept are kept too, whatever their order. Sums count positive entries, which are all of them
     behind a ReLU: with signed features the ratio of the sums would have no bound. With s, the factor grows
-    with how evenly a feature is spread; where that is true of OOD images, as often behind small networks,
+    with how evenly a feature is spread; where that is true of OOD images, as behind the quickstart's network,
     they score as more in-distribution.
     """
 

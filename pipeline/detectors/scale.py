@@ -18,7 +18,7 @@ class Scale(Step):
 
     Sums count positive entries, which are all of them behind a ReLU: with signed features the ratio of the
     sums would have no bound. The factor grows with how evenly a feature is spread; where that is true of
-    OOD images, as often behind small networks, they score as more in-distribution.
+    OOD images, as behind the quickstart's network, they score as more in-distribution.
     """
 
     title: ClassVar[str] = "SCALE (2024)"
