@@ -231,6 +231,50 @@ class Tracking(Frozen):
         return self
 
 
+class DetectorEntry(Frozen):
+    """A detector under the name its column has."""
+
+    label: Name
+    method: str = Field(
+        description="name of a detector; 'package.module:Class' or './file.py:Class' for one of your own"
+    )
+    parameters: dict[str, Any] = {}
+    tuned_on_ood: bool = Field(
+        default=False,
+        description="parameters were chosen on OOD images; marked wherever a result is shown",
+    )
+    steps: Annotated[tuple[DetectorEntry, ...], BeforeValidator(lambda given: _entries(given))] = Field(
+        default=(), description="changes of the feature or the last layer before the score, in their order"
+    )
+
+    @property
+    def methods(self) -> str:
+        """The method and the steps before it, in order."""
+        return " + ".join([*(step.method for step in self.steps), self.method])
+
+    def build(self) -> Detector:
+        """The detector with its parameters validated.
+
+        Raises:
+            UserError: unknown method or parameter, a value out of range, or steps that do not fit.
+        """
+        return self._built(f"detectors.{self.label}")
+
+    def _built(self, where: str) -> Detector:
+        steps = [step._built(f"{where}.steps.{step.label}") for step in self.steps]
+        try:
+            method = detectors.get(self.method)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        try:
+            detector = method.model_validate(self.parameters)
+            return combined(detector, steps) if steps else detector
+        except ValidationError as error:
+            raise UserError(explain(error, f"{where}.", method)) from None
+        except UserError as error:
+            raise UserError(f"{where}.steps: {error}") from None
+
+
 def _entries(value: Any) -> Any:
     """Accept 'all', a list of names, and {name: parameters} with an optional `method` and `steps`."""
     if value == "all":
@@ -255,45 +299,6 @@ def _entry(label: str, given: Any) -> dict[str, Any]:
     parameters = dict(given or {})
     own = {name: parameters.pop(name) for name in ("method", "steps", "tuned_on_ood") if name in parameters}
     return {"label": label, "method": label, **own, "parameters": parameters}
-
-
-class DetectorEntry(Frozen):
-    """A detector under the name its column has."""
-
-    label: Name
-    method: str = Field(
-        description="name of a detector; 'package.module:Class' or './file.py:Class' for one of your own"
-    )
-    parameters: dict[str, Any] = {}
-    steps: Annotated[tuple[DetectorEntry, ...], BeforeValidator(_entries)] = ()
-    """Changes of the feature or the last layer before the score, in their order."""
-    tuned_on_ood: bool = Field(
-        default=False,
-        description="parameters were chosen on OOD images; marked wherever a result is shown",
-    )
-
-    def build(self) -> Detector:
-        """The detector with its parameters validated.
-
-        Raises:
-            UserError: unknown method or parameter, or a value out of range.
-        """
-        return self._built(f"detectors.{self.label}")
-
-    def _built(self, where: str) -> Detector:
-        steps = [step._built(f"{where}.steps.{step.label}") for step in self.steps]
-        try:
-            method = detectors.get(self.method)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        try:
-            detector = method.model_validate(self.parameters)
-        except ValidationError as error:
-            raise UserError(explain(error, f"{where}.", method)) from None
-        try:
-            return combined(detector, steps) if steps else detector
-        except UserError as error:
-            raise UserError(f"{where}.steps: {error}") from None
 
 
 class Config(Frozen):

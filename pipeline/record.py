@@ -85,7 +85,7 @@ def _detector(ready: Prepared, label: str) -> dict[str, Any]:
     detector = ready.detectors[label]
     entry = next(entry for entry in ready.config.detectors if entry.label == label)
     return {
-        "method": " + ".join(each.method for each in (*entry.steps, entry)),
+        "method": entry.methods,
         "title": detector.caption,
         "parameters": detector.model_dump(mode="json"),
         "uses_ood": ready.uses_ood(label),

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from pipeline.columns import FEATURE, LABEL
+
 
 def energy(logits):
     """-log Σ exp z."""
@@ -23,4 +25,31 @@ def logits(rows, feature, weight=None):
 
 def percentile(rows, p):
     """Percentile of all entries of the training features."""
-    return float(np.percentile(rows.train["feature"].astype(np.float64), p))
+    return float(np.percentile(rows.train[FEATURE].astype(np.float64), p))
+
+
+def mahalanobis(rows, unit=False):
+    """Smallest distance to a class mean, and distance to the mean of all; one row, one class at a time."""
+
+    def prepared(feature):
+        feature = feature.astype(np.float64)
+        return feature / np.linalg.norm(feature, axis=1, keepdims=True) if unit else feature
+
+    train, label, query = prepared(rows.train[FEATURE]), rows.train[LABEL], prepared(rows.query[FEATURE])
+    classes = np.unique(label)
+    means = [train[label == c].mean(axis=0) for c in classes]
+    within, total = np.zeros((train.shape[1],) * 2), np.zeros((train.shape[1],) * 2)
+    for row, c in zip(train, label, strict=True):
+        offset = row - means[np.searchsorted(classes, c)]
+        within += np.outer(offset, offset) / len(train)
+        total += np.outer(row - train.mean(axis=0), row - train.mean(axis=0)) / len(train)
+    floor = 1e-12 * np.trace(total)
+    inverse, common = (
+        np.linalg.pinv(each, rcond=floor / (np.linalg.norm(each, 2) + 1e-300), hermitian=True)
+        for each in (within, total)
+    )
+    own, background = [], []
+    for row in query:
+        own.append(min((row - mean) @ inverse @ (row - mean) for mean in means))
+        background.append((row - train.mean(axis=0)) @ common @ (row - train.mean(axis=0)))
+    return np.array(own), np.array(background)

@@ -11,6 +11,10 @@ import pytest
 import yaml
 
 from pipeline import config, detectors
+from pipeline.detectors._steps import combined
+from pipeline.detectors.dice import Dice
+from pipeline.detectors.msp import Msp
+from pipeline.detectors.react import React
 from pipeline.errors import UserError
 
 RAW = {
@@ -415,6 +419,30 @@ def test_weights_and_programs_are_files_beside_the_config_and_names_stay(
 def test_data_in_a_package_that_is_not_there_is_refused(path):
     with pytest.raises(UserError, match="no package named"):
         config.resolve(path)
+
+
+def test_steps_come_before_a_score_and_survive_a_dump(load):
+    entry = {"clipped": {"method": "msp", "temperature": 2, "steps": [{"react": {"p": 80}}, "dice"]}}
+    found = load(key(RAW, "detectors.0", entry))
+    built = found.built()["clipped"]
+    assert built == combined(Msp(temperature=2), [React(p=80), Dice()])
+    assert found.detectors[0].methods == "react + dice + msp"
+    assert load(yaml.safe_load(config.dump(found))) == found
+    assert load(key(RAW, "detectors.0", {"energy": {"steps": ["ash"]}})).built()["energy"].caption
+
+
+@pytest.mark.parametrize(
+    ("score", "steps", "expected"),
+    [
+        ("msp", ["knn"], "detectors.a.steps: knn is no step"),
+        ("knn", ["react"], "detectors.a.steps: knn cannot follow steps"),
+        ("msp", [{"react": {"q": 9}}], "detectors.a.steps.react.q: unknown key 'q'"),
+        ("msp", [{"react": {"p": 101}}], "detectors.a.steps.react.p: Input should be less than"),
+        ("msp", ["raect"], "detectors.a.steps.raect: unknown detector 'raect'. Did you mean 'react'?"),
+    ],
+)
+def test_steps_that_do_not_fit_are_refused(refusal, score, steps, expected):
+    assert expected in refusal(key(RAW, "detectors.0", {"a": {"method": score, "steps": steps}}))
 
 
 def test_all_detectors_run_with_their_defaults(load):

@@ -13,7 +13,8 @@ from pipeline.detectors.base import Training
 from pipeline.detectors.knn import Knn
 from pipeline.errors import UserError
 from pipeline.fit import Cache
-from pipeline.statistics import Classes, Head, Histogram, Percentiles, Scatter, Softmax, Statistic
+from pipeline.percentiles import Histogram, Percentiles
+from pipeline.statistics import Classes, Head, Scatter, Softmax, Statistic
 
 
 def feature_table(folder: Path, rows: int, parts: list[int]) -> store.Table:

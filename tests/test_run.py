@@ -34,7 +34,7 @@ def scores(folder: Path, dataset: str) -> dict[str, np.ndarray]:
 
 
 def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
-    """The small evaluation with every role and every detector."""
+    """The small evaluation with every role, statistic, pass and kind of bank."""
 
     def extra(name: str, role: str, **labels: str) -> dict[str, Any]:
         return {
@@ -55,6 +55,8 @@ def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
     raw["detectors"] = [
         *("msp", "maxlogit", "energy", "gradnorm", "dice"),
         {"featurenorm": {"samples": 64}},
+        *("vra", "rmds", "mds_l2", "vim", "openmax", "tempscale"),  # every kind of statistic
+        {"react_dice": {"method": "msp", "steps": ["react", {"dice": {"p": 10}}]}},
         {"knn": {"k": 5}},
         {"grood": few},
         {"grood_norm": few},

@@ -7,11 +7,10 @@ import pytest
 
 from pipeline import statistics
 from pipeline.columns import LOGITS
+from pipeline.percentiles import Histogram, Percentiles
 from pipeline.statistics import (
     Classes,
     Head,
-    Histogram,
-    Percentiles,
     Scatter,
     Softmax,
     Statistic,
@@ -142,29 +141,6 @@ def test_softmax_sums_equal_a_loop(batch) -> None:
         total = sum((np.exp(row) / np.exp(row).sum() for row in rows), np.zeros(4))
         assert found.count[predicted] == len(rows)
         np.testing.assert_allclose(found.sum[predicted], total, rtol=1e-12)
-
-
-SIGNED = np.random.default_rng(1).normal(size=(97, 7)).astype(np.float32)
-
-
-@pytest.mark.parametrize(
-    "feature",
-    [
-        SIGNED,
-        np.maximum(SIGNED, 0),
-        SIGNED * 1e-40,
-        SIGNED * 1e30,
-        np.where(SIGNED > 0, np.float32(-0.0), np.float32(0)),
-        np.float32(1) + np.arange(679, dtype=np.float32).reshape(97, 7) * 2**-23,  # neighbours in float32
-        SIGNED[:1, :1],
-        SIGNED[:1],
-    ],
-)
-def test_percentiles_are_those_of_all_entries(feature) -> None:
-    wanted = Percentiles((0.0, 0.5, 10.0, 33.3, 50.0, 90.0, 99.9, 100.0))
-    found = merged(cut({"feature": feature, "label": feature[:, 0]}, 10), [wanted])[wanted]
-    expected = np.percentile(feature.astype(np.float64), wanted.p)
-    np.testing.assert_allclose(found.value, expected, rtol=1e-14, atol=0)
 
 
 def test_a_statistic_is_measured_after_what_it_builds_on_and_once() -> None:

@@ -17,11 +17,13 @@ _DEFAULT = {"s": 90.0, "b": 65.0, "p": 60.0}
 
 
 class Ash(Step):
-    """Activation shaping, applied to the pooled feature; the authors' code shapes the map before pooling.
+    """Activation shaping, applied to the pooled feature as the authors' code does for ResNets on ImageNet.
 
-    Numbers in papers are therefore not expected to come out exactly. Entries as large as the smallest one
-    that is kept are kept too, whatever their order. Sums count positive entries, which are all of them
-    behind a ReLU: with signed features the ratio of the sums would have no bound.
+    Implementations that shape the map before pooling give other numbers. Entries as large as the smallest
+    one that is kept are kept too, whatever their order. Sums count positive entries, which are all of them
+    behind a ReLU: with signed features the ratio of the sums would have no bound. With s, the factor grows
+    with how evenly a feature is spread; where that is true of OOD images, as behind the quickstart's network,
+    they score as more in-distribution.
     """
 
     title: ClassVar[str] = "ASH (2023)"

@@ -10,7 +10,7 @@ from pipeline.detectors._gaussian import Mahalanobis
 class MdsL2(Mahalanobis):
     """Mahalanobis distance of features divided by their L2 norm; a zero feature stays zero."""
 
-    title: ClassVar[str] = "Mahalanobis++ (2025)"
+    title: ClassVar[str] = "MDS++ (2025)"
     paper: ClassVar[str] = (
         "Mueller, Hein: Mahalanobis++: Improving OOD Detection via Feature Normalization. "
         "ICML 2025, arXiv:2505.18032"

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from pipeline.detectors._steps import Shape, Step
 from pipeline.detectors.base import Training
-from pipeline.statistics import Percentiles
+from pipeline.percentiles import Percentiles
 
 
 class React(Step):

@@ -11,7 +11,7 @@ from pipeline.detectors.mds_l2 import MdsL2
 class RmdsL2(Mahalanobis):
     """Relative Mahalanobis distance of features divided by their L2 norm; a zero feature stays zero."""
 
-    title: ClassVar[str] = "Relative Mahalanobis++ (2025)"
+    title: ClassVar[str] = "RMDS++ (2025)"
     paper: ClassVar[str] = MdsL2.paper
     formula: ClassVar[str] = (
         "score = min_c (n - μ_c)ᵀ Σ⁺ (n - μ_c) - (n - μ_0)ᵀ Σ_0⁺ (n - μ_0), n = h / ‖h‖_2, "

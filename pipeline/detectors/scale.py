@@ -14,10 +14,11 @@ from pipeline.detectors.base import Training
 
 
 class Scale(Step):
-    """ASH-S without its pruning, applied to the pooled feature; the authors' code scales the map.
+    """ASH-S without its pruning, applied to the pooled feature as in the authors' code.
 
     Sums count positive entries, which are all of them behind a ReLU: with signed features the ratio of the
-    sums would have no bound.
+    sums would have no bound. The factor grows with how evenly a feature is spread; where that is true of
+    OOD images, as behind the quickstart's network, they score as more in-distribution.
     """
 
     title: ClassVar[str] = "SCALE (2024)"

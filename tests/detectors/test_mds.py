@@ -1,4 +1,4 @@
-"""MDS and its relatives: `rmds`, `mds_l2` and `rmds_l2`."""
+"""MDS, and what holds for its relatives `rmds`, `mds_l2` and `rmds_l2` as well."""
 
 from dataclasses import replace
 
@@ -11,42 +11,11 @@ from pipeline.detectors.mds_l2 import MdsL2
 from pipeline.detectors.rmds import Rmds
 from pipeline.detectors.rmds_l2 import RmdsL2
 from pipeline.errors import UserError
+from tests import slow
 
 
-def slow_distances(rows, unit):
-    """Smallest distance to a class mean, and distance to the mean of all; one row, one class at a time."""
-
-    def prepared(feature):
-        feature = feature.astype(np.float64)
-        return feature / np.linalg.norm(feature, axis=1, keepdims=True) if unit else feature
-
-    train, label, query = prepared(rows.train[FEATURE]), rows.train[LABEL], prepared(rows.query[FEATURE])
-    classes = np.unique(label)
-    means = [train[label == c].mean(axis=0) for c in classes]
-    within, total = np.zeros((train.shape[1],) * 2), np.zeros((train.shape[1],) * 2)
-    for row, c in zip(train, label, strict=True):
-        offset = row - means[np.searchsorted(classes, c)]
-        within += np.outer(offset, offset) / len(train)
-        total += np.outer(row - train.mean(axis=0), row - train.mean(axis=0)) / len(train)
-    floor = 1e-12 * np.trace(total)
-    inverse, common = (
-        np.linalg.pinv(each, rcond=floor / (np.linalg.norm(each, 2) + 1e-300), hermitian=True)
-        for each in (within, total)
-    )
-    own, background = [], []
-    for row in query:
-        own.append(min((row - mean) @ inverse @ (row - mean) for mean in means))
-        background.append((row - train.mean(axis=0)) @ common @ (row - train.mean(axis=0)))
-    return np.array(own), np.array(background)
-
-
-@pytest.mark.parametrize("unit", [False, True])
-def test_scores_are_the_distances_of_a_loop(rows, unit):
-    own, background = slow_distances(rows, unit)
-    near, relative = (MdsL2, RmdsL2) if unit else (Mds, Rmds)
-    np.testing.assert_allclose(rows.score(near()), own, rtol=1e-6)
-    scale = np.abs(own) + np.abs(background)
-    assert (np.abs(rows.score(relative()) - (own - background)) <= 1e-6 * scale).all()
+def test_the_score_is_the_distance_to_the_nearest_class_mean(rows):
+    np.testing.assert_allclose(rows.score(Mds()), slow.mahalanobis(rows)[0], rtol=1e-6)
 
 
 def degenerate(rows, how):
@@ -77,7 +46,7 @@ def degenerate(rows, how):
 )
 def test_singular_covariances_are_inverted_where_there_is_variance(make_rows, kind, how):
     rows = degenerate(make_rows(), how)
-    own, background = slow_distances(rows, kind.unit)
+    own, background = slow.mahalanobis(rows, kind.unit)
     expected = own - background if kind.relative else own
     assert np.abs(own).max() < 1e6
     np.testing.assert_allclose(rows.score(kind()), expected, rtol=1e-6, atol=1e-6)
