@@ -17,10 +17,10 @@ from processes import fresh
 from results import Check, Section, at_least, at_most
 from session import Session
 
-from pipeline import cluster, config, fit, index, score, store
+from pipeline import cluster, config, fit, index, score, statistics, store
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Jigsaw, Mixup, Training
-from pipeline.statistics import Statistics
+from pipeline.statistics import Head
 
 WIDTH, CLASSES, BLOCKS, PART = 512, 10, 4, 2048
 BANK_ROWS = 10_000
@@ -126,14 +126,16 @@ def _columns(rng: np.random.Generator, start: int, count: int) -> dict[str, NDAr
 def _training(table: store.Table) -> Training:
     """What the detectors fit to: true statistics of a table, made-up results of the extra passes."""
     rng = np.random.default_rng(2)
-    rows = table.read(0, table.rows, (FEATURE, LABEL, PREDICTION))
+    rows = table.read(0, table.rows, (FEATURE, LOGITS, LABEL, PREDICTION))
     chosen = config.Config.model_validate(fashion.quickstart()).built().values()
     made_up = {Mixup: {"mean": rng.random(WIDTH)}, Jigsaw: {"ratio": rng.random(BLOCKS)}}
+    head = Head(rng.standard_normal((CLASSES, WIDTH), np.float32), np.zeros(CLASSES, np.float32))
+    wanted = [statistic for detector in chosen for statistic in detector.statistics()]
     return Training(
-        weight=rng.standard_normal((CLASSES, WIDTH), np.float32),
-        bias=np.zeros(CLASSES, np.float32),
+        head.weight,
+        head.bias,
         blocks=tuple(f"block{number}" for number in range(BLOCKS)),
-        train=Statistics.of(rows, CLASSES),
+        train=statistics.of(rows, wanted, head),
         passes={spec: made_up[type(spec)] for detector in chosen for spec in detector.passes()},
     )
 

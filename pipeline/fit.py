@@ -6,27 +6,30 @@ reads it back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import ray
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
-from pipeline import __version__, cluster, config, places, store
-from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION
+from pipeline import __version__, cluster, config, places, statistics, store
+from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION, Batch
 from pipeline.detectors.base import Bank, Detector, Scorer, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.index import BankFiles
 from pipeline.places import Place
-from pipeline.statistics import Statistics
+from pipeline.statistics import Head, Part, Statistic, Statistics
 
 SLICE = 8192
 """Rows per task. Fixed, so that sums are added in the same order however the rows lie in parts."""
 
 BATCH = 1024
 """Rows per matrix product when bank vectors and scores are computed."""
+
+_ARRAYS = "arrays.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,36 @@ class Cache:
         Raises:
             UserError: if it is not there and the cache is frozen.
         """
-        folder = self.place(kind, identity)
-        arrays = folder / "arrays.safetensors"
-        if not self.has(folder, kind):
-            found = save({name: np.asarray(value, order="C") for name, value in compute().items()})
-            with places.atomic(arrays) as draft:
-                draft.write_bytes(found)
-            store.write_json(folder / store.MANIFEST, {"kind": kind, "identity": identity})
-        with places.local(arrays) as file:
+        return self.get_all(kind, [identity], lambda _: [compute()])[0]
+
+    def get_all(
+        self,
+        kind: str,
+        identities: Sequence[Mapping[str, Any]],
+        compute: Callable[[list[int]], Iterable[Mapping[str, NDArray[Any]]]],
+    ) -> list[dict[str, NDArray[Any]]]:
+        """Arrays of several artefacts; those that are missing are computed together.
+
+        Args:
+            kind: what they are.
+            identities: what each depends on.
+            compute: gives the arrays of those at some positions.
+
+        Raises:
+            UserError: if one is not there and the cache is frozen.
+        """
+        folders = [self.place(kind, identity) for identity in identities]
+        missing = [number for number, folder in enumerate(folders) if not self.has(folder, kind)]
+        for number, found in zip(missing, compute(missing) if missing else (), strict=True):
+            data = save({name: np.asarray(value, order="C") for name, value in found.items()})
+            with places.atomic(folders[number] / _ARRAYS) as draft:
+                draft.write_bytes(data)
+            store.write_json(folders[number] / store.MANIFEST, {"kind": kind, "identity": identities[number]})
+        return [self._read(folder) for folder in folders]
+
+    @staticmethod
+    def _read(folder: Place) -> dict[str, NDArray[Any]]:
+        with places.local(folder / _ARRAYS) as file:
             return load_file(file)
 
     def place(self, kind: str, identity: Mapping[str, Any]) -> Place:
@@ -69,24 +94,55 @@ class Cache:
         return found
 
 
-def fit_statistics(cache: Cache, table: store.Table, identity: Mapping[str, Any], classes: int) -> Statistics:
-    """Statistics of all rows of a feature table, summed slice by slice in order."""
+@dataclass(frozen=True)
+class Rows:
+    """Feature tables one after the other, and what they hold."""
 
-    def compute() -> dict[str, NDArray[Any]]:
-        arguments = [(table, start, stop, classes) for start, stop in table.slices(SLICE)]
-        found = cluster.in_order(_slice_statistics, arguments)
-        total = next(found)
-        for part in found:
-            total = total.merge(part)
-        return {name: np.asarray(value) for name, value in vars(total).items()}
-
-    arrays = cache.get("statistics", {"features": identity}, compute)
-    count = int(arrays.pop("unlabelled_count"))
-    return Statistics(unlabelled_count=count, **arrays)
+    tables: Sequence[store.Table]
+    identities: Sequence[Mapping[str, Any]]
 
 
-def _slice_statistics(table: store.Table, start: int, stop: int, classes: int) -> Statistics:
-    return Statistics.of(table.read(start, stop, [FEATURE, LABEL, PREDICTION]), classes)
+def fit_statistics(cache: Cache, rows: Rows, wanted: Iterable[Statistic[Any]], head: Head) -> Statistics:
+    """Statistics of all rows, merged slice by slice in order; only those not in the cache are computed.
+
+    Raises:
+        UserError: if one is not there and the cache is frozen.
+    """
+
+    def sweep(group: Sequence[Statistic[Any]], known: Statistics) -> list[Part]:
+        identities = [{"features": rows.identities, **each.identity} for each in group]
+        found = cache.get_all(
+            "statistics", identities, lambda missing: _sweep(rows, [group[n] for n in missing], head, known)
+        )
+        return [each.part(**arrays) for each, arrays in zip(group, found, strict=True)]
+
+    return statistics.compute(wanted, sweep)
+
+
+def _sweep(
+    rows: Rows, group: Sequence[Statistic[Any]], head: Head, known: Statistics
+) -> list[dict[str, NDArray[Any]]]:
+    """Arrays of some statistics, from one pass over the columns they read."""
+    cluster.connect()
+    columns = sorted({name for each in group for name in each.columns})
+    measures = ray.put([each.measure(head, known) for each in group])
+    slices = [
+        (table, start, stop, columns, measures)
+        for table in rows.tables
+        for start, stop in table.slices(SLICE)
+    ]
+    found = cluster.in_order(_slice_statistics, slices)
+    total = next(found)
+    for parts in found:
+        total = [one.merge(other) for one, other in zip(total, parts, strict=True)]
+    return [each.arrays() for each in total]
+
+
+def _slice_statistics(
+    table: store.Table, start: int, stop: int, columns: list[str], measures: list[Callable[[Batch], Part]]
+) -> list[Part]:
+    batch = table.read(start, stop, columns)
+    return [measure(batch) for measure in measures]
 
 
 def build_bank(cache: Cache, bank: Bank, table: store.Table, identity: Mapping[str, Any]) -> BankFiles:

@@ -19,7 +19,7 @@ from pipeline import cluster, config, evaluate, extract, index, passes, places, 
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Jigsaw, Pass, Training, bank_of
 from pipeline.errors import UserError
-from pipeline.fit import Cache, Fitted, fit_detectors, fit_statistics
+from pipeline.fit import Cache, Fitted, Rows, fit_detectors, fit_statistics
 from pipeline.owner import alone
 from pipeline.places import Place
 from pipeline.prepare import Prepared, prepare, tracking_uri
@@ -28,7 +28,7 @@ from pipeline.record import Record
 from pipeline.score import Job as ScoreJob
 from pipeline.score import Scoring, flag
 from pipeline.score import run as run_scores
-from pipeline.statistics import Statistics
+from pipeline.statistics import Head, Statistic, Statistics
 
 StageName = Literal["extract", "fit", "score", "evaluate", "report"]
 STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report")
@@ -210,28 +210,23 @@ class Run:
     def _training(self, cache: Cache) -> Training:
         """All that detectors may learn from, as far as one of them needs it."""
         detectors = self.ready.detectors.values()
-        weight, bias = self.ready.classifier.head
-        learns = any(detector.statistics for detector in detectors)
-        uses_ood = any(detector.uses_ood() for detector in detectors)
+        head = Head(*self.ready.classifier.head)
         specs = list(dict.fromkeys(spec for detector in detectors for spec in detector.passes()))
+        learned = [wanted for detector in detectors for wanted in detector.statistics()]
+        ood = [wanted for detector in detectors for wanted in detector.ood_statistics()]
         return Training(
-            weight,
-            bias,
+            head.weight,
+            head.bias,
             self.ready.classifier.taps.blocks,
-            train=self._statistics(cache, "train") if learns else None,
-            ood_val=self._statistics(cache, "ood_val") if uses_ood else None,
+            train=self._statistics(cache, "train", learned, head),
+            ood_val=self._statistics(cache, "ood_val", ood, head),
             passes=self._passes(cache, specs) if specs else {},
         )
 
-    def _statistics(self, cache: Cache, role: str) -> Statistics:
-        classes = len(self.ready.classifier.head[1])
-        parts = [
-            fit_statistics(cache, _table(job), job.identity, classes) for job in self.ready.of_role(role)
-        ]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total.merge(part)
-        return total
+    def _statistics(self, cache: Cache, role: str, wanted: list[Statistic[Any]], head: Head) -> Statistics:
+        jobs = self.ready.of_role(role)
+        rows = Rows([_table(job) for job in jobs], [job.identity for job in jobs])
+        return fit_statistics(cache, rows, wanted, head)
 
     def _passes(self, cache: Cache, specs: list[Pass]) -> dict[Pass, passes.Result]:
         """Results of the extra passes; the model actors start only if one is not in the cache."""

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
-from pipeline import fit, store
+from pipeline import fit, statistics, store
 from pipeline.detectors.base import Training
 from pipeline.detectors.knn import Knn
 from pipeline.errors import UserError
 from pipeline.fit import Cache
-from pipeline.statistics import Statistics
+from pipeline.statistics import Classes, Head, Histogram, Percentiles, Scatter, Softmax, Statistic
 
 
 def feature_table(folder: Path, rows: int, parts: list[int]) -> store.Table:
@@ -33,20 +34,65 @@ def feature_table(folder: Path, rows: int, parts: list[int]) -> store.Table:
     return store.Table.open(folder)
 
 
+HEAD = Head(np.zeros((5, 6), np.float32), np.zeros(5, np.float32))
+WANTED: list[Statistic] = [Classes(), Classes(correct=True), Scatter(), Percentiles((10.0, 90.0)), Softmax()]
+NAMES = ["feature", "logits", "label", "prediction"]
+
+
+def fitted(cache: Cache, table: store.Table, wanted: list[Statistic]) -> statistics.Statistics:
+    return fit.fit_statistics(cache, fit.Rows([table], [{"table": "of test"}]), wanted, HEAD)
+
+
 def test_statistics_have_the_same_bits_however_rows_lie_in_parts(ray_session, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(fit, "SLICE", 700)
     one = feature_table(tmp_path / "one", 5000, [2500])
     many = feature_table(tmp_path / "many", 5000, [1, 50, 1999, 3000, 4990])
     found = [
-        fit.fit_statistics(Cache(tmp_path / f"fits{number}"), table, {}, 5)
-        for number, table in enumerate((one, many))
+        fitted(Cache(tmp_path / f"fits{number}"), table, WANTED) for number, table in enumerate((one, many))
     ]
-    for name, values in vars(found[0]).items():
-        np.testing.assert_array_equal(values, getattr(found[1], name))
-    names = ["feature", "label", "prediction"]
-    whole = Statistics.of(one.read(0, 5000, names), 5)
-    np.testing.assert_allclose(found[0].class_sum, whole.class_sum, rtol=1e-13)
-    np.testing.assert_array_equal(found[0].class_count, whole.class_count)
+    with monkeypatch.context() as patch:  # one slice after the other in this process
+        patch.setattr(fit.cluster, "in_order", in_this_process)
+        found.append(fitted(Cache(tmp_path / "fits"), many, WANTED))
+    whole = statistics.of(one.read(0, 5000, NAMES), WANTED, HEAD)
+    for statistic in WANTED:
+        arrays = [each[statistic].arrays() for each in found]
+        for name, expected in whole[statistic].arrays().items():
+            np.testing.assert_array_equal(arrays[0][name], arrays[1][name])
+            np.testing.assert_array_equal(arrays[0][name], arrays[2][name])
+            np.testing.assert_allclose(arrays[0][name], expected, rtol=1e-11)
+
+
+def in_this_process(function, arguments):
+    for *plain, measures in arguments:
+        yield function(*plain, ray.get(measures))
+
+
+def test_only_statistics_that_are_not_there_are_computed(ray_session, tmp_path, monkeypatch) -> None:
+    table, cache = feature_table(tmp_path / "table", 100, []), Cache(tmp_path / "fits")
+    sweeps = []
+
+    def sweep(rows, group, head, known):
+        sweeps.append(group)
+        return original(rows, group, head, known)
+
+    original = fit._sweep
+    monkeypatch.setattr(fit, "_sweep", sweep)
+    first = fitted(cache, table, [Classes()])
+    for _ in range(2):
+        more = fitted(cache, table, [Scatter(), Classes(), Percentiles((50.0,)), Scatter()])
+    fitted(Cache(tmp_path / "fits", "frozen"), table, [Scatter(), Percentiles((50.0,))])
+    assert sweeps == [[Classes()], [Scatter(), Histogram()], [Percentiles((50.0,))]]
+    np.testing.assert_array_equal(first[Classes()].class_sum, more[Classes()].class_sum)
+    with pytest.raises(UserError, match="no statistics in the workspace"):
+        fitted(Cache(tmp_path / "fits", "frozen"), table, [Percentiles((51.0,))])
+
+
+def test_tables_one_after_the_other_have_the_statistics_of_all_their_rows(ray_session, tmp_path) -> None:
+    one, two = feature_table(tmp_path / "one", 30, []), feature_table(tmp_path / "two", 50, [])
+    rows = fit.Rows([one, two], [{"table": 1}, {"table": 2}])
+    found = fit.fit_statistics(Cache(tmp_path / "fits"), rows, [Scatter()], HEAD)[Scatter()]
+    parts = [one.read(0, 30, ["feature"])["feature"], two.read(0, 50, ["feature"])["feature"]]
+    np.testing.assert_allclose(found.covariance, np.cov(np.concatenate(parts).T, ddof=0), rtol=1e-12)
 
 
 def test_a_bank_holds_the_kept_rows_in_order(ray_session, tmp_path, monkeypatch) -> None:

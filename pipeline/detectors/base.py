@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.columns import Batch, Float, Mask
-from pipeline.statistics import Statistics
+from pipeline.statistics import Statistic, Statistics
 
 
 class Pass(BaseModel):
@@ -85,10 +85,10 @@ class Training:
     """(C,) its bias; zeros where it has none."""
     blocks: tuple[str, ...] = ()
     """Names of the blocks behind the columns of `block_norm`."""
-    train: Statistics | None = None
-    """Statistics of the training rows; None if no detector of the run needs them."""
-    ood_val: Statistics | None = None
-    """Statistics of the OOD validation rows; None if no detector of the run needs them."""
+    train: Statistics = field(default_factory=Statistics)
+    """Statistics of the training rows, as far as a detector of the run needs them."""
+    ood_val: Statistics = field(default_factory=Statistics)
+    """Statistics of the OOD validation rows, as far as a detector of the run needs them."""
     passes: Mapping[Pass, Mapping[str, NDArray[np.float64]]] = field(default_factory=dict)
     """Results of the extra passes, by specification."""
 
@@ -131,8 +131,6 @@ class Detector(BaseModel):
     """The score in the paper's symbols, with the sign we use."""
     columns: ClassVar[tuple[str, ...]]
     """Columns of the feature table that the scorer reads."""
-    statistics: ClassVar[bool] = False
-    """Whether `fit` reads `Training.train`."""
     neighbours: ClassVar[bool] = False
     """Whether the scorer has a bank of training rows."""
 
@@ -140,13 +138,21 @@ class Detector(BaseModel):
         """Extra passes through the network that `fit` reads."""
         return ()
 
+    def statistics(self) -> tuple[Statistic[Any], ...]:
+        """What `fit` reads of `Training.train`."""
+        return ()
+
+    def ood_statistics(self) -> tuple[Statistic[Any], ...]:
+        """What `fit` reads of `Training.ood_val`."""
+        return ()
+
     def uses_ood(self) -> bool:
-        """Whether `fit` reads `Training.ood_val`; marked wherever a result is shown."""
-        return False
+        """Whether `fit` reads OOD data; marked wherever a result is shown."""
+        return bool(self.ood_statistics())
 
     def needs_train(self) -> bool:
         """Whether the run must have training data."""
-        return self.statistics or self.neighbours or bool(self.passes())
+        return bool(self.statistics() or self.neighbours or self.passes())
 
     def fit(self, train: Training) -> Scorer:
         """Fit to the training data."""

@@ -11,6 +11,7 @@ from pydantic import Field
 from pipeline.columns import FEATURE, Batch, Float
 from pipeline.detectors.base import Detector, Training
 from pipeline.logits import logsumexp
+from pipeline.statistics import Classes
 
 
 class Dice(Detector):
@@ -29,7 +30,6 @@ class Dice(Detector):
         "M = 1[V > p-th percentile of V], V_cj = W_cj · E_train[h_j]"
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
-    statistics: ClassVar[bool] = True
 
     p: float = Field(
         default=70.0,
@@ -38,11 +38,14 @@ class Dice(Detector):
         description="percentage of the last layer's weights that is dropped, lowest contributions V first",
     )
 
+    def statistics(self) -> tuple[Classes]:
+        """The mean feature."""
+        return (Classes(),)
+
     def fit(self, train: Training) -> DiceScorer:
         """Mask the weight by the mean training feature."""
-        assert train.train is not None
         weight = train.weight.astype(np.float64)
-        contribution = weight * train.train.mean
+        contribution = weight * train.train[Classes()].mean
         kept = contribution > np.percentile(contribution, self.p)
         return DiceScorer(weight * kept, train.bias.astype(np.float64))
 

@@ -17,6 +17,7 @@ from pipeline.columns import FEATURE, LABEL, PREDICTION, Batch, Float, Mask
 from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Mixup, Noise, Pass, Training
 from pipeline.errors import UserError
 from pipeline.logits import logsumexp
+from pipeline.statistics import Classes
 
 
 class OodPrototype(BaseModel):
@@ -64,18 +65,21 @@ class OodPrototype(BaseModel):
             return (Noise(samples=self.samples),)
         return ()
 
-    def uses_ood(self) -> bool:
-        """Whether the OOD prototype is a mean of OOD data."""
-        return self.prototype == "ood_val"
+    def statistics(self) -> tuple[Classes]:
+        """Class means."""
+        return (Classes(),)
+
+    def ood_statistics(self) -> tuple[Classes, ...]:
+        """The mean of OOD data, if that is the OOD prototype."""
+        return (Classes(),) if self.prototype == "ood_val" else ()
 
     def prototypes(self, train: Training) -> Prototypes:
         """Class prototypes and OOD prototype; classes without training rows have none.
 
         Raises:
-            UserError: if no training row has a label, or OOD data are wanted and there are none.
+            UserError: if no training row has a label.
         """
-        assert train.train is not None
-        classes = train.train.class_mean
+        classes = train.train[Classes()].class_mean
         if len(classes) == 0:
             raise UserError(
                 "GROOD: class prototypes need labels, got none in the training rows; expected at least one. "
@@ -89,12 +93,7 @@ class OodPrototype(BaseModel):
             mean: Float = classes.mean(axis=0)
             return mean
         if self.prototype == "ood_val":
-            if train.ood_val is None:
-                raise UserError(
-                    "GROOD with prototype ood_val: the OOD prototype needs OOD images, got none; expected a "
-                    "dataset with role ood_val. Add one under datasets, or choose another prototype."
-                )
-            return train.ood_val.mean
+            return train.ood_val[Classes()].mean
         return train.passes[self.passes()[0]]["mean"]
 
 
@@ -150,7 +149,6 @@ class Grood(OodPrototype, Detector):
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
     neighbours: ClassVar[bool] = True
-    statistics: ClassVar[bool] = True
 
     k: int = Field(
         default=1, ge=1, description="the distance to the k-th nearest training gradient is the score"

@@ -23,7 +23,6 @@ class GroodNorm(OodPrototype, Detector):
         "p_c the mean feature of class c"
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
-    statistics: ClassVar[bool] = True
 
     def fit(self, train: Training) -> GroodNormScorer:
         """Compute the prototypes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from pydantic import Field
 
 from pipeline.columns import FEATURE, Batch, Float, Mask
 from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Training
+from pipeline.statistics import normalize
 
 
 class Knn(Detector):
@@ -55,14 +56,6 @@ class KnnScorer:
             (N,) float64 in [0, 2].
         """
         return np.asarray(batch[NEIGHBOURS], dtype=np.float64)[:, self.k - 1]
-
-
-def normalize(feature: NDArray[Any]) -> Float:
-    """Rows of (N, D) divided by their L2 norm, as float64; a zero row stays zero."""
-    rows = np.asarray(feature, dtype=np.float64)
-    norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: Float = np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
-    return unit
 
 
 def unit_feature(batch: Batch) -> NDArray[np.float32]:

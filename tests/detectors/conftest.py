@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
 
-from pipeline import quickstart
+from pipeline import quickstart, statistics
 from pipeline.columns import BLOCK_NORM, FEATURE, LABEL, LOGITS, PREDICTION, Batch, Float
 from pipeline.detectors.base import (
     NEIGHBOURS,
@@ -27,7 +27,7 @@ from pipeline.detectors.base import (
     bank_of,
 )
 from pipeline.quickstart.resnet import build
-from pipeline.statistics import Statistics
+from pipeline.statistics import Head
 
 QUICKSTART = Path(quickstart.__file__).parent
 BLOCKS = ("layer1.0", "layer2.0", "layer3.0", "layer4.0")
@@ -48,13 +48,13 @@ class Rows:
 
     def training(self, detector: Detector) -> Training:
         """Exactly what the detector declares that it needs."""
-        classes = len(self.bias)
+        head = Head(self.weight, self.bias)
         return Training(
             weight=self.weight,
             bias=self.bias,
             blocks=self.blocks,
-            train=Statistics.of(self.train, classes) if detector.statistics else None,
-            ood_val=Statistics.of(self.ood_val, classes) if detector.uses_ood() else None,
+            train=statistics.of(self.train, detector.statistics(), head),
+            ood_val=statistics.of(self.ood_val, detector.ood_statistics(), head),
             passes={spec: self.results[type(spec)] for spec in detector.passes()},
         )
 

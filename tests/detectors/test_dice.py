@@ -6,7 +6,7 @@ import pytest
 from pipeline.columns import FEATURE
 from pipeline.detectors.base import Training
 from pipeline.detectors.dice import Dice
-from pipeline.statistics import Statistics
+from pipeline.statistics import Classes, ClassSums, Statistics
 
 
 def slow_dice(rows, p):
@@ -34,16 +34,15 @@ def test_the_score_is_the_energy_of_the_largest_contributions(rows, p):
 
 
 def test_contributions_equal_to_the_threshold_are_dropped():
-    statistics = Statistics(
+    sums = ClassSums(
         class_count=np.array([1, 1]),
-        correct_count=np.array([1, 1]),
         class_sum=np.array([[2.0, 2.0], [0.0, 2.0]]),
-        unlabelled_count=0,
+        unlabelled_count=np.array(0),
         unlabelled_sum=np.zeros(2),
     )
     weight = np.array([[1, 0.5], [1, 2]], dtype=np.float32)
     bias = np.array([0.25, -0.5], dtype=np.float32)
-    scorer = Dice(p=50).fit(Training(weight=weight, bias=bias, train=statistics))
+    scorer = Dice(p=50).fit(Training(weight=weight, bias=bias, train=Statistics({Classes(): sums})))
     # Mean feature (1, 2): the contributions are 1, 1, 1 and 4, their median 1.
     expected = -math.log(math.exp(0.25) + math.exp(-0.5 + 2 * 3))
     np.testing.assert_allclose(

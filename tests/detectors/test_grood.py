@@ -110,11 +110,6 @@ def test_far_features_keep_a_finite_gradient(rows):
     np.testing.assert_allclose(np.linalg.norm(direction, axis=1), 1, rtol=1e-12)
 
 
-def test_ood_val_without_ood_data_says_what_to_add(rows):
-    with pytest.raises(UserError, match="role ood_val"):
-        Grood(prototype="ood_val").fit(replace(rows.training(Grood()), ood_val=None))
-
-
 def test_training_rows_without_labels_are_refused(make_rows):
     rows = make_rows()
     unlabelled = {**rows.train, LABEL: np.full_like(rows.train[LABEL], -1)}

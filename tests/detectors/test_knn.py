@@ -5,7 +5,8 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from pipeline.columns import FEATURE
-from pipeline.detectors.knn import Knn, normalize
+from pipeline.detectors.knn import Knn
+from pipeline.statistics import normalize
 
 
 def slow_unit(feature):
