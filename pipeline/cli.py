@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.detectors.base import Detector
     from pipeline.prepare import Prepared
     from pipeline.run import Options, StageName
 
@@ -259,7 +260,7 @@ def _show_plan(ready: Prepared) -> None:
     for label, detector in ready.detectors.items():
         extra = ", ".join(f"{type(spec).__name__} pass" for spec in detector.passes())
         flag = "  [bold]uses OOD data[/bold]" if detector.uses_ood() else ""
-        console.print(f"detector  {label:<14} {detector.title}{'; ' + extra if extra else ''}{flag}")
+        console.print(f"detector  {label:<14} {detector.caption}{'; ' + extra if extra else ''}{flag}")
 
 
 def _histogram(class_count: Mapping[int, int]) -> str:
@@ -307,26 +308,99 @@ def _duration(seconds: float) -> str:
 
 
 @app.command()
-def detectors(name: Annotated[str, typer.Argument(help="One detector in full.")] = "") -> None:
+def detectors(
+    name: Annotated[
+        str, typer.Argument(help="One detector in full: its name, or ./file.py:Class of your own.")
+    ] = "",
+    applying: Annotated[
+        str,
+        typer.Option("--config", metavar="CONFIG", help="Also tell which ones apply to this model and data."),
+    ] = "",
+) -> None:
     """List the detectors, or explain one: formula, needs, parameters with defaults, paper.
 
     Example: `ood-pipeline detectors grood`
     """
-    from pipeline import detectors as found
+    from pipeline import detectors as known
 
     if name:
         _explain(name)
         return
+    found = {method: known.get(method)() for method in [*known.names(), *known.installed()]}
+    _list_detectors(found, _obstacles(applying, found) if applying else None)
+
+
+def _obstacles(source: str, found: dict[str, Detector]) -> dict[str, str]:
+    """Why detectors do not apply to a config, empty where they do; adds those that the config names.
+
+    Args:
+        source: the config.
+        found: detectors by name; replaced by that of the config where it has one of that label.
+    """
+    from pipeline import config, model, prepare
+
+    settings = config.load(source)
+    found |= settings.built()
+    classifier = model.load(settings.model, settings.seed)
+    obstacles = {}
+    for label, detector in found.items():
+        try:
+            prepare.check_data(label, detector, settings)
+            prepare.check_applies(label, detector, classifier)
+            obstacles[label] = ""
+        except UserError as error:
+            obstacles[label] = str(error).removeprefix(f"detectors.{label}: ")
+    return obstacles
+
+
+def _list_detectors(found: Mapping[str, Detector], obstacles: Mapping[str, str] | None) -> None:
+    """One line each; cost: cheap, or what is built before scoring."""
+    from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table("name", "method", "reads", "learns from")
-    for known in found.names():
-        detector = found.get(known)
-        needs = detector().needs_train()
-        table.add_row(
-            known, detector.title, ", ".join(detector.columns), "training rows" if needs else "nothing"
-        )
-    console.print(table)
+    table = Table()
+    table.add_column("name", no_wrap=True)
+    for column in (
+        "method",
+        "year",
+        "paper",
+        "needs",
+        "cost",
+        *(["applies"] if obstacles is not None else ()),
+    ):
+        table.add_column(column, overflow="fold")
+    for label, detector in found.items():
+        methods, years, papers = zip(*map(_described, detector.parts()), strict=True)
+        cost = ["index"] * detector.neighbours + ["pass"] * bool(detector.passes())
+        joined = [" + ".join(dict.fromkeys(words)) for words in (methods, years, papers, cost)]
+        row = [label, *joined[:3], _needs(detector), joined[3] or "cheap"]
+        if obstacles is not None:
+            row.append(f"no: {obstacles[label]}" if obstacles[label] else "yes")
+        table.add_row(*map(escape, row))
+    if console.is_terminal:
+        console.print(table)
+    else:  # one line each, for other programs
+        whole = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+        Console(highlight=False, width=whole).print(table)
+
+
+def _described(detector: Detector) -> tuple[str, str, str]:
+    """Method and year; first author, venue and where to find the paper."""
+    method, _, year = detector.title.removesuffix(")").rpartition(" (")
+    authors, _, rest = detector.paper.partition(": ")
+    first, others, _ = authors.partition(", ")
+    return method, year, f"{first}{' et al.' if others else ''}, {rest.rpartition('. ')[2]}"
+
+
+def _needs(detector: Detector) -> str:
+    """What a detector reads and learns from."""
+    from pipeline import columns
+
+    words = {columns.FEATURE: "features", columns.BLOCK_NORM: "feature maps (block norms)"}
+    needs = [words.get(column, column) for column in detector.columns]
+    needs += ["training statistics"] * bool(detector.statistics()) + ["index"] * detector.neighbours
+    needs += [f"extra pass ({type(spec).__name__.lower()})" for spec in detector.passes()]
+    return ", ".join(needs + ["OOD data"] * detector.uses_ood())
 
 
 def _explain(name: str) -> None:

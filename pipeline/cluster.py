@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 import uuid
 from collections import deque
@@ -18,10 +19,10 @@ from typing import Any, TypeVar
 
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read when ray is imported
 import ray
-from ray import exceptions
+from ray import cloudpickle, exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import usage
+from pipeline import imports, usage
 from pipeline.errors import AGAIN, UserError
 
 T = TypeVar("T")
@@ -85,6 +86,12 @@ def connect() -> None:
     quiet()
     while _unseen:
         _require_seen(_unseen.pop())
+
+
+def carry(kind: type) -> None:
+    """Send objects of a foreign class' module with their code: workers need not be able to import it."""
+    if imports.is_foreign(kind):
+        cloudpickle.register_pickle_by_value(sys.modules[kind.__module__])
 
 
 def nodes(dead: bool = False) -> dict[str, dict[str, Any]]:

@@ -26,6 +26,7 @@ from pydantic import (
 
 from pipeline import detectors, inherit
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
+from pipeline.detectors._steps import combined
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError
 from pipeline.explain import explain
@@ -229,32 +230,8 @@ class Tracking(Frozen):
         return self
 
 
-class DetectorEntry(Frozen):
-    """A detector under the name its column has."""
-
-    label: Name
-    method: str
-    parameters: dict[str, Any] = {}
-
-    def build(self) -> Detector:
-        """The detector with its parameters validated.
-
-        Raises:
-            UserError: unknown method or parameter, or a value out of range.
-        """
-        where = f"detectors.{self.label}"
-        try:
-            method = detectors.get(self.method)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        try:
-            return method.model_validate(self.parameters)
-        except ValidationError as error:
-            raise UserError(explain(error, f"{where}.", method)) from None
-
-
 def _entries(value: Any) -> Any:
-    """Accept 'all', a list of names, and {name: parameters} with an optional `method`."""
+    """Accept 'all', a list of names, and {name: parameters} with an optional `method` and `steps`."""
     if value == "all":
         value = detectors.names()
     if not isinstance(value, list):
@@ -263,7 +240,7 @@ def _entries(value: Any) -> Any:
     for item in value:
         if isinstance(item, str):
             entries.append({"label": item, "method": item})
-        elif isinstance(item, dict) and not set(item) <= {"label", "method", "parameters"}:
+        elif isinstance(item, dict) and not set(item) <= set(DetectorEntry.model_fields):
             entries += [_entry(label, given) for label, given in item.items()]
         else:
             entries.append(item)
@@ -271,11 +248,47 @@ def _entries(value: Any) -> Any:
 
 
 def _entry(label: str, given: Any) -> dict[str, Any]:
-    """`label: {method: name, parameter: value, ...}` as a detector entry."""
+    """`label: {method: name, steps: [...], parameter: value, ...}` as a detector entry."""
     if not isinstance(given, dict | None):
         raise ValueError(f"{label!r}: expected its parameters, e.g. {{knn: {{k: 50}}}}, got {given!r}")
     parameters = dict(given or {})
-    return {"label": label, "method": parameters.pop("method", label), "parameters": parameters}
+    method, steps = parameters.pop("method", label), parameters.pop("steps", [])
+    return {"label": label, "method": method, "parameters": parameters, "steps": steps}
+
+
+class DetectorEntry(Frozen):
+    """A detector under the name its column has."""
+
+    label: Name
+    method: str = Field(
+        description="name of a detector; 'package.module:Class' or './file.py:Class' for one of your own"
+    )
+    parameters: dict[str, Any] = {}
+    steps: Annotated[tuple[DetectorEntry, ...], BeforeValidator(_entries)] = ()
+    """Changes of the feature or the last layer before the score, in their order."""
+
+    def build(self) -> Detector:
+        """The detector with its parameters validated.
+
+        Raises:
+            UserError: unknown method or parameter, or a value out of range.
+        """
+        return self._built(f"detectors.{self.label}")
+
+    def _built(self, where: str) -> Detector:
+        steps = [step._built(f"{where}.steps.{step.label}") for step in self.steps]
+        try:
+            method = detectors.get(self.method)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        try:
+            detector = method.model_validate(self.parameters)
+        except ValidationError as error:
+            raise UserError(explain(error, f"{where}.", method)) from None
+        try:
+            return combined(detector, steps) if steps else detector
+        except UserError as error:
+            raise UserError(f"{where}.steps: {error}") from None
 
 
 class Config(Frozen):
@@ -351,7 +364,7 @@ def read(source: str, overrides: list[str] | None = None) -> tuple[Config, Path]
         apply_override(data, override)
     try:
         config = Config.model_validate(data)
-        config.built()
+        _absolute(config, path.parent).built()
     except ValidationError as error:
         raise UserError(explain(error, f"{path}: ", Config)) from None
     except UserError as error:
@@ -410,7 +423,7 @@ def digest(value: Any) -> str:
 
 
 def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config:
-    """The config with each of its paths replaced; names of weights, labels and modules are none and stay.
+    """The config with each of its paths replaced; names of weights, labels, modules and detectors stay.
 
     Args:
         config: the config.
@@ -431,6 +444,10 @@ def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config
         root = data(f"{where}.root", given.root)
         return given.model_copy(update={"path": source, "root": root, "labels": labels})
 
+    def detector(given: DetectorEntry) -> DetectorEntry:
+        method = code(f"detectors.{given.label}.method", given.method)
+        return given.model_copy(update={"method": method, "steps": tuple(map(detector, given.steps))})
+
     model = config.model
     find = {"factory": code, "exported": data}.get(model.source, lambda _, name: name)
     name = find("model.name", model.name)
@@ -442,6 +459,7 @@ def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config
             "data": None if config.data is None else place("data", config.data, "current"),
             "model": model.model_copy(update={"name": name, "weights": weights}),
             "datasets": tuple(map(dataset, config.datasets)),
+            "detectors": tuple(map(detector, config.detectors)),
         }
     )
 

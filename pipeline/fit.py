@@ -15,7 +15,7 @@ import ray
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
-from pipeline import __version__, cluster, config, places, statistics, store
+from pipeline import __version__, cluster, config, detectors, imports, places, statistics, store
 from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION, Batch
 from pipeline.detectors.base import Bank, Detector, Scorer, Training, bank_of
 from pipeline.errors import UserError
@@ -110,7 +110,9 @@ def fit_statistics(cache: Cache, rows: Rows, wanted: Iterable[Statistic[Any]], h
     """
 
     def sweep(group: Sequence[Statistic[Any]], known: Statistics) -> list[Part]:
-        identities = [{"features": rows.identities, **each.identity} for each in group]
+        identities = [
+            {"features": rows.identities, **each.identity, **imports.foreign(type(each))} for each in group
+        ]
         found = cache.get_all(
             "statistics", identities, lambda missing: _sweep(rows, [group[n] for n in missing], head, known)
         )
@@ -207,7 +209,7 @@ def fit_detectors(
             bank = bank_of(scorers[label])
             if bank is not None and source is not None:
                 table, identity = source
-                parts = {"features": identity, "detector": type(detector).__name__, **detector.model_dump()}
+                parts = {"features": identity, "detector": detectors.identity(detector)}
                 banks[label] = build_bank(cache, bank, table, parts)
         except UserError as error:
             raise UserError(f"detectors.{label}: {error}") from None

@@ -1,6 +1,6 @@
-"""Functions that a config names: `package.module:function` or `./file.py:function`. They run as they are.
+"""Functions and classes that a config names: `package.module:name` or `./file.py:name`. They run as they are.
 
-The function may belong to a class: `package.module:Class.method`.
+A function may belong to a class: `package.module:Class.method`.
 """
 
 import hashlib
@@ -10,11 +10,14 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import UserError, unknown
+
+T = TypeVar("T")
 
 FOLDER = "OOD_PIPELINE_FOLDER"
 """Environment variable with the folder in which modules are looked for last; Ray's workers inherit it."""
@@ -26,19 +29,47 @@ def load_function(reference: str, where: str) -> Callable[..., Any]:
     Raises:
         UserError: malformed reference, missing module or file, no such function in it.
     """
-    source, _, name = reference.rpartition(":")
-    if not source or not name or (source.startswith(".") and not source.endswith(".py")):
-        raise UserError(
-            f"{where}: got {reference!r}; expected 'package.module:function' or './file.py:function'."
-        )
-    module = _module(source, where)
-    function: Any = module
-    for part in name.split("."):
-        function = getattr(function, part, None)
+    module, name, function = _find(reference, where, "function")
     if not callable(function):
         callables = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise UserError(f"{where}: {unknown('function', name, callables)}")
     return function  # type: ignore[no-any-return]
+
+
+def load_class(reference: str, where: str, base: type[T]) -> type[T]:
+    """The subclass of `base` behind a reference.
+
+    Raises:
+        UserError: malformed reference, missing module or file, no such class in it.
+    """
+    module, name, found = _find(reference, where, "Class")
+    if not _is_a(found, base):
+        classes = [key for key, value in vars(module).items() if _is_a(value, base) and value is not base]
+        raise UserError(f"{where}: {unknown(f'subclass of {base.__name__}', name, classes)}")
+    for value in vars(module).values():
+        if _is_a(value, object) and value.__module__ == found.__module__:
+            digest_of(value)  # now: the files may change while their classes are in use
+    return found  # type: ignore[no-any-return]
+
+
+@cache
+def digest_of(kind: type) -> str:
+    """SHA-256 of the code of a class as it was loaded: all files of its package, or its one file."""
+    package = sys.modules.get(kind.__module__.partition(".")[0])
+    folders = [Path(folder) for folder in getattr(package, "__path__", ())]
+    files = {str(file.relative_to(folder)): file for folder in folders for file in folder.rglob("*.py")}
+    content = [name.encode() + b"\0" + files[name].read_bytes() for name in sorted(files)]
+    return hashlib.sha256(b"\0".join(content or [source_of(kind)])).hexdigest()
+
+
+def is_foreign(kind: type) -> bool:
+    """Whether a class is no part of this package."""
+    return kind.__module__.partition(".")[0] != __package__
+
+
+def foreign(kind: type) -> dict[str, str]:
+    """The digest of a foreign class as `code`; nothing for ours, whose code the version stands for."""
+    return {"code": digest_of(kind)} if is_foreign(kind) else {}
 
 
 def source_of(function: Callable[..., Any]) -> bytes:
@@ -48,6 +79,24 @@ def source_of(function: Callable[..., Any]) -> bytes:
     except TypeError:  # an object that is called, or a built-in
         return b""
     return Path(file).read_bytes() if file else b""
+
+
+def _find(reference: str, where: str, what: str) -> tuple[ModuleType, str, Any]:
+    """Module, name and what has it there; None if there is nothing."""
+    source, _, name = reference.rpartition(":")
+    if not source or not name or (source.startswith(".") and not source.endswith(".py")):
+        raise UserError(
+            f"{where}: got {reference!r}; expected 'package.module:{what}' or './file.py:{what}'."
+        )
+    module = _module(source, where)
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return module, name, found
+
+
+def _is_a(value: Any, base: type) -> bool:
+    return isinstance(value, type) and issubclass(value, base)
 
 
 def _module(source: str, where: str) -> ModuleType:
@@ -71,7 +120,8 @@ def _module(source: str, where: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up
     try:
-        spec.loader.exec_module(module)
+        # Not by its loader, which takes compiled code for current if size and second of the change are equal.
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
     except BaseException:
         del sys.modules[name]
         raise

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import __version__, config, extract, index, places, published
+from pipeline import __version__, cluster, config, detectors, extract, index, places, published
 from pipeline.columns import BLOCK_NORM
 from pipeline.config import Config, Dataset
 from pipeline.datasets import Manifest, compile_manifest
@@ -64,10 +64,7 @@ class Prepared:
     @property
     def scoring(self) -> str:
         """Digest of what scores depend on besides the rows that are scored."""
-        entries = {
-            label: [type(detector).__name__, detector.model_dump(mode="json")]
-            for label, detector in self.detectors.items()
-        }
+        entries = {label: detectors.identity(detector) for label, detector in self.detectors.items()}
         kind, shards = self.config.index.kind, self.config.index.shards
         cut = [kind] if kind == "flat" else [kind, shards]  # approximate ones depend on the cut
         return config.digest([entries, self.training, cut, __version__])
@@ -86,17 +83,20 @@ def prepare(settings: Config) -> Prepared:
     Raises:
         UserError: the first thing found wrong, naming file, key or field and the fix.
     """
-    detectors = settings.built()
-    _check_roles(settings, detectors)
+    chosen = settings.built()
+    for detector in chosen.values():
+        for part in detector.parts():
+            cluster.carry(type(part))
+    _check_roles(settings, chosen)
     _check_published(settings)
     if settings.tracking.enabled:
         tracking_uri(settings)
     places.require_writable(settings.workspace, "workspace")
     workspace = places.at(settings.workspace)
     classifier = load(settings.model, settings.seed)
-    for label, detector in detectors.items():
+    for label, detector in chosen.items():
         check_applies(label, detector, classifier)
-    if any(detector.neighbours for detector in detectors.values()):
+    if any(detector.neighbours for detector in chosen.values()):
         index.made(settings.index.kind, classifier.head[0].shape[1])
     manifests = {
         dataset.name: compile_manifest(dataset, workspace / "manifests", settings.seed)
@@ -110,7 +110,7 @@ def prepare(settings: Config) -> Prepared:
         manifest = manifests[dataset.name]
         parts = extract.identity(classifier, manifest, settings.extract)
         jobs[dataset.name] = extract.job(dataset, manifest, parts, workspace)
-    prepared = Prepared(settings, workspace, classifier, detectors, jobs)
+    prepared = Prepared(settings, workspace, classifier, chosen, jobs)
     _check_neighbours(prepared)
     return prepared
 
@@ -132,22 +132,31 @@ def tracking_uri(settings: Config) -> str:
     return f"sqlite:///{workspace / 'mlflow.db'}"
 
 
-def _check_roles(settings: Config, detectors: dict[str, Detector]) -> None:
+def _check_roles(settings: Config, chosen: dict[str, Detector]) -> None:
     if not settings.of_role("id"):
         raise UserError("datasets: none has role 'id'; add the ID test images.")
     if len(settings.of_role("train")) > 1:
         raise UserError("datasets: several have role 'train'; expected at most one. Put the images together.")
-    for label, detector in detectors.items():
-        if detector.needs_train() and not settings.of_role("train"):
-            raise UserError(
-                f"detectors.{label}: it learns from training images, but no dataset has role 'train'. "
-                "Add one, or drop the detector."
-            )
-        if detector.uses_ood() and not settings.of_role("ood_val"):
-            raise UserError(
-                f"detectors.{label}: it uses OOD validation images, but no dataset has role 'ood_val'. "
-                "Add one, or choose other parameters."
-            )
+    for label, detector in chosen.items():
+        check_data(label, detector, settings)
+
+
+def check_data(label: str, detector: Detector, settings: Config) -> None:
+    """Whether the config has the data a detector learns from.
+
+    Raises:
+        UserError: the role that no dataset plays.
+    """
+    if detector.needs_train() and not settings.of_role("train"):
+        raise UserError(
+            f"detectors.{label}: it learns from training images, but no dataset has role 'train'. "
+            "Add one, or drop the detector."
+        )
+    if detector.uses_ood() and not settings.of_role("ood_val"):
+        raise UserError(
+            f"detectors.{label}: it uses OOD validation images, but no dataset has role 'ood_val'. "
+            "Add one, or choose other parameters."
+        )
 
 
 def check_applies(label: str, detector: Detector, classifier: Classifier) -> None:

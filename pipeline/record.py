@@ -83,9 +83,10 @@ def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
 
 def _detector(ready: Prepared, label: str) -> dict[str, Any]:
     detector = ready.detectors[label]
+    entry = next(entry for entry in ready.config.detectors if entry.label == label)
     return {
-        "method": type(detector).__module__.rpartition(".")[2],
-        "title": detector.title,
+        "method": " + ".join(each.method for each in (*entry.steps, entry)),
+        "title": detector.caption,
         "parameters": detector.model_dump(mode="json"),
         "uses_ood": detector.uses_ood(),
         "columns": list(detector.columns),

@@ -290,7 +290,7 @@ class Run:
                 "dim": files.width,
                 "kind": kind,
                 "shards": len(searched.shards),
-                "recall_at_1": 1.0 if exact else index.recall(searched, label, bank.embed(rows)),
+                "recall_at_1": 1.0 if exact else index.recall(searched, label, bank.queries(rows)),
             }
 
     def _columns(self) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class Scoring:
         if self.index is None:
             return {}
         return {
-            label: self.index.ask(label, bank.embed(batch), bank.k) for label, bank in banks.items() if bank
+            label: self.index.ask(label, bank.queries(batch), bank.k) for label, bank in banks.items() if bank
         }
 
 

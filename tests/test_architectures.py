@@ -126,7 +126,7 @@ def test_each_detector_applies_or_says_why_not(made: tuple[Row, Classifier]) -> 
     row, classifier = made
     for name in detectors.names():
         detector = detectors.get(name)()
-        if name == "featurenorm" and row.applies == GRID:
+        if name in ("featurenorm", "selectednorm") and row.applies == GRID:
             with pytest.raises(UserError, match=rf"{FIXED}.*Choose a grid that divides {row.size}"):
                 check_applies(name, detector, classifier)
             detector = detectors.get(name)(grid=4)

@@ -380,13 +380,64 @@ def test_a_data_set_that_is_mended_is_accepted_in_the_same_workspace(case, comma
     assert command("validate", "--no-probe", case.config()).status == 0
 
 
+def listed(outcome: Outcome) -> dict[str, list[str]]:
+    """Cells of the table of detectors, by name."""
+    lines = [line for line in outcome.out.splitlines() if line.startswith("│")]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    return {name: cells for name, *cells in rows}
+
+
 def test_the_detectors_are_listed_with_what_they_need(command):
     outcome = command("detectors")
     assert outcome.status == 0
-    for name in detectors.names():
-        (line,) = [line for line in outcome.out.splitlines() if re.search(rf"│ {name} +│", line)]
-        assert detectors.get(name).title in line
-        assert ("training rows" in line) == detectors.get(name)().needs_train()
+    table = listed(outcome)
+    assert list(table) == detectors.names()
+    for name, (method, year, paper, needs, cost) in table.items():
+        detector = detectors.get(name)()
+        assert f"{method} ({year})" == detector.title
+        assert paper.partition(", ")[0].removesuffix(" et al.") in detector.paper
+        assert detector.paper.endswith(paper.partition(", ")[2])
+        trains = [need for need in needs.split(", ") if need.startswith(("training", "index", "extra"))]
+        assert bool(trains) == detector.needs_train()
+        assert (cost == "cheap") == (not detector.neighbours and not detector.passes())
+    assert table["msp"][2:] == ["Hendrycks et al., ICLR 2017, arXiv:1610.02136", "logits", "cheap"]
+    assert table["featurenorm"][3:] == ["feature maps (block norms), extra pass (jigsaw)", "pass"]
+    assert table["knn"][3:] == ["features, index", "index"]
+    assert table["grood"][3:] == ["features, training statistics, index, extra pass (mixup)", "index + pass"]
+
+
+def test_the_list_tells_what_applies_to_a_config_and_why_not(case, command):
+    (case.folder / "own.py").write_text(
+        "from pipeline.detectors.knn import Knn\nclass Own(Knn):\n    title = 'Own (2026)'\n"
+    )
+    case.raw["model"]["blocks"] = []
+    case.raw["detectors"] = [
+        {"grood": {"prototype": "ood_val"}},
+        {"far": {"method": "grood", "mixup_layer": "1.cnv"}},
+        {"own": {"method": "./own.py:Own"}},
+        {"both": {"method": "msp", "steps": ["react"]}},
+    ]
+    outcome = command("detectors", "--config", case.config())
+    assert outcome.status == 0
+    table = listed(outcome)
+    assert list(table) == [*detectors.names(), "far", "own", "both"]
+    assert {table[name][-1] for name in ("msp", "knn", "dice", "own")} == {"yes"}
+    assert table["both"][:2] == ["ReAct + MSP", "2021 + 2017"]
+    assert table["featurenorm"][-1].startswith("no: the model has no block with maps or tokens")
+    assert table["far"][-1].startswith("no: unknown layer '1.cnv'. Did you mean '1.conv'")
+    assert table["grood"][3:5] == ["features, training statistics, index, OOD data", "index"]
+    assert table["grood"][-1].startswith("no: it uses OOD validation images, but no dataset has role")
+    case.without("train")
+    reason = listed(command("detectors", "--config", case.config()))["dice"][-1]
+    assert reason.startswith("no: it learns from training images")
+
+
+def test_a_detector_of_ones_own_is_explained_like_ours(case, command):
+    path = case.folder / "own.py"
+    path.write_text("from pipeline.detectors.knn import Knn\nclass Own(Knn):\n    title = 'Own (2026)'\n")
+    outcome = command("detectors", f"{path}:Own")
+    assert outcome.out.startswith("Own (2026)")
+    assert "k = 50" in outcome.out
 
 
 @pytest.mark.parametrize("name", detectors.names())

@@ -60,6 +60,8 @@ def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
         {"grood_norm": few},
         {"grood_noise": {"method": "grood", "prototype": "noise", "samples": 100}},
         {"grood_val": {"method": "grood", "prototype": "ood_val"}},
+        *("entropy", "gen", "cosine", "she", "fdbd", "nci", "klmatching", "nnguide"),
+        {"selectednorm": {"samples": 64}},
     ]
     return raw
 
@@ -77,6 +79,7 @@ def test_every_detector_runs_on_an_exported_vision_transformer(
     raw = everything(settings, images)
     raw["model"] = {"source": "exported", "name": "vit.pt2", "transform": raw["model"]["transform"]}
     raw["detectors"][5] = {"featurenorm": {"samples": 64, "grid": 4}}
+    raw["detectors"][-1] = {"selectednorm": {"samples": 64, "grid": 4}}
     found = scores(execute(load(raw), last="score").folder, "animals")
     assert set(found) - {"key", "label", "prediction"} >= {
         "featurenorm",

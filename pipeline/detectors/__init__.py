@@ -1,30 +1,77 @@
-"""The detectors. A file here is a detector; its name is the name used in the config."""
+"""The detectors. A file here is a detector; its name is the name used in the config.
 
-from functools import cache
+`base` is their contract, and files that begin with an underscore are what several of them share.
+Others come from a file or module that the config names, or by name from packages that are installed.
+"""
+
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
+from typing import Any
 
+from pipeline import imports
+from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError, unknown
 
+GROUP = "ood_pipeline.detectors"
+"""Entry points of installed packages: the name in the config = "package.module:Class"."""
+
+_DECLARED = ("title", "paper", "formula", "columns")
+_STORED = (KEY, LABEL, PREDICTION, FEATURE, LOGITS, BLOCK_NORM)
+
 
 def names() -> list[str]:
-    """Names of all detectors, sorted."""
-    return sorted(module.name for module in iter_modules(__path__) if module.name != "base")
+    """Names of the detectors that come with this package, sorted."""
+    return sorted(
+        module.name for module in iter_modules(__path__) if not module.name.startswith(("_", "base"))
+    )
 
 
-@cache
+def installed() -> dict[str, EntryPoint]:
+    """Detectors of other packages that are installed, by name; names of ours stay ours."""
+    found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    return {entry.name: entry for entry in found if entry.name not in names()}
+
+
 def get(name: str) -> type[Detector]:
-    """The detector in the file of that name.
+    """The detector of a name or reference: `knn`, `./file.py:Class`, `package.module:Class`.
 
     Raises:
-        UserError: if there is no such file; names the closest one.
+        UserError: no such detector, with the closest one; or a class that is none or declares too little.
     """
-    if name not in names():
-        raise UserError(unknown("detector", name, names()))
-    module = import_module(f"{__name__}.{name}")
-    return next(
-        member
-        for member in vars(module).values()
-        if isinstance(member, type) and issubclass(member, Detector) and member.__module__ == module.__name__
-    )
+    if name in names():
+        module = import_module(f"{__name__}.{name}")
+        return next(
+            member
+            for member in vars(module).values()
+            if isinstance(member, type)
+            and issubclass(member, Detector)
+            and member.__module__ == module.__name__
+        )
+    if ":" in name:
+        return _checked(imports.load_class(name, "method", Detector), name)
+    others = installed()
+    if name not in others:
+        raise UserError(unknown("detector", name, [*names(), *others]))
+    reference = others[name].value
+    return _checked(imports.load_class(reference, f"entry point {name}", Detector), reference)
+
+
+def identity(detector: Detector) -> list[Any]:
+    """What scores depend on besides data: class, parameters, and the code of what is not ours."""
+    foreign = [imports.foreign(type(part)) for part in detector.parts()]
+    return [type(detector).__name__, detector.model_dump(mode="json"), *(part for part in foreign if part)]
+
+
+def _checked(kind: type[Detector], reference: str) -> type[Detector]:
+    """A class that says what every detector says."""
+    missing = [name for name in _DECLARED if not hasattr(kind, name)]
+    if missing:
+        raise UserError(
+            f"method: {reference} does not declare {', '.join(missing)}; expected {', '.join(_DECLARED)}."
+        )
+    strange = [column for column in kind.columns if column not in _STORED]
+    if strange:
+        raise UserError(f"method: {reference}: columns: {unknown('column', strange[0], _STORED)}")
+    return kind

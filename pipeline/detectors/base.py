@@ -98,11 +98,17 @@ class Bank:
     """Vectors of training rows in which the nearest neighbours of every row are looked up."""
 
     embed: Callable[[Batch], NDArray[np.float32]]
-    """Batch -> (N, E) float32; used for the training rows and for the queries."""
+    """Batch -> (N, E) float32; used for the training rows and, without a `query`, for the queries."""
     keep: Callable[[Batch], Mask]
     """Batch of training rows -> (N,) bool; which of them enter the bank."""
     k: int
     """How many neighbours are looked up."""
+    query: Callable[[Batch], NDArray[np.float32]] | None = None
+    """Batch -> (N, E) float32; where queries are embedded in another way than training rows."""
+
+    def queries(self, batch: Batch) -> NDArray[np.float32]:
+        """(N, E) float32, what is looked up for a batch."""
+        return (self.query or self.embed)(batch)
 
 
 class Scorer(Protocol):
@@ -133,6 +139,20 @@ class Detector(BaseModel):
     """Columns of the feature table that the scorer reads."""
     neighbours: ClassVar[bool] = False
     """Whether the scorer has a bank of training rows."""
+
+    @property
+    def name(self) -> str:
+        """Name of the method in the config."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def caption(self) -> str:
+        """What tables call the method."""
+        return self.title
+
+    def parts(self) -> tuple[Detector, ...]:
+        """What it is made of: itself, unless it combines others."""
+        return (self,)
 
     def passes(self) -> tuple[Pass, ...]:
         """Extra passes through the network that `fit` reads."""

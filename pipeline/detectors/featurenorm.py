@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.columns import BLOCK_NORM, Batch, Float
-from pipeline.detectors.base import Detector, Jigsaw, Pass, Training
+from pipeline.detectors.base import Detector, Jigsaw, Pass, Scorer, Training
 from pipeline.errors import UserError, unknown
 
 AUTO = "auto"
@@ -48,17 +48,25 @@ class FeatureNorm(Detector):
         """The jigsaw pass, unless the block is named."""
         return (self._jigsaw(),) if self.block == AUTO else ()
 
-    def fit(self, train: Training) -> FeatureNormScorer:
+    def fit(self, train: Training) -> Scorer:
         """Choose the block.
+
+        Raises:
+            UserError: as `chosen`.
+        """
+        return FeatureNormScorer(self.chosen(train))
+
+    def chosen(self, train: Training) -> int:
+        """Position of the block in `block_norm`.
 
         Raises:
             UserError: if the model has no block of that name, or no block has a NormRatio.
         """
         if self.block == AUTO:
-            return FeatureNormScorer(self._best(train))
+            return self._best(train)
         if self.block not in train.blocks:
-            raise UserError(f"featurenorm.block: {unknown('block', self.block, train.blocks)}")
-        return FeatureNormScorer(train.blocks.index(self.block))
+            raise UserError(f"block: {unknown('block', self.block, train.blocks)}")
+        return train.blocks.index(self.block)
 
     def _jigsaw(self) -> Jigsaw:
         return Jigsaw(samples=self.samples, grid=self.grid)
@@ -68,7 +76,7 @@ class FeatureNorm(Detector):
         usable = np.isfinite(ratio)
         if not usable.any():
             raise UserError(
-                f"featurenorm.block: no block has a finite NormRatio, got {ratio.tolist()} for blocks "
+                f"block: no block has a finite NormRatio, got {ratio.tolist()} for blocks "
                 f"{list(train.blocks)}; expected at least one. Name the block, or check model.blocks."
             )
         return int(np.argmax(np.where(usable, ratio, -np.inf)))

@@ -1,14 +1,15 @@
-"""GradNorm: L1 norm of the last layer's gradient, in closed form.
+"""GradNorm: norm of the last layer's gradient, in closed form.
 
-The gradient is an outer product, so its L1 norm is a product of two: no backward pass.
+The gradient is an outer product, so its p-norm is a product of two: no backward pass.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
@@ -17,9 +18,10 @@ from pipeline.logits import softmax
 
 
 class GradNorm(Detector):
-    """L1 norm of the gradient of KL(u ‖ p) in the last layer's weight; u uniform, p = softmax(z / T).
+    """Norm of the gradient of KL(u ‖ p) in the last layer's weight; u uniform, p = softmax(z / T).
 
-    The loss is the paper's mean over classes; the authors' code sums, which multiplies every score by C.
+    The defaults are the paper's: L1 norm, T = 1, without the bias. The loss is its mean over classes; the
+    authors' code sums, which multiplies every score by C.
     """
 
     title: ClassVar[str] = "GradNorm (2021)"
@@ -28,17 +30,22 @@ class GradNorm(Detector):
         "NeurIPS 2021, arXiv:2110.00218"
     )
     formula: ClassVar[str] = (
-        "score = -‖∂KL(u ‖ p)/∂W‖_1 = -(1/T) · ‖h‖_1 · ‖p - u‖_1, p = softmax(z / T), u_c = 1/C"
+        "score = -‖∂KL(u ‖ p)/∂W‖_q = -(1/T) · ‖h‖_q · ‖p - u‖_q, p = softmax(z / T), u_c = 1/C; "
+        "with the bias: -‖∂KL(u ‖ p)/∂(W, b)‖_q, ‖(h, 1)‖_q in place of ‖h‖_q"
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
 
     temperature: FiniteFloat = Field(
         default=1.0, gt=0, description="T, divides the logits z; above 1 softens the probabilities"
     )
+    order: float = Field(
+        default=1.0, ge=0.1, le=16, description="q, the order of the norm: 1 for L1, 2 for L2"
+    )
+    bias: bool = Field(default=False, description="whether the gradient in the layer's bias counts, too")
 
     def fit(self, train: Training) -> GradNormScorer:
         """Nothing is fitted."""
-        return GradNormScorer(self.temperature)
+        return GradNormScorer(self.temperature, self.order, self.bias)
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,11 @@ class GradNormScorer:
     """Gradient norm from stored features and logits."""
 
     temperature: float
+    order: float
+    bias: bool
 
     def __call__(self, batch: Batch) -> Float:
-        """Negative L1 norm of the last layer's gradient.
+        """Negative norm of the last layer's gradient.
 
         Args:
             batch: `feature` (N, D) float, `logits` (N, C) float.
@@ -58,7 +67,14 @@ class GradNormScorer:
         """
         difference = softmax(batch[LOGITS], self.temperature)
         difference -= 1 / difference.shape[1]
-        from_uniform = np.abs(difference, out=difference).sum(axis=1)
-        length = np.abs(batch[FEATURE]).sum(axis=1, dtype=np.float64)
-        score: Float = -length * from_uniform / self.temperature
+        size = self._powers(batch[FEATURE]) + (1 if self.bias else 0)
+        score: Float = -((size * self._powers(difference)) ** (1 / self.order)) / self.temperature
         return score
+
+    def _powers(self, rows: NDArray[Any]) -> Float:
+        """(N,) sum of |x|^q over each row."""
+        size = np.abs(rows)
+        if self.order != 1:
+            size = size.astype(np.float64) ** self.order
+        total: Float = size.sum(axis=1, dtype=np.float64)
+        return total

@@ -64,7 +64,7 @@ class Rows:
         if bank is None:
             return batch
         vectors = bank.embed(self.train)[bank.keep(self.train)]
-        distance = cdist(bank.embed(batch).astype(np.float64), vectors.astype(np.float64))
+        distance = cdist(bank.queries(batch).astype(np.float64), vectors.astype(np.float64))
         return {**batch, NEIGHBOURS: np.sort(distance, axis=1)[:, : bank.k]}
 
     def score(self, detector: Detector) -> Float:

@@ -57,9 +57,10 @@ def test_split_rows_are_embedded_like_whole_ones(detector, rows):
     parts = [
         {name: column[part] for name, column in rows.query.items()} for part in (slice(0, 3), slice(3, None))
     ]
-    split = np.concatenate([bank.embed(part) for part in parts])
-    assert split.dtype == np.float32
-    np.testing.assert_allclose(split, bank.embed(rows.query), rtol=2e-7)
+    for embed in (bank.embed, bank.queries):
+        split = np.concatenate([embed(part) for part in parts])
+        assert split.dtype == np.float32
+        np.testing.assert_allclose(split, embed(rows.query), rtol=2e-7)
 
 
 def test_permuted_rows_get_permuted_scores(detector, rows):
@@ -105,6 +106,7 @@ def test_a_pickled_scorer_gives_identical_bits(detector, rows):
     copied_bank, bank = pickle.loads(pickle.dumps(bank_of(scorer))), bank_of(scorer)
     if bank is not None:
         assert copied_bank.embed(rows.query).tobytes() == bank.embed(rows.query).tobytes()
+        assert copied_bank.queries(rows.query).tobytes() == bank.queries(rows.query).tobytes()
         assert copied_bank.keep(rows.train).tobytes() == bank.keep(rows.train).tobytes()
 
 
@@ -166,7 +168,7 @@ def test_every_number_has_bounds(kind, detector):
 
 def test_metadata_tell_the_reader_what_is_computed(kind):
     assert re.search(r"\((19|20)\d\d\)$", kind.title)
-    assert re.search(r"\b(19|20)\d\d, arXiv:\d{4}\.\d{4,5}$", kind.paper)
+    assert re.search(r"\b(19|20)\d\d, (arXiv:\d{4}\.\d{4,5}|openreview:\w+)$", kind.paper)
     assert kind.formula.startswith("score = ")
     assert kind.columns
     assert set(kind.columns) <= FEATURE_TABLE

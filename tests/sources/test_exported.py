@@ -84,10 +84,12 @@ def test_a_program_has_the_output_and_the_taps_of_its_network(network, tmp_path:
 def test_detectors_apply_as_to_the_network_but_for_the_fixed_size(tmp_path: Path) -> None:
     classifier = exported(export(resnet().eval(), tmp_path / "net.pt2"))
     for name in detectors.names():
-        if name == "featurenorm":
+        if name in ("featurenorm", "selectednorm"):
             with pytest.raises(UserError, match=r"jigsaws of 3 x 3 tiles have 30 pixels per side"):
                 check_applies(name, detectors.get(name)(), classifier)
-        detector = detectors.get(name)(grid=4) if name == "featurenorm" else detectors.get(name)()
+        detector = (
+            detectors.get(name)(grid=4) if name in ("featurenorm", "selectednorm") else detectors.get(name)()
+        )
         check_applies(name, detector, classifier)
 
 

@@ -1,0 +1,106 @@
+"""Mahalanobis distances to class means: what `mds`, `rmds`, `mds_l2` and `rmds_l2` share.
+
+One eigendecomposition whitens the features at fit time; a score is then one matrix product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from pipeline.columns import FEATURE, Batch, Float
+from pipeline.detectors.base import Detector, Training
+from pipeline.errors import UserError
+from pipeline.statistics import Classes, Scatter, normalize
+
+TOLERANCE = 1e-12
+"""Directions with less than this share of the total variance of the training features count as having none.
+
+Float32 features resolve no less: a standard deviation of 10⁻⁶ of the features' spread.
+"""
+
+
+class Mahalanobis(Detector):
+    """Squared distance to the nearest class mean under one covariance; the inverse is a pseudo-inverse."""
+
+    columns: ClassVar[tuple[str, ...]] = (FEATURE,)
+    unit: ClassVar[bool] = False
+    """Whether features are divided by their L2 norm first."""
+    relative: ClassVar[bool] = False
+    """Whether the distance to the mean of all training rows, under their covariance, is subtracted."""
+
+    def statistics(self) -> tuple[Classes, Scatter]:
+        """Class means and the scatter of all rows."""
+        return Classes(unit=self.unit), Scatter(unit=self.unit)
+
+    def fit(self, train: Training) -> MahalanobisScorer:
+        """Whiten.
+
+        Raises:
+            UserError: if training rows have no label.
+        """
+        classes, moments = train.train[Classes(unit=self.unit)], train.train[Scatter(unit=self.unit)]
+        if classes.unlabelled_count:
+            raise UserError(
+                f"{self.name}: the covariance within classes needs labels, got "
+                f"{int(classes.unlabelled_count)} training rows without one. Give the dataset with role "
+                "train its labels."
+            )
+        offset = classes.class_mean - moments.mean
+        count = classes.class_count[classes.class_count > 0]
+        within = moments.covariance - (offset.T * (count / moments.count)) @ offset
+        floor = TOLERANCE * float(np.trace(moments.covariance))
+        whitening = whiten(within, floor)
+        return MahalanobisScorer(
+            unit=self.unit,
+            mean=moments.mean,
+            whitening=whitening,
+            classes=offset @ whitening,
+            background=whiten(moments.covariance, floor) if self.relative else None,
+        )
+
+
+def whiten(covariance: Float, floor: float) -> Float:
+    """(D, R) matrix A with A Aᵀ the pseudo-inverse of a covariance (D, D); variances up to `floor` are 0."""
+    variance, direction = np.linalg.eigh(covariance)
+    kept = variance > floor
+    whitening: Float = direction[:, kept] / np.sqrt(variance[kept])
+    return whitening
+
+
+@dataclass(frozen=True)
+class MahalanobisScorer:
+    """Distances in whitened coordinates."""
+
+    unit: bool
+    mean: Float
+    """(D,) mean of all training rows, the origin of the coordinates."""
+    whitening: Float
+    """(D, R) for the covariance within classes."""
+    classes: Float
+    """(K, R) whitened class means."""
+    background: Float | None
+    """(D, S) whitening for the covariance of all rows, to be subtracted; None if it is not."""
+
+    def __call__(self, batch: Batch) -> Float:
+        """Squared distance to the nearest class mean, minus that to the mean of all where it is relative.
+
+        Args:
+            batch: `feature` (N, D) float.
+
+        Returns:
+            (N,) float64, at least 0 unless it is relative.
+        """
+        feature = normalize(batch[FEATURE]) if self.unit else batch[FEATURE]
+        centred = feature - self.mean
+        own = centred @ self.whitening
+        distance = own @ (-2 * self.classes.T)
+        distance += np.einsum("kr,kr->k", self.classes, self.classes)
+        nearest: Float = np.maximum(distance.min(axis=1) + np.einsum("nr,nr->n", own, own), 0)
+        if self.background is None:
+            return nearest
+        common = centred @ self.background
+        relative: Float = nearest - np.einsum("nr,nr->n", common, common)
+        return relative

@@ -1,0 +1,98 @@
+"""Residual: length of the feature outside the principal subspace of the training features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.columns import FEATURE, Batch, Float
+from pipeline.detectors.base import Detector, Training
+from pipeline.errors import UserError
+from pipeline.statistics import Head, Moments, Scatter
+
+
+class Subspace(BaseModel):
+    """How many directions the principal subspace has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: int | None = Field(
+        default=None,
+        ge=1,
+        description="dimensions D' of the principal subspace, fewer than the feature's D; null = 1000 where "
+        "D is 2048 or more, 512 where it is 768 or more, else D / 2",
+    )
+
+
+class Residual(Subspace, Detector):
+    """ViM's residual alone.
+
+    Implemented is ViM's section on the principal space: the origin is o = -W⁺ b, and the subspace is spanned
+    by the eigenvectors of the D' largest eigenvalues of E[(h - o)(h - o)ᵀ].
+    """
+
+    title: ClassVar[str] = "Residual (2022)"
+    paper: ClassVar[str] = (
+        "Wang, Li, Feng, Zhang: ViM: Out-Of-Distribution with Virtual-logit Matching. "
+        "CVPR 2022, arXiv:2203.10807"
+    )
+    formula: ClassVar[str] = (
+        "score = ‖R ᵀ(h - o)‖_2, o = -W⁺ b, R the eigenvectors of the D - D' smallest eigenvalues of "
+        "E_train[(h - o)(h - o)ᵀ]"
+    )
+    columns: ClassVar[tuple[str, ...]] = (FEATURE,)
+
+    def statistics(self) -> tuple[Scatter]:
+        """Second moments."""
+        return (Scatter(),)
+
+    def fit(self, train: Training) -> ResidualScorer:
+        """Find the subspace.
+
+        Raises:
+            UserError: if the subspace is to be as large as the feature.
+        """
+        return residual(Head(train.weight, train.bias), train.train[Scatter()], self.dim)
+
+
+@dataclass(frozen=True)
+class ResidualScorer:
+    """Length of the feature's part outside the subspace."""
+
+    origin: Float
+    """(D,)."""
+    outside: Float
+    """(D, D - D') orthonormal directions."""
+
+    def __call__(self, batch: Batch) -> Float:
+        """Distance from the subspace.
+
+        Args:
+            batch: `feature` (N, D) float.
+
+        Returns:
+            (N,) float64, at least 0.
+        """
+        part = (batch[FEATURE] - self.origin) @ self.outside
+        length: Float = np.sqrt(np.einsum("nd,nd->n", part, part))
+        return length
+
+
+def residual(head: Head, moments: Moments, dim: int | None) -> ResidualScorer:
+    """The complement of the principal subspace of `dim` dimensions, seen from -W⁺ b.
+
+    Raises:
+        UserError: if it is to be as large as the feature.
+    """
+    width = head.weight.shape[1]
+    if dim is None:
+        dim = 1000 if width >= 2048 else 512 if width >= 768 else width // 2
+    if dim >= width:
+        raise UserError(f"dim is {dim} but the feature has {width} dimensions; lower dim.")
+    origin = -np.linalg.pinv(head.weight.astype(np.float64)) @ head.bias.astype(np.float64)
+    offset = moments.mean - origin
+    _, direction = np.linalg.eigh(moments.covariance + np.outer(offset, offset))
+    return ResidualScorer(origin, direction[:, : width - dim])

@@ -1,0 +1,67 @@
+"""Selected norm: MSP or energy of a feature that has its own direction and FeatureNorm's length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.columns import BLOCK_NORM, FEATURE, Batch, Float
+from pipeline.detectors.base import Training
+from pipeline.detectors.featurenorm import FeatureNorm
+from pipeline.logits import logsumexp, softmax
+from pipeline.statistics import normalize
+
+
+class SelectedNorm(FeatureNorm):
+    """A logit score with the length of the feature taken from the block with the highest NormRatio."""
+
+    title: ClassVar[str] = "Selected norm (2023)"
+    paper: ClassVar[str] = FeatureNorm.paper
+    formula: ClassVar[str] = (
+        "score = -log Σ_c exp z_c or -max_c softmax(z)_c, z = W (f(x; B) · h / ‖h‖_2) + b, "
+        "B and f(x; B) as in featurenorm"
+    )
+    columns: ClassVar[tuple[str, ...]] = (FEATURE, BLOCK_NORM)
+
+    score: Literal["energy", "msp"] = Field(
+        default="energy", description="what is computed from the logits z of the rescaled feature"
+    )
+
+    def fit(self, train: Training) -> SelectedNormScorer:
+        """Choose the block.
+
+        Raises:
+            UserError: as `FeatureNorm.chosen`.
+        """
+        weight, bias = train.weight.astype(np.float64), train.bias.astype(np.float64)
+        return SelectedNormScorer(weight, bias, self.chosen(train), self.score)
+
+
+@dataclass(frozen=True)
+class SelectedNormScorer:
+    """MSP or energy of rescaled features."""
+
+    weight: Float
+    """(C, D)."""
+    bias: Float
+    """(C,)."""
+    block: int
+    """Position of the block in `block_norm`."""
+    score: Literal["energy", "msp"]
+
+    def __call__(self, batch: Batch) -> Float:
+        """MSP or energy, negative.
+
+        Args:
+            batch: `feature` (N, D) float, `block_norm` (N, B) float.
+
+        Returns:
+            (N,) float64; of the bias alone where the feature is zero and has no direction.
+        """
+        length = np.asarray(batch[BLOCK_NORM], dtype=np.float64)[:, self.block, None]
+        logits = (normalize(batch[FEATURE]) * length) @ self.weight.T + self.bias
+        found: Float = logsumexp(logits) if self.score == "energy" else softmax(logits).max(axis=1)
+        return -found
