@@ -95,7 +95,7 @@ def _gradnorm(problem: Problem, turns: int, samples: int) -> tuple[float, float]
         assert head.weight.grad is not None
         return float(head.weight.grad.abs().sum())
 
-    scorer = GradNormScorer(1.0)
+    scorer = GradNormScorer(temperature=1.0, order=1.0, bias=False)
     slow = [-norm(one) for one in features]
     np.testing.assert_allclose(slow, scorer(problem.batch)[:samples], rtol=1e-4)
     return _turns(lambda: [norm(one) for one in features], samples, lambda: scorer(problem.batch), turns)

@@ -16,7 +16,7 @@ from pipeline.statistics import Classes, normalize
 class Nci(Detector):
     """Neural collapse inspired detector.
 
-    The paper chooses α per dataset from 1e-4 to 1e-1; the default is one value from that range for all.
+    OpenOOD chooses α per dataset from 1e-4 to 1e-1 with OOD data; the default is one value from that range.
     A feature at the mean μ has no direction: the first term is 0.
     """
 

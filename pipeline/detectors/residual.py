@@ -40,7 +40,7 @@ class Residual(Subspace, Detector):
         "CVPR 2022, arXiv:2203.10807"
     )
     formula: ClassVar[str] = (
-        "score = ‖R ᵀ(h - o)‖_2, o = -W⁺ b, R the eigenvectors of the D - D' smallest eigenvalues of "
+        "score = ‖Rᵀ(h - o)‖_2, o = -W⁺ b, R the eigenvectors of the D - D' smallest eigenvalues of "
         "E_train[(h - o)(h - o)ᵀ]"
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
