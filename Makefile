@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FAISS ?= cpu  # or gpu
 
-.PHONY: quickstart test check chaos install clean
+.PHONY: quickstart test test-cluster chaos check install clean
 
 quickstart: install
 	$(BIN)/ood-pipeline run quickstart
@@ -14,6 +14,9 @@ test: install
 	$(BIN)/coverage run -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
+
+test-cluster: install
+	$(BIN)/pytest -m 'cluster and not chaos' tests/cluster tests/jobs
 
 chaos: install
 	$(BIN)/pytest -m chaos tests/cluster

@@ -29,6 +29,14 @@ S3_ENVIRONMENT = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a cluster or a head of their own run after the others: `make test-cluster`."""
+    for item in items:
+        if {"site", "head"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.cluster)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Small networks gain nothing from more threads, and threads that wait for a busy core lose much."""

@@ -2,17 +2,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipeline import statistics
 from pipeline.detectors.base import Training
 from pipeline.detectors.energy import Energy
 from pipeline.detectors.grood import Grood
 from pipeline.detectors.knn import Knn
 from pipeline.points import holders
-from pipeline.statistics import Statistics
+from pipeline.statistics import Head
 
-ROWS = Statistics.of(
-    {"feature": np.eye(6), "label": np.arange(6) % 5, "prediction": np.zeros(6, np.int32)}, classes=5
-)
-TRAINING = Training(np.zeros((5, 6), np.float32), np.zeros(5, np.float32), train=ROWS, ood_val=ROWS)
+ROWS = {"feature": np.eye(6), "label": np.arange(6) % 5, "prediction": np.zeros(6, np.int32)}
+HEAD = Head(np.zeros((5, 6), np.float32), np.zeros(5, np.float32))
 
 
 def test_the_widest_bank_of_equal_vectors_serves_all():
@@ -22,7 +21,10 @@ def test_the_widest_bank_of_equal_vectors_serves_all():
         "shifted": Grood(prototype="ood_val"),
         "energy": Energy(),
     }
-    scorers = {label: detector.fit(TRAINING) for label, detector in detectors.items()}
+    wanted = {need for each in detectors.values() for need in (*each.statistics(), *each.ood_statistics())}
+    found = statistics.of(ROWS, wanted, HEAD)
+    training = Training(HEAD.weight, HEAD.bias, train=found, ood_val=found)
+    scorers = {label: detector.fit(training) for label, detector in detectors.items()}
     assert holders(detectors, scorers) == {
         **dict.fromkeys(("knn5", "knn50", "knn20"), "knn50"),
         **dict.fromkeys(("grood1", "grood2"), "grood2"),

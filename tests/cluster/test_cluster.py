@@ -132,7 +132,7 @@ def test_actors_go_to_the_nodes_that_have_what_they_need(
 
 def test_the_doctor_sees_the_nodes(site: Site, undisturbed: Results) -> None:
     output = finished(site.command("doctor"))
-    assert re.search(r"ray cluster +\d+ nodes: .*\(127\.0\.0\.1\) 2 CPU, 0 GPU; .*\(127\.0\.0\.\d+\)", output)
+    assert re.search(r"ray cluster +\d+ nodes: .* 2 CPU, 0 GPU; .* 2 CPU, 0 GPU", output)
 
 
 def test_an_actor_that_fits_on_no_single_node_is_refused(
