@@ -38,8 +38,14 @@ class Head:
         """Start the command on a machine that knows the cluster's address and token."""
         environment = clean() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
         environment |= {"RAY_API_SERVER_ADDRESS": self.address, "COLUMNS": "200"} | variables
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([BIN / "ood-pipeline", *arguments], env=environment, text=True, **pipes)
+        return subprocess.Popen(
+            [BIN / "ood-pipeline", *arguments],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below background jobs
+        )
 
     def finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
         """Wait for a command."""
