@@ -93,7 +93,7 @@ def survives(
 def test_a_run_survives_the_loss_of_actors_and_of_a_node(
     site: Site, undisturbed: Results, everything: dict[str, Any], tmp_path: Path
 ) -> None:
-    faults = [Fault("extract", "actor", 0), Fault("extract", "node", 0), Fault("score", "actor", 0)]
+    faults = [Fault("extract", "actor", 2), Fault("extract", "node", 1), Fault("score", "actor", 0)]
     found = survives(faults, site, undisturbed, everything, tmp_path)
     assert found.record["stages"]["extract"]["cpu_seconds"] > 0
     assert len(found.record["nodes"]) > 1
