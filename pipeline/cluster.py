@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import imports, usage
 from pipeline.errors import AGAIN, UserError
+from pipeline.places import Place
 
 T = TypeVar("T")
 
@@ -43,18 +44,18 @@ _CURES = {
 """What to do about a failure of Ray's that is not the pipeline's."""
 
 _unseen: list[Path] = []
-"""Folders still to be looked for on all nodes, as soon as there is a connection."""
+"""The folder still to be looked for on all nodes, as soon as there is a connection."""
 
 
 @contextmanager
-def session(*shared: Path) -> Iterator[None]:
+def session(workspace: Place | None = None) -> Iterator[None]:
     """Ends the connection that something inside the block opened; one that was open before stays open.
 
     Args:
-        shared: local folders that must be there on every node.
+        workspace: if it is a local folder, every node must see it.
     """
     ours = not ray.is_initialized()
-    _unseen[:] = shared
+    _unseen[:] = [workspace] if isinstance(workspace, Path) else []
     try:
         yield
     finally:
@@ -229,7 +230,7 @@ def in_order(function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -
     task raises comes out as it is.
     """
     connect()
-    task = ray.remote(_metered).options(num_cpus=1, max_retries=RESTARTS, name=function.__name__)
+    task = ray.remote(measured).options(num_cpus=1, max_retries=RESTARTS, name=function.__name__)
     width = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting: deque[Any] = deque()
     for item in arguments:
@@ -240,8 +241,8 @@ def in_order(function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -
         yield metered(waiting.popleft())
 
 
-def _metered(function: Callable[..., T], *arguments: Any) -> tuple[T, dict[str, Any]]:
-    """Ray task or actor call: a result and what it cost."""
+def measured(function: Callable[..., T], *arguments: Any) -> tuple[T, dict[str, Any]]:
+    """What a Ray task or actor call returns: a result and what it cost; `metered` takes it apart."""
     with usage.metered() as costs:
         result = function(*arguments)
     return result, costs

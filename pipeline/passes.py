@@ -45,9 +45,7 @@ class Worker:
 
     def metered(self, call: str, *arguments: Any) -> tuple[Any, dict[str, Any]]:
         """Result of one of the methods below, and what it cost."""
-        with usage.metered() as costs:
-            result = getattr(self, call)(*arguments)
-        return result, costs
+        return cluster.measured(getattr(self, call), *arguments)
 
     def _batches(self, train: Manifest, rows: Index) -> Iterator[tuple[images.Pixels, Index]]:
         """Decodable images of some rows (ascending), at most `size` at once, and their rows."""

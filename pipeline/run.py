@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from numpy.typing import NDArray
@@ -72,8 +71,7 @@ def execute(settings: config.Config, options: Options, display: Display) -> Outc
         ready = prepare(settings)
         images = sum(job.manifest.rows for job in ready.jobs.values())
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
-    shared = [ready.workspace] if isinstance(ready.workspace, Path) else []
-    with alone(ready.workspace) as check, cluster.session(*shared), ThreadPoolExecutor(1) as threads:
+    with alone(ready.workspace) as check, cluster.session(ready.workspace), ThreadPoolExecutor(1) as threads:
         if options.fresh:
             _forget(ready)
         run = Run(ready, options, display, threads)

@@ -93,18 +93,14 @@ def score_part(row: dict[str, Any], work: Any) -> dict[str, Any]:
 
 def _score_part(row: dict[str, Any], work: Scoring, tables: Mapping[str, store.Table]) -> dict[str, Any]:
     with attempts.begun(row["part"], "scoring"):
-        return _scored(row, work, tables)
-
-
-def _scored(row: dict[str, Any], work: Scoring, tables: Mapping[str, store.Table]) -> dict[str, Any]:
-    scores = work.table(tables[row["dataset"]].read(row["start"], row["stop"], work.columns))
-    bad = _not_finite(scores, list(work.scorers))
-    if bad:
-        raise UserError(
-            f"scores of {row['dataset']} are not finite: {'; '.join(bad)}. "
-            "Check these images, the detector's parameters, and index.kind if it is approximate."
-        )
-    store.write_table(places.at(row["part"]), scores)
+        scores = work.table(tables[row["dataset"]].read(row["start"], row["stop"], work.columns))
+        bad = _not_finite(scores, list(work.scorers))
+        if bad:
+            raise UserError(
+                f"scores of {row['dataset']} are not finite: {'; '.join(bad)}. "
+                "Check these images, the detector's parameters, and index.kind if it is approximate."
+            )
+        store.write_table(places.at(row["part"]), scores)
     return {"dataset": row["dataset"], "rows": len(scores)}
 
 

@@ -111,8 +111,7 @@ def execute(settings: Config, output: Path, display: Display) -> Outcome:
     with display.stage("prepare") as stage:
         ready = _prepared(settings, grids)
         stage.note = f"{len(ready.detectors)} points of {len(grids)} detectors"
-    shared = [ready.workspace] if isinstance(ready.workspace, Path) else []
-    with alone(ready.workspace) as check, cluster.session(*shared), ThreadPoolExecutor(1) as threads:
+    with alone(ready.workspace) as check, cluster.session(ready.workspace), ThreadPoolExecutor(1) as threads:
         search = Search(ready, Options(first="fit"), display, threads)
         found = _chosen(grids, search.metrics(), wanted.metric)
         check()

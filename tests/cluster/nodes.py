@@ -81,6 +81,11 @@ class Site:
         self._start(name, address, f"--address={self.address}", *resources, hidden=hidden)
         return name
 
+    def need_another(self) -> None:
+        """Have a node beside the head."""
+        if len(self.nodes) == 1:
+            self.add_node("--num-cpus=2")
+
     def _start(self, name: str, ip: str, *options: str, hidden: Path | None = None) -> None:
         command = [RAY, "start", "--block", f"--node-ip-address={ip}", "--object-store-memory=100000000"]
         if hidden is not None:
@@ -132,7 +137,7 @@ class Site:
     def command(self, *arguments: str) -> subprocess.Popen[str]:
         """Start the command line."""
         return subprocess.Popen(
-            [sys.executable, "-c", "from pipeline.cli import main; main()", *arguments],
+            [sys.executable, "-m", "pipeline", *arguments],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -72,8 +72,7 @@ def survives(
     faults: list[Fault], site: Site, undisturbed: Results, raw: dict[str, Any], folder: Path
 ) -> Results:
     """Run with some faults, one after the other, and compare every score and metric."""
-    if len(site.nodes) == 1:
-        site.add_node("--num-cpus=2")
+    site.need_another()
     config = written(raw, folder)
     driver = site.run(config)
     for fault in faults:
@@ -130,7 +129,8 @@ def test_actors_go_to_the_nodes_that_have_what_they_need(
     assert undisturbed.record["stages"]["extract"]["gpu_seconds"] == 0
 
 
-def test_the_doctor_sees_the_nodes(site: Site, undisturbed: Results) -> None:
+def test_the_doctor_sees_the_nodes(site: Site) -> None:
+    site.need_another()
     output = finished(site.command("doctor"))
     assert re.search(r"ray cluster +\d+ nodes: .* 2 CPU, 0 GPU; .* 2 CPU, 0 GPU", output)
 
