@@ -160,3 +160,16 @@ def test_a_statistic_is_measured_after_what_it_builds_on_and_once() -> None:
 def test_every_statistic_has_an_identity_of_its_own() -> None:
     identities = [each.identity for each in (*WANTED, Percentiles((10.0,)), Percentiles((10.5,)))]
     assert all(identities.count(identity) == 1 for identity in identities)
+
+
+def test_a_spectrum_is_found_once_for_every_change(batch, monkeypatch) -> None:
+    moments = statistics.of(batch, [Scatter()], HEAD)[Scatter()]
+    eigh, decomposed = np.linalg.eigh, []
+    monkeypatch.setattr(np.linalg, "eigh", lambda matrix: decomposed.append(matrix) or eigh(matrix))
+    origin = np.outer(moments.mean, moments.mean)
+    for change in (None, origin, origin.copy(), None, -origin):
+        values, vectors = moments.spectrum(change)
+        changed = moments.covariance + (0 if change is None else change)
+        np.testing.assert_allclose((vectors * values) @ vectors.T, changed, atol=1e-12)
+        assert (np.diff(values) >= 0).all()
+    assert len(decomposed) == 3

@@ -50,21 +50,21 @@ class Mahalanobis(Detector):
             )
         offset = classes.class_mean - moments.mean
         count = classes.class_count[classes.class_count > 0]
-        within = moments.covariance - (offset.T * (count / moments.count)) @ offset
+        between = (offset.T * (count / moments.count)) @ offset
         floor = TOLERANCE * float(np.trace(moments.covariance))
-        whitening = whiten(within, floor)
+        whitening = whiten(moments.spectrum(-between), floor)
         return MahalanobisScorer(
             unit=self.unit,
             mean=moments.mean,
             whitening=whitening,
             classes=offset @ whitening,
-            background=whiten(moments.covariance, floor) if self.relative else None,
+            background=whiten(moments.spectrum(), floor) if self.relative else None,
         )
 
 
-def whiten(covariance: Float, floor: float) -> Float:
-    """(D, R) matrix A with A Aᵀ the pseudo-inverse of a covariance (D, D); variances up to `floor` are 0."""
-    variance, direction = np.linalg.eigh(covariance)
+def whiten(spectrum: tuple[Float, Float], floor: float) -> Float:
+    """(D, R) matrix A with A Aᵀ the pseudo-inverse of a (D, D) covariance; variances up to `floor` are 0."""
+    variance, direction = spectrum
     kept = variance > floor
     whitening: Float = direction[:, kept] / np.sqrt(variance[kept])
     return whitening

@@ -53,7 +53,7 @@ class Neco(Detector):
         dim = max(1, min(100, width // 2)) if self.dim is None else self.dim
         if dim > width:
             raise UserError(f"dim is {dim} but the feature has {width} dimensions; lower dim.")
-        _, direction = np.linalg.eigh(train.train[Scatter()].covariance)
+        _, direction = train.train[Scatter()].spectrum()
         return NecoScorer(direction[:, width - dim :])
 
 

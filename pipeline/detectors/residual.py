@@ -94,5 +94,5 @@ def residual(head: Head, moments: Moments, dim: int | None) -> ResidualScorer:
         raise UserError(f"dim is {dim} but the feature has {width} dimensions; lower dim.")
     origin = -np.linalg.pinv(head.weight.astype(np.float64)) @ head.bias.astype(np.float64)
     offset = moments.mean - origin
-    _, direction = np.linalg.eigh(moments.covariance + np.outer(offset, offset))
+    _, direction = moments.spectrum(np.outer(offset, offset))
     return ResidualScorer(origin, direction[:, : width - dim])

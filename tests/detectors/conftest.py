@@ -46,16 +46,18 @@ class Rows:
     blocks: tuple[str, ...]
     results: Mapping[type[Pass], Mapping[str, NDArray[np.float64]]]
 
-    def training(self, detector: Detector) -> Training:
-        """Exactly what the detector declares that it needs."""
+    def training(self, *detectors: Detector) -> Training:
+        """Exactly what the detectors declare that they need."""
         head = Head(self.weight, self.bias)
+        learned = [wanted for detector in detectors for wanted in detector.statistics()]
+        ood = [wanted for detector in detectors for wanted in detector.ood_statistics()]
         return Training(
             weight=self.weight,
             bias=self.bias,
             blocks=self.blocks,
-            train=statistics.of(self.train, detector.statistics(), head),
-            ood_val=statistics.of(self.ood_val, detector.ood_statistics(), head),
-            passes={spec: self.results[type(spec)] for spec in detector.passes()},
+            train=statistics.of(self.train, learned, head),
+            ood_val=statistics.of(self.ood_val, ood, head),
+            passes={spec: self.results[type(spec)] for detector in detectors for spec in detector.passes()},
         )
 
     def with_neighbours(self, scorer: Scorer, batch: Batch) -> Batch:

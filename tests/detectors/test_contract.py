@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -145,6 +146,21 @@ def test_dead_training_rows_get_finite_scores(detector, make_rows):
     }
     dead = replace(rows, train=train, query=train, results=results)
     assert np.isfinite(dead.score(detector)).all()
+
+
+def test_detectors_that_need_the_same_eigenvectors_find_them_once(make_rows, monkeypatch):
+    rows, eigh, decomposed = make_rows(), np.linalg.eigh, []
+    monkeypatch.setattr(np.linalg, "eigh", lambda matrix: decomposed.append(matrix) or eigh(matrix))
+    chosen = [detectors.get(name)() for name in detectors.names()]
+    alone = [rows.score(each) for each in chosen]
+    decomposed.clear()
+    training = rows.training(*chosen)
+    for each, score in zip(chosen, alone, strict=True):
+        scorer = each.fit(training)
+        batch = rows.with_neighbours(scorer, rows.query)
+        np.testing.assert_allclose(scorer(batch), score, rtol=1e-12, err_msg=each.name)
+    assert len(decomposed) == 5  # covariance and that within classes, both also of unit features; ViM's
+    assert all(abs(a - b).max() > 1e-6 for a, b in combinations(decomposed, 2))
 
 
 def test_an_unknown_parameter_is_refused(kind):
