@@ -62,7 +62,7 @@ def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
         {"grood_norm": few},
         {"grood_noise": {"method": "grood", "prototype": "noise", "samples": 100}},
         {"grood_val": {"method": "grood", "prototype": "ood_val"}},
-        *("entropy", "gen", "cosine", "she", "fdbd", "nci", "klmatching", "nnguide", "relation"),
+        *("entropy", "gen", "cosine", "she", "fdbd", "nci", "klmatching", "nnguide", "relation", "gradorth"),
         {"selectednorm": {"samples": 64}},
     ]
     return raw

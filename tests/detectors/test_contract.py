@@ -159,7 +159,9 @@ def test_detectors_that_need_the_same_eigenvectors_find_them_once(make_rows, mon
         scorer = each.fit(training)
         batch = rows.with_neighbours(scorer, rows.query)
         np.testing.assert_allclose(scorer(batch), score, rtol=1e-12, err_msg=each.name)
-    assert len(decomposed) == 5  # covariance and that within classes, both also of unit features; ViM's
+    assert (
+        len(decomposed) == 6
+    )  # of all rows and within classes, both also of unit features; about 0 and -W⁺b
     assert all(abs(a - b).max() > 1e-6 for a, b in combinations(decomposed, 2))
 
 
