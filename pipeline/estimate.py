@@ -31,7 +31,7 @@ class Cost:
     images: int
     """Images to forward that are not in the cache."""
     extra: int
-    """Most images that the extra passes forward."""
+    """Most images that the extra passes forward, and passes of images for extra columns."""
     shards: int
     """Files of features that are still to be written, at most."""
     cache_bytes: int
@@ -45,13 +45,16 @@ class Cost:
         classes, width = ready.classifier.head[0].shape
         feature_bytes = np.dtype(ready.config.extract.feature_dtype).itemsize
         row_bytes = width * feature_bytes + 4 * (classes + len(ready.classifier.taps.blocks))
-        todo = [job.manifest.rows for job in ready.jobs.values() if not job.complete]
+        todo = [job.manifest.rows for job in ready.jobs.values() if not job.featured]
+        columns = [
+            job.manifest.rows * extra.forwards for job in ready.jobs.values() for extra in job.lacking()
+        ]
         train = sum(job.manifest.rows for job in ready.of_role("train"))
         passes = {spec for detector in ready.detectors.values() for spec in detector.passes()}
         banks = sum(detector.neighbours for detector in ready.detectors.values())
         return cls(
             images=sum(todo),
-            extra=sum(spec.forwards(classes, train) for spec in passes),
+            extra=sum(spec.forwards(classes, train) for spec in passes) + sum(columns),
             shards=sum(-(-rows // ready.plan.shard_rows) for rows in todo),
             cache_bytes=row_bytes * sum(job.manifest.rows for job in ready.jobs.values()),
             index_bytes=banks * train * width * 4,

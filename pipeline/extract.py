@@ -2,15 +2,19 @@
 
 A dataset is cut into numbered shards. The actor that takes a shard writes its part under a temporary
 name and renames it, so a retry overwrites and a resumed run does only the shards whose part is missing.
+Extra columns are computed in the same visit, or in one of their own if the features are there already; they
+have parts of their own with the rows of the features, in a folder inside that of the features.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -22,10 +26,11 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from pipeline import __version__, attempts, cluster, config, images, places, store
+from pipeline import __version__, attempts, cluster, config, extras, images, places, storage, store
 from pipeline.attempts import FIRST, Attempt
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
 from pipeline.datasets import Manifest, fetch
+from pipeline.detectors.base import Extra
 from pipeline.errors import UserError
 from pipeline.model import Classifier, load
 from pipeline.places import Place
@@ -42,6 +47,9 @@ ACCEPTED = "accepted"
 ERRORS = b"errors"
 """Key of the Parquet footer under which a part lists its bad rows as JSON [[key, reason], ...]."""
 
+KEYS = b"keys"
+"""Key of the Parquet footer with the digest of a part's keys: equal in features and extras of equal rows."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -52,11 +60,31 @@ class Job:
     folder: str
     identity: dict[str, Any]
     """Everything the features depend on; its digest is part of the folder's name."""
+    extras: tuple[Extra, ...] = ()
+    """Columns beyond the features."""
 
     @property
     def complete(self) -> bool:
-        """Whether all rows are there."""
+        """Whether all rows are there, with all columns."""
+        return self.featured and not self.lacking()
+
+    @property
+    def featured(self) -> bool:
+        """Whether the features of all rows are there."""
         return (places.at(self.folder) / store.MANIFEST).is_file()
+
+    def lacking(self) -> list[Extra]:
+        """The extras that are not there for exactly the rows of the features."""
+        keys = store.read_json(places.at(self.folder) / store.MANIFEST)["keys"] if self.featured else None
+        return [extra for extra in self.extras if keys is None or self._keys(extra) != keys]
+
+    def _keys(self, extra: Extra) -> str | None:
+        marker = places.at(self.folder) / extra.column / store.MANIFEST
+        return str(store.read_json(marker)["keys"]) if marker.is_file() else None
+
+    def table(self) -> store.Table:
+        """All columns of a dataset that is complete."""
+        return store.Table.open(places.at(self.folder), [extra.column for extra in self.extras])
 
 
 def identity(classifier: Classifier, manifest: Manifest, settings: config.Extract) -> dict[str, Any]:
@@ -102,10 +130,16 @@ def device(configured: str, gpus: float) -> str:
     return configured
 
 
-def job(dataset: config.Dataset, manifest: Manifest, parts: dict[str, Any], workspace: Place) -> Job:
+def job(
+    dataset: config.Dataset,
+    manifest: Manifest,
+    parts: dict[str, Any],
+    workspace: Place,
+    wanted: Iterable[Extra] = (),
+) -> Job:
     """The job of one dataset; its folder is named by the digest of its identity."""
     folder = workspace / "features" / f"{dataset.name}-{config.digest(parts)[:16]}"
-    return Job(dataset.name, manifest, str(folder), parts)
+    return Job(dataset.name, manifest, str(folder), parts, tuple(wanted))
 
 
 @dataclass(frozen=True)
@@ -117,6 +151,10 @@ class Shard:
     start: int
     stop: int
     part: str
+    featured: bool = False
+    """Whether the part is there, and only extras are missing."""
+    extras: str = ""
+    """Columns beyond the features that are to be computed, separated by spaces."""
 
     def images(self) -> pa.Table:
         """The rows of the manifest."""
@@ -132,6 +170,8 @@ class Plan:
     seed: int
     digest: str
     transform: config.Transform
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+    """All that a dataset of the run needs, by column."""
 
     @property
     def separate(self) -> bool:
@@ -208,18 +248,28 @@ class Extractor:
             return self._extract(shard, decoded, attempt)
 
     def _extract(self, shard: Shard, decoded: Decoded | None, attempt: Attempt) -> dict[str, Any]:
-        classifier, size = self.classifier, self.plan.settings.batch_size
         started, clock = time.time(), time.perf_counter()
-        batches = decoded.batches(size) if decoded else self._decode(shard, attempt)
-        features, errors, forwarded = extract_rows(classifier, batches, self.plan.settings, attempt)
-        store.write_table(
-            places.at(shard.part), features.replace_schema_metadata({ERRORS: json.dumps(errors)})
-        )
+        batches = decoded.batches(self.plan.settings.batch_size) if decoded else self._decode(shard, attempt)
+        others = Others(self.classifier, [self.plan.extras[name] for name in shard.extras.split()])
+        errors, forwarded = 0, 0
+        if shard.featured:
+            keys = next(store.read_columns([shard.part], [KEY]))[KEY].to_pylist()
+            others.follow(batches, keys, self.plan.settings.batch_size, attempt)
+        else:
+            features, found, forwarded = extract_rows(
+                self.classifier, batches, self.plan.settings, attempt, others
+            )
+            keys, errors = features[KEY].to_pylist(), len(found)
+            footer = {ERRORS: json.dumps(found), KEYS: _digest(keys)}
+            store.write_table(places.at(shard.part), features.replace_schema_metadata(footer))
+        for column, values in others.columns(keys):
+            store.write_table(_beside(places.at(shard.part), column), values)
         return {
             "dataset": shard.dataset,
             "rows": shard.stop - shard.start,
-            "errors": len(errors),
+            "errors": errors,
             "forwarded": forwarded,
+            "extra_forwarded": json.dumps(others.forwarded),
             "started": started,
             "seconds": time.perf_counter() - clock,
         }
@@ -229,6 +279,67 @@ class Extractor:
         contents = fetch(table)
         for start in range(0, len(table), size):
             yield decode_rows(table.slice(start, size), self.plan, attempt, contents)
+
+
+class Others:
+    """Extra columns of a shard in the making."""
+
+    def __init__(self, classifier: Classifier, specs: Sequence[Extra]) -> None:
+        self.classifier, self.specs = classifier, specs
+        self.parts: dict[Extra, list[NDArray[np.float32]]] = {spec: [] for spec in specs}
+        self.forwarded = Counter[str]()
+        """Images that went through the network for each kind of extra, as often as they did."""
+
+    def add(self, batch: Decoded, kept: NDArray[np.bool_], size: int, found: Mapping[Extra, Any]) -> None:
+        """Compute what a batch was not `found` to have by its forward pass, and keep some rows of all."""
+        if not kept.any():
+            return
+        count = len(batch.rows)
+        keys = [batch.rows[min(row, count - 1)][KEY] for row in range(size)]
+        for spec in self.specs:
+            if spec in found:
+                values = found[spec].cpu().numpy()
+            else:
+                values = extras.measure(self.classifier, spec, padded(batch.pixels, size), keys)
+                self.forwarded[spec.kind] += spec.forwards * count
+            self.parts[spec].append(values[:count][kept])
+
+    def follow(self, batches: Iterable[Decoded], keys: list[str], size: int, attempt: Attempt) -> None:
+        """Compute them for the rows that have features.
+
+        Raises:
+            UserError: if an image that has features cannot be read any more.
+        """
+        known, seen = set(keys), list[str]()
+        for batch in batches:
+            own = [row[KEY] for row in batch.rows]
+            attempt.at(own)
+            kept = np.array([key in known for key in own], dtype=bool)
+            self.add(batch, kept, size, {})
+            seen += [key for key in own if key in known]
+        if seen != keys:
+            lost = next((key for key in keys if key not in set(seen)), keys[0])
+            raise UserError(
+                f"{lost}: it was read when its features were extracted and cannot be read now. Bring the "
+                "image back, or run with --fresh."
+            )
+
+    def columns(self, keys: list[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Name and table of each."""
+        for spec, parts in self.parts.items():
+            values = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+            table = store.arrow_columns({KEY: np.array(keys, dtype=object), spec.column: values})
+            schema = pa.schema([(KEY, pa.string()), table.schema.field(spec.column)])
+            yield spec.column, table.cast(schema).replace_schema_metadata({KEYS: _digest(keys)})
+
+
+def _digest(keys: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(keys).encode()).hexdigest()
+
+
+def _beside(part: Place, column: str) -> Place:
+    """Where the extra column of a part lies."""
+    return places.at(storage.parent(str(part))) / column / part.name
 
 
 def load_in_worker(plan: Plan, compiled: bool = False) -> Classifier:
@@ -299,8 +410,11 @@ def extract_rows(
     batches: Iterable[Decoded],
     settings: config.Extract,
     attempt: Attempt = FIRST,
+    others: Others | None = None,
 ) -> tuple[pa.Table, list[list[str]], int]:
     """Feature rows and errors of decoded images, and how many images were forwarded.
+
+    The extra columns of the feature rows are added to `others`.
 
     Every forward pass has `batch_size` rows, the last image standing in for missing ones: the bits of a
     feature then do not depend on which rows share its batch.
@@ -313,7 +427,8 @@ def extract_rows(
         if not batch.rows:
             continue
         attempt.at([row[KEY] for row in batch.rows])
-        forward = classifier.forward(padded(batch.pixels, settings.batch_size))
+        with extras.beside(classifier, others.specs if others else ()) as found:
+            forward = classifier.forward(padded(batch.pixels, settings.batch_size))
         output = {name: values[: len(batch.rows)] for name, values in forward.items()}
         output[FEATURE] = output[FEATURE].astype(settings.feature_dtype)
         forwarded += len(batch.rows)
@@ -324,6 +439,8 @@ def extract_rows(
         labels = np.array(list(map(_label, batch.rows, prediction.tolist())), dtype=np.int32)
         for name, values in {KEY: keys, LABEL: labels, PREDICTION: prediction, **output}.items():
             columns.setdefault(name, []).append(values[finite])
+        if others:
+            others.add(batch, finite, settings.batch_size, found)
     return _feature_table(classifier, columns, settings), errors, forwarded
 
 
@@ -375,17 +492,45 @@ def shards(job: Job, shard_rows: int) -> list[Shard]:
 def missing(job: Job, shard_rows: int) -> list[Shard]:
     """The shards still to do; parts that were cut differently by an interrupted run are removed."""
     folder = places.at(job.folder)
-    plan = folder / "_plan.json"
-    if folder.is_dir() and (not plan.is_file() or store.read_json(plan) != {"shard_rows": shard_rows}):
-        for part in folder.glob("part-*.parquet"):
+    plan, columns = folder / "_plan.json", [extra.column for extra in job.lacking()]
+    if job.featured:
+        shard_rows = store.read_json(plan)["shard_rows"]
+    elif not plan.is_file() or store.read_json(plan) != {"shard_rows": shard_rows}:
+        for part in (*folder.glob("part-*.parquet"), *_parts(folder, columns)):
             part.unlink()
     attempts.forget(folder)
     store.write_json(plan, {"shard_rows": shard_rows})
-    done = {str(part) for part in folder.glob("part-*.parquet")}
-    return [shard for shard in shards(job, shard_rows) if shard.part not in done]
+    planned, done = shards(job, shard_rows), _digests(folder.glob("part-*.parquet"))
+    for column in columns:
+        (folder / column / store.MANIFEST).unlink(missing_ok=True)
+    extra = {column: _digests((folder / column).glob("part-*.parquet")) for column in columns}
+    todo = []
+    for shard in planned:
+        keys, name = done.get(shard.part), storage.name_of(shard.part)
+        lacking = [
+            column
+            for column in columns
+            if keys is None or extra[column].get(str(folder / column / name)) != keys
+        ]
+        if keys is None or lacking:
+            todo.append(replace(shard, featured=keys is not None, extras=" ".join(lacking)))
+    return todo
 
 
-def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> dict[str, float]:
+def _parts(folder: Place, columns: Iterable[str]) -> Iterator[Place]:
+    for column in columns:
+        yield from (folder / column).glob("part-*.parquet")
+
+
+def _digests(parts: Iterable[Place]) -> dict[str, str]:
+    """Digest of the keys of every part that is there, by its path."""
+    paths = sorted(map(str, parts))
+    return {
+        path: found.metadata[KEYS].decode() for path, found in zip(paths, store.metadata(paths), strict=True)
+    }
+
+
+def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Extract what is not in the cache, all datasets in one Ray Data execution and one actor pool.
 
     Args:
@@ -394,7 +539,8 @@ def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], No
         progress: called with the receipt of every finished shard.
 
     Returns:
-        Numbers for the record: images forwarded, seconds of model work, images per second.
+        Numbers for the record: images forwarded, passes of images for extras by kind, seconds of model work,
+        images per second.
 
     Raises:
         UserError: too many unreadable images.
@@ -405,13 +551,19 @@ def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], No
     todo = [shard for job in unfinished for shard in missing(job, plan.shard_rows)]
     receipts = list(_execute(todo, plan, progress)) if todo else []
     for job in unfinished:
-        finish(job, plan)
+        if not job.featured:
+            finish(job, plan)
+        for extra in job.lacking():
+            finish_extra(job, extra)
     forwarded = sum(receipt["forwarded"] for receipt in receipts)
     began = min((receipt["started"] for receipt in receipts), default=0.0)
     ended = max((receipt["started"] + receipt["seconds"] for receipt in receipts), default=0.0)
     return {
         "images": sum(job.manifest.rows for job in jobs),
         "forward_images": forwarded,
+        "extra_forwards": dict(
+            sum((Counter(json.loads(each["extra_forwarded"])) for each in receipts), Counter())
+        ),
         "steady_seconds": ended - began,
         "images_per_second": forwarded / (ended - began) if receipts else 0.0,
     }
@@ -421,7 +573,7 @@ def _reopen(job: Job, plan: Plan) -> None:
     """Take the mark off a dataset that has more bad images than are allowed by now; `finish` then says so."""
     marker = places.at(job.folder) / store.MANIFEST
     if (
-        job.complete
+        job.featured
         and store.read_json(marker)["errors"] > plan.settings.max_bad_fraction * job.manifest.rows
     ):
         marker.unlink()
@@ -472,10 +624,11 @@ def finish(job: Job, plan: Plan) -> None:
         UserError: if more than `max_bad_fraction` of the images are bad; names the first of them.
     """
     folder, limit = places.at(job.folder), plan.settings.max_bad_fraction
-    part_rows, errors, bad_parts = [], list[list[str]](), list[Place]()
+    part_rows, keys, errors, bad_parts = [], list[str](), list[list[str]](), list[Place]()
     planned = shards(job, plan.shard_rows)
     for shard, metadata in zip(planned, store.metadata(shard.part for shard in planned), strict=True):
         part_rows.append(metadata.num_rows)
+        keys.append(metadata.metadata[KEYS].decode())
         found = json.loads(metadata.metadata[ERRORS])
         errors += found
         bad_parts += [places.at(shard.part)] if found else []
@@ -502,6 +655,20 @@ def finish(job: Job, plan: Plan) -> None:
         "features": sum(part_rows),
         "errors": len(errors),
         "part_rows": part_rows,
+        "keys": config.digest(keys),
         "identity": job.identity,
     }
     store.write_json(folder / store.MANIFEST, record)
+
+
+def finish_extra(job: Job, extra: Extra) -> None:
+    """Mark an extra of a dataset as complete, if it has the rows of the features."""
+    folder = places.at(job.folder)
+    features = store.read_json(folder / store.MANIFEST)
+    names = [store.part_name(number) for number in range(len(features["part_rows"]))]
+    found = list(_digests(folder / extra.column / name for name in names).values())
+    if config.digest(found) != features["keys"]:
+        raise RuntimeError(f"{folder / extra.column}: its rows are not those of the features")
+    store.remove_drafts(folder / extra.column)
+    record = {"extra": extra.kind, **extra.model_dump(mode="json"), "keys": features["keys"]}
+    store.write_json(folder / extra.column / store.MANIFEST, record)

@@ -78,13 +78,25 @@ class Classifier:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
             feature, logits, norms = (self.compiled or partial(self._trace, blocks=blocks))(images)
-            if self.precision != "fp32":
-                weight, bias = taps.head_weight(self.module.get_submodule(self.taps.head))
-                logits = feature.float() @ weight.float().T + bias.float()
+            logits = self._precise(feature, logits)
         result = {FEATURE: feature.float().cpu().numpy(), LOGITS: logits.float().cpu().numpy()}
         if blocks and norms:
             result[BLOCK_NORM] = torch.stack([norms[name] for name in self.taps.blocks], dim=1).cpu().numpy()
         return result
+
+    def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature (N, D) and logits (N, C), float32, of normalised images; gradients flow if they are on."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        feature, logits, _ = self._trace(images, blocks=False)
+        return feature.float(), self._precise(feature, logits).float()
+
+    def _precise(self, feature: Tensor, logits: Tensor) -> Tensor:
+        """Logits in float32, computed again from the feature where the body ran in half precision."""
+        if self.precision == "fp32":
+            return logits
+        weight, bias = taps.head_weight(self.module.get_submodule(self.taps.head))
+        return feature.float() @ weight.float().T + bias.float()
 
     def _trace(self, images: Tensor, blocks: bool) -> Traced:
         """Penultimate feature, logits and block norms of one forward pass."""
@@ -121,12 +133,22 @@ class Classifier:
         seen: dict[str, Tensor] = {}
 
         def keep(head: nn.Module, inputs: Any) -> None:
-            seen[FEATURE] = taps.penultimate(head, inputs[0])
+            if torch.compiler.is_compiling():  # not where the module is called for something else
+                seen[FEATURE] = taps.penultimate(head, inputs[0])
+
+        def norm(name: str, place: Layout) -> Any:
+            into = _norm_into(norms, name, place)
+
+            def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+                if torch.compiler.is_compiling():
+                    into(module, inputs, output)
+
+            return keep
 
         self.module.get_submodule(self.taps.head).register_forward_pre_hook(keep)
         norms: dict[str, Tensor] = {}
         for name, place in zip(self.taps.blocks, self.taps.layouts, strict=True):
-            self.module.get_submodule(name).register_forward_hook(_norm_into(norms, name, place))
+            self.module.get_submodule(name).register_forward_hook(norm(name, place))
 
         def traced(images: Tensor) -> Traced:
             seen.clear()

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from ray.util import ActorPool
 from torchvision.transforms.functional import gaussian_blur
 
-from pipeline import cluster, extract, images, taps, usage
-from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS, Float, padded
+from pipeline import cluster, extract, extras, images, taps, usage
+from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LOGITS, Float, padded
 from pipeline.datasets import Manifest
-from pipeline.detectors.base import Jigsaw, Mixup, Noise, Pass
+from pipeline.detectors.base import Extra, Jigsaw, Mixup, Noise, Pass, Samples
 from pipeline.errors import UserError
 from pipeline.extract import Plan
 from pipeline.logits import logsumexp
@@ -119,6 +119,17 @@ class Worker:
             count += len(kept)
         return total, count
 
+    def features_and(self, source: Manifest, rows: Index, extra: Extra) -> list[tuple[Float, Float]]:
+        """Penultimate features of some rows and an extra of theirs, by batch."""
+        found = []
+        for pixels, kept in self._batches(source, rows):
+            whole = padded(pixels, self.size)
+            keys = padded(source.take(kept)[KEY].to_numpy(), self.size).tolist()
+            values = extras.measure(self.classifier, extra, whole, keys)[: len(pixels)]
+            feature = self._forward(pixels, blocks=False)[FEATURE]
+            found.append((feature.astype(np.float64), values.astype(np.float64)))
+        return found
+
     def noise(self, piece: int, count: int) -> tuple[NDArray[np.float32], Float]:
         """Penultimate features and logsumexp of the logits of blurred uniform noise, normalised."""
         transform, rng = self.classifier.transform, np.random.default_rng([self.seed, piece])
@@ -134,9 +145,9 @@ class Worker:
 class Runner:
     """Runs passes on a pool of model actors, started for the first pass and ended with the `with` block."""
 
-    def __init__(self, train: Manifest, plan: Plan, early: str | None) -> None:
-        """Args: the training images, the model, and the block that `auto` means for mixing."""
-        self.train, self.plan, self.early = train, plan, early
+    def __init__(self, train: Manifest, plan: Plan, early: str | None, held_out: Manifest) -> None:
+        """Args: training images, the model, the block that `auto` means for mixing, and other ID images."""
+        self.train, self.plan, self.early, self.held_out = train, plan, early, held_out
         self.actors: list[Any] = []
 
     def __enter__(self) -> Runner:
@@ -166,10 +177,10 @@ class Runner:
         size = self.plan.settings.batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def sample(self, spec: Pass, samples: int) -> Index:
-        """Seeded training rows, as equally many of each class as there are; ascending."""
+    def sample(self, spec: Pass, samples: int, source: Manifest | None = None) -> Index:
+        """Seeded rows of the training images, or of others, equally many of each class; ascending."""
         rng = np.random.default_rng([self.plan.seed, *type(spec).__name__.encode()])
-        return stratified(self.train.labels(), samples, rng)
+        return stratified((source or self.train).labels(), samples, rng)
 
     def run(self, spec: Pass) -> Result:
         """Run one pass."""
@@ -226,11 +237,22 @@ class Runner:
         kept = np.argsort(energy, kind="stable")[: max(1, round(spec.keep * spec.samples))]
         return {"mean": feature[kept].astype(np.float64).mean(axis=0), "samples": np.array(len(kept))}
 
+    def samples(self, spec: Samples) -> Result:
+        """Features and an extra of ID images."""
+        rows = self.sample(spec, spec.samples, self.held_out)
+        pieces = [(self.held_out, piece, spec.extra) for piece in self.pieces(rows)]
+        found = [batch for batches in self.each("features_and", pieces) for batch in batches]
+        if not found:
+            raise UserError("datasets: none of the sampled ID images can be read.")
+        feature, extra = (np.concatenate(side) for side in zip(*found, strict=True))
+        return {"feature": feature, "extra": extra, "samples": np.array(len(feature))}
+
 
 _PASSES: dict[type[Pass], Callable[[Runner, Any], Result]] = {
     Jigsaw: Runner.jigsaw,
     Mixup: Runner.mixup,
     Noise: Runner.noise,
+    Samples: Runner.samples,
 }
 
 

@@ -5,16 +5,18 @@ Starts no Ray and makes no forward pass over a dataset; every mistake of the use
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pipeline import __version__, cluster, config, detectors, extract, index, places, published
+from pipeline import __version__, cluster, config, detectors, extract, extras, index, places, published
+from pipeline import statistics as statistic
 from pipeline.columns import BLOCK_NORM
 from pipeline.config import Config, Dataset
 from pipeline.datasets import Manifest, compile_manifest
-from pipeline.detectors.base import Detector, Jigsaw, Mixup
+from pipeline.detectors.base import Detector, Extra, Jigsaw, Mixup
 from pipeline.errors import UserError, unknown
 from pipeline.model import WRONG_SIZE, Classifier, load
 from pipeline.places import Place
@@ -41,6 +43,7 @@ class Prepared:
             settings.seed,
             self.classifier.digest,
             self.classifier.transform,
+            {extra.column: extra for job in self.jobs.values() for extra in job.extras},
         )
 
     @property
@@ -114,7 +117,8 @@ def prepare(settings: Config) -> Prepared:
     for dataset in settings.datasets:
         manifest = manifests[dataset.name]
         parts = extract.identity(classifier, manifest, settings.extract)
-        jobs[dataset.name] = extract.job(dataset, manifest, parts, workspace)
+        wanted = _extras(dataset.role, chosen.values())
+        jobs[dataset.name] = extract.job(dataset, manifest, parts, workspace, wanted)
     prepared = Prepared(settings, workspace, classifier, chosen, jobs)
     _check_neighbours(prepared)
     return prepared
@@ -179,16 +183,37 @@ def check_applies(label: str, detector: Detector, classifier: Classifier) -> Non
     named = getattr(detector, "block", "auto")
     if named not in ("auto", *found.blocks):
         raise UserError(f"detectors.{label}.block: {unknown('block', named, found.blocks)}")
+    for extra in detector.extras():
+        try:
+            extras.check(extra, classifier)
+        except UserError as error:
+            raise UserError(f"detectors.{label}: {error}") from None
     for spec in detector.passes():
-        if isinstance(spec, Mixup) and spec.block == "auto" and found.early is None:
-            raise UserError(
-                f"detectors.{label}: the model has no block to mix images at. Name one of its layers with "
-                "mixup_layer, or choose prototype noise or proto_mean."
-            )
-        if isinstance(spec, Mixup) and spec.block not in ("auto", *found.layers):
-            raise UserError(f"detectors.{label}: {unknown('layer', spec.block, found.layers)}")
+        if isinstance(spec, Mixup):
+            _check_layer(label, spec, classifier)
         if isinstance(spec, Jigsaw):
             _check_grid(f"detectors.{label}.grid", spec.grid, classifier)
+
+
+def _extras(role: str, chosen: Iterable[Detector]) -> list[Extra]:
+    """Extra columns that a dataset needs: all to be scored, those that statistics read to be trained on."""
+    needed: dict[Extra, None] = {}
+    for detector in chosen:
+        read = statistic.columns(detector.statistics())
+        needed |= {extra: None for extra in detector.extras() if role != "train" or extra.column in read}
+    return list(needed)
+
+
+def _check_layer(label: str, spec: Mixup, classifier: Classifier) -> None:
+    """Whether there is the layer at which images are to be mixed."""
+    found = classifier.taps
+    if spec.block == "auto" and found.early is None:
+        raise UserError(
+            f"detectors.{label}: the model has no block to mix images at. Name one of its layers with "
+            "mixup_layer, or choose prototype noise or proto_mean."
+        )
+    if spec.block not in ("auto", *found.layers):
+        raise UserError(f"detectors.{label}: {unknown('layer', spec.block, found.layers)}")
 
 
 def _check_grid(where: str, grid: int, classifier: Classifier) -> None:

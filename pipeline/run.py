@@ -189,6 +189,8 @@ class Run:
                 entry = self.record.content["datasets"][job.dataset]
                 entry |= {"features": counted["features"], "errors": counted["errors"]}
             shown.note = f"{numbers['forward_images']:,} of {numbers['images']:,} images forwarded"
+            if numbers["extra_forwards"]:
+                shown.note += f", {sum(numbers['extra_forwards'].values()):,} passes for extra columns"
             if numbers["forward_images"]:
                 shown.note += f", {numbers['images_per_second']:,.0f} images/s once running"
 
@@ -200,7 +202,7 @@ class Run:
         with self.stage("fit") as shown:
             training = self._training(cache)
             trains = self.ready.of_role("train")
-            source = (_table(trains[0]), self.ready.training) if trains else None
+            source = (trains[0].table(), self.ready.training) if trains else None
             self.fitted = fit_detectors(detectors, training, cache, source)
             done = [type(spec).__name__.lower() for spec in training.passes]
             shown.note = ", ".join([f"{len(detectors)} detectors", *(f"{name} pass" for name in done)])
@@ -208,7 +210,8 @@ class Run:
     def _training(self, cache: Cache) -> Training:
         """All that detectors may learn from, as far as one of them needs it."""
         detectors = self.ready.detectors.values()
-        head = Head(*self.ready.classifier.head)
+        stages = self.ready.classifier.taps.stages
+        head = Head(*self.ready.classifier.head, tuple(stages.values()))
         specs = list(dict.fromkeys(spec for detector in detectors for spec in detector.passes()))
         learned = [wanted for detector in detectors for wanted in detector.statistics()]
         ood = [wanted for detector in detectors for wanted in detector.ood_statistics()]
@@ -216,6 +219,7 @@ class Run:
             head.weight,
             head.bias,
             self.ready.classifier.taps.blocks,
+            stages,
             train=self._statistics(cache, "train", learned, head),
             ood_val=self._statistics(cache, "ood_val", ood, head),
             passes=self._passes(cache, specs) if specs else {},
@@ -223,16 +227,17 @@ class Run:
 
     def _statistics(self, cache: Cache, role: str, wanted: list[Statistic[Any]], head: Head) -> Statistics:
         jobs = self.ready.of_role(role)
-        rows = Rows([_table(job) for job in jobs], [job.identity for job in jobs])
+        rows = Rows([job.table() for job in jobs], [job.identity for job in jobs])
         return fit_statistics(cache, rows, wanted, head)
 
     def _passes(self, cache: Cache, specs: list[Pass]) -> dict[Pass, passes.Result]:
         """Results of the extra passes; the model actors start only if one is not in the cache."""
         ready = self.ready
         results: dict[Pass, passes.Result] = {}
-        with passes.Runner(
-            ready.of_role("train")[0].manifest, ready.plan, ready.classifier.taps.early
-        ) as runner:
+        train, *_ = ready.of_role("train")
+        held_out, *_ = ready.of_role("id_val") or [train]
+        early = ready.classifier.taps.early
+        with passes.Runner(train.manifest, ready.plan, early, held_out.manifest) as runner:
             for spec in specs:
                 kind = type(spec).__name__.lower()
                 identity = {"pass": spec.model_dump(), "training": ready.training}
@@ -278,7 +283,7 @@ class Run:
     def _describe_index(self, searched: index.Index, fitted: Fitted) -> None:
         """Record the banks, and for approximate ones how often the true neighbour is found."""
         kind = self.ready.config.index.kind
-        rows = _table(self.ready.of_role("id")[0]).read(0, _RECALL_QUERIES, self._columns())
+        rows = self.ready.of_role("id")[0].table().read(0, _RECALL_QUERIES, self._columns())
         for label, files in fitted.banks.items():
             bank = bank_of(fitted.scorers[label])
             assert bank is not None
@@ -293,7 +298,11 @@ class Run:
 
     def _columns(self) -> tuple[str, ...]:
         norms = (BLOCK_NORM,) if self.ready.classifier.taps.blocks else ()
-        return (KEY, LABEL, PREDICTION, FEATURE, LOGITS, *norms)
+        return (KEY, LABEL, PREDICTION, FEATURE, LOGITS, *norms, *self._extras())
+
+    def _extras(self) -> tuple[str, ...]:
+        wanted = (extra.column for detector in self.ready.detectors.values() for extra in detector.extras())
+        return tuple(dict.fromkeys(wanted))
 
     def _score_jobs(self) -> list[ScoreJob]:
         jobs = []
@@ -302,7 +311,7 @@ class Run:
                 job = self.ready.jobs[dataset.name]
                 inputs = config.digest([self.ready.scoring, job.identity])
                 folder = str(self._scores(dataset.name))
-                jobs.append(ScoreJob(dataset.name, _table(job), folder, inputs))
+                jobs.append(ScoreJob(dataset.name, job.table(), folder, inputs))
         return jobs
 
     def _scores(self, dataset: str) -> Place:
@@ -371,7 +380,3 @@ class Tracked:
             track.fail(self.opening.result(), f"{type(error).__name__}: {error}")
         except (track.TrackingError, UserError):
             return
-
-
-def _table(job: extract.Job) -> store.Table:
-    return store.Table.open(places.at(job.folder))

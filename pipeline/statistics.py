@@ -21,12 +21,14 @@ from pipeline.logits import softmax
 
 @dataclass(frozen=True)
 class Head:
-    """The classifier's last linear layer."""
+    """The classifier's last linear layer, and how wide the stages before it are."""
 
     weight: NDArray[np.float32]
     """(C, D)."""
     bias: NDArray[np.float32]
     """(C,)."""
+    stages: tuple[int, ...] = ()
+    """Channels of every stage before it, as they lie in a column of pooled maps."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ def compute(
     for group in _passes(wanted):
         found |= zip(group, sweep(group, Statistics(dict(found))), strict=True)
     return Statistics(found)
+
+
+def columns(wanted: Iterable[Statistic[Any]]) -> set[str]:
+    """Columns of the rows that statistics, and those that they build on, read."""
+    return {name for group in _passes(wanted) for statistic in group for name in statistic.columns}
 
 
 def _passes(wanted: Iterable[Statistic[Any]]) -> list[list[Statistic[Any]]]:
@@ -267,13 +274,20 @@ class Scatter(Statistic[Moments]):
 
     unit: bool = False
     """Whether each row is divided by its L2 norm first."""
+    column: str = FEATURE
+    """Whose moments these are."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The one column."""
+        return (self.column,)
 
     def measure(self, head: Head, known: Statistics) -> Callable[[Batch], Moments]:
         """Moments of a batch."""
         return self._of
 
     def _of(self, batch: Batch) -> Moments:
-        rows = normalize(batch[FEATURE]) if self.unit else batch[FEATURE].astype(np.float64)
+        rows = normalize(batch[self.column]) if self.unit else batch[self.column].astype(np.float64)
         mean = rows.mean(axis=0)
         rows -= mean
         return Moments(np.asarray(len(rows)), mean, rows.T @ rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,11 +99,13 @@ class Table:
 
     folder: str
     part_rows: tuple[int, ...]
+    beside: tuple[str, ...] = ()
+    """Columns that have folders of their own in it, with equal parts."""
 
     @classmethod
-    def open(cls, folder: Place) -> Table:
+    def open(cls, folder: Place, beside: Iterable[str] = ()) -> Table:
         """Open a complete folder."""
-        return cls(str(folder), tuple(read_json(folder / MANIFEST)["part_rows"]))
+        return cls(str(folder), tuple(read_json(folder / MANIFEST)["part_rows"]), tuple(beside))
 
     @property
     def rows(self) -> int:
@@ -121,6 +123,14 @@ class Table:
 
     def read(self, start: int, stop: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Columns of rows [start, stop), at least one."""
+        own = [name for name in names if name not in self.beside]
+        found = self._read(start, stop, own) if own else {}
+        for name in names:
+            if name in self.beside:
+                found |= replace(self, folder=str(places.at(self.folder) / name))._read(start, stop, [name])
+        return found
+
+    def _read(self, start: int, stop: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         tables, offset = [], 0
         for path, rows in zip(self.parts(), self.part_rows, strict=True):
             first, last = max(start - offset, 0), min(stop - offset, rows)

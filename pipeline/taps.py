@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,6 +38,20 @@ class Taps:
     """Every module before the head that runs once and gives one tensor per image: where they can be mixed."""
     layouts: tuple[Layout, ...] = ()
     """Where the channels of each block are."""
+    channels: tuple[int, ...] = ()
+    """How many each block has."""
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """Channels of the blocks that end a stage, by name: the last one of every resolution.
+
+        Where the resolution never changes, as in a vision transformer, a block after every quarter.
+        """
+        positions = [place.positions for place in self.layouts]
+        last = [number for number, (own, after) in enumerate(pairwise([*positions, 0])) if own != after]
+        if len(last) == 1 and len(positions) > 4:
+            last = [math.ceil(len(positions) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
+        return {self.blocks[number]: self.channels[number] for number in last}
 
 
 @contextmanager
@@ -74,7 +89,13 @@ def find(model: nn.Module, images: Tensor, head: str = "auto", blocks: tuple[str
         places = {name: _place(once[name], calls, len(images)) for name in blocks}
     before = calls[: calls.index(once[chosen])]
     layers = tuple(call.name for call in before if call.name in once and _is_batch(call.result, len(images)))
-    return Taps(chosen, tuple(places), _early(places), layers, tuple(places.values()))
+    channels = tuple(_channels(once[name], place) for name, place in places.items())
+    return Taps(chosen, tuple(places), _early(places), layers, tuple(places.values()), channels)
+
+
+def _channels(call: Call, place: Layout) -> int:
+    assert call.result is not None
+    return call.result.shape[place.axis]
 
 
 def penultimate(head: nn.Module, source: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mahalanobis distances to class means: what `mds`, `rmds`, `mds_l2` and `rmds_l2` share.
+"""Mahalanobis distances to class means: what `mds`, `rmds`, their `_l2` and the ensemble share.
 
 One eigendecomposition whitens the features at fit time; a score is then one matrix product.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.columns import FEATURE, Batch, Float
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
-from pipeline.statistics import Classes, Scatter, normalize
+from pipeline.statistics import Classes, ClassSums, Moments, Scatter, normalize
 
 TOLERANCE = 1e-12
 """Directions with less than this share of the total variance of the training features count as having none.
@@ -42,24 +42,40 @@ class Mahalanobis(Detector):
             UserError: if training rows have no label.
         """
         classes, moments = train.train[Classes(unit=self.unit)], train.train[Scatter(unit=self.unit)]
-        if classes.unlabelled_count:
-            raise UserError(
-                f"{self.name}: the covariance within classes needs labels, got "
-                f"{int(classes.unlabelled_count)} training rows without one. Give the dataset with role "
-                "train its labels."
-            )
-        offset = classes.class_mean - moments.mean
-        count = classes.class_count[classes.class_count > 0]
-        between = (offset.T * (count / moments.count)) @ offset
-        floor = TOLERANCE * float(np.trace(moments.covariance))
-        whitening = whiten(moments.spectrum(-between), floor)
-        return MahalanobisScorer(
-            unit=self.unit,
-            mean=moments.mean,
-            whitening=whitening,
-            classes=offset @ whitening,
-            background=whiten(moments.spectrum(), floor) if self.relative else None,
+        return whitened(classes, moments, self.unit, self.relative)
+
+
+def whitened(
+    classes: ClassSums, moments: Moments, unit: bool = False, relative: bool = False
+) -> MahalanobisScorer:
+    """Distances under the covariance within classes of some training rows.
+
+    Args:
+        classes: their sums by class.
+        moments: their mean and scatter.
+        unit: whether what is scored is divided by its L2 norm first.
+        relative: whether the distance to the mean of all is subtracted.
+
+    Raises:
+        UserError: if rows have no label.
+    """
+    if classes.unlabelled_count:
+        raise UserError(
+            f"the covariance within classes needs labels, got {int(classes.unlabelled_count)} training rows "
+            "without one. Give the dataset with role train its labels."
         )
+    offset = classes.class_mean - moments.mean
+    count = classes.class_count[classes.class_count > 0]
+    between = (offset.T * (count / moments.count)) @ offset
+    floor = TOLERANCE * float(np.trace(moments.covariance))
+    whitening = whiten(moments.spectrum(-between), floor)
+    return MahalanobisScorer(
+        unit=unit,
+        mean=moments.mean,
+        whitening=whitening,
+        classes=offset @ whitening,
+        background=whiten(moments.spectrum(), floor) if relative else None,
+    )
 
 
 def whiten(spectrum: tuple[Float, Float], floor: float) -> Float:

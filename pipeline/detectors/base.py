@@ -5,13 +5,14 @@ Array in, array out: nothing here or in any detector imports Ray, torch, FAISS o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from pipeline.columns import Batch, Float, Mask
 from pipeline.statistics import Statistic, Statistics
@@ -75,6 +76,105 @@ class Jigsaw(Pass):
         return 2 * min(self.samples, rows)
 
 
+class Extra(BaseModel):
+    """A column that takes the network beyond its one forward pass over an image.
+
+    Equal extras are computed once, however many detectors ask for them: for every image that is scored, and
+    for the training images if a statistic reads the column.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def kind(self) -> str:
+        """Name of the class, in lower case."""
+        return type(self).__name__.lower()
+
+    @property
+    def column(self) -> str:
+        """Name of the column, and of the folder it is kept in."""
+        text = f"{type(self).__qualname__} {self.model_dump_json()}"
+        return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    @property
+    def forwards(self) -> int:
+        """How often an image goes through the network; a backward pass counts as one more."""
+        return 1
+
+
+class Perturbed(Extra):
+    """Penultimate feature (D,) of an image moved along the sign of an input gradient.
+
+    x + step * sign(dF / dx), in the network's normalised input or, for `pixels`, in pixel values in [0, 1].
+    """
+
+    objective: Literal["log_softmax", "logit"]
+    """F: log softmax(z / temperature) or z, of the predicted class."""
+    step: float = Field(ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    pixels: bool = False
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the values of an image that move: those with the smallest |dF / dx|."""
+
+    @property
+    def forwards(self) -> int:
+        """Forward, backward, and forward again."""
+        return 3
+
+
+class RankReduced(Extra):
+    """Penultimate feature (D,) when the maps of a block (M x positions) lose their largest singular value."""
+
+    block: str
+    """Name of a block; `last`, or `early`: the last one before the final reduction."""
+
+
+class Dropped(Extra):
+    """Mean softmax (C,) over forward passes with the network's own dropout layers at work."""
+
+    samples: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @property
+    def forwards(self) -> int:
+        """Every sample."""
+        return self.samples
+
+
+class Pooled(Extra):
+    """Mean over positions of the output of every stage, one after the other; widths in `Training.stages`."""
+
+
+class ParameterGradient(Extra):
+    """Norm (L,) of the gradient of KL(u ‖ softmax(z / T)) by the weights of each of L layers; u uniform."""
+
+    layers: tuple[str, ...] = Field(min_length=1)
+    """Names of modules, each with all linear and convolutional layers inside, or of single parameters."""
+    order: float = Field(default=1.0, ge=0.1, le=16)
+    temperature: float = Field(default=1.0, gt=0)
+    bias: bool = False
+    """Whether the biases of the layers count, too."""
+
+    @property
+    def forwards(self) -> int:
+        """Forward and backward."""
+        return 2
+
+
+class Samples(Pass):
+    """Features of some ID images and an extra of theirs: of role `id_val`, else of role `train`.
+
+    Result: `feature` (n, D), `extra` (n, width) and `samples` () int, all but the last float64.
+    """
+
+    extra: SerializeAsAny[Extra]
+    samples: int = Field(default=1000, ge=1)
+
+    def forwards(self, classes: int, rows: int) -> int:
+        """The features, and what the extra takes."""
+        return min(self.samples, rows) * (1 + self.extra.forwards)
+
+
 @dataclass(frozen=True)
 class Training:
     """All a detector may learn from."""
@@ -85,6 +185,8 @@ class Training:
     """(C,) its bias; zeros where it has none."""
     blocks: tuple[str, ...] = ()
     """Names of the blocks behind the columns of `block_norm`."""
+    stages: Mapping[str, int] = field(default_factory=dict)
+    """Channels of the blocks that end a stage, by name: what `Pooled` holds, in its order."""
     train: Statistics = field(default_factory=Statistics)
     """Statistics of the training rows, as far as a detector of the run needs them."""
     ood_val: Statistics = field(default_factory=Statistics)
@@ -136,7 +238,7 @@ class Detector(BaseModel):
     formula: ClassVar[str]
     """The score in the paper's symbols, with the sign we use."""
     columns: ClassVar[tuple[str, ...]]
-    """Columns of the feature table that the scorer reads."""
+    """Columns of the feature table that the scorer reads, besides those of `extras`."""
     neighbours: ClassVar[bool] = False
     """Whether the scorer has a bank of training rows."""
 
@@ -156,6 +258,10 @@ class Detector(BaseModel):
 
     def passes(self) -> tuple[Pass, ...]:
         """Extra passes through the network that `fit` reads."""
+        return ()
+
+    def extras(self) -> tuple[Extra, ...]:
+        """Columns beyond those of the feature table that the scorer or a statistic reads."""
         return ()
 
     def statistics(self) -> tuple[Statistic[Any], ...]:

@@ -1,6 +1,6 @@
-"""GradNorm: norm of the last layer's gradient, in closed form.
+"""GradNorm: norm of the last layer's gradient, in closed form; of other layers' by differentiation.
 
-The gradient is an outer product, so its p-norm is a product of two: no backward pass.
+The gradient in the last layer is an outer product, so its norm is a product of two: no backward pass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
-from pipeline.detectors.base import Detector, Training
+from pipeline.detectors.base import Detector, ParameterGradient, Training
 from pipeline.logits import softmax
 
 
@@ -22,6 +22,9 @@ class GradNorm(Detector):
 
     The defaults are the paper's: L1 norm, T = 1, without the bias. The loss is its mean over classes; the
     authors' code sums, which multiplies every score by C.
+
+    The paper also looks at earlier layers, and finds the last one best. Those have no closed form: `layers`
+    takes a forward and a backward pass over every image that is scored.
     """
 
     title: ClassVar[str] = "GradNorm (2021)"
@@ -31,7 +34,8 @@ class GradNorm(Detector):
     )
     formula: ClassVar[str] = (
         "score = -‖∂KL(u ‖ p)/∂W‖_q = -(1/T) · ‖h‖_q · ‖p - u‖_q, p = softmax(z / T), u_c = 1/C; "
-        "with the bias: -‖∂KL(u ‖ p)/∂(W, b)‖_q, ‖(h, 1)‖_q in place of ‖h‖_q"
+        "with the bias: -‖∂KL(u ‖ p)/∂(W, b)‖_q, ‖(h, 1)‖_q in place of ‖h‖_q; "
+        "with layers: W = all their weights"
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
 
@@ -43,8 +47,27 @@ class GradNorm(Detector):
     )
     bias: bool = Field(default=False, description="whether the gradient in the layer's bias counts, too")
 
-    def fit(self, train: Training) -> GradNormScorer:
+    layers: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="modules whose linear and convolutional layers are taken, or single parameters, instead "
+        "of the last layer, e.g. [layer4, fc]",
+    )
+
+    def extras(self) -> tuple[ParameterGradient, ...]:
+        """Gradient norms, where layers are named."""
+        if self.layers is None:
+            return ()
+        return (
+            ParameterGradient(
+                layers=self.layers, order=self.order, temperature=self.temperature, bias=self.bias
+            ),
+        )
+
+    def fit(self, train: Training) -> GradNormScorer | LayersScorer:
         """Nothing is fitted."""
+        for spec in self.extras():
+            return LayersScorer(spec.column, self.order)
         return GradNormScorer(self.temperature, self.order, self.bias)
 
 
@@ -78,3 +101,24 @@ class GradNormScorer:
             size = size.astype(np.float64) ** self.order
         total: Float = size.sum(axis=1, dtype=np.float64)
         return total
+
+
+@dataclass(frozen=True)
+class LayersScorer:
+    """Gradient norm over several layers from those of each."""
+
+    column: str
+    order: float
+
+    def __call__(self, batch: Batch) -> Float:
+        """Negative norm of the gradient in all layers together.
+
+        Args:
+            batch: the column of the norms, (N, L) float, at least 0.
+
+        Returns:
+            (N,) float64, at most 0.
+        """
+        norms = np.asarray(batch[self.column], dtype=np.float64)
+        score: Float = -((norms**self.order).sum(axis=1) ** (1 / self.order))
+        return score

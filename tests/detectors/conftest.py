@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +14,24 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
 
-from pipeline import quickstart, statistics
+from pipeline import config, detectors, extras, model, quickstart, statistics
 from pipeline.columns import BLOCK_NORM, FEATURE, LABEL, LOGITS, PREDICTION, Batch, Float
+from pipeline.detectors.adascale import AdaScale
 from pipeline.detectors.base import (
     NEIGHBOURS,
     Detector,
+    Dropped,
+    Extra,
     Jigsaw,
     Mixup,
     Noise,
     Pass,
+    Samples,
     Scorer,
     Training,
     bank_of,
 )
+from pipeline.logits import softmax
 from pipeline.quickstart.resnet import build
 from pipeline.statistics import Head
 
@@ -44,17 +50,19 @@ class Rows:
     weight: NDArray[np.float32]
     bias: NDArray[np.float32]
     blocks: tuple[str, ...]
+    stages: Mapping[str, int]
     results: Mapping[type[Pass], Mapping[str, NDArray[np.float64]]]
 
     def training(self, *detectors: Detector) -> Training:
         """Exactly what the detectors declare that they need."""
-        head = Head(self.weight, self.bias)
+        head = Head(self.weight, self.bias, tuple(self.stages.values()))
         learned = [wanted for detector in detectors for wanted in detector.statistics()]
         ood = [wanted for detector in detectors for wanted in detector.ood_statistics()]
         return Training(
             weight=self.weight,
             bias=self.bias,
             blocks=self.blocks,
+            stages=self.stages,
             train=statistics.of(self.train, learned, head),
             ood_val=statistics.of(self.ood_val, ood, head),
             passes={spec: self.results[type(spec)] for detector in detectors for spec in detector.passes()},
@@ -81,12 +89,37 @@ def read_only(batch: dict[str, NDArray]) -> Batch:
     return batch
 
 
+def default_extras() -> list[Extra]:
+    """What detectors look at with default parameters, beyond the feature table."""
+    return [extra for name in detectors.names() for extra in detectors.get(name)().extras()]
+
+
+def with_extras(batch: dict[str, NDArray], seed: int = 0) -> Batch:
+    """Rows with stand-ins for the columns that take a network: the feature, moved, or the softmax."""
+    rng = np.random.default_rng(seed)
+    for extra in default_extras():
+        moved = batch[FEATURE] + rng.normal(scale=0.01, size=batch[FEATURE].shape)
+        stand_in = softmax(batch[LOGITS]) if isinstance(extra, Dropped) else moved
+        batch[extra.column] = stand_in.astype(np.float32)
+    return read_only(batch)
+
+
+def halves(width: int) -> dict[str, int]:
+    """Two stages, or one, whose pooled maps are as wide as the feature."""
+    return {"early": width // 2, "late": width - width // 2} if width > 1 else {"only": 1}
+
+
 def pass_results(train: Batch) -> dict[type[Pass], dict[str, NDArray[np.float64]]]:
     mean = train[FEATURE].mean(axis=0, dtype=np.float64)
     blocks = train[BLOCK_NORM].shape[1]
     return {
         Mixup: {"mean": 0.9 * mean, "samples": np.array(100)},
         Noise: {"mean": 0.5 * mean, "samples": np.array(100)},
+        Samples: {
+            "feature": train[FEATURE][:100].astype(np.float64),
+            "extra": train[AdaScale().extras()[0].column][:100].astype(np.float64),
+            "samples": np.array(100),
+        },
         Jigsaw: {
             "ratio": 1 + np.arange(blocks) % 2 / 10,
             "stderr": np.full(blocks, 0.01),
@@ -122,6 +155,25 @@ def forward(pixels: NDArray[np.uint8]) -> tuple[dict[str, NDArray], dict[str, to
     }, maps
 
 
+def seen(pixels: NDArray[np.uint8], labels: NDArray[np.int32] | None = None) -> Batch:
+    """All columns of (N, 28, 28) images; for dropout, which the shipped network has none of, a stand-in."""
+    unlabelled = np.full(len(pixels), -1, dtype=np.int32)
+    rows = {**forward(pixels)[0], LABEL: unlabelled if labels is None else labels}
+    keys = [str(row) for row in range(len(pixels))]
+    for extra in default_extras():
+        if isinstance(extra, Dropped):
+            rows[extra.column] = softmax(rows[LOGITS] / 2).astype(np.float32)
+        else:
+            rows[extra.column] = extras.measure(classifier(), extra, pixels[..., None], keys)
+    return read_only(rows)
+
+
+@cache
+def classifier() -> model.Classifier:
+    """The shipped network as the pipeline loads it."""
+    return model.load(config.load("quickstart").model, 0)
+
+
 def random_rows(rows: int = 200, classes: int = 7, dim: int = 16, seed: int = 0) -> Rows:
     """Rows of a random classifier with signed features; 70 % of the labels or more agree with it."""
     rng = np.random.default_rng(seed)
@@ -133,7 +185,7 @@ def random_rows(rows: int = 200, classes: int = 7, dim: int = 16, seed: int = 0)
         logits = feature @ weight.T + bias
         prediction = logits.argmax(axis=1).astype(np.int32)
         guess = rng.integers(classes, size=rows, dtype=np.int32)
-        return read_only(
+        return with_extras(
             {
                 FEATURE: feature,
                 LOGITS: logits,
@@ -152,6 +204,7 @@ def random_rows(rows: int = 200, classes: int = 7, dim: int = 16, seed: int = 0)
         weight=weight,
         bias=bias,
         blocks=("stem", "middle", "last"),
+        stages=halves(dim),
         results=pass_results(train),
     )
 
@@ -166,19 +219,18 @@ def real() -> Rows:
     """Fashion-MNIST and textures through the shipped network."""
     images = np.load(QUICKSTART / "images.npz")
     labels = images["id_train_y"][:600].astype(np.int32)
-    query = forward(np.concatenate([images["id_test_x"][:200], images["ood_textures_x"][:100]]))[0]
     is_ood = np.arange(300) >= 200
-    train = read_only({**forward(images["id_train_x"][:600])[0], LABEL: labels})
-    ood_val = forward(images["ood_animals_x"][:100])[0]
+    train = seen(images["id_train_x"][:600], labels)
     head = network().fc
     return Rows(
         train=train,
-        query=read_only({**query, LABEL: np.full(300, -1, dtype=np.int32)}),
+        query=seen(np.concatenate([images["id_test_x"][:200], images["ood_textures_x"][:100]])),
         is_ood=is_ood,
-        ood_val=read_only({**ood_val, LABEL: np.full(100, -1, dtype=np.int32)}),
+        ood_val=seen(images["ood_animals_x"][:100]),
         weight=head.weight.detach().numpy(),
         bias=head.bias.detach().numpy(),
         blocks=BLOCKS,
+        stages=classifier().taps.stages,
         results=pass_results(train),
     )
 
@@ -226,14 +278,15 @@ def blobs() -> Rows:
             BLOCK_NORM: rng.normal(2 if ood else 4, 0.3, size=(count, 3)).astype(np.float32),
         }
 
-    train, known, strange = read_only(batch(300, ood=False)), batch(80, ood=False), batch(60, ood=True)
+    train, known, strange = with_extras(batch(300, ood=False)), batch(80, ood=False), batch(60, ood=True)
     return Rows(
         train=train,
-        query=read_only({name: np.concatenate([known[name], strange[name]]) for name in known}),
+        query=with_extras({name: np.concatenate([known[name], strange[name]]) for name in known}),
         is_ood=np.arange(140) >= 80,
-        ood_val=read_only(batch(50, ood=True)),
+        ood_val=with_extras(batch(50, ood=True)),
         weight=weight,
         bias=bias,
         blocks=("stem", "middle", "last"),
+        stages=halves(dim),
         results=pass_results(train),
     )

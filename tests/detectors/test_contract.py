@@ -29,6 +29,10 @@ def detector(kind) -> Detector:
     return kind()
 
 
+def declared_by(detector: Detector) -> list[str]:
+    return [*detector.columns, *(extra.column for extra in detector.extras())]
+
+
 def test_scores_are_one_finite_float64_per_row(detector, rows):
     score = rows.score(detector)
     assert score.shape == (len(rows.query[FEATURE]),)
@@ -87,13 +91,13 @@ def test_stored_float32_columns_are_computed_with_in_float64(detector, rows):
 
 def test_only_the_declared_columns_are_read(detector, rows):
     scorer = detector.fit(rows.training(detector))
-    declared = {name: rows.query[name] for name in detector.columns}
+    declared = {name: rows.query[name] for name in declared_by(detector)}
     np.testing.assert_array_equal(scorer(rows.with_neighbours(scorer, declared)), rows.score(detector))
 
 
 def test_a_missing_column_is_an_error(detector, rows):
     scorer = detector.fit(rows.training(detector))
-    for missing in detector.columns:
+    for missing in declared_by(detector):
         batch = {name: column for name, column in rows.query.items() if name != missing}
         with pytest.raises(KeyError, match=missing):
             scorer(rows.with_neighbours(scorer, batch))
@@ -132,6 +136,7 @@ def test_dead_rows_get_finite_scores(detector, make_rows):
         FEATURE: np.zeros_like(normal.query[FEATURE]),
         LOGITS: np.full_like(normal.query[LOGITS], 3),
         BLOCK_NORM: np.zeros_like(normal.query[BLOCK_NORM]),
+        **{extra.column: np.zeros_like(normal.query[extra.column]) for extra in detector.extras()},
     }
     scorer = detector.fit(normal.training(detector))
     assert np.isfinite(scorer(normal.with_neighbours(scorer, dead))).all()
@@ -139,7 +144,8 @@ def test_dead_rows_get_finite_scores(detector, make_rows):
 
 def test_dead_training_rows_get_finite_scores(detector, make_rows):
     rows = make_rows()
-    train = {**rows.train, FEATURE: np.zeros_like(rows.train[FEATURE])}
+    zero = (FEATURE, *(extra.column for extra in detector.extras()))
+    train = {**rows.train, **{name: np.zeros_like(rows.train[name]) for name in zero}}
     results = {
         kind: {name: np.zeros_like(v) if name == "mean" else v for name, v in result.items()}
         for kind, result in rows.results.items()
@@ -159,10 +165,10 @@ def test_detectors_that_need_the_same_eigenvectors_find_them_once(make_rows, mon
         scorer = each.fit(training)
         batch = rows.with_neighbours(scorer, rows.query)
         np.testing.assert_allclose(scorer(batch), score, rtol=1e-12, err_msg=each.name)
-    assert (
-        len(decomposed) == 6
-    )  # of all rows and within classes, both also of unit features; about 0 and -W⁺b
-    assert all(abs(a - b).max() > 1e-6 for a, b in combinations(decomposed, 2))
+    # Of all rows and within classes, both also of unit features; about 0 and -W⁺b; two stages of pooled maps.
+    assert len(decomposed) == 8
+    pairs = combinations(decomposed, 2)
+    assert all(abs(a - b).max() > 1e-6 for a, b in pairs if a.shape == b.shape)
 
 
 def test_an_unknown_parameter_is_refused(kind):
@@ -188,6 +194,6 @@ def test_metadata_tell_the_reader_what_is_computed(kind):
     assert re.search(r"\((19|20)\d\d\)$", kind.title)
     assert re.search(r"\b(19|20)\d\d, (arXiv:\d{4}\.\d{4,5}|openreview:\w+)$", kind.paper)
     assert kind.formula.startswith("score = ")
-    assert kind.columns
+    assert declared_by(kind())
     assert set(kind.columns) <= FEATURE_TABLE
     assert all(field.description for field in kind.model_fields.values())

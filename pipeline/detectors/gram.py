@@ -1,0 +1,218 @@
+"""Gram matrices: how far products of activations leave the range they have for the predicted class."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from pipeline.columns import PREDICTION, Batch, Float, Mask
+from pipeline.detectors.base import Detector, Pooled, Training
+from pipeline.statistics import Head, Part, Statistic, Statistics
+
+_COLUMN = Pooled().column
+_TINY = 1e-6
+"""Added to a bound before a deviation is divided by it, as in the authors' code."""
+
+
+class Gram(Detector):
+    """Deviations of Gram matrices of pooled maps, summed over rows, orders and stages.
+
+    The paper takes every layer's maps with all their positions; here it is the mean over positions at the
+    end of every stage, which is f fᵀ for its vector f: of every row of the matrix of order q remains its sum,
+    to the power 1 / q. The deviations of a stage are divided by their mean over a tenth of the training
+    images, which are left out of the ranges, as the paper does with a tenth of its test images.
+    """
+
+    title: ClassVar[str] = "Gram, pooled (2020)"
+    paper: ClassVar[str] = (
+        "Sastry, Oore: Detecting Out-of-Distribution Examples with Gram Matrices. ICML 2020, arXiv:1912.12510"
+    )
+    formula: ClassVar[str] = (
+        "score = Σ_l Δ_l / E[Δ_l], Δ_l = Σ_q Σ_i δ(g_i), g_i = (f_i^q Σ_j f_j^q)^(1/q) with the sign of the "
+        "base, δ(g) = (min - g) / |min| below and (g - max) / |max| above the range of g over training "
+        "images of the predicted class"
+    )
+    columns: ClassVar[tuple[str, ...]] = (PREDICTION,)
+
+    orders: tuple[int, ...] = Field(default=(1, 2, 3, 4, 5), min_length=1, description="orders q")
+
+    def extras(self) -> tuple[Pooled]:
+        """Pooled maps."""
+        return (Pooled(),)
+
+    def statistics(self) -> tuple[Deviations]:
+        """Mean deviation of every stage; it builds on the ranges."""
+        return (Deviations(self.orders),)
+
+    def fit(self, train: Training) -> GramScorer:
+        """Join ranges and mean deviations."""
+        deviations = train.train[Deviations(self.orders)]
+        stages = tuple(train.stages.values())
+        return GramScorer(self.orders, stages, train.train[Ranges(self.orders)], deviations.mean)
+
+
+def products(pooled: Float, stages: tuple[int, ...], orders: tuple[int, ...]) -> Iterator[tuple[int, Float]]:
+    """Number of the stage and (N, M) g of Gram matrices, for every stage and order in turn."""
+    for stage, own in enumerate(np.split(pooled, np.cumsum(stages)[:-1], axis=1)):
+        for order in orders:
+            powers = own**order
+            powers *= powers.sum(axis=1, keepdims=True)
+            yield stage, np.sign(powers) * np.abs(powers) ** (1 / order)
+
+
+def held_out(pooled: NDArray[np.float32]) -> Mask:
+    """(N,) bool, true for a tenth of the rows; depends on the row alone."""
+    rows = np.ascontiguousarray(pooled, dtype=np.float32)
+    drawn: Mask = np.array([zlib.crc32(row.tobytes()) % 10 == 0 for row in rows], dtype=bool)
+    return drawn
+
+
+@dataclass(frozen=True)
+class Extremes(Part):
+    """Ranges of all g, by predicted class; only of classes that have rows."""
+
+    classes: NDArray[np.int64]
+    """(K,) ascending."""
+    low: Float
+    """(K, G) smallest."""
+    high: Float
+    """(K, G) largest."""
+
+    def merge(self, other: Extremes) -> Extremes:
+        """Ranges over both sets of rows."""
+        classes, where = np.unique(np.concatenate([self.classes, other.classes]), return_inverse=True)
+        low = np.full((len(classes), self.low.shape[1]), np.inf)
+        high = -low
+        np.minimum.at(low, where, np.concatenate([self.low, other.low]))
+        np.maximum.at(high, where, np.concatenate([self.high, other.high]))
+        return Extremes(classes, low, high)
+
+    def of(self, prediction: NDArray[np.int32]) -> tuple[NDArray[np.intp], Float, Float]:
+        """Row of `low` and `high` for every prediction; the last one, over all classes, if it is new."""
+        low = np.vstack([self.low, self.low.min(axis=0, initial=np.inf)])
+        high = np.vstack([self.high, self.high.max(axis=0, initial=-np.inf)])
+        where = np.searchsorted(self.classes, prediction)
+        known = np.append(self.classes, -1)[where] == prediction
+        return np.where(known, where, len(self.classes)), low, high
+
+
+@dataclass(frozen=True)
+class Ranges(Statistic[Extremes]):
+    """Range of every g for every predicted class, over the rows that are not held out."""
+
+    part: ClassVar[type[Part]] = Extremes
+
+    orders: tuple[int, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Pooled maps and predicted class."""
+        return (_COLUMN, PREDICTION)
+
+    def measure(self, head: Head, known: Statistics) -> Callable[[Batch], Extremes]:
+        """Ranges of a batch."""
+        return partial(_extremes, stages=head.stages, orders=self.orders)
+
+
+def _extremes(batch: Batch, stages: tuple[int, ...], orders: tuple[int, ...]) -> Extremes:
+    kept = ~held_out(batch[_COLUMN])
+    pooled = batch[_COLUMN][kept].astype(np.float64)
+    classes, where = np.unique(batch[PREDICTION][kept].astype(np.int64), return_inverse=True)
+    lows, highs = [], []
+    for _, found in products(pooled, stages, orders):
+        low = np.full((len(classes), found.shape[1]), np.inf)
+        high = -low
+        np.minimum.at(low, where, found)
+        np.maximum.at(high, where, found)
+        lows.append(low)
+        highs.append(high)
+    return Extremes(classes, np.hstack(lows), np.hstack(highs))
+
+
+@dataclass(frozen=True)
+class DeviationSums(Part):
+    """Sums of the deviations of held-out rows."""
+
+    count: NDArray[np.int64]
+    """()."""
+    total: Float
+    """(L,) by stage."""
+
+    @property
+    def mean(self) -> Float:
+        """(L,) mean deviation of a stage; 1 where no row deviates."""
+        mean = self.total / max(int(self.count), 1)
+        return np.where(mean > 0, mean, 1.0)
+
+
+@dataclass(frozen=True)
+class Deviations(Statistic[DeviationSums]):
+    """Mean deviation of every stage over held-out rows."""
+
+    part: ClassVar[type[Part]] = DeviationSums
+
+    orders: tuple[int, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Pooled maps and predicted class."""
+        return (_COLUMN, PREDICTION)
+
+    def after(self) -> tuple[Ranges]:
+        """The ranges."""
+        return (Ranges(self.orders),)
+
+    def measure(self, head: Head, known: Statistics) -> Callable[[Batch], DeviationSums]:
+        """Deviations over a batch."""
+        scorer = GramScorer(self.orders, head.stages, known[Ranges(self.orders)], np.ones(len(head.stages)))
+        return partial(_deviation_sums, scorer=scorer)
+
+
+def _deviation_sums(batch: Batch, scorer: GramScorer) -> DeviationSums:
+    drawn = held_out(batch[_COLUMN])
+    found = scorer.deviations({name: batch[name][drawn] for name in (_COLUMN, PREDICTION)})
+    return DeviationSums(np.asarray(drawn.sum()), found.sum(axis=0))
+
+
+@dataclass(frozen=True)
+class GramScorer:
+    """Deviations of stored pooled maps from ranges."""
+
+    orders: tuple[int, ...]
+    stages: tuple[int, ...]
+    """Channels of every stage."""
+    ranges: Extremes
+    expected: Float
+    """(L,) what the deviation of a stage is divided by."""
+
+    def __call__(self, batch: Batch) -> Float:
+        """Sum of the deviations of all stages.
+
+        Args:
+            batch: `prediction` (N,) int and the column of the pooled maps, (N, ΣM) float.
+
+        Returns:
+            (N,) float64, at least 0.
+        """
+        score: Float = (self.deviations(batch) / self.expected).sum(axis=1)
+        return score
+
+    def deviations(self, batch: Batch) -> Float:
+        """(N, L) float64 Δ_l."""
+        row, lows, highs = self.ranges.of(batch[PREDICTION])
+        total = np.zeros((len(row), len(self.stages)))
+        start = 0
+        for stage, found in products(batch[_COLUMN].astype(np.float64), self.stages, self.orders):
+            part = slice(start, start := start + found.shape[1])
+            low, high = lows[:, part][row], highs[:, part][row]
+            below = np.maximum(low - found, 0) / np.abs(low + _TINY)
+            above = np.maximum(found - high, 0) / np.abs(high + _TINY)
+            total[:, stage] += (below + above).sum(axis=1)
+        return total

@@ -1,0 +1,260 @@
+"""Columns that take the network beyond its one forward pass: perturbed, altered and differentiated.
+
+Each is a function of the classifier and one batch of fixed shape; a row does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+
+from pipeline import taps
+from pipeline.detectors.base import Dropped, Extra, ParameterGradient, Perturbed, Pooled, RankReduced
+from pipeline.errors import UserError, unknown
+from pipeline.images import Pixels
+from pipeline.layout import Layout
+from pipeline.model import WRONG_SIZE, Classifier
+
+GRADIENTS = 2**27
+"""Most bytes of per-image parameter gradients at once."""
+
+_CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def measure(classifier: Classifier, spec: Extra, pixels: Pixels, keys: Sequence[str]) -> NDArray[np.float32]:
+    """The column of an extra for one batch.
+
+    Args:
+        classifier: on the device where it is to run.
+        spec: what to compute.
+        pixels: (N, H, W, channels) uint8.
+        keys: of each image; what is random depends on them alone.
+
+    Returns:
+        (N, width) float32.
+    """
+    with torch.no_grad():
+        found = _KINDS[type(spec)](classifier, spec, classifier.images(pixels), keys)
+    return found.float().cpu().numpy()
+
+
+@contextmanager
+def beside(classifier: Classifier, specs: Iterable[Extra]) -> Iterator[dict[Extra, Tensor]]:
+    """Those extras that a plain forward pass in the `with` block brings along; none if it is compiled."""
+    found: dict[Extra, Tensor] = {}
+    for spec in specs:
+        if isinstance(spec, Pooled) and classifier.compiled is None:
+            with _pooling(classifier) as means:
+                yield found
+            found[spec] = torch.cat(means, dim=1)
+            return
+    yield found
+
+
+def check(spec: Extra, classifier: Classifier) -> None:
+    """Try an extra on two images.
+
+    Raises:
+        UserError: why the network cannot give it, and what to do about it.
+    """
+    transform = classifier.transform
+    shape = (2, transform.crop, transform.crop, transform.channels)
+    pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    try:
+        measure(classifier, spec, pixels, ["0", "1"])
+    except UserError:
+        raise
+    except (*WRONG_SIZE, NotImplementedError) as error:
+        raise UserError(f"the model does not allow it ({spec.kind}): {error}. Drop the detector.") from error
+
+
+def _perturbed(classifier: Classifier, spec: Perturbed, images: Tensor, _: Sequence[str]) -> Tensor:
+    """See `Perturbed`; ties among the smallest |dF / dx| are broken by position."""
+    with torch.enable_grad():
+        moved = images.detach().requires_grad_()
+        logits = classifier.answer(moved)[1]
+        value = functional.log_softmax(logits / spec.temperature, 1) if _is_log(spec) else logits
+        (gradient,) = torch.autograd.grad(value.amax(dim=1).sum(), moved)
+    step = spec.step * gradient.sign()
+    if spec.pixels:
+        step /= torch.tensor(classifier.transform.std, device=images.device).view(1, -1, 1, 1)
+    if spec.share < 1:
+        magnitude = gradient.abs().flatten(1)
+        count = max(1, round(spec.share * magnitude.shape[1]))
+        order = magnitude.sort(dim=1, stable=True).indices[:, :count]
+        chosen = torch.zeros_like(magnitude).scatter_(1, order, 1.0)
+        step *= chosen.view_as(step)
+    return classifier.answer(images + step)[0]
+
+
+def _is_log(spec: Perturbed) -> bool:
+    return spec.objective == "log_softmax"
+
+
+def _rank_reduced(classifier: Classifier, spec: RankReduced, images: Tensor, _: Sequence[str]) -> Tensor:
+    """See `RankReduced`."""
+    name = _block(classifier, spec)
+    place = classifier.taps.layouts[classifier.taps.blocks.index(name)]
+
+    def reduce(_: Any, __: Any, output: Tensor) -> Tensor:
+        return _without_largest(output, place)
+
+    with taps.hooked(classifier.module, {name: reduce}):
+        return classifier.answer(images)[0]
+
+
+def _block(classifier: Classifier, spec: RankReduced) -> str:
+    """Name of the block that is meant."""
+    found = classifier.taps
+    if not found.blocks or found.early is None:
+        raise UserError(
+            "the model has no block with maps or tokens whose channels are certain. Name some with "
+            "model.blocks, or drop the detector."
+        )
+    if spec.block in ("last", "early"):
+        return found.blocks[-1] if spec.block == "last" else found.early
+    if spec.block not in found.blocks:
+        raise UserError(unknown("block", spec.block, found.blocks))
+    return spec.block
+
+
+def _without_largest(output: Tensor, place: Layout) -> Tensor:
+    """A block's output minus s₁ u₁ v₁ᵀ of each image's (M, positions) matrix.
+
+    The leading singular vector is the leading eigenvector of the smaller Gram matrix: the projection on its
+    complement is all that is needed of the decomposition.
+    """
+    changed = output.clone()
+    maps = place.maps(changed)
+    matrix = maps.flatten(2).double()
+    wide = matrix.shape[1] <= matrix.shape[2]
+    vector = torch.linalg.eigh(matrix @ matrix.mT if wide else matrix.mT @ matrix).eigenvectors[:, :, -1:]
+    largest = vector @ (vector.mT @ matrix) if wide else (matrix @ vector) @ vector.mT
+    maps.copy_((matrix - largest).view(maps.shape))
+    return changed
+
+
+def _dropped(classifier: Classifier, spec: Dropped, images: Tensor, keys: Sequence[str]) -> Tensor:
+    """See `Dropped`; the masks of an image follow from its key, the seed and the number of the sample."""
+    layers = _dropouts(classifier)
+    words = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") for key in keys]
+    total = torch.zeros((), dtype=torch.float64, device=images.device)
+    for sample in range(spec.samples):
+        rngs = [np.random.default_rng([spec.seed, sample, word]) for word in words]
+        hooks = {name: _dropping(rate, channelwise, rngs) for name, (rate, channelwise) in layers.items()}
+        with taps.hooked(classifier.module, hooks):
+            total = total + classifier.answer(images)[1].double().softmax(dim=1)
+    return total / spec.samples
+
+
+def _dropouts(classifier: Classifier) -> dict[str, tuple[float, bool]]:
+    """Rate of every dropout layer that drops something, and whether it drops whole channels."""
+    layers = {
+        name: (module.p, isinstance(module, _CHANNELWISE))
+        for name, module in classifier.module.named_modules()
+        if isinstance(module, (nn.Dropout, *_CHANNELWISE)) and 0 < module.p < 1
+    }
+    if not layers:
+        raise UserError("the model has no dropout layer with a rate above 0. Drop the detector.")
+    return layers
+
+
+def _dropping(
+    rate: float, channelwise: bool, rngs: Sequence[np.random.Generator]
+) -> Callable[[Any, Any, Tensor], Tensor]:
+    """A hook that does what the layer does in training, with a generator for each image."""
+
+    def drop(_: Any, __: Any, output: Tensor) -> Tensor:
+        shape = output.shape[1:2] if channelwise else output.shape[1:]
+        kept = np.stack([rng.random(tuple(shape), dtype=np.float32) >= rate for rng in rngs])
+        mask = torch.from_numpy(kept).to(output.device, output.dtype) / (1 - rate)
+        return output * (mask.view(*mask.shape, *[1] * (output.dim() - 2)) if channelwise else mask)
+
+    return drop
+
+
+def _pooled(classifier: Classifier, _: Pooled, images: Tensor, __: Sequence[str]) -> Tensor:
+    """See `Pooled`."""
+    with _pooling(classifier) as means:
+        classifier.answer(images)
+    return torch.cat(means, dim=1)
+
+
+@contextmanager
+def _pooling(classifier: Classifier) -> Iterator[list[Tensor]]:
+    """Mean over positions of every stage in the order of `Taps.stages`, of a pass in the `with` block."""
+    found = classifier.taps
+    if not found.stages:
+        raise UserError(
+            "the model has no block with maps or tokens whose channels are certain. Name some with "
+            "model.blocks, or drop the detector."
+        )
+    means: list[Tensor] = []
+
+    def keep(place: Layout) -> Callable[[Any, Any, Tensor], None]:
+        return lambda _, __, output: means.append(place.maps(output).float().mean(dim=(2, 3)))
+
+    places = dict(zip(found.blocks, found.layouts, strict=True))
+    with taps.hooked(classifier.module, {name: keep(places[name]) for name in found.stages}):
+        yield means
+
+
+def _gradient_norms(
+    classifier: Classifier, spec: ParameterGradient, images: Tensor, _: Sequence[str]
+) -> Tensor:
+    """See `ParameterGradient`; gradients of several images at a time, as many as `GRADIENTS` has room for."""
+    groups = [_parameters(classifier.module, name, spec.bias) for name in spec.layers]
+    named = {name: each for group in groups for name, each in group.items()}
+
+    def norms(image: Tensor) -> Tensor:
+        gradients = grad(_uniform_loss)(named, classifier.module, image, spec.temperature)
+        flat = [torch.cat([gradients[name].flatten() for name in group]) for group in groups]
+        return torch.stack([torch.linalg.vector_norm(each, spec.order) for each in flat])
+
+    size = 8 * sum(each.numel() for each in named.values())  # the gradients and their flat copies
+    found: Tensor = vmap(norms, chunk_size=max(1, min(len(images), GRADIENTS // size)))(images)
+    return found
+
+
+def _uniform_loss(
+    parameters: Mapping[str, Tensor], module: nn.Module, image: Tensor, temperature: float
+) -> Tensor:
+    """KL(u ‖ softmax(z / T)) of one image, up to a constant."""
+    logits: Tensor = functional_call(module, dict(parameters), (image.unsqueeze(0),))
+    return -functional.log_softmax(logits[0] / temperature, dim=0).mean()
+
+
+def _parameters(module: nn.Module, name: str, bias: bool) -> dict[str, Tensor]:
+    """A parameter, or those of all linear and convolutional layers of a module, by their full names."""
+    known = dict(module.named_parameters())
+    if name in known:
+        return {name: known[name]}
+    layers = dict(module.named_modules())
+    inside = [layer for layer in layers if layer == name or layer.startswith(f"{name}.")]
+    if not inside:
+        raise UserError(f"layers: {unknown('layer', name, [*filter(None, layers), *known])}")
+    kinds = ("weight", "bias") if bias else ("weight",)
+    wanted = [f"{layer}.{kind}" for layer in inside if isinstance(layers[layer], _WEIGHTED) for kind in kinds]
+    found: dict[str, Tensor] = {each: known[each] for each in wanted if each in known}
+    if not found:
+        raise UserError(f"layers: {name!r} has no linear or convolutional layer. Name another.")
+    return found
+
+
+_KINDS: dict[type[Extra], Callable[[Classifier, Any, Tensor, Sequence[str]], Tensor]] = {
+    Perturbed: _perturbed,
+    RankReduced: _rank_reduced,
+    Dropped: _dropped,
+    Pooled: _pooled,
+    ParameterGradient: _gradient_norms,
+}
