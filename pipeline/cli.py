@@ -398,6 +398,8 @@ def _list_detectors(found: Mapping[str, Detector], obstacles: Mapping[str, str] 
     for label, detector in found.items():
         methods, years, papers = zip(*map(_described, detector.parts()), strict=True)
         cost = ["index"] * detector.neighbours + ["pass"] * bool(detector.passes())
+        passes = sum(extra.forwards for extra in detector.extras() if not extra.tapped)
+        cost += [f"{passes} passes per image"] * bool(passes)
         joined = [" + ".join(dict.fromkeys(words)) for words in (methods, years, papers, cost)]
         row = [label, *joined[:3], _needs(detector), joined[3] or "cheap"]
         if obstacles is not None:
@@ -424,6 +426,7 @@ def _needs(detector: Detector) -> str:
 
     words = {columns.FEATURE: "features", columns.BLOCK_NORM: "feature maps (block norms)"}
     needs = [words.get(column, column) for column in detector.columns]
+    needs += dict.fromkeys(extra.needs for extra in detector.extras())
     needs += ["training statistics"] * bool(detector.statistics()) + ["index"] * detector.neighbours
     needs += [f"extra pass ({type(spec).__name__.lower()})" for spec in detector.passes()]
     return ", ".join(needs + ["OOD data"] * detector.uses_ood())
@@ -435,7 +438,8 @@ def _explain(name: str) -> None:
     detector = found.get(name)
     console.print(f"[bold]{escape(detector.title)}[/bold]  {escape(detector.paper)}\n")
     console.print(escape(detector.formula) + "\n")
-    console.print(f"reads: {', '.join(detector.columns)}; higher = more OOD")
+    extras = [f"{extra.kind} ({extra.needs})" for extra in detector().extras()]
+    console.print(f"reads: {', '.join([*detector.columns, *extras])}; higher = more OOD")
     passes = ", ".join(type(spec).__name__ for spec in detector().passes())
     console.print(
         f"extra passes: {passes or 'none'}; nearest neighbours: {'yes' if detector.neighbours else 'no'}\n"

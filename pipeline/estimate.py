@@ -46,17 +46,24 @@ class Cost:
         feature_bytes = np.dtype(ready.config.extract.feature_dtype).itemsize
         row_bytes = width * feature_bytes + 4 * (classes + len(ready.classifier.taps.blocks))
         todo = [job.manifest.rows for job in ready.jobs.values() if not job.featured]
-        columns = [
-            job.manifest.rows * extra.forwards for job in ready.jobs.values() for extra in job.lacking()
+        stages = tuple(ready.classifier.taps.stages.values())
+        columns = [(job.manifest.rows, extra) for job in ready.jobs.values() for extra in job.extras]
+        lacking = [
+            (job.manifest.rows, extra)
+            for job in ready.jobs.values()
+            for extra in job.lacking()
+            if job.featured or not extra.tapped
         ]
         train = sum(job.manifest.rows for job in ready.of_role("train"))
         passes = {spec for detector in ready.detectors.values() for spec in detector.passes()}
         banks = sum(detector.neighbours for detector in ready.detectors.values())
         return cls(
             images=sum(todo),
-            extra=sum(spec.forwards(classes, train) for spec in passes) + sum(columns),
+            extra=sum(spec.forwards(classes, train) for spec in passes)
+            + sum(rows * extra.forwards for rows, extra in lacking),
             shards=sum(-(-rows // ready.plan.shard_rows) for rows in todo),
-            cache_bytes=row_bytes * sum(job.manifest.rows for job in ready.jobs.values()),
+            cache_bytes=row_bytes * sum(job.manifest.rows for job in ready.jobs.values())
+            + sum(4 * rows * extra.width(classes, width, stages) for rows, extra in columns),
             index_bytes=banks * train * width * 4,
         )
 

@@ -530,7 +530,7 @@ def _digests(parts: Iterable[Place]) -> dict[str, str]:
     }
 
 
-def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> dict[str, float]:
     """Extract what is not in the cache, all datasets in one Ray Data execution and one actor pool.
 
     Args:
@@ -556,14 +556,13 @@ def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], No
         for extra in job.lacking():
             finish_extra(job, extra)
     forwarded = sum(receipt["forwarded"] for receipt in receipts)
+    passes = sum((Counter(json.loads(receipt["extra_forwarded"])) for receipt in receipts), Counter[str]())
     began = min((receipt["started"] for receipt in receipts), default=0.0)
     ended = max((receipt["started"] + receipt["seconds"] for receipt in receipts), default=0.0)
     return {
         "images": sum(job.manifest.rows for job in jobs),
         "forward_images": forwarded,
-        "extra_forwards": dict(
-            sum((Counter(json.loads(each["extra_forwarded"])) for each in receipts), Counter())
-        ),
+        **{f"{kind}_passes": count for kind, count in passes.items()},
         "steady_seconds": ended - began,
         "images_per_second": forwarded / (ended - began) if receipts else 0.0,
     }

@@ -89,7 +89,7 @@ def _detector(ready: Prepared, label: str) -> dict[str, Any]:
         "title": detector.caption,
         "parameters": detector.model_dump(mode="json"),
         "uses_ood": ready.uses_ood(label),
-        "columns": list(detector.columns),
+        "columns": [*detector.columns, *(extra.kind for extra in detector.extras())],
     }
 
 

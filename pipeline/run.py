@@ -184,15 +184,25 @@ class Run:
             numbers = extract.run(jobs, self.ready.plan, lambda receipt: shown.advance(receipt["rows"]))
             if self.may_work("extract"):
                 self.record.content["stages"]["extract"] = numbers
+            self._describe_extras()
             for job in jobs:
                 counted = store.read_json(places.at(job.folder) / store.MANIFEST)
                 entry = self.record.content["datasets"][job.dataset]
                 entry |= {"features": counted["features"], "errors": counted["errors"]}
             shown.note = f"{numbers['forward_images']:,} of {numbers['images']:,} images forwarded"
-            if numbers["extra_forwards"]:
-                shown.note += f", {sum(numbers['extra_forwards'].values()):,} passes for extra columns"
+            passes = sum(count for name, count in numbers.items() if name.endswith("_passes"))
+            shown.note += f", {passes:,} passes for extra columns" * bool(passes)
             if numbers["forward_images"]:
                 shown.note += f", {numbers['images_per_second']:,.0f} images/s once running"
+
+    def _describe_extras(self) -> None:
+        """Record over how many images the network was asked for more than features."""
+        for extra in self.ready.plan.extras.values():
+            if not extra.tapped:
+                jobs = self.ready.jobs.values()
+                images = sum(job.manifest.rows for job in jobs if extra in job.extras)
+                entry = {"kind": extra.kind, "spec": extra.model_dump(mode="json"), "samples": images}
+                self.record.content["passes"].append(entry)
 
     def fit(self) -> None:
         """Statistics, extra passes and banks; nothing is fitted that no detector needs."""

@@ -20,7 +20,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import cluster, config, evaluate, index, passes, places, store
+from pipeline import cluster, config, evaluate, extract, index, passes, places, store
 from pipeline.config import Config, Dataset, DetectorEntry
 from pipeline.detectors.base import Pass
 from pipeline.errors import UserError
@@ -179,7 +179,7 @@ class Search(Run):
         Raises:
             UserError: if features, or an extra pass that a point needs, are not in the workspace.
         """
-        self._unfinished("extract", self.ready.of_role("train", *_DECIDING))
+        self._require_features(self.ready.of_role("train", *_DECIDING))
         with self.display.stage("fit") as shown:
             fitted, holder = self._fitted(Cache(self.ready.workspace / "fits"))
             shown.note = f"{len(fitted.scorers)} points, {len(fitted.banks)} banks"
@@ -197,6 +197,18 @@ class Search(Run):
             )
             scores = evaluate.Scores({"id": inside, _MEAN: outside}, self.ready.config.seed)
             return evaluate.run(scores, labels, shown.advance)[0]
+
+    def _require_features(self, jobs: list[extract.Job]) -> None:
+        """All columns of the datasets must be there; here no image goes through the network."""
+        lacking = [extra for job in jobs if job.featured for extra in job.lacking()]
+        for label, detector in self.ready.detectors.items():
+            if set(lacking) & set(detector.extras()):
+                raise UserError(
+                    f"tune.grids: {label} needs a column that takes passes through the network and is not in "
+                    "the workspace, and tuning makes none. Run `ood-pipeline extract` with these parameters "
+                    "first, or take them out of the grid."
+                )
+        self._unfinished("extract", jobs)
 
     def _fitted(self, cache: Cache) -> tuple[Fitted, dict[str, str]]:
         """The points, with as few banks as serve them all, and which bank serves which."""

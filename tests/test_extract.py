@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline import config, datasets, extract, model, store
 from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
+from pipeline.detectors.base import Perturbed, Pooled
 from pipeline.errors import UserError
 
 
@@ -295,11 +296,122 @@ def test_a_stricter_limit_holds_for_features_that_are_there(job, plan) -> None:
     write_all(job, plan)
     bad = Path(extract.shards(job, 90)[1].part)
     table = pq.read_table(bad)
-    errors = json.dumps([[table["key"][0].as_py(), "made up"]])
-    store.write_table(bad, table.slice(1).replace_schema_metadata({extract.ERRORS: errors}))
+    footer = {**table.schema.metadata, extract.ERRORS: json.dumps([[table["key"][0].as_py(), "made up"]])}
+    store.write_table(bad, table.slice(1).replace_schema_metadata(footer))
     extract.finish(job, variant(plan, max_bad_fraction=0.01))
     assert job.complete
     with pytest.raises(UserError, match="1 of 300 images are bad, more than"):
         extract.run([job], variant(plan, max_bad_fraction=0.001), lambda _: None)
     assert not job.complete
     assert not bad.is_file()
+
+
+MOVED, POOLED = Perturbed(objective="logit", step=0.1), Pooled()
+
+
+def with_extras(job: extract.Job, plan: extract.Plan, *extras: Any) -> tuple[extract.Job, extract.Plan]:
+    return replace(job, extras=extras), replace(plan, extras={extra.column: extra for extra in extras})
+
+
+def columns_of(job: extract.Job) -> dict[str, NDArray[Any]]:
+    table = job.table()
+    return table.read(0, table.rows, ["key", FEATURE, *(extra.column for extra in job.extras)])
+
+
+def test_extra_columns_are_the_same_with_the_features_and_later(job, plan) -> None:
+    """Also where some images cannot be read, so that batches are cut differently."""
+    at_once, asked = with_extras(replace(job, folder=f"{job.folder}-1"), plan, MOVED, POOLED)
+    write_all(at_once, asked)
+    extract.finish(at_once, asked)
+    for extra in at_once.lacking():
+        extract.finish_extra(at_once, extra)
+    write_all(job, plan)
+    extract.finish(job, plan)
+    assert job.complete
+    later = replace(job, extras=(MOVED, POOLED))
+    assert not later.complete
+    parts = [part.read_bytes() for part in sorted(Path(job.folder).glob("*.parquet"))]
+    numbers = extract.run([later], asked, lambda _: None)
+    assert (numbers["forward_images"], numbers["perturbed_passes"], numbers["pooled_passes"]) == (0, 900, 300)
+    assert parts == [part.read_bytes() for part in sorted(Path(job.folder).glob("*.parquet"))]
+    assert later.complete and at_once.complete
+    one, other = columns_of(at_once), columns_of(later)
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    assert one[POOLED.column].shape == (300, 16 + 32 + 64 + 128)
+    assert np.abs(one[MOVED.column] - one[FEATURE]).max() > 0.01
+
+
+def test_an_interrupted_extra_goes_on_where_it_was(job, plan) -> None:
+    job, plan = with_extras(job, plan, MOVED)
+    write_all(job, plan)
+    extract.finish(job, plan)
+    folder = Path(job.folder)
+    (folder / MOVED.column / store.part_name(2)).unlink()
+    (folder / store.part_name(1)).touch()
+    (shard,) = extract.missing(job, 90)
+    assert (shard.start, shard.featured, shard.extras) == (180, True, MOVED.column)
+    with pytest.raises(FileNotFoundError):
+        extract.finish_extra(job, MOVED)
+    assert extract.Extractor(plan)(asdict(shard))["forwarded"] == 0
+    extract.finish_extra(job, MOVED)
+    assert job.complete
+
+
+def test_features_of_other_rows_make_an_extra_be_computed_again(job, plan) -> None:
+    job, plan = with_extras(job, plan, MOVED)
+    write_all(job, plan)
+    extract.finish(job, plan)
+    extract.finish_extra(job, MOVED)
+    part = Path(extract.shards(job, 90)[1].part)
+    table = pq.read_table(part)
+    keys = table["key"].to_pylist()
+    errors = json.dumps([[keys[0], "made up"]])
+    footer = {extract.ERRORS: errors, extract.KEYS: extract._digest(keys[1:])}
+    store.write_table(part, table.slice(1).replace_schema_metadata(footer))
+    extract.finish(job, variant(plan, max_bad_fraction=0.1))
+    assert job.featured and job.lacking() == [MOVED]
+    assert [shard.start for shard in extract.missing(job, 90)] == [90]
+    with pytest.raises(RuntimeError, match="not those of the features"):
+        extract.finish_extra(job, MOVED)
+    write_all(job, plan)
+    extract.finish_extra(job, MOVED)
+    assert job.complete
+    assert columns_of(job)[MOVED.column].shape == (299, 128)
+
+
+def test_an_image_that_is_gone_since_its_features_were_extracted_is_named(job, plan, tmp_path) -> None:
+    write_all(job, plan)
+    extract.finish(job, plan)
+    rows = job.manifest.read(0, 300).to_pylist()
+    rows[95]["bytes"] = b"short"
+    path = tmp_path / "changed.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, datasets.SCHEMA), path, row_group_size=datasets.ROW_GROUP)
+    changed = replace(job, manifest=replace(job.manifest, path=str(path)))
+    changed, plan = with_extras(changed, plan, MOVED)
+    shard = extract.missing(changed, 90)[1]
+    failure = extract.Extractor(plan)(asdict(shard))["failure"]
+    assert failure.startswith(f"{rows[95]['key']}: it was read when its features were extracted")
+
+
+def test_rows_without_features_have_no_extras(job, plan, classifier, monkeypatch) -> None:
+    """An image whose output is not finite is an error, and is left out of every column."""
+    job, plan = with_extras(job, plan, MOVED, POOLED)
+    whole = model.Classifier.forward
+
+    def broken(self: model.Classifier, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        output = whole(self, pixels)
+        output[LOGITS][3] = np.nan
+        return output
+
+    monkeypatch.setattr(model.Classifier, "forward", broken)
+    write_all(job, plan)
+    extract.finish(job, variant(plan, max_bad_fraction=0.1))
+    for extra in job.lacking():
+        extract.finish_extra(job, extra)
+    found = columns_of(job)
+    keys = [row["key"] for row in job.manifest.read(0, 300).to_pylist()]
+    lost = [start + batch + 3 for start in range(0, 300, 90) for batch in (0, 64) if start + batch + 3 < 300]
+    kept = [key for row, key in enumerate(keys) if row not in [row for row in lost if (row % 90) % 64 == 3]]
+    assert found["key"].tolist() == kept
+    assert {len(values) for values in found.values()} == {len(kept)}

@@ -6,7 +6,7 @@ Array in, array out: nothing here or in any detector imports Ray, torch, FAISS o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -96,10 +96,19 @@ class Extra(BaseModel):
         text = f"{type(self).__qualname__} {self.model_dump_json()}"
         return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
+    needs: ClassVar[str]
+    """What the network must give, in a few words."""
+    tapped: ClassVar[bool] = False
+    """Whether the forward pass for the features brings it along."""
+
     @property
     def forwards(self) -> int:
         """How often an image goes through the network; a backward pass counts as one more."""
         return 1
+
+    def width(self, classes: int, features: int, stages: Sequence[int]) -> int:
+        """Values per image, for a head of so many classes and features, and stages of so many channels."""
+        return features
 
 
 class Perturbed(Extra):
@@ -107,6 +116,8 @@ class Perturbed(Extra):
 
     x + step * sign(dF / dx), in the network's normalised input or, for `pixels`, in pixel values in [0, 1].
     """
+
+    needs: ClassVar[str] = "input gradient"
 
     objective: Literal["log_softmax", "logit"]
     """F: log softmax(z / temperature) or z, of the predicted class."""
@@ -125,12 +136,16 @@ class Perturbed(Extra):
 class RankReduced(Extra):
     """Penultimate feature (D,) when the maps of a block (M x positions) lose their largest singular value."""
 
+    needs: ClassVar[str] = "feature maps"
+
     block: str
     """Name of a block; `last`, or `early`: the last one before the final reduction."""
 
 
 class Dropped(Extra):
     """Mean softmax (C,) over forward passes with the network's own dropout layers at work."""
+
+    needs: ClassVar[str] = "dropout layers"
 
     samples: int = Field(ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -140,13 +155,26 @@ class Dropped(Extra):
         """Every sample."""
         return self.samples
 
+    def width(self, classes: int, features: int, stages: Sequence[int]) -> int:
+        """One for each class."""
+        return classes
+
 
 class Pooled(Extra):
     """Mean over positions of the output of every stage, one after the other; widths in `Training.stages`."""
 
+    needs: ClassVar[str] = "feature maps (pooled)"
+    tapped: ClassVar[bool] = True
+
+    def width(self, classes: int, features: int, stages: Sequence[int]) -> int:
+        """One for each channel of a stage."""
+        return sum(stages)
+
 
 class ParameterGradient(Extra):
     """Norm (L,) of the gradient of KL(u ‖ softmax(z / T)) by the weights of each of L layers; u uniform."""
+
+    needs: ClassVar[str] = "layer gradients"
 
     layers: tuple[str, ...] = Field(min_length=1)
     """Names of modules, each with all linear and convolutional layers inside, or of single parameters."""
@@ -159,6 +187,10 @@ class ParameterGradient(Extra):
     def forwards(self) -> int:
         """Forward and backward."""
         return 2
+
+    def width(self, classes: int, features: int, stages: Sequence[int]) -> int:
+        """One for each layer."""
+        return len(self.layers)
 
 
 class Samples(Pass):
