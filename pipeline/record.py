@@ -77,6 +77,7 @@ def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
         "errors": None,
         "hash": places.at(job.folder).name.rpartition("-")[2],
         "digest": job.manifest.digest,
+        "extras": [extra.column for extra in job.extras],
         "accuracy": None,
     }
 

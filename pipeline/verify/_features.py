@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +38,22 @@ def examine(run: Run, name: str, listing: Listing, advance: Callable[[int], None
     yield from _identity(run, name, cached)
     yield recount(folder, cached.part_rows)
     yield from _rows(run, name, cached, listing, advance)
+    for column in run.record.datasets[name].extras:
+        yield recount(folder / column, cached.part_rows)
+        yield _beside(folder, column, cached.part_rows)
+
+
+def _beside(folder: Place, column: str, part_rows: Sequence[int]) -> Finding:
+    """Whether an extra column has the keys of the features in their order, and finite values."""
+    wrong = Tally()
+    for own, other in zip(parts(folder, part_rows), parts(folder / column, part_rows), strict=True):
+        try:
+            for features, extra in zip(columns(own, [KEY]), columns(other, [KEY, column]), strict=True):
+                bad = (features[KEY] != extra[KEY]) | ~np.isfinite(extra[column]).all(axis=1)
+                wrong.add(extra[KEY][bad])
+        except (Unreadable, ValueError) as error:
+            wrong.add([error])
+    return wrong.finding(column, "keys of the features, finite values")
 
 
 def _identity(run: Run, name: str, cached: Cached) -> Iterator[Finding]:

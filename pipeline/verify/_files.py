@@ -32,6 +32,8 @@ class Dataset(BaseModel):
     errors: int | None
     hash: str
     digest: str
+    extras: list[str]
+    """Columns beyond the features."""
     accuracy: float | None
 
 
