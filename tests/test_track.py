@@ -29,6 +29,7 @@ from pyarrow import csv, parquet
 from pipeline import track
 from pipeline.errors import UserError
 from pipeline.journal import redact
+from tests.servers import answers, free_port, wait
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a deprecated loader strategy in every query for a run.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -101,12 +102,6 @@ def write_run(
     return run
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Server:
     """A real MLflow server that can be stopped and started again on the same port and files."""
 
@@ -128,13 +123,10 @@ class Server:
                 cwd=self.folder,
                 start_new_session=True,
             )
-        for _ in range(600):
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
-                    return
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError((self.folder / "server.log").read_text())
+        try:
+            wait("the server", lambda: answers(f"{self.uri}/health"))
+        except TimeoutError:
+            raise AssertionError((self.folder / "server.log").read_text()) from None
 
     def stop(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
