@@ -79,6 +79,8 @@ def _execute(settings: Config, options: Options) -> None:
     for name, text in lines.items():
         if text:
             console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)
+    for label, reason in outcome.not_applicable.items():
+        console.print(f"left out {label}: {reason}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -287,6 +289,8 @@ def _show_plan(ready: Prepared) -> None:
         extra = ", ".join(f"{type(spec).__name__} pass" for spec in detector.passes())
         flag = "  [bold]uses OOD data[/bold]" if ready.uses_ood(label) else ""
         console.print(f"detector  {label:<14} {detector.caption}{'; ' + extra if extra else ''}{flag}")
+    for label, reason in ready.not_applicable.items():
+        console.print(f"left out  {label:<14} {reason}", markup=False)
 
 
 def _histogram(class_count: Mapping[int, int]) -> str:
@@ -357,26 +361,17 @@ def detectors(
 
 
 def _obstacles(source: str, found: dict[str, Detector]) -> dict[str, str]:
-    """Why detectors do not apply to a config, empty where they do; adds those that the config names.
+    """Why detectors do not apply to a config; adds those that the config names.
 
     Args:
         source: the config.
         found: detectors by name; replaced by that of the config where it has one of that label.
     """
-    from pipeline import config, model, prepare
+    from pipeline import config, prepare
 
     settings = config.load(source)
     found |= settings.built()
-    classifier = model.load(settings.model, settings.seed)
-    obstacles = {}
-    for label, detector in found.items():
-        try:
-            prepare.check_data(label, detector, settings)
-            prepare.check_applies(label, detector, classifier)
-            obstacles[label] = ""
-        except UserError as error:
-            obstacles[label] = str(error).removeprefix(f"detectors.{label}: ")
-    return obstacles
+    return prepare.obstacles(found, settings)
 
 
 def _list_detectors(found: Mapping[str, Detector], obstacles: Mapping[str, str] | None) -> None:
@@ -403,7 +398,7 @@ def _list_detectors(found: Mapping[str, Detector], obstacles: Mapping[str, str] 
         joined = [" + ".join(dict.fromkeys(words)) for words in (methods, years, papers, cost)]
         row = [label, *joined[:3], _needs(detector), joined[3] or "cheap"]
         if obstacles is not None:
-            row.append(f"no: {obstacles[label]}" if obstacles[label] else "yes")
+            row.append(f"no: {obstacles[label]}" if label in obstacles else "yes")
         table.add_row(*map(escape, row))
     if console.is_terminal:
         console.print(table)

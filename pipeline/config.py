@@ -243,6 +243,10 @@ class DetectorEntry(Frozen):
         default=False,
         description="parameters were chosen on OOD images; marked wherever a result is shown",
     )
+    optional: bool = Field(
+        default=False,
+        description="left out, and listed with the reason, where it does not apply; set by 'detectors: all'",
+    )
     steps: Annotated[tuple[DetectorEntry, ...], BeforeValidator(lambda given: _entries(given))] = Field(
         default=(), description="changes of the feature or the last layer before the score, in their order"
     )
@@ -278,7 +282,7 @@ class DetectorEntry(Frozen):
 def _entries(value: Any) -> Any:
     """Accept 'all', a list of names, and {name: parameters} with an optional `method` and `steps`."""
     if value == "all":
-        value = detectors.names()
+        return [{"label": name, "method": name, "optional": True} for name in detectors.names()]
     if not isinstance(value, list):
         raise ValueError("expected 'all' or a list of detectors")
     entries: list[Any] = []
@@ -346,6 +350,11 @@ class Config(Frozen):
         """The detectors with validated parameters, by label."""
         return {entry.label: entry.build() for entry in self.detectors}
 
+    @property
+    def optional(self) -> set[str]:
+        """Labels of the detectors that are left out where they do not apply."""
+        return {entry.label for entry in self.detectors if entry.optional}
+
     def points(self) -> dict[str, dict[str, DetectorEntry]]:
         """The points of the grids of `tune`, by label of the detector and of the point, each validated.
 
@@ -360,7 +369,7 @@ class Config(Frozen):
             entry = entries[label]
             tried = points(label, detectors.get(entry.method), entry.parameters, grid)
             found[label] = {
-                name: entry.model_copy(update={"label": name, "parameters": parameters})
+                name: entry.model_copy(update={"label": name, "parameters": parameters, "optional": False})
                 for name, parameters in tried.items()
             }
         return found

@@ -6,8 +6,8 @@ reads it back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -148,11 +148,7 @@ def _slice_statistics(
 
 
 def build_bank(cache: Cache, bank: Bank, table: store.Table, identity: Mapping[str, Any]) -> BankFiles:
-    """Vectors of training rows, written in pieces by Ray tasks.
-
-    Raises:
-        UserError: if fewer than k rows enter the bank.
-    """
+    """Vectors of training rows, written in pieces by Ray tasks."""
     folder = cache.place("bank", identity)
     if not cache.has(folder, "bank"):
         arguments = [
@@ -160,8 +156,6 @@ def build_bank(cache: Cache, bank: Bank, table: store.Table, identity: Mapping[s
             for number, (start, stop) in enumerate(table.slices(SLICE))
         ]
         counts, widths = zip(*cluster.in_order(_write_bank, arguments), strict=True)
-        if sum(counts) < bank.k:
-            raise UserError(f"k is {bank.k} but only {sum(counts)} training rows enter the bank; lower k.")
         record = {"kind": "bank", "identity": identity, "counts": list(counts), "width": widths[0]}
         store.write_json(folder / store.MANIFEST, record)
     record = store.read_json(folder / store.MANIFEST)
@@ -189,10 +183,16 @@ class Fitted:
 
     scorers: dict[str, Scorer]
     banks: dict[str, BankFiles]
+    not_applicable: dict[str, str] = field(default_factory=dict)
+    """Why detectors were left out, by label."""
 
 
 def fit_detectors(
-    chosen: Mapping[str, Detector], training: Training, cache: Cache, source: tuple[store.Table, Any] | None
+    chosen: Mapping[str, Detector],
+    training: Training,
+    cache: Cache,
+    source: tuple[store.Table, Any] | None,
+    optional: Container[str] = (),
 ) -> Fitted:
     """Fit every detector and build the banks.
 
@@ -201,16 +201,32 @@ def fit_detectors(
         training: all that `fit` may read.
         cache: where banks are kept.
         source: feature table of the training rows and its identity; None if the run has none.
+        optional: labels of detectors that are left out if the training rows do not have what they need.
+
+    Raises:
+        UserError: if another detector cannot be fitted, or a bank is not there and the cache is frozen.
     """
-    scorers, banks = {}, {}
+    fitted = Fitted({}, {})
+
+    def refuse(label: str, reason: str) -> None:
+        if label not in optional:
+            raise UserError(f"detectors.{label}: {reason}") from None
+        fitted.not_applicable[label] = reason
+
     for label, detector in chosen.items():
         try:
-            scorers[label] = detector.fit(training)
-            bank = bank_of(scorers[label])
-            if bank is not None and source is not None:
-                table, identity = source
-                parts = {"features": identity, "detector": detectors.identity(detector)}
-                banks[label] = build_bank(cache, bank, table, parts)
+            scorer = detector.fit(training)
         except UserError as error:
-            raise UserError(f"detectors.{label}: {error}") from None
-    return Fitted(scorers, banks)
+            refuse(label, str(error))
+            continue
+        bank = bank_of(scorer)
+        if bank is not None and source is not None:
+            table, identity = source
+            parts = {"features": identity, "detector": detectors.identity(detector)}
+            files = build_bank(cache, bank, table, parts)
+            if files.rows < bank.k:
+                refuse(label, f"k is {bank.k} but only {files.rows} training rows enter the bank; lower k.")
+                continue
+            fitted.banks[label] = files
+        fitted.scorers[label] = scorer
+    return fitted

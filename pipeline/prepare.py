@@ -5,8 +5,8 @@ Starts no Ray and makes no forward pass over a dataset; every mistake of the use
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ class Prepared:
     detectors: dict[str, Detector]
     jobs: dict[str, extract.Job]
     """Extraction jobs by dataset name."""
+    not_applicable: dict[str, str] = field(default_factory=dict)
+    """Why optional detectors were left out, by label."""
 
     @property
     def plan(self) -> extract.Plan:
@@ -95,16 +97,17 @@ def prepare(settings: Config) -> Prepared:
     for detector in chosen.values():
         for part in detector.parts():
             cluster.carry(type(part))
-    _check_roles(settings, chosen)
+    _check_roles(settings)
+    selection = Selection(chosen, settings.optional)
+    selection.keep(lambda label, detector: check_data(label, detector, settings))
     _check_published(settings)
     if settings.tracking.enabled:
         tracking_uri(settings)
     places.require_writable(settings.workspace, "workspace")
     workspace = places.at(settings.workspace)
     classifier = load(settings.model, settings.seed)
-    for label, detector in chosen.items():
-        check_applies(label, detector, classifier)
-    if any(detector.neighbours for detector in chosen.values()):
+    _check_model(selection, classifier)
+    if any(detector.neighbours for detector in selection.detectors.values()):
         index.made(settings.index.kind, classifier.head[0].shape[1])
     manifests = {
         dataset.name: compile_manifest(dataset, workspace / "manifests", settings.seed)
@@ -113,15 +116,59 @@ def prepare(settings: Config) -> Prepared:
     for dataset in settings.datasets:
         _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
         _check_labels(dataset, manifests[dataset.name], len(classifier.head[1]))
+    rows = sum(manifests[dataset.name].rows for dataset in settings.of_role("train"))
+    selection.keep(lambda label, detector: check_rows(label, detector, rows))
     jobs = {}
     for dataset in settings.datasets:
         manifest = manifests[dataset.name]
         parts = extract.identity(classifier, manifest, settings.extract)
-        wanted = _extras(dataset.role, chosen.values())
+        wanted = _extras(dataset.role, selection.detectors.values())
         jobs[dataset.name] = extract.job(dataset, manifest, parts, workspace, wanted)
-    prepared = Prepared(settings, workspace, classifier, chosen, jobs)
-    _check_neighbours(prepared)
-    return prepared
+    return Prepared(settings, workspace, classifier, selection.detectors, jobs, selection.not_applicable)
+
+
+def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]:
+    """Why detectors do not apply to the model and the data of a config, by label; none for those that do.
+
+    Raises:
+        UserError: if model or training data cannot be opened.
+    """
+    classifier = load(settings.model, settings.seed)
+    folder = places.at(settings.workspace) / "manifests"
+    trains = [compile_manifest(dataset, folder, settings.seed) for dataset in settings.of_role("train")]
+    rows = sum(manifest.rows for manifest in trains)
+    selection = Selection(dict(found), found)
+    selection.keep(lambda label, detector: check_data(label, detector, settings))
+    _check_model(selection, classifier)
+    selection.keep(lambda label, detector: check_rows(label, detector, rows))
+    return selection.not_applicable
+
+
+@dataclass
+class Selection:
+    """Detectors, some of which may turn out not to apply."""
+
+    detectors: dict[str, Detector]
+    """Those that nothing was found against."""
+    optional: Collection[str]
+    """Labels of those that may be left out; the others are refused."""
+    not_applicable: dict[str, str] = field(default_factory=dict)
+    """Why detectors were left out, by label."""
+
+    def keep(self, check: Callable[[str, Detector], None]) -> None:
+        """Leave out the optional detectors that do not pass a check.
+
+        Raises:
+            UserError: the check's, if another one does not.
+        """
+        for label, detector in list(self.detectors.items()):
+            try:
+                check(label, detector)
+            except UserError as error:
+                if label not in self.optional:
+                    raise
+                self.not_applicable[label] = str(error).removeprefix(f"detectors.{label}").lstrip(".: ")
+                del self.detectors[label]
 
 
 def tracking_uri(settings: Config) -> str:
@@ -141,13 +188,17 @@ def tracking_uri(settings: Config) -> str:
     return f"sqlite:///{workspace / 'mlflow.db'}"
 
 
-def _check_roles(settings: Config, chosen: dict[str, Detector]) -> None:
+def _check_model(selection: Selection, classifier: Classifier) -> None:
+    width = classifier.head[0].shape[1]
+    selection.keep(lambda label, detector: check_width(label, detector, width))
+    selection.keep(lambda label, detector: check_applies(label, detector, classifier))
+
+
+def _check_roles(settings: Config) -> None:
     if not settings.of_role("id"):
         raise UserError("datasets: none has role 'id'; add the ID test images.")
     if len(settings.of_role("train")) > 1:
         raise UserError("datasets: several have role 'train'; expected at most one. Put the images together.")
-    for label, detector in chosen.items():
-        check_data(label, detector, settings)
 
 
 def check_data(label: str, detector: Detector, settings: Config) -> None:
@@ -216,6 +267,30 @@ def _check_layer(label: str, spec: Mixup, classifier: Classifier) -> None:
         raise UserError(f"detectors.{label}: {unknown('layer', spec.block, found.layers)}")
 
 
+def check_width(label: str, detector: Detector, width: int) -> None:
+    """Whether a detector's parameters suit a feature of so many dimensions.
+
+    Raises:
+        UserError: the parameter that does not.
+    """
+    try:
+        for part in detector.parts():
+            part.check(width)
+    except UserError as error:
+        raise UserError(f"detectors.{label}: {error}") from None
+
+
+def check_rows(label: str, detector: Detector, rows: int) -> None:
+    """Whether there are as many training images as neighbours are looked up.
+
+    Raises:
+        UserError: if there are fewer.
+    """
+    k = getattr(detector, "k", 0)
+    if detector.neighbours and k > rows:
+        raise UserError(f"detectors.{label}.k is {k} but there are {rows} training images; lower k.")
+
+
 def _check_grid(where: str, grid: int, classifier: Classifier) -> None:
     """Whether the network takes the slightly smaller images that jigsaws are."""
     crop, channels = classifier.transform.crop, classifier.transform.channels
@@ -254,14 +329,6 @@ def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:
             f"({shown}). Class folders are numbered in sorted order, and training needs every class; "
             "add the missing ones."
         )
-
-
-def _check_neighbours(prepared: Prepared) -> None:
-    rows = sum(job.manifest.rows for job in prepared.of_role("train"))
-    for label, detector in prepared.detectors.items():
-        k = getattr(detector, "k", 0)
-        if detector.neighbours and k > rows:
-            raise UserError(f"detectors.{label}.k is {k} but there are {rows} training images; lower k.")
 
 
 def _check_published(settings: Config) -> None:

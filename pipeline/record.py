@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -46,6 +47,7 @@ class Record:
             },
             "datasets": {dataset.name: _dataset(ready, dataset) for dataset in settings.datasets},
             "detectors": {label: _detector(ready, label) for label in ready.detectors},
+            "not_applicable": dict(ready.not_applicable),
             "passes": [],
             "index": {},
             "stages": {},
@@ -60,6 +62,12 @@ class Record:
         """Write the record as it stands."""
         if self.open:
             store.write_json(self.path, self.content)
+
+    def leave_out(self, not_applicable: Mapping[str, str]) -> None:
+        """Move detectors to those that do not apply, by label and with the reason."""
+        for label, reason in not_applicable.items():
+            del self.content["detectors"][label]
+            self.content["not_applicable"][label] = reason
 
     def close(self, status: str) -> None:
         """Write the record for the last time."""

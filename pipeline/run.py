@@ -59,6 +59,8 @@ class Outcome:
     folder: Place
     link: str = ""
     warning: str = ""
+    not_applicable: Mapping[str, str] = field(default_factory=dict)
+    """Why detectors were left out, by label."""
 
 
 def execute(settings: config.Config, options: Options, display: Display) -> Outcome:
@@ -71,6 +73,8 @@ def execute(settings: config.Config, options: Options, display: Display) -> Outc
         ready = prepare(settings)
         images = sum(job.manifest.rows for job in ready.jobs.values())
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
+        if ready.not_applicable:
+            stage.note += f", {len(ready.not_applicable)} more do not apply"
     with alone(ready.workspace) as check, cluster.session(ready.workspace), ThreadPoolExecutor(1) as threads:
         if options.fresh:
             _forget(ready)
@@ -85,7 +89,8 @@ def execute(settings: config.Config, options: Options, display: Display) -> Outc
             raise
         if options.last != "report":
             run.record.close("partial")
-        return Outcome(ready.folder, *run.tracking.publish(display))
+        left_out = run.record.content["not_applicable"]
+        return Outcome(ready.folder, *run.tracking.publish(display), not_applicable=left_out)
 
 
 def _forget(ready: Prepared) -> None:
@@ -213,9 +218,11 @@ class Run:
             training = self._training(cache)
             trains = self.ready.of_role("train")
             source = (trains[0].table(), self.ready.training) if trains else None
-            self.fitted = fit_detectors(detectors, training, cache, source)
+            self.fitted = fit_detectors(detectors, training, cache, source, self.ready.config.optional)
+            self.record.leave_out(self.fitted.not_applicable)
             done = [type(spec).__name__.lower() for spec in training.passes]
-            shown.note = ", ".join([f"{len(detectors)} detectors", *(f"{name} pass" for name in done)])
+            count = len(self.fitted.scorers)
+            shown.note = ", ".join([f"{count} detectors", *(f"{name} pass" for name in done)])
 
     def _training(self, cache: Cache) -> Training:
         """All that detectors may learn from, as far as one of them needs it."""
@@ -329,16 +336,17 @@ class Run:
 
     def evaluate(self) -> None:
         """Metrics, thresholds, and flags on unlabelled data."""
-        done = self.evaluated
+        assert self.fitted is not None
+        done, labels = self.evaluated, list(self.fitted.scorers)
         if not done and not self.may_work("evaluate"):
             raise UserError("evaluate: not done for this run. Run `ood-pipeline evaluate` first.")
-        with self.stage("evaluate", 0 if done else len(self.ready.detectors)) as shown:
+        with self.stage("evaluate", 0 if done else len(labels)) as shown:
             if not done:
                 roles: dict[str, dict[str, str]] = {}
                 for dataset in self.ready.config.datasets:
                     roles.setdefault(dataset.role, {})[dataset.name] = str(self._scores(dataset.name))
                 scores = evaluate.Scores(roles, self.ready.config.seed)
-                table, thresholds = evaluate.run(scores, list(self.ready.detectors), shown.advance)
+                table, thresholds = evaluate.run(scores, labels, shown.advance)
                 for folder in scores.of("unlabelled").values():
                     flag(places.at(folder), thresholds)
                 evaluate.write(self.ready.folder, table, thresholds)

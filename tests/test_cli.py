@@ -301,6 +301,10 @@ MISTAKES = {
         detector({"knn": {"k": 31}}),
         r"detectors\.knn\.k is 31 but there are 30 training images; lower k",
     ),
+    "more directions than dimensions": (
+        detector({"neco": {"dim": 5}}),
+        r"detectors\.neco: dim is 5 but the feature has 4 dimensions; lower dim",
+    ),
     "more tiles than pixels": (
         detector({"featurenorm": {"grid": 9}}),
         r"detectors\.featurenorm\.grid is 9 but images have 8 pixels per side; lower grid",
@@ -316,6 +320,16 @@ def test_a_good_evaluation_is_shown_and_not_started(case, command):
     assert re.search(r"train +│ train +│ 30 +│ 3 classes of 10 to 10 ███ +│ no", outcome.out)
     assert "forward   90 images" in outcome.out
     assert_nothing_looks_complete(case.workspace)
+
+
+def test_of_all_detectors_those_that_do_not_apply_are_shown_with_the_reason(case, command):
+    case.raw["detectors"] = "all"
+    outcome = command("run", "--dry-run", case.config())
+    assert (outcome.status, outcome.err) == (0, "")
+    reason = re.escape("k is 50 but there are 30 training images; lower k.")
+    assert re.search(rf"^left out  knn +{reason}$", outcome.out, re.MULTILINE)
+    assert re.search(r"^detector  msp +MSP", outcome.out, re.MULTILINE)
+    assert not re.search(r"^detector  knn", outcome.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -488,7 +502,9 @@ def test_the_list_tells_what_applies_to_a_config_and_why_not(case, command):
     assert outcome.status == 0
     table = listed(outcome)
     assert list(table) == [*detectors.names(), "far", "own", "both"]
-    assert {table[name][-1] for name in ("msp", "knn", "dice", "own")} == {"yes"}
+    assert {table[name][-1] for name in ("msp", "nnguide", "dice")} == {"yes"}
+    for name in ("knn", "own"):
+        assert table[name][-1] == "no: k is 50 but there are 30 training images; lower k."
     assert table["both"][:2] == ["ReAct + MSP", "2021 + 2017"]
     assert table["featurenorm"][-1].startswith("no: the model has no block with maps or tokens")
     assert table["far"][-1].startswith("no: unknown layer '1.cnv'. Did you mean '1.conv'")

@@ -451,6 +451,18 @@ def test_all_detectors_run_with_their_defaults(load):
     assert len(built) >= 9
 
 
+def test_of_all_detectors_each_may_be_left_out_also_after_a_dump_but_named_ones_may_not(load):
+    every = load(RAW, "detectors=all")
+    assert load(yaml.safe_load(config.dump(every))) == every
+    assert every.optional == set(detectors.names())
+    assert load().optional == set()
+
+
+def test_a_detector_with_a_grid_may_not_be_left_out(load):
+    loaded = load(RAW | {"tune": {"grids": {"knn": {"k": [1, 2]}}}}, "detectors=all")
+    assert [entry.optional for entry in loaded.points()["knn"].values()] == [False, False]
+
+
 def test_one_method_may_run_under_several_labels(load):
     entries = [{"near": {"method": "knn", "k": 1}}, {"far": {"method": "knn", "k": 50}}, "knn"]
     built = load(key(RAW, "detectors", entries)).built()

@@ -11,10 +11,11 @@ import ray
 from pipeline import fit, statistics, store
 from pipeline.detectors.base import Training
 from pipeline.detectors.knn import Knn
+from pipeline.detectors.she import She
 from pipeline.errors import UserError
 from pipeline.fit import Cache
 from pipeline.percentiles import Histogram, Percentiles
-from pipeline.statistics import Classes, Head, Scatter, Softmax, Statistic
+from pipeline.statistics import Classes, ClassSums, Head, Scatter, Softmax, Statistic
 
 
 def feature_table(folder: Path, rows: int, parts: list[int]) -> store.Table:
@@ -114,6 +115,27 @@ def test_a_bank_smaller_than_k_is_refused_with_the_detector_named(ray_session, t
     chosen = {"far": Knn(k=21)}
     with pytest.raises(UserError, match=re.escape("detectors.far: k is 21 but only 20 training rows")):
         fit.fit_detectors(chosen, training, Cache(tmp_path / "fits"), (table, {}))
+
+
+def test_optional_detectors_that_the_training_rows_do_not_serve_are_left_out(ray_session, tmp_path) -> None:
+    table, nothing = feature_table(tmp_path / "table", 20, []), Classes(correct=True)
+    wrong = ClassSums(np.zeros(5, np.int64), np.zeros((5, 6)), np.zeros(6), np.array(0))
+    training = Training(HEAD.weight, HEAD.bias, train=statistics.Statistics({nothing: wrong}))
+    chosen = {"near": Knn(k=20), "far": Knn(k=21), "she": She()}
+    for cache in (Cache(tmp_path / "fits"), Cache(tmp_path / "fits", "frozen")):
+        found = fit.fit_detectors(chosen, training, cache, (table, {}), {"far", "she"})
+        assert list(found.scorers) == list(found.banks) == ["near"]
+        assert found.not_applicable["far"].startswith("k is 21 but only 20 training rows enter the bank")
+        assert found.not_applicable["she"].startswith("she: patterns need training rows")
+    with pytest.raises(UserError, match=r"^detectors\.she: she: patterns need"):
+        fit.fit_detectors(chosen, training, Cache(tmp_path / "fits"), (table, {}), {"far"})
+
+
+def test_a_bank_that_is_not_there_yet_is_no_reason_to_leave_a_detector_out(ray_session, tmp_path) -> None:
+    table = feature_table(tmp_path / "table", 20, [])
+    cache, training = Cache(tmp_path / "fits", "frozen"), Training(HEAD.weight, HEAD.bias)
+    with pytest.raises(UserError, match="fit: no bank in the workspace"):
+        fit.fit_detectors({"near": Knn(k=1)}, training, cache, (table, {}), {"near"})
 
 
 def test_an_artefact_is_computed_once_unless_fresh(tmp_path) -> None:

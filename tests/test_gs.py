@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -19,31 +16,25 @@ from pipeline import config, owner, places, storage, store
 from pipeline.datasets import compile_manifest, fetch
 from pipeline.errors import UserError
 from pipeline.places import Place
+from tests.servers import answers, free_port, wait
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The URI of a bucket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    host, port = address.split(":")
+    host, port = "127.0.0.1", str(free_port())
     command = [str(Path(sys.executable).with_name("gcp-storage-emulator")), "start", "--in-memory"]
     process = subprocess.Popen(
         [*command, "--host", host, "--port", port, "--default-bucket", "data"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(f"http://{address}/storage/v1/b").close()
-            break
-        except OSError:
-            time.sleep(0.1)
-    yield f"gs://anonymous@data?endpoint_override={address}&scheme=http"
-    process.terminate()
-    process.wait()
+    try:
+        wait("the server", lambda: answers(f"http://{host}:{port}/storage/v1/b"))
+        yield f"gs://anonymous@data?endpoint_override={host}:{port}&scheme=http"
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @pytest.fixture

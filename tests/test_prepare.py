@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import prepare
+from pipeline import detectors, prepare
 from pipeline.errors import UserError
 
 NET = """
@@ -70,6 +70,37 @@ def test_a_model_without_blocks_says_which_detectors_do_not_apply(flat, load) ->
         prepare.prepare(load(flat))
     flat["detectors"] = [{"grood_norm": {"mixup_layer": "block"}}, {"grood": {"prototype": "proto_mean"}}]
     prepare.prepare(load(flat))
+
+
+def test_of_all_detectors_those_that_do_not_apply_are_left_out_with_the_reason(flat, load) -> None:
+    flat["datasets"][0]["limit_per_class"] = 2
+    flat["detectors"] = "all"
+    ready = prepare.prepare(load(flat))
+    assert {label: reason.partition(". ")[0] for label, reason in ready.not_applicable.items()} == {
+        **dict.fromkeys(("featurenorm", "selectednorm"), "the model has no block with maps or tokens whose "
+                        "channels are certain"),
+        **dict.fromkeys(("grood", "grood_norm"), "the model has no block to mix images at"),
+        "knn": "k is 50 but there are 20 training images; lower k.",
+    }  # fmt: skip
+    assert [*ready.detectors] == [name for name in detectors.names() if name not in ready.not_applicable]
+    flat["detectors"] = list(ready.detectors)
+    assert prepare.prepare(load(flat)).fingerprint == ready.fingerprint
+
+
+def test_without_training_images_all_detectors_that_learn_nothing_are_left(settings, load) -> None:
+    del settings["datasets"][0]
+    settings["detectors"] = "all"
+    ready = prepare.prepare(load(settings))
+    assert [*ready.detectors] == [n for n in detectors.names() if not detectors.get(n)().needs_train()]
+    assert {*map(type, ready.not_applicable.values())} == {str}
+    assert ready.not_applicable["knn"].startswith("it learns from training images, but no dataset has role")
+
+
+@pytest.mark.parametrize("label", ["vim", "residual", "neco"])
+def test_more_directions_than_the_feature_has_are_refused(settings, load, label: str) -> None:
+    settings["detectors"] = [{label: {"dim": 129}}]
+    with pytest.raises(UserError, match=rf"detectors\.{label}: dim is 129 but the feature has 128"):
+        prepare.prepare(load(settings))
 
 
 @pytest.mark.parametrize("layer", ["fc", "nowhere"])

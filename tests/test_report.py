@@ -44,6 +44,7 @@ class Setup:
     full_spectrum: bool = False
     rows: int = 120
     published: str | None = None
+    not_applicable: dict[str, str] = field(default_factory=dict)
 
 
 def area(inlier, outlier):
@@ -158,6 +159,7 @@ def manifest_of(setup):
             }
             for label in setup.detectors
         },
+        "not_applicable": setup.not_applicable,
         "passes": [jigsaw, mixup] if setup.passes else [],
         "index": index if setup.index else {},
         "stages": {
@@ -567,6 +569,31 @@ def test_a_mean_over_other_datasets_is_not_set_beside_the_published_one(tmp_path
     assert "mnist" in cells
     assert "Far-OOD, mean" not in cells
     assert "far_ood is no mean over the protocol's datasets (far_ood: mnist, places365, svhn)." in page.text
+
+
+def test_where_no_published_number_has_a_counterpart_no_empty_table_is_shown(tmp_path):
+    run = make_run(tmp_path, Setup(SMALL, ("own",), published="cifar10-resnet18"))
+    table = pq.read_table(run / "metrics.parquet")
+    pq.write_table(
+        table.filter(pa.compute.not_equal(table["detector"], "classifier")), run / "metrics.parquet"
+    )
+    page = page_of(run)
+    assert "published" not in page.cells
+    assert "near_ood is no mean over the protocol's datasets (near_ood: tin)." in page.text
+    assert "no published value has a counterpart in this run" in page.text
+
+
+def test_detectors_that_do_not_apply_are_listed_with_the_reason_and_are_nowhere_else(tmp_path, page):
+    reasons = {"featurenorm": "the model has no <block>.", "vim": "no dataset has role 'train'."}
+    found = page_of(make_run(tmp_path, Setup(not_applicable=reasons)))
+    assert "2 of them do not apply" in found.text
+    at = found.cells["provenance"].index("Reason")
+    assert found.cells["provenance"][at + 1 : at + 5] == [cell for item in reasons.items() for cell in item]
+    assert [cells.count("featurenorm") for cells in found.cells.values()] == [
+        int(section == "provenance") for section in found.cells
+    ]
+    assert "not-applicable" not in {value for _, name, value in page.attributes if name == "id"}
+    assert "of them do not apply" not in page.text
 
 
 def test_a_run_without_published_numbers_has_no_such_section(finished, page):

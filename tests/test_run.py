@@ -21,8 +21,9 @@ import yaml
 from PIL import Image
 from scipy.spatial.distance import cdist
 
-from pipeline import config, prepare, store
+from pipeline import config, detectors, prepare, store, verify
 from pipeline.errors import UserError
+from pipeline.run import Outcome
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -110,6 +111,56 @@ def test_results_do_not_depend_on_workers_shards_or_index_shards(
     assert (first.folder / "metrics.json").read_bytes() == (second.folder / "metrics.json").read_bytes()
     check_contract(first.folder)
     check_scores(first.folder, tmp_path / "one")
+
+
+PERCEPTRON = """
+from torch import nn
+
+def build():
+    hidden = nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU()
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(16, 10, bias=False))
+"""
+
+
+def test_all_detectors_that_apply_run_on_a_perceptron_without_a_bias_and_the_others_are_listed(
+    settings, load, execute, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "perceptron.py").write_text(PERCEPTRON)
+    settings["model"] |= {"name": "./perceptron.py:build", "weights": "random"}
+    settings["detectors"] = "all"
+    monkeypatch.setattr(detectors.get("she"), "fit", refuse)
+    loaded = load(settings)
+    outcome = execute(loaded)
+    left_out = ["featurenorm", "grood", "grood_norm", "selectednorm", "she"]
+    check_left_out(outcome, left_out)
+    assert not prepare.prepare(loaded).classifier.head[1].any()
+    before = (outcome.folder / "metrics.json").read_bytes()
+    again = execute(loaded, first="report")
+    check_left_out(again, left_out)
+    assert (again.folder / "metrics.json").read_bytes() == before
+
+
+def refuse(*_: Any) -> None:
+    """The fit of a detector that the training rows do not serve."""
+    raise UserError("no training row is classified correctly.")
+
+
+def check_left_out(outcome: Outcome, labels: list[str]) -> None:
+    """These detectors have a reason and no result; all others have finite metrics."""
+    record = store.read_json(outcome.folder / "manifest.json")
+    assert sorted(record["not_applicable"]) == labels
+    assert record["not_applicable"] == outcome.not_applicable
+    assert record["not_applicable"]["she"] == "no training row is classified correctly."
+    assert "no block with maps or tokens" in record["not_applicable"]["featurenorm"]
+    applied = {name for name in detectors.names() if name not in labels}
+    assert set(record["detectors"]) == applied
+    assert set(scores(outcome.folder, "animals")) == {"key", "label", "prediction", *applied}
+    rows = store.read_json(outcome.folder / "metrics.json")
+    assert {row["detector"] for row in rows} == {"classifier", *applied}
+    assert all(np.isfinite(row["value"]) for row in rows)
+    page = (outcome.folder / "report" / "index.html").read_text(encoding="utf-8")
+    assert "no training row is classified correctly." in page
+    assert [finding for finding in verify.examine(outcome.folder) if not finding.good] == []
 
 
 def test_actors_that_hold_gpus_give_the_same_results(settings, load, execute) -> None:

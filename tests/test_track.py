@@ -29,6 +29,7 @@ from pyarrow import csv, parquet
 from pipeline import track
 from pipeline.errors import UserError
 from pipeline.journal import redact
+from tests.servers import answers, free_port, wait
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a deprecated loader strategy in every query for a run.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -72,6 +73,7 @@ def write_run(
         "model": {"source": "factory", "name": "resnet", "weights": "w.pt", "weights_digest": "77"},
         "datasets": {"test": dataset("id", accuracy=0.934), "cifar": dataset("near_ood")},
         "detectors": {k: v | {"uses_ood": k == "energy", "columns": []} for k, v in detectors.items()},
+        "not_applicable": {"featurenorm": "the model has no block with maps."},
         "passes": [],
         "index": {"knn-50": {"rows": 10, "kind": "flat", "recall_at_1": 0.75}},
         "stages": {"extract": {"seconds": 12.5, "images_per_second": 2100.0}, "fit": {"seconds": 3.0}},
@@ -100,12 +102,6 @@ def write_run(
     return run
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Server:
     """A real MLflow server that can be stopped and started again on the same port and files."""
 
@@ -127,13 +123,10 @@ class Server:
                 cwd=self.folder,
                 start_new_session=True,
             )
-        for _ in range(600):
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
-                    return
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError((self.folder / "server.log").read_text())
+        try:
+            wait("the server", lambda: answers(f"{self.uri}/health"))
+        except TimeoutError:
+            raise AssertionError((self.folder / "server.log").read_text()) from None
 
     def stop(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -198,6 +191,7 @@ def test_the_store_holds_what_the_folder_holds(tmp_path: Path, uri: str, experim
         "features.cifar": "hash of near_ood",
         "version.ood-pipeline": "0.1.0",
         "version.ray": "2.60.0",
+        "not_applicable.featurenorm": "the model has no block with maps.",
         "git_commit": "abc123",
         "mlflow.source.git.commit": "abc123",
     }

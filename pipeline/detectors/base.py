@@ -312,6 +312,13 @@ class Detector(BaseModel):
         """Whether the run must have training data."""
         return bool(self.statistics() or self.neighbours or self.passes())
 
+    def check(self, width: int) -> None:
+        """Whether the parameters suit a feature of so many dimensions.
+
+        Raises:
+            UserError: naming the parameter that does not.
+        """
+
     def fit(self, train: Training) -> Scorer:
         """Fit to the training data."""
         raise NotImplementedError

@@ -43,6 +43,15 @@ class Neco(Detector):
         """The covariance."""
         return (Scatter(),)
 
+    def check(self, width: int) -> None:
+        """Whether the feature has that many directions.
+
+        Raises:
+            UserError: if it has fewer.
+        """
+        if self.dim is not None and self.dim > width:
+            raise UserError(f"dim is {self.dim} but the feature has {width} dimensions; lower dim.")
+
     def fit(self, train: Training) -> NecoScorer:
         """Find the principal directions.
 
@@ -50,9 +59,8 @@ class Neco(Detector):
             UserError: if there are to be more directions than the feature has.
         """
         width = train.weight.shape[1]
+        self.check(width)
         dim = max(1, min(100, width // 2)) if self.dim is None else self.dim
-        if dim > width:
-            raise UserError(f"dim is {dim} but the feature has {width} dimensions; lower dim.")
         _, direction = train.train[Scatter()].spectrum()
         return NecoScorer(direction[:, width - dim :])
 

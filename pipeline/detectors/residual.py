@@ -26,6 +26,14 @@ class Subspace(BaseModel):
         "D is 2048 or more, 512 where it is 768 or more, else D / 2",
     )
 
+    def check(self, width: int) -> None:
+        """Whether the feature has dimensions outside the subspace.
+
+        Raises:
+            UserError: if it has none.
+        """
+        _dimensions(self.dim, width)
+
 
 class Residual(Subspace, Detector):
     """ViM's residual alone.
@@ -88,11 +96,17 @@ def residual(head: Head, moments: Moments, dim: int | None) -> ResidualScorer:
         UserError: if it is to be as large as the feature.
     """
     width = head.weight.shape[1]
-    if dim is None:
-        dim = 1000 if width >= 2048 else 512 if width >= 768 else width // 2
-    if dim >= width:
-        raise UserError(f"dim is {dim} but the feature has {width} dimensions; lower dim.")
+    dim = _dimensions(dim, width)
     origin = -np.linalg.pinv(head.weight.astype(np.float64)) @ head.bias.astype(np.float64)
     offset = moments.mean - origin
     _, direction = moments.spectrum(np.outer(offset, offset))
     return ResidualScorer(origin, direction[:, : width - dim])
+
+
+def _dimensions(dim: int | None, width: int) -> int:
+    """Dimensions of the subspace in a feature that has `width`."""
+    if dim is None:
+        dim = 1000 if width >= 2048 else 512 if width >= 768 else width // 2
+    if dim >= width:
+        raise UserError(f"dim is {dim} but the feature has {width} dimensions; lower dim.")
+    return dim

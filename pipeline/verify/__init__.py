@@ -127,5 +127,5 @@ def _run(run: Run) -> Iterator[Finding]:
     datasets = {name: dataset.role for name, dataset in record.datasets.items()}
     wrong.add(sorted(name for name in roles.keys() | datasets if roles.get(name) != datasets.get(name)))
     labels = {entry.label for entry in settings.detectors}
-    wrong.add(sorted(labels ^ record.detectors.keys()))
+    wrong.add(sorted(labels ^ (record.detectors.keys() | record.not_applicable.keys())))
     yield wrong.finding("datasets, roles and detectors", "those of config.yaml")

@@ -57,6 +57,8 @@ class Record(BaseModel):
     model: Model
     datasets: dict[str, Dataset]
     detectors: dict[str, dict[str, Any]]
+    not_applicable: dict[str, str] = {}
+    """Detectors that were left out, with the reason; earlier versions left out none."""
 
 
 class Cached(BaseModel):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,24 +16,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from pipeline import store
+from tests.servers import free_port, wait
 
 RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait(for_what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """The first true value of a condition."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.01)
-    raise TimeoutError(for_what)
 
 
 def kill(process: psutil.Process) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.nodes import Results, Site, finished, kill, wait, written
+from tests.cluster.nodes import Results, Site, finished, kill, written
+from tests.servers import wait
 
 ACTORS = {"extract": "ray::MapWorker", "fit": "ray::Worker", "score": "ray::Shard"}
 """Titles of the actors that work in a stage."""

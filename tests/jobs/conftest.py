@@ -6,11 +6,9 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +17,8 @@ from typing import Any
 
 import pytest
 import requests
+
+from tests.servers import free_ports, wait
 
 BIN = Path(sys.executable).parent
 
@@ -71,17 +71,6 @@ def clean(*others: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", *others))}
 
 
-def free_ports(count: int) -> list[str]:
-    """Ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    for found in sockets:
-        found.bind(("127.0.0.1", 0))
-    ports = [str(found.getsockname()[1]) for found in sockets]
-    for found in sockets:
-        found.close()
-    return ports
-
-
 @pytest.fixture(scope="package")
 def head() -> Iterator[Head]:
     """A head in a process group of its own, which alone is ended; its Python has no path to this checkout."""
@@ -117,7 +106,7 @@ def head() -> Iterator[Head]:
         start_new_session=True,
     )
     try:
-        wait_for(lambda: answers(made), 60)
+        wait("the head to answer", lambda: answers(made))
         yield made
     finally:
         os.killpg(started.pid, signal.SIGTERM)
@@ -135,11 +124,3 @@ def answers(head: Head) -> bool:
         return bool(head.get("/api/version").ok)
     except requests.RequestException:
         return False
-
-
-def wait_for(condition: Any, seconds: float) -> None:
-    """Wait until something is true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)

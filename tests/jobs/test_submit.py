@@ -28,7 +28,8 @@ from rich.console import Console
 
 from pipeline import submit
 from pipeline.errors import UserError
-from tests.jobs.conftest import Head, wait_for
+from tests.jobs.conftest import Head
+from tests.servers import wait
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -117,12 +118,12 @@ def story(head: Head, evaluation: tuple[str, str, Path]) -> Story:
     arguments = ("submit", source, "--workspace", str(workspace), "--env", "OOD_TEST_*")
     slow, fast = ({"OOD_TEST_SECRET": secret, "OOD_TEST_NAP": nap} for nap in ("1.5", "0"))
     waiting = head.start(*arguments, **slow)
-    wait_for((workspace / ".owner.json").is_file, 90)
+    wait("an owner", (workspace / ".owner.json").is_file, 90)
     waiting.send_signal(signal.SIGINT)
     interrupted = head.finish(waiting)
     first = submission(interrupted)
     refused = head.command(*arguments, **fast)
-    wait_for(lambda: any(workspace.glob("features/*/part-*")), 60)
+    wait("features", lambda: any(workspace.glob("features/*/part-*")))
     stopped = head.command("stop", first)
     after_stop = json.loads((workspace / "runs" / "small" / "manifest.json").read_text())
     with FileLock(workspace / ".lock", timeout=0):

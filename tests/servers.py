@@ -1,0 +1,47 @@
+"""What tests with servers of their own share: ports that are free, and waiting until one answers."""
+
+from __future__ import annotations
+
+import socket
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on, each another one."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in sockets]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    return free_ports(1)[0]
+
+
+def wait(for_what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """The first true value of a condition.
+
+    Raises:
+        TimeoutError: if there is none in that time.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.01)
+    raise TimeoutError(for_what)
+
+
+def answers(url: str) -> bool:
+    """Whether a server is up."""
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except OSError:
+        return False
+    return True
