@@ -425,6 +425,7 @@ def _needs(detector: Detector) -> str:
     words = {columns.FEATURE: "features", columns.BLOCK_NORM: "feature maps (block norms)"}
     needs = [words.get(column, column) for column in detector.columns]
     needs += ["training statistics"] * bool(detector.statistics()) + ["index"] * detector.neighbours
+    needs += ["held-out or training statistics"] * bool(detector.calibration())
     needs += [f"extra pass ({type(spec).__name__.lower()})" for spec in detector.passes()]
     return ", ".join(needs + ["OOD data"] * detector.uses_ood())
 

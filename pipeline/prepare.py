@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import __version__, cluster, config, detectors, extract, index, places, published
-from pipeline.columns import BLOCK_NORM
+from pipeline.columns import BLOCK_NORM, LABEL
 from pipeline.config import Config, Dataset
 from pipeline.datasets import Manifest, compile_manifest
 from pipeline.detectors.base import Detector, Jigsaw, Mixup
@@ -62,6 +62,7 @@ class Prepared:
         """What fitted detectors depend on besides their own parameters."""
         return {
             "train": [job.identity for job in self.of_role("train")],
+            "id_val": [job.identity for job in self.of_role("id_val")],
             "ood_val": [job.identity for job in self.of_role("ood_val")],
             "seed": self.config.seed,
         }
@@ -110,6 +111,7 @@ def prepare(settings: Config) -> Prepared:
     for dataset in settings.datasets:
         _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
         _check_labels(dataset, manifests[dataset.name], len(classifier.head[1]))
+        _check_calibration(dataset, manifests[dataset.name], chosen)
     jobs = {}
     for dataset in settings.datasets:
         manifest = manifests[dataset.name]
@@ -156,6 +158,11 @@ def check_data(label: str, detector: Detector, settings: Config) -> None:
         raise UserError(
             f"detectors.{label}: it learns from training images, but no dataset has role 'train'. "
             "Add one, or drop the detector."
+        )
+    if detector.calibration() and not settings.of_role("id_val", "train"):
+        raise UserError(
+            f"detectors.{label}: it is calibrated on held-out ID images, or else on training images, but no "
+            "dataset has role 'id_val' or 'train'. Add one, or drop the detector."
         )
     if detector.uses_ood() and not settings.of_role("ood_val"):
         raise UserError(
@@ -210,9 +217,9 @@ def _check_grid(where: str, grid: int, classifier: Classifier) -> None:
 
 def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:
     """Labels within the head's classes, and every class present where order or training depends on it."""
-    if dataset.role not in config.LABELLED_ROLES:
+    present = {label for label, count in manifest.class_count.items() if count and label != -1}
+    if not present:
         return
-    present = {label for label, count in manifest.class_count.items() if count}
     outside = sorted(label for label in present if not 0 <= label < classes)
     if outside:
         raise UserError(
@@ -229,6 +236,20 @@ def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:
             f"({shown}). Class folders are numbered in sorted order, and training needs every class; "
             "add the missing ones."
         )
+
+
+def _check_calibration(dataset: Dataset, manifest: Manifest, chosen: dict[str, Detector]) -> None:
+    """Labels of held-out images, where a detector reads them."""
+    count = manifest.class_count.get(-1, 0)
+    if dataset.role != "id_val" or not count:
+        return
+    for label, detector in chosen.items():
+        if any(LABEL in statistic.columns for statistic in detector.calibration()):
+            raise UserError(
+                f"detectors.{label}: it is calibrated on labels, but {count:,} of {manifest.rows:,} images "
+                f"of {dataset.name} (role 'id_val') have none. Name them (datasets.{dataset.name}.labels), "
+                "or drop the detector."
+            )
 
 
 def _check_neighbours(prepared: Prepared) -> None:

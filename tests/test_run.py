@@ -19,7 +19,9 @@ import torch
 import torchvision
 import yaml
 from PIL import Image
+from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import cdist
+from scipy.special import log_softmax, rel_entr, softmax
 
 from pipeline import config, prepare, store
 from pipeline.errors import UserError
@@ -48,6 +50,7 @@ def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
 
     raw["datasets"] += [
         extra("shifted", "shifted_id", labels="shifted_y"),
+        extra("held", "id_val", labels="held_y"),
         extra("val", "ood_val"),
         extra("production", "unlabelled"),
     ]
@@ -136,7 +139,7 @@ def features(workspace: Path, dataset: str) -> dict[str, np.ndarray]:
 
 def check_scores(folder: Path, workspace: Path) -> None:
     """Scores of a whole run against plain formulas on the cached rows."""
-    train, query, val = (features(workspace, name) for name in ("train", "textures", "val"))
+    train, query, held, val = (features(workspace, name) for name in ("train", "textures", "held", "val"))
     found = scores(folder, "textures")
     assert found["key"].tolist() == query["key"].tolist()
     h, logits = query["feature"], query["logits"]
@@ -148,12 +151,31 @@ def check_scores(folder: Path, workspace: Path) -> None:
         "gradnorm": -np.abs(h).sum(axis=1) * np.abs(p - 0.1).sum(axis=1),
         "knn": np.sort(cdist(unit(h), unit(train["feature"])), axis=1)[:, 4],
         "grood_val": grood(train, val, query),
+        "tempscale": -softmax(logits / temperature(held), axis=1).max(axis=1),
+        "klmatching": kl_matching(held, p),
     }
     ratio = store.read_json(folder / "manifest.json")["passes"]
     block = int(np.argmax(next(entry["ratio"] for entry in ratio if entry["kind"] == "jigsaw")))
     expected["featurenorm"] = -query["block_norm"][:, block]
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
+
+
+def temperature(held: dict[str, np.ndarray]) -> float:
+    """The temperature at which held-out images have the smallest NLL."""
+
+    def nll(inverse: float) -> float:
+        known = log_softmax(held["logits"].astype(float) * inverse, axis=1)
+        return -known[np.arange(len(known)), held["label"]].sum()
+
+    return 1 / minimize_scalar(nll, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-9}).x
+
+
+def kl_matching(held: dict[str, np.ndarray], p: np.ndarray) -> np.ndarray:
+    """Divergence from the mean softmax of the closest class that is predicted for held-out images."""
+    known = softmax(held["logits"].astype(float), axis=1)
+    means = np.stack([known[held["prediction"] == label].mean(axis=0) for label in range(10)])
+    return np.min([rel_entr(p, mean).sum(axis=1) for mean in means], axis=0)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
