@@ -23,7 +23,7 @@ from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, rel_entr, softmax
 
-from pipeline import config, prepare, store
+from pipeline import config, passes, prepare, store
 from pipeline.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -315,6 +315,26 @@ def test_a_changed_weight_transform_or_image_never_meets_an_old_cache(settings, 
         dataset["path"] = str(tmp_path / "touched.npz")
     different = folders(changed) - seen
     assert [Path(folder).name.rpartition("-")[0] for folder in different] == ["train"]
+
+
+def test_held_out_images_that_come_later_calibrate_without_another_extra_pass(
+    settings, load, execute, tmp_path, monkeypatch
+) -> None:
+    def softened(dataset: str) -> np.ndarray:
+        rows = features(tmp_path / "workspace", "textures")
+        known = features(tmp_path / "workspace", dataset)
+        return -softmax(rows["logits"] / temperature(known), axis=1).max(axis=1)
+
+    settings["detectors"] = ["tempscale", {"featurenorm": {"samples": 64}}]
+    trained = scores(execute(load(settings), last="score").folder, "textures")
+    np.testing.assert_allclose(trained["tempscale"], softened("train"), rtol=1e-5)
+    monkeypatch.delattr(passes.Runner, "run")
+    settings["datasets"].append(settings["datasets"][1] | {"name": "held", "role": "id_val"})
+    settings["datasets"][-1] |= {"images": "held_x", "labels": "held_y"}
+    held_out = scores(execute(load(settings), last="score").folder, "textures")
+    np.testing.assert_allclose(held_out["tempscale"], softened("held"), rtol=1e-5)
+    assert abs(held_out["tempscale"] - trained["tempscale"]).max() > 1e-3
+    np.testing.assert_array_equal(held_out["featurenorm"], trained["featurenorm"])
 
 
 def test_a_killed_driver_is_continued_without_redoing_finished_shards(
