@@ -341,8 +341,8 @@ def forward(network: nn.Module, pixels: NDArray[np.uint8]) -> dict[str, NDArray[
 
 def score(detector: Detector, rows: Rows) -> Float:
     """Our scores of the query rows, through the contract of every detector."""
-    known = statistics.of(rows.train, detector.statistics(), rows.head)
-    scorer = detector.fit(Training(rows.head.weight, rows.head.bias, train=known))
+    known = statistics.of(rows.train, [*detector.statistics(), *detector.calibration()], rows.head)
+    scorer = detector.fit(Training(rows.head.weight, rows.head.bias, train=known, id_val=known))
     bank = bank_of(scorer)
     if bank is None:
         return scorer(rows.query)

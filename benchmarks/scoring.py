@@ -130,12 +130,14 @@ def _training(table: store.Table) -> Training:
     chosen = config.Config.model_validate(fashion.quickstart()).built().values()
     made_up = {Mixup: {"mean": rng.random(WIDTH)}, Jigsaw: {"ratio": rng.random(BLOCKS)}}
     head = Head(rng.standard_normal((CLASSES, WIDTH), np.float32), np.zeros(CLASSES, np.float32))
-    wanted = [statistic for detector in chosen for statistic in detector.statistics()]
+    wanted = [need for detector in chosen for need in (*detector.statistics(), *detector.calibration())]
+    known = statistics.of(rows, wanted, head)
     return Training(
         head.weight,
         head.bias,
         blocks=tuple(f"block{number}" for number in range(BLOCKS)),
-        train=statistics.of(rows, wanted, head),
+        train=known,
+        id_val=known,
         passes={spec: made_up[type(spec)] for detector in chosen for spec in detector.passes()},
     )
 

@@ -423,6 +423,7 @@ def _needs(detector: Detector) -> str:
     needs = [words.get(column, column) for column in detector.columns]
     needs += dict.fromkeys(extra.needs for extra in detector.extras())
     needs += ["training statistics"] * bool(detector.statistics()) + ["index"] * detector.neighbours
+    needs += ["held-out or training statistics"] * bool(detector.calibration())
     needs += [f"extra pass ({type(spec).__name__.lower()})" for spec in detector.passes()]
     return ", ".join(needs + ["OOD data"] * detector.uses_ood())
 

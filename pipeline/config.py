@@ -35,6 +35,9 @@ from pipeline.overrides import apply_override
 
 Role = Literal["train", "id", "near_ood", "far_ood", "shifted_id", "id_val", "ood_val", "unlabelled"]
 LABELLED_ROLES = ("train", "id", "shifted_id")
+"""Roles whose images all need a label."""
+ID_ROLES = (*LABELLED_ROLES, "id_val")
+"""Roles whose labels, as far as there are any, are classes of the model; those of other roles are dropped."""
 CLASS_FILES = (".txt", ".csv", ".json", ".yaml", ".yml")
 """Endings of files that say which index a class name has."""
 Start = Literal["current", "file", "data"]

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline import __version__, cluster, config, detectors, extract, extras, index, places, published
 from pipeline import statistics as statistic
-from pipeline.columns import BLOCK_NORM
+from pipeline.columns import BLOCK_NORM, LABEL
 from pipeline.config import Config, Dataset
 from pipeline.datasets import Manifest, compile_manifest
 from pipeline.detectors.base import Detector, Extra, Jigsaw, Mixup
@@ -67,6 +67,7 @@ class Prepared:
         """What fitted detectors depend on besides their own parameters."""
         return {
             "train": [job.identity for job in self.of_role("train")],
+            "id_val": [job.identity for job in self.of_role("id_val")],
             "ood_val": [job.identity for job in self.of_role("ood_val")],
             "seed": self.config.seed,
         }
@@ -116,6 +117,8 @@ def prepare(settings: Config) -> Prepared:
     for dataset in settings.datasets:
         _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
         _check_labels(dataset, manifests[dataset.name], len(classifier.head[1]))
+    held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
+    selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
     rows = sum(manifests[dataset.name].rows for dataset in settings.of_role("train"))
     selection.keep(lambda label, detector: check_rows(label, detector, rows))
     jobs = {}
@@ -135,11 +138,14 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
     """
     classifier = load(settings.model, settings.seed)
     folder = places.at(settings.workspace) / "manifests"
-    trains = [compile_manifest(dataset, folder, settings.seed) for dataset in settings.of_role("train")]
-    rows = sum(manifest.rows for manifest in trains)
+    learned = settings.of_role("train", "id_val")
+    manifests = {each.name: compile_manifest(each, folder, settings.seed) for each in learned}
+    rows = sum(manifests[dataset.name].rows for dataset in settings.of_role("train"))
+    held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
     selection = Selection(dict(found), found)
     selection.keep(lambda label, detector: check_data(label, detector, settings))
     _check_model(selection, classifier)
+    selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
     selection.keep(lambda label, detector: check_rows(label, detector, rows))
     return selection.not_applicable
 
@@ -212,6 +218,11 @@ def check_data(label: str, detector: Detector, settings: Config) -> None:
             f"detectors.{label}: it learns from training images, but no dataset has role 'train'. "
             "Add one, or drop the detector."
         )
+    if detector.calibration() and not settings.of_role("id_val", "train"):
+        raise UserError(
+            f"detectors.{label}: it is calibrated on held-out ID images, or else on training images, but no "
+            "dataset has role 'id_val' or 'train'. Add one, or drop the detector."
+        )
     if detector.uses_ood() and not settings.of_role("ood_val"):
         raise UserError(
             f"detectors.{label}: it uses OOD validation images, but no dataset has role 'ood_val'. "
@@ -250,7 +261,7 @@ def _extras(role: str, chosen: Iterable[Detector]) -> list[Extra]:
     """Extra columns that a dataset needs: all to be scored, those that statistics read to be trained on."""
     needed: dict[Extra, None] = {}
     for detector in chosen:
-        read = statistic.columns(detector.statistics())
+        read = statistic.columns([*detector.statistics(), *detector.calibration()])
         needed |= {extra: None for extra in detector.extras() if role != "train" or extra.column in read}
     return list(needed)
 
@@ -278,6 +289,24 @@ def check_width(label: str, detector: Detector, width: int) -> None:
             part.check(width)
     except UserError as error:
         raise UserError(f"detectors.{label}: {error}") from None
+
+
+def check_calibration(label: str, detector: Detector, held_out: Mapping[str, Manifest]) -> None:
+    """Whether held-out images have labels, where a detector reads them.
+
+    Raises:
+        UserError: the dataset that has none.
+    """
+    if not any(LABEL in each.columns for each in detector.calibration()):
+        return
+    for name, manifest in held_out.items():
+        count = manifest.class_count.get(-1, 0)
+        if count:
+            raise UserError(
+                f"detectors.{label}: it is calibrated on labels, but {count:,} of {manifest.rows:,} images "
+                f"of {name} (role 'id_val') have none. Name them (datasets.{name}.labels), or drop the "
+                "detector."
+            )
 
 
 def check_rows(label: str, detector: Detector, rows: int) -> None:
@@ -310,9 +339,9 @@ def _check_grid(where: str, grid: int, classifier: Classifier) -> None:
 
 def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:
     """Labels within the head's classes, and every class present where order or training depends on it."""
-    if dataset.role not in config.LABELLED_ROLES:
+    present = {label for label, count in manifest.class_count.items() if count and label != -1}
+    if not present:
         return
-    present = {label for label, count in manifest.class_count.items() if count}
     outside = sorted(label for label in present if not 0 <= label < classes)
     if outside:
         raise UserError(

@@ -231,13 +231,17 @@ class Run:
         head = Head(*self.ready.classifier.head, tuple(stages.values()))
         specs = list(dict.fromkeys(spec for detector in detectors for spec in detector.passes()))
         learned = [wanted for detector in detectors for wanted in detector.statistics()]
+        calibrating = [wanted for detector in detectors for wanted in detector.calibration()]
         ood = [wanted for detector in detectors for wanted in detector.ood_statistics()]
+        held_out = bool(self.ready.of_role("id_val"))
+        train = self._statistics(cache, "train", learned + ([] if held_out else calibrating), head)
         return Training(
             head.weight,
             head.bias,
             self.ready.classifier.taps.blocks,
             stages,
-            train=self._statistics(cache, "train", learned, head),
+            train=train,
+            id_val=self._statistics(cache, "id_val", calibrating, head) if held_out else train,
             ood_val=self._statistics(cache, "ood_val", ood, head),
             passes=self._passes(cache, specs) if specs else {},
         )
@@ -257,7 +261,12 @@ class Run:
         with passes.Runner(train.manifest, ready.plan, early, held_out.manifest) as runner:
             for spec in specs:
                 kind = type(spec).__name__.lower()
-                identity = {"pass": spec.model_dump(), "training": ready.training}
+                identity = {
+                    "pass": spec.model_dump(),
+                    "train": ready.training["train"],
+                    "held out": ready.training["id_val"] if spec.held_out else None,
+                    "seed": ready.config.seed,
+                }
 
                 def compute(spec: Pass = spec) -> Mapping[str, NDArray[Any]]:
                     return runner.run(spec)

@@ -100,6 +100,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shifted_x=255 - arrays["id_test_x"][300:400],
             shifted_y=arrays["id_test_y"][300:400],
             animals_x=arrays["ood_animals_x"][:150],
+            held_x=arrays["id_test_x"][450:600],
+            held_y=arrays["id_test_y"][450:600],
             val_x=arrays["ood_animals_x"][150:250],
             textures_x=arrays["ood_textures_x"][:130],
             production_x=np.concatenate([arrays["id_test_x"][400:450], arrays["ood_textures_x"][130:180]]),

@@ -207,6 +207,16 @@ def two_training_sets(case: Case) -> None:
     case.raw["datasets"].append(case.dataset("train") | {"name": "more"})
 
 
+def held_out(**fields: Any) -> Callable[[Case], None]:
+    """TempScale, and images to calibrate it on."""
+
+    def spoil(case: Case) -> None:
+        case.raw["datasets"].append(case.dataset("id") | {"name": "held_out", "role": "id_val"} | fields)
+        case.raw["detectors"] = ["tempscale"]
+
+    return spoil
+
+
 def torchvision(**fields: Any) -> Callable[[Case], None]:
     return model(**{"source": "torchvision", "name": "resnet18", "transform": "auto"} | fields)
 
@@ -292,6 +302,18 @@ MISTAKES = {
     "no training data": (
         lambda case: (case.without("train"), case.raw["detectors"].append("knn")),
         r"detectors\.knn: it learns from training images, but no dataset has role 'train'\. Add one",
+    ),
+    "no data to calibrate on": (
+        lambda case: (case.without("train"), case.raw.update(detectors=["klmatching"])),
+        r"detectors\.klmatching: it is calibrated on held-out ID images, .*'id_val' or 'train'\. Add one",
+    ),
+    "held-out images without labels": (
+        held_out(labels=None),
+        r"detectors\.tempscale: it is calibrated on labels, but 30 of 30 images of held_out .* none\. Name",
+    ),
+    "held-out images of other classes": (
+        held_out(labels="odd"),
+        r"datasets\.held_out: label 5 is outside the head's classes 0\.\.2\.",
     ),
     "no OOD validation data": (
         detector({"grood": {"prototype": "ood_val"}}),

@@ -19,9 +19,11 @@ import torch
 import torchvision
 import yaml
 from PIL import Image
+from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import cdist
+from scipy.special import log_softmax, rel_entr, softmax
 
-from pipeline import config, detectors, prepare, store, verify
+from pipeline import config, detectors, passes, prepare, store, verify
 from pipeline.errors import UserError
 from pipeline.run import Outcome
 
@@ -49,6 +51,7 @@ def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
 
     raw["datasets"] += [
         extra("shifted", "shifted_id", labels="shifted_y"),
+        extra("held", "id_val", labels="held_y"),
         extra("val", "ood_val"),
         extra("production", "unlabelled"),
     ]
@@ -64,6 +67,8 @@ def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
         {"grood_noise": {"method": "grood", "prototype": "noise", "samples": 100}},
         {"grood_val": {"method": "grood", "prototype": "ood_val"}},
         *("entropy", "gen", "cosine", "she", "fdbd", "nci", "klmatching", "nnguide", "relation", "gradorth"),
+        *("odin", "rankfeat", "gram", "mahalanobis_ensemble", {"adascale": {"samples": 50}}),
+        {"gradnorm_fc": {"method": "gradnorm", "layers": ["fc"]}},
         {"selectednorm": {"samples": 64}},
     ]
     return raw
@@ -82,6 +87,7 @@ def test_every_detector_runs_on_an_exported_vision_transformer(
     raw = everything(settings, images)
     raw["model"] = {"source": "exported", "name": "vit.pt2", "transform": raw["model"]["transform"]}
     raw["detectors"][5] = {"featurenorm": {"samples": 64, "grid": 4}}
+    raw["detectors"][-2]["gradnorm_fc"]["layers"] = ["heads.head"]
     raw["detectors"][-1] = {"selectednorm": {"samples": 64, "grid": 4}}
     found = scores(execute(load(raw), last="score").folder, "animals")
     assert set(found) - {"key", "label", "prediction"} >= {
@@ -187,7 +193,7 @@ def features(workspace: Path, dataset: str) -> dict[str, np.ndarray]:
 
 def check_scores(folder: Path, workspace: Path) -> None:
     """Scores of a whole run against plain formulas on the cached rows."""
-    train, query, val = (features(workspace, name) for name in ("train", "textures", "val"))
+    train, query, held, val = (features(workspace, name) for name in ("train", "textures", "held", "val"))
     found = scores(folder, "textures")
     assert found["key"].tolist() == query["key"].tolist()
     h, logits = query["feature"], query["logits"]
@@ -197,14 +203,34 @@ def check_scores(folder: Path, workspace: Path) -> None:
         "maxlogit": -logits.max(axis=1),
         "energy": -np.log(np.exp(logits).sum(axis=1)),
         "gradnorm": -np.abs(h).sum(axis=1) * np.abs(p - 0.1).sum(axis=1),
+        "gradnorm_fc": found["gradnorm"],
         "knn": np.sort(cdist(unit(h), unit(train["feature"])), axis=1)[:, 4],
         "grood_val": grood(train, val, query),
+        "tempscale": -softmax(logits / temperature(held), axis=1).max(axis=1),
+        "klmatching": kl_matching(held, p),
     }
     ratio = store.read_json(folder / "manifest.json")["passes"]
     block = int(np.argmax(next(entry["ratio"] for entry in ratio if entry["kind"] == "jigsaw")))
     expected["featurenorm"] = -query["block_norm"][:, block]
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
+
+
+def temperature(held: dict[str, np.ndarray]) -> float:
+    """The temperature at which held-out images have the smallest NLL."""
+
+    def nll(inverse: float) -> float:
+        known = log_softmax(held["logits"].astype(float) * inverse, axis=1)
+        return -known[np.arange(len(known)), held["label"]].sum()
+
+    return 1 / minimize_scalar(nll, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-9}).x
+
+
+def kl_matching(held: dict[str, np.ndarray], p: np.ndarray) -> np.ndarray:
+    """Divergence from the mean softmax of the closest class that is predicted for held-out images."""
+    known = softmax(held["logits"].astype(float), axis=1)
+    means = np.stack([known[held["prediction"] == label].mean(axis=0) for label in range(10)])
+    return np.min([rel_entr(p, mean).sum(axis=1) for mean in means], axis=0)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -344,6 +370,26 @@ def test_a_changed_weight_transform_or_image_never_meets_an_old_cache(settings, 
         dataset["path"] = str(tmp_path / "touched.npz")
     different = folders(changed) - seen
     assert [Path(folder).name.rpartition("-")[0] for folder in different] == ["train"]
+
+
+def test_held_out_images_that_come_later_calibrate_without_another_extra_pass(
+    settings, load, execute, tmp_path, monkeypatch
+) -> None:
+    def softened(dataset: str) -> np.ndarray:
+        rows = features(tmp_path / "workspace", "textures")
+        known = features(tmp_path / "workspace", dataset)
+        return -softmax(rows["logits"] / temperature(known), axis=1).max(axis=1)
+
+    settings["detectors"] = ["tempscale", {"featurenorm": {"samples": 64}}]
+    trained = scores(execute(load(settings), last="score").folder, "textures")
+    np.testing.assert_allclose(trained["tempscale"], softened("train"), rtol=1e-5)
+    monkeypatch.delattr(passes.Runner, "run")
+    settings["datasets"].append(settings["datasets"][1] | {"name": "held", "role": "id_val"})
+    settings["datasets"][-1] |= {"images": "held_x", "labels": "held_y"}
+    held_out = scores(execute(load(settings), last="score").folder, "textures")
+    np.testing.assert_allclose(held_out["tempscale"], softened("held"), rtol=1e-5)
+    assert abs(held_out["tempscale"] - trained["tempscale"]).max() > 1e-3
+    np.testing.assert_array_equal(held_out["featurenorm"], trained["featurenorm"])
 
 
 def test_a_killed_driver_is_continued_without_redoing_finished_shards(

@@ -240,6 +240,11 @@ def a_pass(raw: dict[str, Any]) -> None:
     raw["tune"]["grids"]["grood"] = {"samples": [50, 60]}
 
 
+def a_column(raw: dict[str, Any]) -> None:
+    raw["detectors"].append("odin")
+    raw["tune"]["grids"]["odin"] = {"noise": [0.001, 0.002]}
+
+
 def test_set(raw: dict[str, Any]) -> None:
     raw["datasets"][-1] |= {key: raw["datasets"][1][key] for key in ("path", "images")}
 
@@ -254,6 +259,10 @@ REFUSED = {
         r"extract: not done for textures_val\. Run `ood-pipeline extract` first",
     ),
     "pass missing": (a_pass, r"tune\.grids: grood\[samples=50\] needs a noise pass .*Run `ood-pipeline fit`"),
+    "column missing": (
+        a_column,
+        r"tune\.grids: odin\[noise=0\.001\] needs a column .*Run `ood-pipeline extract`",
+    ),
     "a test set": (test_set, r"datasets\.textures_val: 300 of its images are also in test \(role 'id'\)"),
 }
 

@@ -21,12 +21,15 @@ from pyarrow import fs
 from typer.testing import CliRunner
 
 from pipeline import cli, places, storage, store
+from pipeline.detectors.base import Pooled
 from pipeline.errors import UserError
 from pipeline.verify import located
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 Damage = Callable[[Path], None]
+
+POOLED = Pooled().column
 
 
 def pictures(folder: Path, images: Path) -> list[dict[str, Any]]:
@@ -63,7 +66,7 @@ def finished(kept, settings, images, load, execute, tmp_path) -> Path:
         ]
         entries[0]["labels"] = "shifted_y"
         settings["datasets"] += entries + pictures(tmp_path, images)
-        settings["detectors"] = ["msp", "energy"]
+        settings["detectors"] = ["msp", "energy", "mahalanobis_ensemble"]
         settings["extract"]["max_bad_fraction"] = 0.5
         kept["workspace"] = execute(load(settings)).folder.parent.parent
     return kept["workspace"]
@@ -377,6 +380,18 @@ CASES: dict[str, tuple[Damage, str]] = {
         cut(of_run("manifest.json")),
         r"manifest\.json +files: .*manifest\.json cannot be read",
     ),
+    "extra column of other rows": (
+        table(features("test", f"{POOLED}/{store.part_name(1)}"), reordered),
+        rf"features/test +{POOLED}: .* exceptions: 2 \(test_x/0*129, test_x/0*128\)$",
+    ),
+    "extra column not finite": (
+        cell(features("train", f"{POOLED}/{store.part_name(0)}"), POOLED, 3, lambda values: [np.nan] * 240),
+        rf"features/train +{POOLED}: .* exceptions: 1 \(train_x/0*3\)$",
+    ),
+    "extra column lost": (
+        gone(features("animals", f"{POOLED}/{store.part_name(0)}")),
+        rf"features/animals +parts: .*{POOLED}/part-00000\.parquet is missing",
+    ),
     "record incomplete": (
         document(of_run("manifest.json"), "datasets", "test", "rows", value=None),
         r"manifest\.json +files: .*datasets\.test\.rows: Input should be a valid integer",
@@ -404,6 +419,7 @@ def test_a_whole_run_has_status_0_and_every_check_is_told(finished: Path) -> Non
         r"ok +run +status: expected finished; found finished",
         r"ok +features/strange +rows: expected 7 rows = 6 features \+ 1 errors; found 7 rows = 6 features",
         r"ok +features/train +keys: expected each of 500 once",
+        rf"ok +features/strange +{POOLED}: expected keys of the features, finite values; found no exception",
         r"ok +scores/production +flags: ",
         r"ok +metrics +values of energy: expected 60 as computed from the scores; found no exception",
         r"ok +thresholds +threshold of msp: ",

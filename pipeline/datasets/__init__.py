@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import places
-from pipeline.config import LABELLED_ROLES, Dataset
+from pipeline.config import ID_ROLES, LABELLED_ROLES, Dataset
 from pipeline.datasets import _filters
 from pipeline.datasets._fetch import fetch
 from pipeline.errors import UserError, unknown
@@ -114,11 +114,11 @@ def compile_manifest(dataset: Dataset, folder: Place, seed: int = 0) -> Manifest
             whole = _write(rows, draft / "whole.parquet")
             kept = _filters.kept(dataset, whole.path, seed, getattr(module, "classes", None))
             rows = _regrouped(_taken(whole.path, kept))
-        if dataset.role not in LABELLED_ROLES:
+        if dataset.role not in ID_ROLES:
             rows = map(_without_labels, rows)
         manifest = _write(rows, draft / "rows.parquet")
         _check(dataset, manifest, whole or manifest)
-        if whole is not None and dataset.role in LABELLED_ROLES:
+        if whole is not None and dataset.role in ID_ROLES:
             manifest = replace(
                 manifest, class_count=dict.fromkeys(whole.class_count, 0) | manifest.class_count
             )

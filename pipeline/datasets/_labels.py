@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from pipeline import config, storage
-from pipeline.config import CLASS_FILES, LABELLED_ROLES, Dataset
+from pipeline.config import CLASS_FILES, ID_ROLES, LABELLED_ROLES, Dataset
 from pipeline.datasets import _files
 from pipeline.errors import UserError, unknown
 
@@ -77,7 +77,8 @@ def of(value: Any, where: str) -> dict[str, Any]:
 def needed(dataset: Dataset) -> bool:
     """Whether anything depends on the labels; other datasets need not have any."""
     filtered = dataset.include_labels is not None or dataset.limit_per_class is not None
-    return dataset.role in LABELLED_ROLES or filtered
+    named = dataset.role in ID_ROLES and dataset.labels is not None
+    return dataset.role in LABELLED_ROLES or filtered or named
 
 
 def is_number(name: str) -> bool:

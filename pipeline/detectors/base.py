@@ -26,6 +26,9 @@ class Pass(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    held_out: ClassVar[bool] = False
+    """Whether it takes images of role `id_val` where there are any."""
+
     def forwards(self, classes: int, rows: int) -> int:
         """Most images it forwards, for a head of so many classes and so many training rows."""
         raise NotImplementedError
@@ -199,6 +202,8 @@ class Samples(Pass):
     Result: `feature` (n, D), `extra` (n, width) and `samples` () int, all but the last float64.
     """
 
+    held_out: ClassVar[bool] = True
+
     extra: SerializeAsAny[Extra]
     samples: int = Field(default=1000, ge=1)
 
@@ -223,6 +228,8 @@ class Training:
     """Statistics of the training rows, as far as a detector of the run needs them."""
     ood_val: Statistics = field(default_factory=Statistics)
     """Statistics of the OOD validation rows, as far as a detector of the run needs them."""
+    id_val: Statistics = field(default_factory=Statistics)
+    """Statistics of the held-out ID rows, of the training rows where there are none; as far as needed."""
     passes: Mapping[Pass, Mapping[str, NDArray[np.float64]]] = field(default_factory=dict)
     """Results of the extra passes, by specification."""
 
@@ -304,12 +311,19 @@ class Detector(BaseModel):
         """What `fit` reads of `Training.ood_val`."""
         return ()
 
+    def calibration(self) -> tuple[Statistic[Any], ...]:
+        """What `fit` reads of `Training.id_val`.
+
+        On training rows a classifier is surer than on any new ones; what depends on that belongs here.
+        """
+        return ()
+
     def uses_ood(self) -> bool:
         """Whether `fit` reads OOD data; marked wherever a result is shown."""
         return bool(self.ood_statistics())
 
     def needs_train(self) -> bool:
-        """Whether the run must have training data."""
+        """Whether the run must have training data; for `calibration`, held-out ID data do as well."""
         return bool(self.statistics() or self.neighbours or self.passes())
 
     def check(self, width: int) -> None:

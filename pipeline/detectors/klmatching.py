@@ -17,8 +17,9 @@ from pipeline.statistics import Softmax
 class KlMatching(Detector):
     """Smallest KL divergence to the mean softmax of a predicted class; no parameters.
 
-    The paper takes the means over ID validation images; here they are over the training images, on which a
-    classifier is more certain. A class that is predicted for none of them has its one-hot vector.
+    As in the paper the means are over held-out ID images, those of role id_val. Without any they are over the
+    training images, on which a classifier is surer. A class that is predicted for none of them has its
+    one-hot vector.
     """
 
     title: ClassVar[str] = "KL matching (2022)"
@@ -28,17 +29,17 @@ class KlMatching(Detector):
     )
     formula: ClassVar[str] = (
         "score = min_k KL(p ‖ q_k), KL(p ‖ q) = Σ_c p_c log(p_c / q_c), p = softmax(z), "
-        "q_k = E_train[p | argmax_c p_c = k]"
+        "q_k = E_val[p | argmax_c p_c = k]"
     )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
 
-    def statistics(self) -> tuple[Softmax]:
+    def calibration(self) -> tuple[Softmax]:
         """Mean softmax of each predicted class."""
         return (Softmax(),)
 
     def fit(self, train: Training) -> KlMatchingScorer:
         """Logarithms of the mean probabilities."""
-        sums = train.train[Softmax()]
+        sums = train.id_val[Softmax()]
         count = sums.count[:, None]
         mean = np.where(count > 0, sums.sum / np.maximum(count, 1), np.eye(len(sums.count)))
         return KlMatchingScorer(np.log(np.maximum(mean, np.finfo(np.float64).tiny)))

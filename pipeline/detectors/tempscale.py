@@ -18,15 +18,16 @@ from pipeline.logits import softmax
 from pipeline.statistics import Head, Part, Statistic, Statistics
 
 COLDEST, HOTTEST = 0.05, 20.0
-"""Bounds of T: where the classifier gets every training row right, the NLL falls all the way to T = 0."""
+"""Bounds of T: where the classifier gets every row right, the NLL falls all the way to T = 0."""
 
 _POINTS = 16
 
 
 class TempScale(Detector):
-    """Largest softmax probability at the temperature that calibrates the classifier on the training rows.
+    """Largest softmax probability at the temperature that calibrates the classifier.
 
-    The paper takes held-out ID images, on which a classifier is less sure: T comes out lower here.
+    As in the paper on held-out ID images, those of role id_val. Without any it is the training images, on
+    which a classifier is surer: T comes out lower.
     """
 
     title: ClassVar[str] = "TempScale (2017)"
@@ -34,17 +35,17 @@ class TempScale(Detector):
         "Guo, Pleiss, Sun, Weinberger: On Calibration of Modern Neural Networks. ICML 2017, arXiv:1706.04599"
     )
     formula: ClassVar[str] = (
-        "score = -max_c softmax(z / T)_c, T = argmin_T -Σ_train log softmax(z / T)_y, 0.05 ≤ T ≤ 20"
+        "score = -max_c softmax(z / T)_c, T = argmin_T -Σ_val log softmax(z / T)_y, 0.05 ≤ T ≤ 20"
     )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
 
-    def statistics(self) -> tuple[Slopes]:
+    def calibration(self) -> tuple[Slopes]:
         """The slope of the NLL around its minimum."""
         return (Slopes(refined=True),)
 
     def fit(self, train: Training) -> MspScorer:
         """Find the temperature."""
-        return MspScorer(train.train[Slopes(refined=True)].temperature)
+        return MspScorer(train.id_val[Slopes(refined=True)].temperature)
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,8 @@ def _rows(
 ) -> Iterator[Finding]:
     """One pass over all parts and the errors: every key accounted for, every row in order."""
     entry, folder, types = run.record.datasets[name], run.features(name), _types(run, cached)
-    labelled = entry.role in config.LABELLED_ROLES
-    seen = Seen(listing, range(run.record.model.classes) if labelled else range(-1, 0))
+    least = 0 if entry.role in config.LABELLED_ROLES else -1
+    seen = Seen(listing, range(least, run.record.model.classes if entry.role in config.ID_ROLES else 0))
     features = sum(seen.part(path, types, advance) for path in parts(folder, cached.part_rows))
     errors = seen.part(folder / "errors.parquet", _ERRORS, advance)
     yield seen.damaged.finding("columns", ", ".join(map(_described, types.items())))
@@ -184,7 +184,9 @@ def _label_not_accepted(rows: Rows, seen: Seen) -> Mask:
 CHECKS: dict[str, Check] = {
     "finite": Check("every feature, logit and norm is finite", _not_finite),
     "predictions": Check("each is the argmax of its logits", _not_the_argmax),
-    "label range": Check("a class of the head where the role has labels, else -1", _label_out_of_range),
+    "label range": Check(
+        "a class of the head where the role has labels, -1 where it needs none", _label_out_of_range
+    ),
     "labels": Check("those of the list", _label_not_accepted),
 }
 """Checks of every row of features, by name."""

@@ -151,6 +151,12 @@ def test_labels_of_another_label_space_are_dropped(compiled, tmp_path, role):
     assert manifest.labels().tolist() == [-1] * 6
 
 
+def test_held_out_images_keep_the_labels_that_they_name_and_need_none(compiled, tmp_path):
+    path, fields = save(tmp_path / "a.npz"), {"role": "id_val", "images": "x"}
+    assert compiled("npz", path, labels="y", **fields) == labelled(compiled, path)
+    assert compiled("npz", path, **fields).class_count == {-1: 6}
+
+
 @pytest.mark.parametrize("role", LABELLED_ROLES)
 def test_a_role_with_labels_needs_them(compiled, tmp_path, role):
     path = save(tmp_path / "a.npz")

@@ -41,7 +41,7 @@ BLOCKS = ("layer1.0", "layer2.0", "layer3.0", "layer4.0")
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one classifier: to learn from (`train`, `ood_val`) and to score (`query`)."""
+    """Rows of one classifier: to learn from (`train`, `ood_val`, maybe `id_val`) and to score (`query`)."""
 
     train: Batch
     query: Batch
@@ -52,11 +52,13 @@ class Rows:
     blocks: tuple[str, ...]
     stages: Mapping[str, int]
     results: Mapping[type[Pass], Mapping[str, NDArray[np.float64]]]
+    id_val: Batch | None = None
 
     def training(self, *detectors: Detector) -> Training:
         """Exactly what the detectors declare that they need."""
         head = Head(self.weight, self.bias, tuple(self.stages.values()))
         learned = [wanted for detector in detectors for wanted in detector.statistics()]
+        calibrating = [wanted for detector in detectors for wanted in detector.calibration()]
         ood = [wanted for detector in detectors for wanted in detector.ood_statistics()]
         return Training(
             weight=self.weight,
@@ -64,6 +66,7 @@ class Rows:
             blocks=self.blocks,
             stages=self.stages,
             train=statistics.of(self.train, learned, head),
+            id_val=statistics.of(self.train if self.id_val is None else self.id_val, calibrating, head),
             ood_val=statistics.of(self.ood_val, ood, head),
             passes={spec: self.results[type(spec)] for detector in detectors for spec in detector.passes()},
         )

@@ -11,10 +11,11 @@ from pipeline.logits import softmax
 def slow_kl_matching(rows):
     """Divergence to one class after the other."""
     classes = len(rows.bias)
-    train = softmax(rows.train[LOGITS])
+    known = rows.train if rows.id_val is None else rows.id_val
+    probability = softmax(known[LOGITS])
     means = []
     for k in range(classes):
-        members = train[rows.train[PREDICTION] == k].tolist()
+        members = probability[known[PREDICTION] == k].tolist()
         if members:
             means.append([math.fsum(column) / len(members) for column in zip(*members, strict=True)])
         else:
@@ -33,6 +34,14 @@ def slow_kl_matching(rows):
 
 def test_the_score_is_the_divergence_from_the_closest_class(rows):
     np.testing.assert_allclose(rows.score(KlMatching())[:40], slow_kl_matching(rows), rtol=1e-9, atol=1e-12)
+
+
+def test_held_out_rows_take_the_place_of_training_rows(rows):
+    held_out = {name: column[:150] for name, column in rows.train.items()}
+    calibrated = replace(rows, id_val=held_out)
+    found = calibrated.score(KlMatching())[:40]
+    np.testing.assert_allclose(found, slow_kl_matching(calibrated), rtol=1e-9, atol=1e-12)
+    assert (found != rows.score(KlMatching())[:40]).any()
 
 
 def test_a_class_that_is_never_predicted_has_its_one_hot_vector(make_rows):

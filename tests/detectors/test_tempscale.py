@@ -9,29 +9,40 @@ from pipeline.columns import LABEL, LOGITS
 from pipeline.detectors.tempscale import TempScale
 
 
-def nll(rows, temperature):
-    logits = rows.train[LOGITS].astype(np.float64) / temperature
-    return -sum(log_softmax(row)[label] for row, label in zip(logits, rows.train[LABEL], strict=True))
+def nll(batch, temperature):
+    logits = batch[LOGITS].astype(np.float64) / temperature
+    return -sum(log_softmax(row)[label] for row, label in zip(logits, batch[LABEL], strict=True))
+
+
+def check_minimum(batch, found):
+    """Whether a temperature minimises the NLL of some rows."""
+    best = minimize_scalar(
+        lambda log: nll(batch, np.exp(log)),
+        bounds=(np.log(0.05), np.log(20)),
+        method="bounded",
+        options={"xatol": 1e-10},
+    )
+    assert nll(batch, found) <= best.fun * (1 + 1e-12)
+    step = 1e-4
+    around = nll(batch, found * (1 + step)), nll(batch, found * (1 - step))
+    slope = (around[0] - around[1]) / (2 * step)
+    curvature = (sum(around) - 2 * nll(batch, found)) / step**2
+    assert abs(slope / curvature) < 1e-5
 
 
 @pytest.mark.parametrize("sharper", [0.1, 0.37, 1, 4])
 def test_the_temperature_minimises_the_nll_of_the_training_rows(rows, sharper):
     train = {**rows.train, LOGITS: rows.train[LOGITS] * np.float32(sharper)}
     rows = replace(rows, train=train)
-    found = TempScale().fit(rows.training(TempScale())).temperature
-    best = minimize_scalar(
-        lambda log: nll(rows, np.exp(log)),
-        bounds=(np.log(0.05), np.log(20)),
-        method="bounded",
-        options={"xatol": 1e-10},
-    )
-    assert nll(rows, found) <= best.fun * (1 + 1e-12)
-    step = 1e-4
-    slope = (nll(rows, found * (1 + step)) - nll(rows, found * (1 - step))) / (2 * step)
-    curvature = (nll(rows, found * (1 + step)) + nll(rows, found * (1 - step)) - 2 * nll(rows, found)) / (
-        step**2
-    )
-    assert abs(slope / curvature) < 1e-5
+    check_minimum(train, TempScale().fit(rows.training(TempScale())).temperature)
+
+
+def test_held_out_rows_take_the_place_of_training_rows(rows):
+    half = len(rows.train[LABEL]) // 2
+    held_out = {name: column[half:] for name, column in rows.train.items()}
+    found = TempScale().fit(replace(rows, id_val=held_out).training(TempScale())).temperature
+    check_minimum(held_out, found)
+    assert found != TempScale().fit(rows.training(TempScale())).temperature
 
 
 def test_the_score_is_msp_at_that_temperature(rows):
