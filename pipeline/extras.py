@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from pipeline import taps
+from pipeline import layout, taps
 from pipeline.detectors.base import Dropped, Extra, ParameterGradient, Perturbed, Pooled, RankReduced
 from pipeline.errors import UserError, unknown
 from pipeline.images import Pixels
@@ -28,7 +28,8 @@ GRADIENTS = 2**27
 """Most bytes of per-image parameter gradients at once."""
 
 _CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_WEIGHTED = {"Linear", "Conv1d", "Conv2d", "Conv3d"}
+"""Classes with weights, by name: in an exported program, modules only know which class they had."""
 
 
 def measure(classifier: Classifier, spec: Extra, pixels: Pixels, keys: Sequence[str]) -> NDArray[np.float32]:
@@ -244,7 +245,8 @@ def _parameters(module: nn.Module, name: str, bias: bool) -> dict[str, Tensor]:
     if not inside:
         raise UserError(f"layers: {unknown('layer', name, [*filter(None, layers), *known])}")
     kinds = ("weight", "bias") if bias else ("weight",)
-    wanted = [f"{layer}.{kind}" for layer in inside if isinstance(layers[layer], _WEIGHTED) for kind in kinds]
+    weighted = [name for name in inside if layout.kind(layers[name]).rpartition(".")[2] in _WEIGHTED]
+    wanted = [f"{layer}.{kind}" for layer in weighted for kind in kinds]
     found: dict[str, Tensor] = {each: known[each] for each in wanted if each in known}
     if not found:
         raise UserError(f"layers: {name!r} has no linear or convolutional layer. Name another.")
