@@ -19,7 +19,7 @@ from processes import fresh
 from results import Section, at_least
 from session import Session
 
-from pipeline import config, extract, store
+from pipeline import config, extract, shards, store
 from pipeline.datasets import SCHEMA
 from pipeline.model import load
 
@@ -54,7 +54,7 @@ def _profile(pixels: NDArray[np.uint8], scratch: Path) -> dict[str, float]:
     """Images per second of one thread for more and more of what a model actor does, the best of three."""
     settings = config.load("quickstart")
     model = load(settings.model, settings.seed)
-    plan = extract.Plan(settings.model, settings.extract, settings.seed, model.digest, model.transform)
+    plan = shards.Plan(settings.model, settings.extract, settings.seed, model.digest, model.transform)
     classifier, size = extract.load_in_worker(plan), settings.extract.batch_size
     shapes = [list(pixels.shape[1:])] * len(pixels)
     columns = {

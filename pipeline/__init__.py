@@ -1,3 +1,3 @@
 """Ray-distributed batch evaluation of out-of-distribution detectors."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline import cluster, extract
+from pipeline import cluster, extract, shards
 from pipeline.columns import padded
 from pipeline.errors import UserError
 from pipeline.prepare import Prepared
@@ -112,7 +112,7 @@ def probe(ready: Prepared, sizes: Sequence[int]) -> Probe:
     return found
 
 
-def measure(plan: extract.Plan, table: pa.Table, sizes: Sequence[int]) -> Probe:
+def measure(plan: shards.Plan, table: pa.Table, sizes: Sequence[int]) -> Probe:
     """Rates of decoding, and of the forward pass at some batch sizes up to the first that does not fit."""
     classifier = extract.load_in_worker(plan, compiled=plan.settings.compile)
     extract.decode_rows(table.slice(0, 8), plan)  # warms up

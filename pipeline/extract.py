@@ -1,20 +1,19 @@
 """The single forward pass: every image once through the classifier, one feature row or one error each.
 
-A dataset is cut into numbered shards. The actor that takes a shard writes its part under a temporary
-name and renames it, so a retry overwrites and a resumed run does only the shards whose part is missing.
-Extra columns are computed in the same visit, or in one of their own if the features are there already; they
-have parts of their own with the rows of the features, in a folder inside that of the features.
+The actor that takes a shard writes its part under a temporary name and renames it, so a retry overwrites and
+a resumed run does only the shards whose part is missing. Extra columns are computed in the same visit, or in
+one of their own if the features are there already; they have parts of their own with the rows of the
+features, in a folder inside that of the features.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -26,65 +25,20 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from pipeline import __version__, attempts, cluster, config, extras, images, places, storage, store
+from pipeline import __version__, attempts, cluster, config, extras, images, places, shards, store
 from pipeline.attempts import FIRST, Attempt
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
 from pipeline.datasets import Manifest, fetch
 from pipeline.detectors.base import Extra
 from pipeline.errors import UserError
 from pipeline.model import Classifier, load
-from pipeline.places import Place
-
-SHARD_ROWS, SHARD_PIXELS = 2048, 2**27
-"""Most rows of a shard, and most bytes of pixels, if `extract.shard_rows` is auto."""
+from pipeline.shards import Job, Plan, Shard
 
 _OTHERS = "rows and errors"
 """Column beside `pixels` that holds the rest of a `Decoded` on its way to a model actor, as JSON."""
 
 ACCEPTED = "accepted"
 """Column of a manifest with the labels that are right, where there are several."""
-
-ERRORS = b"errors"
-"""Key of the Parquet footer under which a part lists its bad rows as JSON [[key, reason], ...]."""
-
-KEYS = b"keys"
-"""Key of the Parquet footer with the digest of a part's keys: equal in features and extras of equal rows."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One dataset to extract, with its place in the cache."""
-
-    dataset: str
-    manifest: Manifest
-    folder: str
-    identity: dict[str, Any]
-    """Everything the features depend on; its digest is part of the folder's name."""
-    extras: tuple[Extra, ...] = ()
-    """Columns beyond the features."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether all rows are there, with all columns."""
-        return self.featured and not self.lacking()
-
-    @property
-    def featured(self) -> bool:
-        """Whether the features of all rows are there."""
-        return (places.at(self.folder) / store.MANIFEST).is_file()
-
-    def lacking(self) -> list[Extra]:
-        """The extras that are not there for exactly the rows of the features."""
-        keys = store.read_json(places.at(self.folder) / store.MANIFEST)["keys"] if self.featured else None
-        return [extra for extra in self.extras if keys is None or self._keys(extra) != keys]
-
-    def _keys(self, extra: Extra) -> str | None:
-        marker = places.at(self.folder) / extra.column / store.MANIFEST
-        return str(store.read_json(marker)["keys"]) if marker.is_file() else None
-
-    def table(self) -> store.Table:
-        """All columns of a dataset that is complete."""
-        return store.Table.open(places.at(self.folder), [extra.column for extra in self.extras])
 
 
 def identity(classifier: Classifier, manifest: Manifest, settings: config.Extract) -> dict[str, Any]:
@@ -128,66 +82,6 @@ def device(configured: str, gpus: float) -> str:
     if configured == "auto":
         return "cuda" if gpus > 0 else "cpu"
     return configured
-
-
-def job(
-    dataset: config.Dataset,
-    manifest: Manifest,
-    parts: dict[str, Any],
-    workspace: Place,
-    wanted: Iterable[Extra] = (),
-) -> Job:
-    """The job of one dataset; its folder is named by the digest of its identity."""
-    folder = workspace / "features" / f"{dataset.name}-{config.digest(parts)[:16]}"
-    return Job(dataset.name, manifest, str(folder), parts, tuple(wanted))
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Rows [start, stop) of a manifest and the part they become."""
-
-    dataset: str
-    manifest: str
-    start: int
-    stop: int
-    part: str
-    featured: bool = False
-    """Whether the part is there, and only extras are missing."""
-    extras: str = ""
-    """Columns beyond the features that are to be computed, separated by spaces."""
-
-    def images(self) -> pa.Table:
-        """The rows of the manifest."""
-        return places.read_rows(self.manifest, self.start, self.stop)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all extractions of a run share."""
-
-    model: config.Model
-    settings: config.Extract
-    seed: int
-    digest: str
-    transform: config.Transform
-    extras: Mapping[str, Extra] = field(default_factory=dict)
-    """All that a dataset of the run needs, by column."""
-
-    @property
-    def separate(self) -> bool:
-        """Whether tasks of their own decode for the model actors."""
-        if self.settings.decode == "auto":
-            return self.settings.gpus_per_actor > 0
-        return self.settings.decode == "separate"
-
-    @property
-    def shard_rows(self) -> int:
-        """Rows of a shard: as configured, or as many whole batches as `SHARD_PIXELS` has room for."""
-        settings, transform = self.settings, self.transform
-        if settings.shard_rows != "auto":
-            return settings.shard_rows
-        room = min(SHARD_ROWS, SHARD_PIXELS // (transform.crop**2 * transform.channels))
-        return max(room - room % settings.batch_size, settings.batch_size)
 
 
 @dataclass(frozen=True)
@@ -260,10 +154,10 @@ class Extractor:
                 self.classifier, batches, self.plan.settings, attempt, others
             )
             keys, errors = features[KEY].to_pylist(), len(found)
-            footer = {ERRORS: json.dumps(found), KEYS: _digest(keys)}
+            footer = {shards.ERRORS: json.dumps(found), shards.KEYS: shards.digest(keys)}
             store.write_table(places.at(shard.part), features.replace_schema_metadata(footer))
         for column, values in others.columns(keys):
-            store.write_table(_beside(places.at(shard.part), column), values)
+            store.write_table(shards.beside(places.at(shard.part), column), values)
         return {
             "dataset": shard.dataset,
             "rows": shard.stop - shard.start,
@@ -330,16 +224,7 @@ class Others:
             values = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
             table = store.arrow_columns({KEY: np.array(keys, dtype=object), spec.column: values})
             schema = pa.schema([(KEY, pa.string()), table.schema.field(spec.column)])
-            yield spec.column, table.cast(schema).replace_schema_metadata({KEYS: _digest(keys)})
-
-
-def _digest(keys: Iterable[str]) -> str:
-    return hashlib.sha256("\0".join(keys).encode()).hexdigest()
-
-
-def _beside(part: Place, column: str) -> Place:
-    """Where the extra column of a part lies."""
-    return places.at(storage.parent(str(part))) / column / part.name
+            yield spec.column, table.cast(schema).replace_schema_metadata({shards.KEYS: shards.digest(keys)})
 
 
 def load_in_worker(plan: Plan, compiled: bool = False) -> Classifier:
@@ -475,61 +360,6 @@ def _feature_table(
     return store.arrow_columns(arrays).cast(schema)
 
 
-def shards(job: Job, shard_rows: int) -> list[Shard]:
-    """All shards of a dataset, in manifest order."""
-    return [
-        Shard(
-            dataset=job.dataset,
-            manifest=job.manifest.path,
-            start=start,
-            stop=min(start + shard_rows, job.manifest.rows),
-            part=str(places.at(job.folder) / store.part_name(number)),
-        )
-        for number, start in enumerate(range(0, job.manifest.rows, shard_rows))
-    ]
-
-
-def missing(job: Job, shard_rows: int) -> list[Shard]:
-    """The shards still to do; parts that were cut differently by an interrupted run are removed."""
-    folder = places.at(job.folder)
-    plan, columns = folder / "_plan.json", [extra.column for extra in job.lacking()]
-    if job.featured:
-        shard_rows = store.read_json(plan)["shard_rows"]
-    elif not plan.is_file() or store.read_json(plan) != {"shard_rows": shard_rows}:
-        for part in (*folder.glob("part-*.parquet"), *_parts(folder, columns)):
-            part.unlink()
-    attempts.forget(folder)
-    store.write_json(plan, {"shard_rows": shard_rows})
-    planned, done = shards(job, shard_rows), _digests(folder.glob("part-*.parquet"))
-    for column in columns:
-        (folder / column / store.MANIFEST).unlink(missing_ok=True)
-    extra = {column: _digests((folder / column).glob("part-*.parquet")) for column in columns}
-    todo = []
-    for shard in planned:
-        keys, name = done.get(shard.part), storage.name_of(shard.part)
-        lacking = [
-            column
-            for column in columns
-            if keys is None or extra[column].get(str(folder / column / name)) != keys
-        ]
-        if keys is None or lacking:
-            todo.append(replace(shard, featured=keys is not None, extras=" ".join(lacking)))
-    return todo
-
-
-def _parts(folder: Place, columns: Iterable[str]) -> Iterator[Place]:
-    for column in columns:
-        yield from (folder / column).glob("part-*.parquet")
-
-
-def _digests(parts: Iterable[Place]) -> dict[str, str]:
-    """Digest of the keys of every part that is there, by its path."""
-    paths = sorted(map(str, parts))
-    return {
-        path: found.metadata[KEYS].decode() for path, found in zip(paths, store.metadata(paths), strict=True)
-    }
-
-
 def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> dict[str, float]:
     """Extract what is not in the cache, all datasets in one Ray Data execution and one actor pool.
 
@@ -546,15 +376,15 @@ def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], No
         UserError: too many unreadable images.
     """
     for job in jobs:
-        _reopen(job, plan)
+        shards.reopen(job, plan)
     unfinished = [job for job in jobs if not job.complete]
-    todo = [shard for job in unfinished for shard in missing(job, plan.shard_rows)]
+    todo = [shard for job in unfinished for shard in shards.missing(job, plan.shard_rows)]
     receipts = list(_execute(todo, plan, progress)) if todo else []
     for job in unfinished:
         if not job.featured:
-            finish(job, plan)
+            shards.finish(job, plan)
         for extra in job.lacking():
-            finish_extra(job, extra)
+            shards.finish_extra(job, extra)
     forwarded = sum(receipt["forwarded"] for receipt in receipts)
     passes = sum((Counter(json.loads(receipt["extra_forwarded"])) for receipt in receipts), Counter[str]())
     began = min((receipt["started"] for receipt in receipts), default=0.0)
@@ -566,16 +396,6 @@ def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], No
         "steady_seconds": ended - began,
         "images_per_second": forwarded / (ended - began) if receipts else 0.0,
     }
-
-
-def _reopen(job: Job, plan: Plan) -> None:
-    """Take the mark off a dataset that has more bad images than are allowed by now; `finish` then says so."""
-    marker = places.at(job.folder) / store.MANIFEST
-    if (
-        job.featured
-        and store.read_json(marker)["errors"] > plan.settings.max_bad_fraction * job.manifest.rows
-    ):
-        marker.unlink()
 
 
 def actor_count(plan: Plan) -> int:
@@ -614,60 +434,3 @@ def _execute(todo: list[Shard], plan: Plan, progress: Callable[[dict[str, Any]],
     for receipt in cluster.receipts(receipts):
         progress(receipt)
         yield receipt
-
-
-def finish(job: Job, plan: Plan) -> None:
-    """Count every row, write `errors.parquet`, and mark the dataset complete.
-
-    Raises:
-        UserError: if more than `max_bad_fraction` of the images are bad; names the first of them.
-    """
-    folder, limit = places.at(job.folder), plan.settings.max_bad_fraction
-    part_rows, keys, errors, bad_parts = [], list[str](), list[list[str]](), list[Place]()
-    planned = shards(job, plan.shard_rows)
-    for shard, metadata in zip(planned, store.metadata(shard.part for shard in planned), strict=True):
-        part_rows.append(metadata.num_rows)
-        keys.append(metadata.metadata[KEYS].decode())
-        found = json.loads(metadata.metadata[ERRORS])
-        errors += found
-        bad_parts += [places.at(shard.part)] if found else []
-        if metadata.num_rows + len(found) != shard.stop - shard.start:
-            raise RuntimeError(
-                f"{shard.part}: {metadata.num_rows} features and {len(found)} errors do not add up"
-            )
-    if len(errors) > limit * job.manifest.rows:
-        for part in bad_parts:  # so that mended files are read again
-            part.unlink()
-        first = "; ".join(f"{key} ({reason})" for key, reason in errors[:3])
-        raise UserError(
-            f"datasets.{job.dataset}: {len(errors)} of {job.manifest.rows} images are bad, more than "
-            f"extract.max_bad_fraction = {limit:g}. First: {first}. "
-            "Mend or remove them, or raise the limit."
-        )
-    columns = [[error[position] for error in errors] for position in (0, 1)]
-    schema = pa.schema([("key", pa.string()), ("reason", pa.string())])
-    store.write_table(folder / "errors.parquet", pa.table(columns, schema))
-    store.remove_drafts(folder)
-    record = {
-        "dataset": job.dataset,
-        "rows": job.manifest.rows,
-        "features": sum(part_rows),
-        "errors": len(errors),
-        "part_rows": part_rows,
-        "keys": config.digest(keys),
-        "identity": job.identity,
-    }
-    store.write_json(folder / store.MANIFEST, record)
-
-
-def finish_extra(job: Job, extra: Extra) -> None:
-    """Mark an extra of a dataset as complete, if it has the rows of the features."""
-    folder = places.at(job.folder)
-    features = store.read_json(folder / store.MANIFEST)
-    names = [store.part_name(number) for number in range(len(features["part_rows"]))]
-    found = list(_digests(folder / extra.column / name for name in names).values())
-    if config.digest(found) != features["keys"]:
-        raise RuntimeError(f"{folder / extra.column}: its rows are not those of the features")
-    store.remove_drafts(folder / extra.column)
-    record = {"extra": extra.kind, **extra.model_dump(mode="json"), "keys": features["keys"]}
-    store.write_json(folder / extra.column / store.MANIFEST, record)

@@ -22,9 +22,9 @@ from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LOGITS, Float, padded
 from pipeline.datasets import Manifest
 from pipeline.detectors.base import Extra, Jigsaw, Mixup, Noise, Pass, Samples
 from pipeline.errors import UserError
-from pipeline.extract import Plan
 from pipeline.logits import logsumexp
 from pipeline.model import Classifier
+from pipeline.shards import Plan
 
 Result = dict[str, NDArray[Any]]
 Index = NDArray[np.int64]

@@ -11,7 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import __version__, cluster, config, detectors, extract, extras, index, places, published
+from pipeline import (
+    __version__,
+    cluster,
+    config,
+    detectors,
+    extract,
+    extras,
+    index,
+    places,
+    published,
+    shards,
+)
 from pipeline import statistics as statistic
 from pipeline.columns import BLOCK_NORM, LABEL
 from pipeline.config import Config, Dataset
@@ -30,16 +41,16 @@ class Prepared:
     workspace: Place
     classifier: Classifier
     detectors: dict[str, Detector]
-    jobs: dict[str, extract.Job]
+    jobs: dict[str, shards.Job]
     """Extraction jobs by dataset name."""
     not_applicable: dict[str, str] = field(default_factory=dict)
     """Why optional detectors were left out, by label."""
 
     @property
-    def plan(self) -> extract.Plan:
+    def plan(self) -> shards.Plan:
         """What all forward passes share."""
         settings = self.config
-        return extract.Plan(
+        return shards.Plan(
             settings.model,
             settings.extract,
             settings.seed,
@@ -53,7 +64,7 @@ class Prepared:
         """The run folder."""
         return self.workspace / "runs" / self.config.name
 
-    def of_role(self, *roles: str) -> list[extract.Job]:
+    def of_role(self, *roles: str) -> list[shards.Job]:
         """Jobs of the datasets with these roles."""
         return [self.jobs[dataset.name] for dataset in self.config.of_role(*roles)]
 
@@ -126,7 +137,7 @@ def prepare(settings: Config) -> Prepared:
         manifest = manifests[dataset.name]
         parts = extract.identity(classifier, manifest, settings.extract)
         wanted = _extras(dataset.role, selection.detectors.values())
-        jobs[dataset.name] = extract.job(dataset, manifest, parts, workspace, wanted)
+        jobs[dataset.name] = shards.job(dataset, manifest, parts, workspace, wanted)
     return Prepared(settings, workspace, classifier, selection.detectors, jobs, selection.not_applicable)
 
 

@@ -14,7 +14,20 @@ from typing import Any, Literal, TypeVar
 
 from numpy.typing import NDArray
 
-from pipeline import cluster, config, evaluate, extract, index, passes, places, report, store, track, usage
+from pipeline import (
+    cluster,
+    config,
+    evaluate,
+    extract,
+    index,
+    passes,
+    places,
+    report,
+    shards,
+    store,
+    track,
+    usage,
+)
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Jigsaw, Pass, Training, bank_of
 from pipeline.errors import UserError
@@ -32,7 +45,7 @@ from pipeline.statistics import Head, Statistic, Statistics
 StageName = Literal["extract", "fit", "score", "evaluate", "report"]
 STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report")
 
-J = TypeVar("J", extract.Job, ScoreJob)
+J = TypeVar("J", shards.Job, ScoreJob)
 
 _EVALUATED = "_evaluated.json"
 _RESULTS = ("metrics.parquet", "metrics.csv", "metrics.json", "thresholds.json")

@@ -20,7 +20,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import cluster, config, evaluate, extract, index, passes, places, store
+from pipeline import cluster, config, evaluate, index, passes, places, shards, store
 from pipeline.config import Config, Dataset, DetectorEntry
 from pipeline.detectors.base import Pass
 from pipeline.errors import UserError
@@ -198,7 +198,7 @@ class Search(Run):
             scores = evaluate.Scores({"id": inside, _MEAN: outside}, self.ready.config.seed)
             return evaluate.run(scores, labels, shown.advance)[0]
 
-    def _require_features(self, jobs: list[extract.Job]) -> None:
+    def _require_features(self, jobs: list[shards.Job]) -> None:
         """All columns of the datasets must be there; here no image goes through the network."""
         lacking = [extra for job in jobs if job.featured for extra in job.lacking()]
         for label, detector in self.ready.detectors.items():

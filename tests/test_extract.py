@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipeline import config, datasets, extract, model, store
+from pipeline import config, datasets, extract, model, shards, store
 from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
 from pipeline.detectors.base import Perturbed, Pooled
 from pipeline.errors import UserError
@@ -28,34 +28,34 @@ def classifier(settings, load) -> model.Classifier:
 
 
 @pytest.fixture
-def job(settings, classifier, tmp_path: Path) -> extract.Job:
+def job(settings, classifier, tmp_path: Path) -> shards.Job:
     dataset = config.Dataset(**settings["datasets"][1])
     manifest = datasets.compile_manifest(dataset, tmp_path / "manifests")
     parts = extract.identity(classifier, manifest, config.Extract())
-    return extract.job(dataset, manifest, parts, tmp_path)
+    return shards.job(dataset, manifest, parts, tmp_path)
 
 
 @pytest.fixture
-def plan(settings, load, classifier) -> extract.Plan:
+def plan(settings, load, classifier) -> shards.Plan:
     chosen = config.Extract(batch_size=64, shard_rows=90)
-    return extract.Plan(load(settings).model, chosen, 0, classifier.digest, classifier.transform)
+    return shards.Plan(load(settings).model, chosen, 0, classifier.digest, classifier.transform)
 
 
 def rows_of(
-    job: extract.Job, start: int, stop: int, plan: extract.Plan, size: int
+    job: shards.Job, start: int, stop: int, plan: shards.Plan, size: int
 ) -> Iterator[extract.Decoded]:
     return extract.decode_rows(job.manifest.read(start, stop), plan).batches(size)
 
 
-def write_all(job: extract.Job, plan: extract.Plan) -> None:
+def write_all(job: shards.Job, plan: shards.Plan) -> None:
     extractor = extract.Extractor(plan)
-    for shard in extract.missing(job, plan.shard_rows):
+    for shard in shards.missing(job, plan.shard_rows):
         assert extractor(asdict(shard))["failure"] == ""
 
 
 def test_features_are_those_of_a_plain_forward_pass(job, plan, classifier, images) -> None:
     write_all(job, plan)
-    extract.finish(job, plan)
+    shards.finish(job, plan)
     table = store.Table.open(Path(job.folder))
     names = ["key", "label", "prediction", "feature", "logits", "block_norm"]
     found = table.read(0, table.rows, names)
@@ -121,7 +121,7 @@ def test_of_several_accepted_labels_the_predicted_one_counts_else_the_first(job,
 def test_a_dataset_is_complete_only_when_every_row_is_accounted_for(job, plan) -> None:
     write_all(job, plan)
     assert not job.complete
-    extract.finish(job, plan)
+    shards.finish(job, plan)
     assert job.complete
     record = store.read_json(Path(job.folder) / store.MANIFEST)
     assert (record["rows"], record["features"], record["errors"]) == (300, 300, 0)
@@ -131,22 +131,22 @@ def test_a_dataset_is_complete_only_when_every_row_is_accounted_for(job, plan) -
 
 def test_a_part_that_lost_rows_is_never_marked_complete(job, plan) -> None:
     write_all(job, plan)
-    part = Path(extract.shards(job, 90)[1].part)
+    part = Path(shards.cut(job, 90)[1].part)
     store.write_table(part, pq.read_table(part).slice(1))
     with pytest.raises(RuntimeError, match="do not add up"):
-        extract.finish(job, plan)
+        shards.finish(job, plan)
     assert not job.complete
 
 
 def test_only_missing_shards_are_done_again(job, plan) -> None:
     write_all(job, plan)
-    Path(extract.shards(job, 90)[2].part).unlink()
-    assert [shard.start for shard in extract.missing(job, 90)] == [180]
+    Path(shards.cut(job, 90)[2].part).unlink()
+    assert [shard.start for shard in shards.missing(job, 90)] == [180]
 
 
 def test_parts_cut_to_another_size_are_not_mixed(job, plan) -> None:
     write_all(job, plan)
-    assert len(extract.missing(job, 50)) == 6
+    assert len(shards.missing(job, 50)) == 6
     assert not list(Path(job.folder).glob("part-*.parquet"))
 
 
@@ -169,11 +169,11 @@ def test_a_missing_gpu_is_a_clear_error(plan) -> None:
         extract.load_in_worker(replace(plan, settings=settings))
 
 
-def variant(plan: extract.Plan, **changes: object) -> extract.Plan:
+def variant(plan: shards.Plan, **changes: object) -> shards.Plan:
     return replace(plan, settings=plan.settings.model_copy(update=changes))
 
 
-def extracted(job: extract.Job, plan: extract.Plan, rows: int = 70) -> dict[str, NDArray[Any]]:
+def extracted(job: shards.Job, plan: shards.Plan, rows: int = 70) -> dict[str, NDArray[Any]]:
     classifier = extract.load_in_worker(plan, compiled=plan.settings.compile)
     size = plan.settings.batch_size
     features, errors, _ = extract.extract_rows(classifier, rows_of(job, 0, rows, plan, size), plan.settings)
@@ -191,11 +191,15 @@ def test_decoding_in_a_stage_of_its_own_changes_no_bit(ray_session, job, plan, t
     pq.write_table(pa.Table.from_pylist(bad, datasets.SCHEMA), path, row_group_size=datasets.ROW_GROUP)
     manifest = replace(job.manifest, path=str(path))
     found = []
-    for mode, chosen in {"fused": fused, "separate": variant(separate, max_bad_fraction=1.0)}.items():
+    for mode, chosen in {"fused": fused, "separate": separate}.items():
         todo = replace(job, manifest=manifest, folder=str(tmp_path / mode))
-        numbers = extract.run([todo], variant(chosen, max_bad_fraction=1.0), lambda _: None)
+        todo, chosen = with_extras(todo, variant(chosen, max_bad_fraction=1.0), MOVED, POOLED)
+        numbers = extract.run([todo], chosen, lambda _: None)
         assert numbers["forward_images"] == 296
-        parts = [Path(todo.folder) / store.part_name(number) for number in range(4)]
+        assert numbers["perturbed_passes"] == 3 * 296
+        assert "pooled_passes" not in numbers
+        folders = [Path(todo.folder) / column for column in ("", MOVED.column, POOLED.column)]
+        parts = [folder / store.part_name(number) for folder in folders for number in range(4)]
         errors = pq.read_table(Path(todo.folder) / "errors.parquet")
         found.append(([pq.read_table(part) for part in parts], errors))
     assert found[0][1].num_rows == 4
@@ -294,11 +298,11 @@ def test_model_actors_leave_a_cpu_to_the_tasks_that_decode(ray_session, plan, ch
 
 def test_a_stricter_limit_holds_for_features_that_are_there(job, plan) -> None:
     write_all(job, plan)
-    bad = Path(extract.shards(job, 90)[1].part)
+    bad = Path(shards.cut(job, 90)[1].part)
     table = pq.read_table(bad)
-    footer = {**table.schema.metadata, extract.ERRORS: json.dumps([[table["key"][0].as_py(), "made up"]])}
+    footer = {**table.schema.metadata, shards.ERRORS: json.dumps([[table["key"][0].as_py(), "made up"]])}
     store.write_table(bad, table.slice(1).replace_schema_metadata(footer))
-    extract.finish(job, variant(plan, max_bad_fraction=0.01))
+    shards.finish(job, variant(plan, max_bad_fraction=0.01))
     assert job.complete
     with pytest.raises(UserError, match="1 of 300 images are bad, more than"):
         extract.run([job], variant(plan, max_bad_fraction=0.001), lambda _: None)
@@ -309,11 +313,11 @@ def test_a_stricter_limit_holds_for_features_that_are_there(job, plan) -> None:
 MOVED, POOLED = Perturbed(objective="logit", step=0.1), Pooled()
 
 
-def with_extras(job: extract.Job, plan: extract.Plan, *extras: Any) -> tuple[extract.Job, extract.Plan]:
+def with_extras(job: shards.Job, plan: shards.Plan, *extras: Any) -> tuple[shards.Job, shards.Plan]:
     return replace(job, extras=extras), replace(plan, extras={extra.column: extra for extra in extras})
 
 
-def columns_of(job: extract.Job) -> dict[str, NDArray[Any]]:
+def columns_of(job: shards.Job) -> dict[str, NDArray[Any]]:
     table = job.table()
     return table.read(0, table.rows, ["key", FEATURE, *(extra.column for extra in job.extras)])
 
@@ -322,11 +326,11 @@ def test_extra_columns_are_the_same_with_the_features_and_later(job, plan) -> No
     """Also where some images cannot be read, so that batches are cut differently."""
     at_once, asked = with_extras(replace(job, folder=f"{job.folder}-1"), plan, MOVED, POOLED)
     write_all(at_once, asked)
-    extract.finish(at_once, asked)
+    shards.finish(at_once, asked)
     for extra in at_once.lacking():
-        extract.finish_extra(at_once, extra)
+        shards.finish_extra(at_once, extra)
     write_all(job, plan)
-    extract.finish(job, plan)
+    shards.finish(job, plan)
     assert job.complete
     later = replace(job, extras=(MOVED, POOLED))
     assert not later.complete
@@ -345,51 +349,51 @@ def test_extra_columns_are_the_same_with_the_features_and_later(job, plan) -> No
 def test_an_interrupted_extra_goes_on_where_it_was(job, plan) -> None:
     job, plan = with_extras(job, plan, MOVED)
     write_all(job, plan)
-    extract.finish(job, plan)
+    shards.finish(job, plan)
     folder = Path(job.folder)
     (folder / MOVED.column / store.part_name(2)).unlink()
     (folder / store.part_name(1)).touch()
-    (shard,) = extract.missing(job, 90)
+    (shard,) = shards.missing(job, 90)
     assert (shard.start, shard.featured, shard.extras) == (180, True, MOVED.column)
     with pytest.raises(FileNotFoundError):
-        extract.finish_extra(job, MOVED)
+        shards.finish_extra(job, MOVED)
     assert extract.Extractor(plan)(asdict(shard))["forwarded"] == 0
-    extract.finish_extra(job, MOVED)
+    shards.finish_extra(job, MOVED)
     assert job.complete
 
 
 def test_features_of_other_rows_make_an_extra_be_computed_again(job, plan) -> None:
     job, plan = with_extras(job, plan, MOVED)
     write_all(job, plan)
-    extract.finish(job, plan)
-    extract.finish_extra(job, MOVED)
-    part = Path(extract.shards(job, 90)[1].part)
+    shards.finish(job, plan)
+    shards.finish_extra(job, MOVED)
+    part = Path(shards.cut(job, 90)[1].part)
     table = pq.read_table(part)
     keys = table["key"].to_pylist()
     errors = json.dumps([[keys[0], "made up"]])
-    footer = {extract.ERRORS: errors, extract.KEYS: extract._digest(keys[1:])}
+    footer = {shards.ERRORS: errors, shards.KEYS: shards.digest(keys[1:])}
     store.write_table(part, table.slice(1).replace_schema_metadata(footer))
-    extract.finish(job, variant(plan, max_bad_fraction=0.1))
+    shards.finish(job, variant(plan, max_bad_fraction=0.1))
     assert job.featured and job.lacking() == [MOVED]
-    assert [shard.start for shard in extract.missing(job, 90)] == [90]
+    assert [shard.start for shard in shards.missing(job, 90)] == [90]
     with pytest.raises(RuntimeError, match="not those of the features"):
-        extract.finish_extra(job, MOVED)
+        shards.finish_extra(job, MOVED)
     write_all(job, plan)
-    extract.finish_extra(job, MOVED)
+    shards.finish_extra(job, MOVED)
     assert job.complete
     assert columns_of(job)[MOVED.column].shape == (299, 128)
 
 
 def test_an_image_that_is_gone_since_its_features_were_extracted_is_named(job, plan, tmp_path) -> None:
     write_all(job, plan)
-    extract.finish(job, plan)
+    shards.finish(job, plan)
     rows = job.manifest.read(0, 300).to_pylist()
     rows[95]["bytes"] = b"short"
     path = tmp_path / "changed.parquet"
     pq.write_table(pa.Table.from_pylist(rows, datasets.SCHEMA), path, row_group_size=datasets.ROW_GROUP)
     changed = replace(job, manifest=replace(job.manifest, path=str(path)))
     changed, plan = with_extras(changed, plan, MOVED)
-    shard = extract.missing(changed, 90)[1]
+    shard = shards.missing(changed, 90)[1]
     failure = extract.Extractor(plan)(asdict(shard))["failure"]
     assert failure.startswith(f"{rows[95]['key']}: it was read when its features were extracted")
 
@@ -406,9 +410,9 @@ def test_rows_without_features_have_no_extras(job, plan, classifier, monkeypatch
 
     monkeypatch.setattr(model.Classifier, "forward", broken)
     write_all(job, plan)
-    extract.finish(job, variant(plan, max_bad_fraction=0.1))
+    shards.finish(job, variant(plan, max_bad_fraction=0.1))
     for extra in job.lacking():
-        extract.finish_extra(job, extra)
+        shards.finish_extra(job, extra)
     found = columns_of(job)
     keys = [row["key"] for row in job.manifest.read(0, 300).to_pylist()]
     lost = [start + batch + 3 for start in range(0, 300, 90) for batch in (0, 64) if start + batch + 3 < 300]

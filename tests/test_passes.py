@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pipeline import config, datasets, images, model, passes
-from pipeline.detectors.base import Jigsaw, Mixup, Noise
-from pipeline.extract import Plan
+from pipeline.detectors.base import Jigsaw, Mixup, Noise, Perturbed, Samples
+from pipeline.shards import Plan
 
 SAMPLES = 40
 
@@ -48,7 +48,7 @@ def train(settings, tmp_path) -> datasets.Manifest:
 
 @pytest.fixture
 def runner(plan, train, monkeypatch) -> passes.Runner:
-    made = passes.Runner(train, plan, early="layer3.0")
+    made = passes.Runner(train, plan, "layer3.0", held_out=train)
     monkeypatch.setattr(made, "_pool", lambda: Inline(passes.Worker(plan)))
     return made
 
@@ -187,10 +187,35 @@ def test_the_network_is_left_without_hooks(plan, train) -> None:
         assert not module._forward_pre_hooks
 
 
+def test_samples_are_features_of_held_out_images_as_they_are_and_with_an_extra(
+    plan, runner, network, pixels, train, settings, tmp_path
+) -> None:
+    settings["datasets"][1]["limit"] = 30
+    held_out = datasets.compile_manifest(config.Dataset(**settings["datasets"][1]), tmp_path / "manifests")
+    runner.held_out = held_out
+    spec = Samples(extra=Perturbed(objective="logit", step=0.2), samples=20)
+    result = runner.run(spec)
+    rows = runner.sample(spec, 20, held_out)
+    assert (len(rows), int(result["samples"])) == (20, 20)
+    stored = held_out.take(rows)["bytes"].to_pylist()
+    for number, content in enumerate(stored):
+        image = normalised(np.frombuffer(content, np.uint8).reshape(1, 28, 28)).requires_grad_()
+        network(image).max().backward()
+        moved = (image + 0.2 * image.grad.sign()).detach()
+        with torch.inference_mode():
+            expected = [network.avgpool(after(network, each)).flatten() for each in (image, moved)]
+        for name, feature in zip(("feature", "extra"), expected, strict=True):
+            np.testing.assert_allclose(result[name][number], feature, rtol=1e-3, atol=1e-4)
+
+
+def after(network: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return network.layer4(upto_layer3(network, batch))
+
+
 def test_a_pool_of_ray_actors_gives_the_same_bits(ray_session, runner, train, plan) -> None:
     specs = [Mixup(samples=SAMPLES, class_samples=5), Jigsaw(samples=SAMPLES), Noise(samples=40)]
     expected = [runner.run(spec) for spec in specs]
-    with passes.Runner(train, plan, "layer3.0") as pool:
+    with passes.Runner(train, plan, "layer3.0", train) as pool:
         found = [pool.run(spec) for spec in specs]
     for left, right in zip(expected, found, strict=True):
         for name, values in left.items():

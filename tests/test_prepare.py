@@ -77,8 +77,9 @@ def test_of_all_detectors_those_that_do_not_apply_are_left_out_with_the_reason(f
     flat["detectors"] = "all"
     ready = prepare.prepare(load(flat))
     assert {label: reason.partition(". ")[0] for label, reason in ready.not_applicable.items()} == {
-        **dict.fromkeys(("featurenorm", "selectednorm"), "the model has no block with maps or tokens whose "
-                        "channels are certain"),
+        **dict.fromkeys(("featurenorm", "gram", "mahalanobis_ensemble", "rankfeat", "selectednorm"),
+                        "the model has no block with maps or tokens whose channels are certain"),
+        "mcdropout": "the model has no dropout layer with a rate above 0",
         **dict.fromkeys(("grood", "grood_norm"), "the model has no block to mix images at"),
         "knn": "k is 50 but there are 20 training images; lower k.",
     }  # fmt: skip
@@ -91,7 +92,9 @@ def test_without_training_images_all_detectors_that_learn_nothing_are_left(setti
     del settings["datasets"][0]
     settings["detectors"] = "all"
     ready = prepare.prepare(load(settings))
-    assert [*ready.detectors] == [n for n in detectors.names() if not detectors.get(n)().needs_train()]
+    every = {name: detectors.get(name)() for name in detectors.names() if name != "mcdropout"}
+    learning = [name for name, each in every.items() if each.needs_train() or each.calibration()]
+    assert [*ready.detectors] == [name for name in every if name not in learning]
     assert {*map(type, ready.not_applicable.values())} == {str}
     assert ready.not_applicable["knn"].startswith("it learns from training images, but no dataset has role")
 

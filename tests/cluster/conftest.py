@@ -31,6 +31,8 @@ def everything(images: Path) -> dict[str, Any]:
     settings["detectors"] = [
         "msp",
         "dice",
+        "odin",
+        "mahalanobis_ensemble",
         {"featurenorm": {"samples": 64}},
         {"knn": {"k": 5}},
         {"grood": {"samples": 64, "class_samples": 10}},

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import config, extract, model, storage
+from pipeline import config, extract, model, shards, storage
 from pipeline.config import Dataset
 from pipeline.datasets import Manifest, compile_manifest
 from pipeline.errors import UserError
@@ -35,10 +35,10 @@ def extracted() -> Callable[[Manifest], tuple[pa.Table, list[list[str]]]]:
     name, weights = "pipeline.quickstart.resnet:build", "package://pipeline.quickstart/resnet.safetensors"
     chosen = config.Model(source="factory", name=name, weights=weights, transform=transform)
     classifier, settings = model.load(chosen, 0), config.Extract(batch_size=4)
-    extractor = extract.Extractor(extract.Plan(chosen, settings, 0, classifier.digest, classifier.transform))
+    extractor = extract.Extractor(shards.Plan(chosen, settings, 0, classifier.digest, classifier.transform))
 
     def extracted(manifest: Manifest) -> tuple[pa.Table, list[list[str]]]:
-        shard = extract.Shard("set", manifest.path, 0, manifest.rows, "")
+        shard = shards.Shard("set", manifest.path, 0, manifest.rows, "")
         return extract.extract_rows(classifier, extractor._decode(shard), settings)[:2]
 
     return extracted

@@ -10,10 +10,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from pipeline import columns, detectors
-from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
+from pipeline.columns import BLOCK_NORM, FEATURE, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Detector, bank_of
 
 FEATURE_TABLE = {columns.KEY, columns.LABEL, columns.PREDICTION, FEATURE, LOGITS, BLOCK_NORM}
@@ -169,6 +170,25 @@ def test_detectors_that_need_the_same_eigenvectors_find_them_once(make_rows, mon
     assert len(decomposed) == 8
     pairs = combinations(decomposed, 2)
     assert all(abs(a - b).max() > 1e-6 for a, b in pairs if a.shape == b.shape)
+
+
+def test_a_class_with_one_training_row_gets_finite_scores(detector, make_rows):
+    rows = make_rows()
+    label = np.where(rows.train[LABEL] == 3, 4, rows.train[LABEL])
+    prediction = np.where(rows.train[PREDICTION] == 3, 4, rows.train[PREDICTION])
+    label[0] = prediction[0] = 3
+    single = replace(rows, train={**rows.train, LABEL: label, PREDICTION: prediction})
+    assert np.isfinite(single.score(detector)).all()
+
+
+def test_training_rows_that_are_all_there_twice_change_little(detector, make_rows):
+    """Means, covariances, ranges and distances to twice as many neighbours are the same; draws are not."""
+    rows = make_rows(rows=400)
+    other = detector.model_copy(update={"k": 2 * detector.k}) if hasattr(detector, "k") else detector
+    double = {name: np.concatenate([column, column]) for name, column in rows.train.items()}
+    once, twice = rows.score(detector), replace(rows, train=double).score(other)
+    assert np.isfinite(twice).all()
+    assert spearmanr(once, twice).statistic > 0.99
 
 
 def test_an_unknown_parameter_is_refused(kind):
