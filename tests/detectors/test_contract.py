@@ -182,13 +182,14 @@ def test_a_class_with_one_training_row_gets_finite_scores(detector, make_rows):
 
 
 def test_training_rows_that_are_all_there_twice_change_little(detector, make_rows):
-    """Means, covariances, ranges and distances to twice as many neighbours are the same; draws are not."""
+    """Means, covariances, ranges and twice as many neighbours or tails are the same; draws are not."""
     rows = make_rows(rows=400)
-    other = detector.model_copy(update={"k": 2 * detector.k}) if hasattr(detector, "k") else detector
+    counts = {name: 2 * getattr(detector, name) for name in ("k", "tail") if hasattr(detector, name)}
+    other = detector.model_copy(update=counts)
     double = {name: np.concatenate([column, column]) for name, column in rows.train.items()}
     once, twice = rows.score(detector), replace(rows, train=double).score(other)
     assert np.isfinite(twice).all()
-    assert spearmanr(once, twice).statistic > 0.99
+    assert spearmanr(once, twice).statistic > 0.95  # a share of a class rounds to other rows
 
 
 def test_an_unknown_parameter_is_refused(kind):
