@@ -56,7 +56,7 @@ def beside(classifier: Classifier, specs: Iterable[Extra]) -> Iterator[dict[Extr
         if isinstance(spec, Pooled) and classifier.compiled is None:
             with _pooling(classifier) as means:
                 yield found
-            found[spec] = torch.cat(means, dim=1)
+            found[spec] = _joined(classifier, means)
             return
     yield found
 
@@ -187,25 +187,33 @@ def _pooled(classifier: Classifier, _: Pooled, images: Tensor, __: Sequence[str]
     """See `Pooled`."""
     with _pooling(classifier) as means:
         classifier.answer(images)
-    return torch.cat(means, dim=1)
+    return _joined(classifier, means)
+
+
+def _joined(classifier: Classifier, means: Mapping[str, Tensor]) -> Tensor:
+    """Means of all stages side by side; named blocks need not run in the order of their names."""
+    return torch.cat([means[name] for name in classifier.taps.stages], dim=1)
 
 
 @contextmanager
-def _pooling(classifier: Classifier) -> Iterator[list[Tensor]]:
-    """Mean over positions of every stage in the order of `Taps.stages`, of a pass in the `with` block."""
+def _pooling(classifier: Classifier) -> Iterator[dict[str, Tensor]]:
+    """Mean over positions of every stage by its name, of a pass in the `with` block."""
     found = classifier.taps
     if not found.stages:
         raise UserError(
             "the model has no block with maps or tokens whose channels are certain. Name some with "
             "model.blocks, or drop the detector."
         )
-    means: list[Tensor] = []
+    means: dict[str, Tensor] = {}
 
-    def keep(place: Layout) -> Callable[[Any, Any, Tensor], None]:
-        return lambda _, __, output: means.append(place.maps(output).float().mean(dim=(2, 3)))
+    def keep(name: str, place: Layout) -> Callable[[Any, Any, Tensor], None]:
+        def pool(_: Any, __: Any, output: Tensor) -> None:
+            means[name] = place.maps(output).float().mean(dim=(2, 3))
+
+        return pool
 
     places = dict(zip(found.blocks, found.layouts, strict=True))
-    with taps.hooked(classifier.module, {name: keep(places[name]) for name in found.stages}):
+    with taps.hooked(classifier.module, {name: keep(name, places[name]) for name in found.stages}):
         yield means
 
 
