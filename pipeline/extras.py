@@ -227,9 +227,11 @@ def _gradient_norms(
     def norms(image: Tensor) -> Tensor:
         gradients = grad(_uniform_loss)(named, classifier.module, image, spec.temperature)
         flat = [torch.cat([gradients[name].flatten() for name in group]) for group in groups]
-        return torch.stack([torch.linalg.vector_norm(each, spec.order) for each in flat])
+        return torch.stack(
+            [torch.linalg.vector_norm(each, spec.order, dtype=torch.float64) for each in flat]
+        )  # in float32, powers of small entries are 0
 
-    size = 8 * sum(each.numel() for each in named.values())  # the gradients and their flat copies
+    size = 16 * sum(each.numel() for each in named.values())  # the gradients, flat, and in float64
     found: Tensor = vmap(norms, chunk_size=max(1, min(len(images), GRADIENTS // size)))(images)
     return found
 

@@ -150,7 +150,8 @@ class ParameterGradient(Extra):
 
     layers: tuple[str, ...] = Field(min_length=1)
     """Names of modules, each with all linear and convolutional layers inside, or of single parameters."""
-    order: float = Field(default=1.0, ge=0.1, le=16)
+    order: float = Field(default=1.0, ge=0.5, le=16)
+    """Of the norm; far below 1 its values for millions of weights exceed what the column holds."""
     temperature: float = Field(default=1.0, gt=0)
     bias: bool = False
     """Whether the biases of the layers count, too."""
