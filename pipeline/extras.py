@@ -71,11 +71,15 @@ def check(spec: Extra, classifier: Classifier) -> None:
     shape = (2, transform.crop, transform.crop, transform.channels)
     pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
     try:
-        measure(classifier, spec, pixels, ["0", "1"])
+        found = measure(classifier, spec, pixels, ["0", "1"])
     except UserError:
         raise
     except (*WRONG_SIZE, NotImplementedError) as error:
         raise UserError(f"the model does not allow it ({spec.kind}): {error}. Drop the detector.") from error
+    if isinstance(spec, ParameterGradient):
+        for name, norms in zip(spec.layers, found.T, strict=True):
+            if not norms.any():
+                raise UserError(f"layers: no gradient reaches {name!r}. Name another.")
 
 
 def _perturbed(classifier: Classifier, spec: Perturbed, images: Tensor, _: Sequence[str]) -> Tensor:
