@@ -94,7 +94,7 @@ def _perturbed(classifier: Classifier, spec: Perturbed, images: Tensor, _: Seque
         step /= torch.tensor(classifier.transform.std, device=images.device).view(1, -1, 1, 1)
     if spec.share < 1:
         magnitude = gradient.abs().flatten(1)
-        count = max(1, round(spec.share * magnitude.shape[1]))
+        count = max(1, int(spec.share * magnitude.shape[1]))
         order = magnitude.sort(dim=1, stable=True).indices[:, :count]
         chosen = torch.zeros_like(magnitude).scatter_(1, order, 1.0)
         step *= chosen.view_as(step)

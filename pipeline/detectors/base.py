@@ -114,7 +114,7 @@ class Perturbed(Extra):
     temperature: float = Field(default=1.0, gt=0)
     pixels: bool = False
     share: float = Field(default=1.0, gt=0, le=1)
-    """Share of the values of an image that move: those with the smallest |dF / dx|."""
+    """Share of the values of an image that move, rounded down: those with the smallest |dF / dx|."""
 
     @property
     def forwards(self) -> int:
