@@ -62,8 +62,8 @@ def whitened(
     """
     if classes.unlabelled_count:
         raise UserError(
-            f"{name}: the covariance within classes needs labels, got {int(classes.unlabelled_count)} training "
-            "rows without one. Give the dataset with role train its labels."
+            f"{name}: the covariance within classes needs labels, got {int(classes.unlabelled_count)} "
+            "training rows without one. Give the dataset with role train its labels."
         )
     offset = classes.class_mean - moments.mean
     count = classes.class_count[classes.class_count > 0]
