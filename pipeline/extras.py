@@ -135,11 +135,12 @@ def _block(classifier: Classifier, spec: RankReduced) -> str:
 def _without_largest(output: Tensor, place: Layout) -> Tensor:
     """A block's output minus s₁ u₁ v₁ᵀ of each image's (M, positions) matrix.
 
+    All tokens count as positions, those that stand for no position included: heads often read just one.
     The leading singular vector is the leading eigenvector of the smaller Gram matrix: the projection on its
     complement is all that is needed of the decomposition.
     """
     changed = output.clone()
-    maps = place.maps(changed)
+    maps = changed.transpose(1, 2) if changed.dim() == 3 else place.maps(changed)
     matrix = maps.flatten(2).double()
     wide = matrix.shape[1] <= matrix.shape[2]
     vector = torch.linalg.eigh(matrix @ matrix.mT if wide else matrix.mT @ matrix).eigenvectors[:, :, -1:]

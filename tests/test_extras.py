@@ -286,7 +286,7 @@ def reduced(output: Tensor, kind: type[nn.Module]) -> Tensor:
         return without_first(output[0].flatten(1)).view(output.shape)
     if kind is ChannelsLast:
         return without_first(output[0].flatten(0, 1).T).T.reshape(output.shape)
-    return torch.cat([output[:, :1], without_first(output[0, 1:].T).T[None]], dim=1)
+    return without_first(output[0].T).T[None]
 
 
 @pytest.mark.parametrize(
@@ -311,6 +311,19 @@ def test_a_block_loses_its_first_singular_value(pixels, kind, block, number):
             expected.append(network.leave(network.body[number + 1 :](reduced(output, kind)))[0].numpy())
     close(extras.measure(classifier, RankReduced(block=block), pixels, KEYS), expected)
     assert hooks(network) == 0
+
+
+def test_a_head_that_reads_one_token_sees_the_last_block_change(pixels):
+    class First(Tokens):
+        """The token in front carries the feature."""
+
+        def leave(self, x: Tensor) -> Tensor:
+            return x[:, 0]
+
+    classifier = toy(First)
+    reduced = extras.measure(classifier, RankReduced(block="last"), pixels, KEYS)
+    change = np.abs(reduced - classifier.forward(pixels)[FEATURE]).max(axis=1)
+    assert (change > 0.1).all()
 
 
 @pytest.mark.parametrize(("block", "number"), [("early", 3), ("last", 4), ("layer1.0", 1)])

@@ -123,7 +123,10 @@ class Perturbed(Extra):
 
 
 class RankReduced(Extra):
-    """Penultimate feature (D,) when the maps of a block (M x positions) lose their largest singular value."""
+    """Penultimate feature (D,) when the maps of a block lose their largest singular value.
+
+    They are M x positions, or M x all tokens.
+    """
 
     block: str
     """Name of a block; `last`, or `early`: the last one before the final reduction."""
