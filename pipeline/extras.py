@@ -87,7 +87,9 @@ def _perturbed(classifier: Classifier, spec: Perturbed, images: Tensor, _: Seque
     with torch.enable_grad():
         moved = images.detach().requires_grad_()
         logits = classifier.answer(moved)[1]
-        value = functional.log_softmax(logits / spec.temperature, 1) if _is_log(spec) else logits
+        value = logits
+        if _is_log(spec):  # times T, which changes no sign: else half precision loses gradients at a high T
+            value = spec.temperature * functional.log_softmax(logits / spec.temperature, dim=1)
         (gradient,) = torch.autograd.grad(value.amax(dim=1).sum(), moved)
     step = spec.step * gradient.sign()
     if spec.pixels:

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,21 @@ def test_an_image_moves_along_the_sign_of_its_own_gradient(pixels, kind, spec):
 def test_the_shipped_network_s_images_move_likewise(shipped, photos, spec):
     expected = [feature_of(shipped, moved(shipped, spec, image))[0].numpy() for image in photos]
     close(extras.measure(shipped, spec, photos, KEYS), expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_high_temperature_costs_half_precision_no_gradient(shipped, photos, precision):
+    half = replace(shipped, precision=precision)
+    plain = half.forward(photos)[FEATURE]
+    moved = {
+        temperature: extras.measure(
+            half, Perturbed(objective="log_softmax", step=0.2, temperature=temperature), photos, KEYS
+        )
+        for temperature in (1e3, 1e6)
+    }
+    size = np.abs(moved[1e3] - plain).max()
+    assert size > 0.1
+    assert np.abs(moved[1e6] - moved[1e3]).max() < 0.1 * size
 
 
 @pytest.mark.parametrize("objective", ["log_softmax", "logit"])
