@@ -6,6 +6,7 @@ Each is a function of the classifier and one batch of fixed shape; a row does no
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -230,6 +231,9 @@ def _gradient_norms(
     """See `ParameterGradient`; gradients of several images at a time, as many as `GRADIENTS` has room for."""
     groups = [_parameters(classifier.module, name, spec.bias) for name in spec.layers]
     named = {name: each for group in groups for name, each in group.items()}
+    count = Counter(name for group in groups for name in group)
+    if twice := next((name for name in count if count[name] > 1), None):
+        raise UserError(f"layers: {twice!r} is in two of them and would count twice. Leave one out.")
 
     def norms(image: Tensor) -> Tensor:
         gradients = grad(_uniform_loss)(named, classifier.module, image, spec.temperature)

@@ -648,6 +648,12 @@ def test_a_layer_without_weights_is_refused(layer, message):
         extras.check(ParameterGradient(layers=("fc", layer)), classifier)
 
 
+@pytest.mark.parametrize("layers", [("fc", "fc"), ("body", "body.0"), ("body.0.conv.weight", "body")])
+def test_weights_that_would_count_twice_are_refused(layers):
+    with pytest.raises(UserError, match=r"layers: '(fc|body\.0\.conv)\.weight' is in two of them"):
+        extras.check(ParameterGradient(layers=layers), toy(Maps))
+
+
 # check
 
 
