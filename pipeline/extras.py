@@ -6,6 +6,7 @@ Each is a function of the classifier and one batch of fixed shape; a row does no
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,7 +58,7 @@ def beside(classifier: Classifier, specs: Iterable[Extra]) -> Iterator[dict[Extr
         if isinstance(spec, Pooled) and classifier.compiled is None:
             with _pooling(classifier) as means:
                 yield found
-            found[spec] = torch.cat(means, dim=1)
+            found[spec] = _joined(classifier, means)
             return
     yield found
 
@@ -72,11 +73,15 @@ def check(spec: Extra, classifier: Classifier) -> None:
     shape = (2, transform.crop, transform.crop, transform.channels)
     pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
     try:
-        measure(classifier, spec, pixels, ["0", "1"])
+        found = measure(classifier, spec, pixels, ["0", "1"])
     except UserError:
         raise
     except (*WRONG_SIZE, NotImplementedError) as error:
         raise UserError(f"the model does not allow it ({spec.kind}): {error}. Drop the detector.") from error
+    if isinstance(spec, ParameterGradient):
+        for name, norms in zip(spec.layers, found.T, strict=True):
+            if not norms.any():
+                raise UserError(f"layers: no gradient reaches {name!r}. Name another.")
 
 
 def _perturbed(classifier: Classifier, spec: Perturbed, images: Tensor, _: Sequence[str]) -> Tensor:
@@ -84,14 +89,16 @@ def _perturbed(classifier: Classifier, spec: Perturbed, images: Tensor, _: Seque
     with torch.enable_grad():
         moved = images.detach().requires_grad_()
         logits = classifier.answer(moved)[1]
-        value = functional.log_softmax(logits / spec.temperature, 1) if _is_log(spec) else logits
+        value = logits
+        if _is_log(spec):  # times T, which changes no sign: else half precision loses gradients at a high T
+            value = spec.temperature * functional.log_softmax(logits / spec.temperature, dim=1)
         (gradient,) = torch.autograd.grad(value.amax(dim=1).sum(), moved)
     step = spec.step * gradient.sign()
     if spec.pixels:
         step /= torch.tensor(classifier.transform.std, device=images.device).view(1, -1, 1, 1)
     if spec.share < 1:
         magnitude = gradient.abs().flatten(1)
-        count = max(1, round(spec.share * magnitude.shape[1]))
+        count = max(1, int(spec.share * magnitude.shape[1]))
         order = magnitude.sort(dim=1, stable=True).indices[:, :count]
         chosen = torch.zeros_like(magnitude).scatter_(1, order, 1.0)
         step *= chosen.view_as(step)
@@ -132,11 +139,12 @@ def _block(classifier: Classifier, spec: RankReduced) -> str:
 def _without_largest(output: Tensor, place: Layout) -> Tensor:
     """A block's output minus s₁ u₁ v₁ᵀ of each image's (M, positions) matrix.
 
+    All tokens count as positions, those that stand for no position included: heads often read just one.
     The leading singular vector is the leading eigenvector of the smaller Gram matrix: the projection on its
     complement is all that is needed of the decomposition.
     """
     changed = output.clone()
-    maps = place.maps(changed)
+    maps = changed.transpose(1, 2) if changed.dim() == 3 else place.maps(changed)
     matrix = maps.flatten(2).double()
     wide = matrix.shape[1] <= matrix.shape[2]
     vector = torch.linalg.eigh(matrix @ matrix.mT if wide else matrix.mT @ matrix).eigenvectors[:, :, -1:]
@@ -188,25 +196,33 @@ def _pooled(classifier: Classifier, _: Pooled, images: Tensor, __: Sequence[str]
     """See `Pooled`."""
     with _pooling(classifier) as means:
         classifier.answer(images)
-    return torch.cat(means, dim=1)
+    return _joined(classifier, means)
+
+
+def _joined(classifier: Classifier, means: Mapping[str, Tensor]) -> Tensor:
+    """Means of all stages side by side; named blocks need not run in the order of their names."""
+    return torch.cat([means[name] for name in classifier.taps.stages], dim=1)
 
 
 @contextmanager
-def _pooling(classifier: Classifier) -> Iterator[list[Tensor]]:
-    """Mean over positions of every stage in the order of `Taps.stages`, of a pass in the `with` block."""
+def _pooling(classifier: Classifier) -> Iterator[dict[str, Tensor]]:
+    """Mean over positions of every stage by its name, of a pass in the `with` block."""
     found = classifier.taps
     if not found.stages:
         raise UserError(
             "the model has no block with maps or tokens whose channels are certain. Name some with "
             "model.blocks, or drop the detector."
         )
-    means: list[Tensor] = []
+    means: dict[str, Tensor] = {}
 
-    def keep(place: Layout) -> Callable[[Any, Any, Tensor], None]:
-        return lambda _, __, output: means.append(place.maps(output).float().mean(dim=(2, 3)))
+    def keep(name: str, place: Layout) -> Callable[[Any, Any, Tensor], None]:
+        def pool(_: Any, __: Any, output: Tensor) -> None:
+            means[name] = place.maps(output).float().mean(dim=(2, 3))
+
+        return pool
 
     places = dict(zip(found.blocks, found.layouts, strict=True))
-    with taps.hooked(classifier.module, {name: keep(places[name]) for name in found.stages}):
+    with taps.hooked(classifier.module, {name: keep(name, places[name]) for name in found.stages}):
         yield means
 
 
@@ -216,13 +232,18 @@ def _gradient_norms(
     """See `ParameterGradient`; gradients of several images at a time, as many as `GRADIENTS` has room for."""
     groups = [_parameters(classifier.module, name, spec.bias) for name in spec.layers]
     named = {name: each for group in groups for name, each in group.items()}
+    count = Counter(name for group in groups for name in group)
+    if twice := next((name for name in count if count[name] > 1), None):
+        raise UserError(f"layers: {twice!r} is in two of them and would count twice. Leave one out.")
 
     def norms(image: Tensor) -> Tensor:
         gradients = grad(_uniform_loss)(named, classifier.module, image, spec.temperature)
         flat = [torch.cat([gradients[name].flatten() for name in group]) for group in groups]
-        return torch.stack([torch.linalg.vector_norm(each, spec.order) for each in flat])
+        return torch.stack(
+            [torch.linalg.vector_norm(each, spec.order, dtype=torch.float64) for each in flat]
+        )  # in float32, powers of small entries are 0
 
-    size = 8 * sum(each.numel() for each in named.values())  # the gradients and their flat copies
+    size = 16 * sum(each.numel() for each in named.values())  # the gradients, flat, and in float64
     found: Tensor = vmap(norms, chunk_size=max(1, min(len(images), GRADIENTS // size)))(images)
     return found
 

@@ -42,15 +42,16 @@ class Mahalanobis(Detector):
             UserError: if training rows have no label.
         """
         classes, moments = train.train[Classes(unit=self.unit)], train.train[Scatter(unit=self.unit)]
-        return whitened(classes, moments, self.unit, self.relative)
+        return whitened(self.name, classes, moments, self.unit, self.relative)
 
 
 def whitened(
-    classes: ClassSums, moments: Moments, unit: bool = False, relative: bool = False
+    name: str, classes: ClassSums, moments: Moments, unit: bool = False, relative: bool = False
 ) -> MahalanobisScorer:
     """Distances under the covariance within classes of some training rows.
 
     Args:
+        name: of the detector, for the message.
         classes: their sums by class.
         moments: their mean and scatter.
         unit: whether what is scored is divided by its L2 norm first.
@@ -61,8 +62,8 @@ def whitened(
     """
     if classes.unlabelled_count:
         raise UserError(
-            f"the covariance within classes needs labels, got {int(classes.unlabelled_count)} training rows "
-            "without one. Give the dataset with role train its labels."
+            f"{name}: the covariance within classes needs labels, got {int(classes.unlabelled_count)} "
+            "training rows without one. Give the dataset with role train its labels."
         )
     offset = classes.class_mean - moments.mean
     count = classes.class_count[classes.class_count > 0]

@@ -18,7 +18,7 @@ class AdaScale(Detector):
 
     Takes a forward and a backward pass over every image that is scored, and a second forward pass; and the
     same over some ID images, of role id_val where there are any, else of the training images. Which pixels
-    move, by how much, and over which entries the sums run is recalled from the paper's description.
+    move, by how much, and over which entries the sums run is as in the authors' code.
     """
 
     title: ClassVar[str] = "AdaSCALE (2025)"
@@ -26,7 +26,7 @@ class AdaScale(Detector):
     formula: ClassVar[str] = (
         "score = -log Σ_c exp z_c, z = W h exp(r) + b (A) or (W h + b) r² (L), r = Σ_j h_j⁺ / Σ of the "
         "(100 - p) % largest h_j⁺, p = p_min + (1 - F(Q')) (p_max - p_min), F the ECDF of Q' of ID images, "
-        "Q' = λ Σ_j in top k1 % of h |h'_j - h_j| + Σ_j in top k2 % of h h'_j⁺, h' the feature of x + ε "
+        "Q' = λ Σ_j in top k2 % of h |h'_j - h_j| + Σ_j in top k1 % of h h'_j⁺, h' the feature of x + ε "
         "sign(∂z_ŷ/∂x) on the o % of x with the smallest |∂z_ŷ/∂x|"
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
@@ -34,8 +34,8 @@ class AdaScale(Detector):
     variant: Literal["A", "L"] = Field(default="A", description="A scales the feature, L the logits")
     p_min: float = Field(default=80.0, ge=0, le=99, description="percentile of the most shifted images")
     p_max: float = Field(default=85.0, ge=0, le=99, description="percentile of the least shifted images")
-    k1: float = Field(default=5.0, gt=0, le=100, description="percentage of h whose shift counts")
-    k2: float = Field(default=1.0, gt=0, le=100, description="percentage of h whose perturbed value counts")
+    k1: float = Field(default=5.0, gt=0, le=100, description="percentage of h whose perturbed value counts")
+    k2: float = Field(default=1.0, gt=0, le=100, description="percentage of h whose shift counts")
     weight: float = Field(default=10.0, ge=0, le=1e6, description="λ, of the shift")
     share: float = Field(default=5.0, gt=0, le=100, description="o, percentage of the input that moves")
     step: float = Field(default=0.5, ge=0, le=100, description="ε, in the network's normalised input")
@@ -76,9 +76,9 @@ class AdaScale(Detector):
 def shift(feature: Float, moved: Float, k1: float, k2: float, weight: float) -> Float:
     """(N,) float64 Q' of features and perturbed features (N, D)."""
     order = np.argsort(-feature, axis=1, kind="stable")
-    top1, top2 = (order[:, : max(1, round(feature.shape[1] * k / 100))] for k in (k1, k2))
-    shifted = np.take_along_axis(np.abs(moved - feature), top1, axis=1).sum(axis=1)
-    remaining = np.take_along_axis(np.maximum(moved, 0), top2, axis=1).sum(axis=1)
+    top1, top2 = (order[:, : max(1, int(feature.shape[1] * k / 100))] for k in (k1, k2))
+    shifted = np.take_along_axis(np.abs(moved - feature), top2, axis=1).sum(axis=1)
+    remaining = np.take_along_axis(np.maximum(moved, 0), top1, axis=1).sum(axis=1)
     total: Float = weight * shifted + remaining
     return total
 

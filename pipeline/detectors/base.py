@@ -128,7 +128,7 @@ class Perturbed(Extra):
     temperature: float = Field(default=1.0, gt=0)
     pixels: bool = False
     share: float = Field(default=1.0, gt=0, le=1)
-    """Share of the values of an image that move: those with the smallest |dF / dx|."""
+    """Share of the values of an image that move, rounded down: those with the smallest |dF / dx|."""
 
     @property
     def forwards(self) -> int:
@@ -137,7 +137,10 @@ class Perturbed(Extra):
 
 
 class RankReduced(Extra):
-    """Penultimate feature (D,) when the maps of a block (M x positions) lose their largest singular value."""
+    """Penultimate feature (D,) when the maps of a block lose their largest singular value.
+
+    They are M x positions, or M x all tokens.
+    """
 
     needs: ClassVar[str] = "feature maps"
 
@@ -181,7 +184,8 @@ class ParameterGradient(Extra):
 
     layers: tuple[str, ...] = Field(min_length=1)
     """Names of modules, each with all linear and convolutional layers inside, or of single parameters."""
-    order: float = Field(default=1.0, ge=0.1, le=16)
+    order: float = Field(default=1.0, ge=0.5, le=16)
+    """Of the norm; far below 1 its values for millions of weights exceed what the column holds."""
     temperature: float = Field(default=1.0, gt=0)
     bias: bool = False
     """Whether the biases of the layers count, too."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, model_validator
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, ParameterGradient, Training
@@ -53,6 +53,12 @@ class GradNorm(Detector):
         description="modules whose linear and convolutional layers are taken, or single parameters, instead "
         "of the last layer, e.g. [layer4, fc]",
     )
+
+    @model_validator(mode="after")
+    def _fits_a_column(self) -> GradNorm:
+        if self.layers is not None and self.order < 0.5:
+            raise ValueError(f"order is {self.order}; expected at least 0.5 with layers")
+        return self
 
     def extras(self) -> tuple[ParameterGradient, ...]:
         """Gradient norms, where layers are named."""

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,9 @@ class Gram(Detector):
     )
     columns: ClassVar[tuple[str, ...]] = (PREDICTION,)
 
-    orders: tuple[int, ...] = Field(default=(1, 2, 3, 4, 5), min_length=1, description="orders q")
+    orders: tuple[Annotated[int, Field(ge=1, le=16)], ...] = Field(
+        default=(1, 2, 3, 4, 5), min_length=1, description="orders q"
+    )
 
     def extras(self) -> tuple[Pooled]:
         """Pooled maps."""

@@ -68,9 +68,8 @@ class MahalanobisEnsemble(Detector):
                 class_sum=classes.class_sum[:, part],
                 unlabelled_sum=classes.unlabelled_sum[part],
             )
-            scorers.append(
-                whitened(own, Moments(moments.count, moments.mean[part], moments.scatter[part, part]))
-            )
+            cut = Moments(moments.count, moments.mean[part], moments.scatter[part, part])
+            scorers.append(whitened(self.name, own, cut))
             parts.append(part)
         ranks = [max(scorer.whitening.shape[1], 1) for scorer in scorers]
         weights = [1 / rank for rank in ranks] if self.weights is None else self.weights
