@@ -132,7 +132,7 @@ def _block(classifier: Classifier, spec: RankReduced) -> str:
     if spec.block in ("last", "early"):
         return found.blocks[-1] if spec.block == "last" else found.early
     if spec.block not in found.blocks:
-        raise UserError(unknown("block", spec.block, found.blocks))
+        raise UserError(unknown("block", spec.block, ("early", "last", *found.blocks)))
     return spec.block
 
 
@@ -145,7 +145,7 @@ def _without_largest(output: Tensor, place: Layout) -> Tensor:
     """
     changed = output.clone()
     maps = changed.transpose(1, 2) if changed.dim() == 3 else place.maps(changed)
-    matrix = maps.flatten(2).double()
+    matrix = maps.flatten(2).double().nan_to_num()  # an image that gives NaN is no error of the others
     wide = matrix.shape[1] <= matrix.shape[2]
     vector = torch.linalg.eigh(matrix @ matrix.mT if wide else matrix.mT @ matrix).eigenvectors[:, :, -1:]
     largest = vector @ (vector.mT @ matrix) if wide else (matrix @ vector) @ vector.mT
@@ -160,9 +160,12 @@ def _dropped(classifier: Classifier, spec: Dropped, images: Tensor, keys: Sequen
     total = torch.zeros((), dtype=torch.float64, device=images.device)
     for sample in range(spec.samples):
         rngs = [np.random.default_rng([spec.seed, sample, word]) for word in words]
+        states = [rng.bit_generator.state for rng in rngs]
         hooks = {name: _dropping(rate, channelwise, rngs) for name, (rate, channelwise) in layers.items()}
         with taps.hooked(classifier.module, hooks):
             total = total + classifier.answer(images)[1].double().softmax(dim=1)
+    if states == [rng.bit_generator.state for rng in rngs]:
+        raise UserError(f"the model's dropout layers ({', '.join(layers)}) do not run. Drop the detector.")
     return total / spec.samples
 
 

@@ -370,11 +370,21 @@ def test_maps_of_rank_one_lose_everything(pixels):
     assert np.abs(reduced).max() < 1e-6 < np.abs(classifier.forward(pixels)[FEATURE]).max()
 
 
+def test_an_image_whose_maps_are_not_finite_leaves_the_others_alone(pixels):
+    classifier, spec = toy(Maps), RankReduced(block="last")
+
+    def spoil(_module, _inputs, output: Tensor) -> Tensor:
+        return output.index_fill(0, torch.tensor([2]), math.nan)
+
+    whole = extras.measure(classifier, spec, pixels, KEYS)
+    with taps.hooked(classifier.module, {"body.2": spoil}):
+        spoiled = extras.measure(classifier, spec, pixels, KEYS)
+    np.testing.assert_array_equal(np.delete(spoiled, 2, axis=0), np.delete(whole, 2, axis=0))
+
+
 def test_an_unknown_block_is_refused_with_the_known_ones(pixels):
     spec = RankReduced(block="body.33")
-    expected = (
-        r"unknown block 'body\.33'\. Did you mean 'body\.3'\? Known: body\.0, body\.1, body\.2, body\.3"
-    )
+    expected = r"unknown block 'body\.33'\. Did you mean 'body\.3'\? Known: body\.0, .*, body\.3, early, last"
     with pytest.raises(UserError, match=expected):
         extras.measure(toy(Maps), spec, pixels, KEYS)
     with pytest.raises(UserError, match=expected):
@@ -478,6 +488,18 @@ def test_a_model_without_dropout_is_refused(shipped):
     for classifier in (shipped, toy(Maps)):
         with pytest.raises(UserError, match=r"no dropout layer with a rate above 0\. Drop the detector"):
             extras.check(Dropped(samples=2), classifier)
+
+
+def test_dropout_that_does_not_run_is_refused():
+    class Unused(Maps):
+        """Has a layer that it never calls."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+    with pytest.raises(UserError, match=r"dropout layers \(drop\) do not run"):
+        extras.check(Dropped(samples=2), toy(Unused))
 
 
 # Pooled

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from pipeline.columns import PREDICTION, Batch, Float, Mask
 from pipeline.detectors.base import Detector, Pooled, Training
+from pipeline.errors import UserError
 from pipeline.statistics import Head, Part, Statistic, Statistics
 
 _COLUMN = Pooled().column
@@ -54,10 +55,15 @@ class Gram(Detector):
         return (Deviations(self.orders),)
 
     def fit(self, train: Training) -> GramScorer:
-        """Join ranges and mean deviations."""
-        deviations = train.train[Deviations(self.orders)]
-        stages = tuple(train.stages.values())
-        return GramScorer(self.orders, stages, train.train[Ranges(self.orders)], deviations.mean)
+        """Join ranges and mean deviations.
+
+        Raises:
+            UserError: if all training rows are held out.
+        """
+        ranges, deviations = train.train[Ranges(self.orders)], train.train[Deviations(self.orders)]
+        if not len(ranges.classes):
+            raise UserError("too few training images; one in ten is held out. Add more.")
+        return GramScorer(self.orders, tuple(train.stages.values()), ranges, deviations.mean)
 
 
 def products(pooled: Float, stages: tuple[int, ...], orders: tuple[int, ...]) -> Iterator[tuple[int, Float]]:

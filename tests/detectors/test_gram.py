@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pipeline.columns import PREDICTION
 from pipeline.detectors.base import Pooled
 from pipeline.detectors.gram import Deviations, Gram, Ranges, held_out
+from pipeline.errors import UserError
 from pipeline.statistics import Head, Statistics
 
 POOLED = Pooled().column
@@ -121,6 +122,13 @@ def test_parts_without_rows_to_learn_from_change_nothing(make_rows):
     for merged in (measure(some).merge(measure(none)), measure(none).merge(measure(some))):
         np.testing.assert_array_equal(merged.low, measure(rows.train).low)
         np.testing.assert_array_equal(merged.high, measure(rows.train).high)
+
+
+def test_training_images_that_are_all_held_out_are_too_few(make_rows):
+    rows = make_rows()
+    held = {name: column[held_out(rows.train[POOLED])] for name, column in rows.train.items()}
+    with pytest.raises(UserError, match="too few training images"):
+        Gram().fit(replace(rows, train=held).training(Gram()))
 
 
 def test_orders_one_to_five_are_taken_by_default():
