@@ -63,7 +63,7 @@ class Gram(Detector):
         ranges, deviations = train.train[Ranges(self.orders)], train.train[Deviations(self.orders)]
         if not len(ranges.classes):
             raise UserError("too few training images; one in ten is held out. Add more.")
-        return GramScorer(self.orders, tuple(train.stages.values()), ranges, deviations.mean)
+        return GramScorer(self.orders, tuple(train.stages.values()), ranges.with_all(), deviations.mean)
 
 
 def products(pooled: Float, stages: tuple[int, ...], orders: tuple[int, ...]) -> Iterator[tuple[int, Float]]:
@@ -102,13 +102,13 @@ class Extremes(Part):
         np.maximum.at(high, where, np.concatenate([self.high, other.high]))
         return Extremes(classes, low, high)
 
-    def of(self, prediction: NDArray[np.int32]) -> tuple[NDArray[np.intp], Float, Float]:
-        """Row of `low` and `high` for every prediction; the last one, over all classes, if it is new."""
-        low = np.vstack([self.low, self.low.min(axis=0, initial=np.inf)])
-        high = np.vstack([self.high, self.high.max(axis=0, initial=-np.inf)])
-        where = np.searchsorted(self.classes, prediction)
-        known = np.append(self.classes, -1)[where] == prediction
-        return np.where(known, where, len(self.classes)), low, high
+    def with_all(self) -> Extremes:
+        """The same with a last row for classes that have none: the range over all classes."""
+        if not len(self.classes):
+            return Extremes(np.array([-1]), *np.zeros((2, 1, self.low.shape[1])))
+        low = np.vstack([self.low, self.low.min(axis=0)])
+        high = np.vstack([self.high, self.high.max(axis=0)])
+        return Extremes(np.append(self.classes, -1), low, high)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,8 @@ class Deviations(Statistic[DeviationSums]):
 
     def measure(self, head: Head, known: Statistics) -> Callable[[Batch], DeviationSums]:
         """Deviations over a batch."""
-        scorer = GramScorer(self.orders, head.stages, known[Ranges(self.orders)], np.ones(len(head.stages)))
+        ranges = known[Ranges(self.orders)].with_all()
+        scorer = GramScorer(self.orders, head.stages, ranges, np.ones(len(head.stages)))
         return partial(_deviation_sums, scorer=scorer)
 
 
@@ -197,6 +198,7 @@ class GramScorer:
     stages: tuple[int, ...]
     """Channels of every stage."""
     ranges: Extremes
+    """The last row is for classes that have none."""
     expected: Float
     """(L,) what the deviation of a stage is divided by."""
 
@@ -214,12 +216,14 @@ class GramScorer:
 
     def deviations(self, batch: Batch) -> Float:
         """(N, L) float64 Δ_l."""
-        row, lows, highs = self.ranges.of(batch[PREDICTION])
+        classes = self.ranges.classes
+        row = np.searchsorted(classes[:-1], batch[PREDICTION])
+        row = np.where(classes[row] == batch[PREDICTION], row, len(classes) - 1)
         total = np.zeros((len(row), len(self.stages)))
         start = 0
         for stage, found in products(batch[_COLUMN].astype(np.float64), self.stages, self.orders):
             part = slice(start, start := start + found.shape[1])
-            low, high = lows[:, part][row], highs[:, part][row]
+            low, high = self.ranges.low[row, part], self.ranges.high[row, part]
             below = np.maximum(low - found, 0) / np.abs(low + _TINY)
             above = np.maximum(found - high, 0) / np.abs(high + _TINY)
             total[:, stage] += (below + above).sum(axis=1)
