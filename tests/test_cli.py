@@ -349,7 +349,7 @@ def test_of_all_detectors_those_that_do_not_apply_are_shown_with_the_reason(case
     outcome = command("run", "--dry-run", case.config())
     assert (outcome.status, outcome.err) == (0, "")
     reason = re.escape("k is 50 but there are 30 training images; lower k.")
-    assert re.search(rf"^left out  knn +{reason}$", outcome.out, re.MULTILINE)
+    assert re.search(rf"^left out knn: {reason}$", outcome.out, re.MULTILINE)
     assert re.search(r"^detector  msp +MSP", outcome.out, re.MULTILINE)
     assert not re.search(r"^detector  knn", outcome.out, re.MULTILINE)
 
