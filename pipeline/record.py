@@ -98,7 +98,7 @@ def _detector(ready: Prepared, label: str) -> dict[str, Any]:
         "title": detector.caption,
         "parameters": detector.model_dump(mode="json"),
         "uses_ood": ready.uses_ood(label),
-        "columns": [*detector.columns, *(extra.kind for extra in detector.extras())],
+        "columns": list(dict.fromkeys([*detector.columns, *(extra.kind for extra in detector.extras())])),
     }
 
 

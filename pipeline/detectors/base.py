@@ -6,6 +6,7 @@ Array in, array out: nothing here or in any detector imports Ray, torch, FAISS o
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -90,8 +91,8 @@ class Extra(BaseModel):
 
     @property
     def kind(self) -> str:
-        """Name of the class, in lower case."""
-        return type(self).__name__.lower()
+        """Name of the class, as in `rank_reduced`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     @property
     def column(self) -> str:
