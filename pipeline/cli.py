@@ -79,8 +79,7 @@ def _execute(settings: Config, options: Options) -> None:
     for name, text in lines.items():
         if text:
             console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)
-    for label, reason in outcome.not_applicable.items():
-        console.print(f"left out {label}: {reason}", markup=False, soft_wrap=True)
+    _show_left_out(outcome.not_applicable)
 
 
 @app.command()
@@ -286,11 +285,20 @@ def _show_plan(ready: Prepared) -> None:
     console.print(f"cache     {_size(cost.cache_bytes)} in all; {shards} to do")
     console.print(f"index     {_size(cost.index_bytes)} of memory")
     for label, detector in ready.detectors.items():
-        extra = ", ".join(f"{type(spec).__name__} pass" for spec in detector.passes())
+        needs = [f"{type(spec).__name__} pass" for spec in detector.passes()] + _per_image(detector)
+        extra = ", ".join(needs)
         flag = "  [bold]uses OOD data[/bold]" if ready.uses_ood(label) else ""
         console.print(f"detector  {label:<14} {detector.caption}{'; ' + extra if extra else ''}{flag}")
-    for label, reason in ready.not_applicable.items():
-        console.print(f"left out  {label:<14} {reason}", markup=False)
+    _show_left_out(ready.not_applicable)
+
+
+def _show_left_out(not_applicable: Mapping[str, str]) -> None:
+    """Detectors that do not apply, a line for each reason."""
+    labels: dict[str, list[str]] = {}
+    for label, reason in not_applicable.items():
+        labels.setdefault(reason, []).append(label)
+    for reason, found in labels.items():
+        console.print(f"left out {', '.join(found)}: {reason}", markup=False, soft_wrap=True)
 
 
 def _histogram(class_count: Mapping[int, int]) -> str:
@@ -393,8 +401,7 @@ def _list_detectors(found: Mapping[str, Detector], obstacles: Mapping[str, str] 
     for label, detector in found.items():
         methods, years, papers = zip(*map(_described, detector.parts()), strict=True)
         cost = ["index"] * detector.neighbours + ["pass"] * bool(detector.passes())
-        passes = sum(extra.forwards for extra in detector.extras() if not extra.tapped)
-        cost += [f"{passes} passes per image"] * bool(passes)
+        cost += _per_image(detector)
         joined = [" + ".join(dict.fromkeys(words)) for words in (methods, years, papers, cost)]
         row = [label, *joined[:3], _needs(detector), joined[3] or "cheap"]
         if obstacles is not None:
@@ -405,6 +412,12 @@ def _list_detectors(found: Mapping[str, Detector], obstacles: Mapping[str, str] 
     else:  # one line each, for other programs
         whole = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
         Console(highlight=False, width=whole).print(table)
+
+
+def _per_image(detector: Detector) -> list[str]:
+    """What the extra columns of a detector cost beyond the one forward pass; empty if nothing."""
+    passes = sum(extra.forwards for extra in detector.extras() if not extra.tapped)
+    return [f"{passes} passes per image"] if passes else []
 
 
 def _described(detector: Detector) -> tuple[str, str, str]:

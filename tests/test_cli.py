@@ -349,7 +349,7 @@ def test_of_all_detectors_those_that_do_not_apply_are_shown_with_the_reason(case
     outcome = command("run", "--dry-run", case.config())
     assert (outcome.status, outcome.err) == (0, "")
     reason = re.escape("k is 50 but there are 30 training images; lower k.")
-    assert re.search(rf"^left out  knn +{reason}$", outcome.out, re.MULTILINE)
+    assert re.search(rf"^left out knn: {reason}$", outcome.out, re.MULTILINE)
     assert re.search(r"^detector  msp +MSP", outcome.out, re.MULTILINE)
     assert not re.search(r"^detector  knn", outcome.out, re.MULTILINE)
 
@@ -502,10 +502,13 @@ def test_the_detectors_are_listed_with_what_they_need(command):
         assert detector.paper.endswith(paper.partition(", ")[2])
         trains = [need for need in needs.split(", ") if need.startswith(("training", "index", "extra"))]
         assert bool(trains) == detector.needs_train()
-        assert (cost == "cheap") == (not detector.neighbours and not detector.passes())
+        costly = [extra for extra in detector.extras() if not extra.tapped]
+        assert (cost == "cheap") == (not detector.neighbours and not detector.passes() and not costly)
     assert table["msp"][2:] == ["Hendrycks et al., ICLR 2017, arXiv:1610.02136", "logits", "cheap"]
     assert table["featurenorm"][3:] == ["feature maps (block norms), extra pass (jigsaw)", "pass"]
     assert table["knn"][3:] == ["features, index", "index"]
+    assert table["odin"][3:] == ["input gradient", "3 passes per image"]
+    assert table["mahalanobis_ensemble"][3:] == ["feature maps (pooled), training statistics", "cheap"]
     assert table["grood"][3:] == ["features, training statistics, index, extra pass (mixup)", "index + pass"]
 
 
