@@ -69,6 +69,9 @@ def check(spec: Extra, classifier: Classifier) -> None:
     Raises:
         UserError: why the network cannot give it, and what to do about it.
     """
+    if type(spec) not in _KINDS:
+        known = [kind.__name__ for kind in _KINDS]
+        raise UserError(f"extras: {unknown('extra', type(spec).__name__, known)}")
     transform = classifier.transform
     shape = (2, transform.crop, transform.crop, transform.channels)
     pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)

@@ -713,6 +713,14 @@ def test_a_layer_that_no_gradient_reaches_is_refused():
     extras.check(ParameterGradient(layers=("fc",)), toy(Detached))
 
 
+def test_an_extra_of_another_kind_is_refused(shipped):
+    class Poled(Pooled):
+        """No kind that there is code for."""
+
+    with pytest.raises(UserError, match=r"unknown extra 'Poled'\. Did you mean 'Pooled'\?"):
+        extras.check(Poled(), shipped)
+
+
 @pytest.mark.parametrize(
     "spec",
     [*PERTURBED, RankReduced(block="last"), Pooled(), ParameterGradient(layers=("layer4", "fc"))],

@@ -21,10 +21,10 @@ SCORED = ("test", "animals", "textures", "production")
 
 @pytest.fixture
 def raw(settings: dict[str, Any], images: Path) -> dict[str, Any]:
-    """The small evaluation with statistics, a trained index and flagged images."""
+    """The small evaluation with statistics, extra columns, a trained index and flagged images."""
     production = {"name": "production", "role": "unlabelled", "format": "npz"}
     settings["datasets"].append({**production, "path": str(images), "images": "production_x"})
-    settings["detectors"] = ["dice", {"knn": {"k": 5}}]
+    settings["detectors"] = ["dice", "odin", "mahalanobis_ensemble", {"knn": {"k": 5}}]
     settings["index"] = {"kind": "IVF4,Flat"}
     return settings
 

@@ -67,12 +67,16 @@ class Gram(Detector):
 
 
 def products(pooled: Float, stages: tuple[int, ...], orders: tuple[int, ...]) -> Iterator[tuple[int, Float]]:
-    """Number of the stage and (N, M) g of Gram matrices, for every stage and order in turn."""
+    """Number of the stage and (N, M) g of Gram matrices, for every stage and order in turn.
+
+    As the matrix is an outer product, g_i is f_i, without its sign if q is even, times a root of Σ_j f_j^q.
+    """
     for stage, own in enumerate(np.split(pooled, np.cumsum(stages)[:-1], axis=1)):
+        size = np.abs(own)
         for order in orders:
-            powers = own**order
-            powers *= powers.sum(axis=1, keepdims=True)
-            yield stage, np.sign(powers) * np.abs(powers) ** (1 / order)
+            total = (own**order).sum(axis=1, keepdims=True)
+            root = np.sign(total) * np.abs(total) ** (1 / order)
+            yield stage, (own if order % 2 else size) * root
 
 
 def held_out(pooled: NDArray[np.float32]) -> Mask:
@@ -132,16 +136,16 @@ class Ranges(Statistic[Extremes]):
 def _extremes(batch: Batch, stages: tuple[int, ...], orders: tuple[int, ...]) -> Extremes:
     kept = ~held_out(batch[_COLUMN])
     pooled = batch[_COLUMN][kept].astype(np.float64)
-    classes, where = np.unique(batch[PREDICTION][kept].astype(np.int64), return_inverse=True)
-    lows, highs = [], []
-    for _, found in products(pooled, stages, orders):
-        low = np.full((len(classes), found.shape[1]), np.inf)
-        high = -low
-        np.minimum.at(low, where, found)
-        np.maximum.at(high, where, found)
-        lows.append(low)
-        highs.append(high)
-    return Extremes(classes, np.hstack(lows), np.hstack(highs))
+    prediction = batch[PREDICTION][kept].astype(np.int64)
+    order = np.argsort(prediction, kind="stable")
+    classes, starts = np.unique(prediction[order], return_index=True)
+    if not len(classes):
+        return Extremes(classes, *np.empty((2, 0, sum(stages) * len(orders))))
+    found = [values for _, values in products(pooled[order], stages, orders)]
+    low, high = (
+        np.hstack([edge.reduceat(each, starts) for each in found]) for edge in (np.minimum, np.maximum)
+    )
+    return Extremes(classes, low, high)
 
 
 @dataclass(frozen=True)
