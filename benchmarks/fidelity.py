@@ -1,11 +1,12 @@
-"""Our scores against those of pytorch-ood, on the same features, and writes `fidelity.md`.
+"""Our scores against those of pytorch-ood, on the same features and images, and writes `fidelity.md`.
 
     pip install --no-deps pytorch-ood==0.4.0
     python benchmarks/fidelity.py
 
 pytorch-ood is no dependency of this project: install it into an environment of its own that sees the
 project's (`python -m venv --system-site-packages`), or remove it afterwards. Nothing but the shipped
-classifier and images is read. Takes a minute on one thread. Methods that one of the two lacks are left out.
+classifier and images is read. Takes some minutes on one thread. Methods that one of the two lacks are left
+out.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ from scipy.special import expit
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from pipeline import detectors, quickstart, statistics
+from pipeline import detectors, extras, quickstart, statistics, taps
 from pipeline.columns import FEATURE, LABEL, LOGITS, PREDICTION, Batch, Float
-from pipeline.detectors.base import NEIGHBOURS, Detector, Training, bank_of
+from pipeline.config import Transform
+from pipeline.detectors.base import NEIGHBOURS, Detector, Dropped, Extra, Pooled, Training, bank_of
+from pipeline.detectors.gram import held_out
+from pipeline.images import Pixels
 from pipeline.logits import logsumexp, softmax
+from pipeline.model import Classifier
 from pipeline.quickstart.resnet import build
 from pipeline.statistics import Head
 
@@ -44,6 +49,11 @@ RESULTS = Path(__file__).with_name("fidelity.md")
 SHIPPED = Path(quickstart.__file__).parent
 TOLERANCE = 1e-4
 """Scores that differ by no more of their range are the same: pytorch-ood computes most in float32."""
+TRANSFORM = Transform(resize=28, crop=28, mean=(0.2860,), std=(0.3530,), channels=1)
+DROPOUT = 0.2
+"""Rate of a layer that the network gets before its last one; it is at work in MC dropout alone."""
+PART = 256
+"""Images that go through the network at a time."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +63,60 @@ class Rows:
     train: Batch
     query: Batch
     layer: nn.Linear
+    classifier: Classifier | None = None
+    """The whole network, for what takes more than features."""
+    pixels: Mapping[str, Pixels] = field(default_factory=dict)
+    """Images (N, 28, 28, 1) of `train` and `query`."""
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    """The same (N, 1, 28, 28), normalised."""
 
     @property
     def head(self) -> Head:
         """The last layer as arrays."""
-        return Head(self.layer.weight.detach().numpy(), self.layer.bias.detach().numpy())
+        weight, bias = (values.detach().numpy() for values in (self.layer.weight, self.layer.bias))
+        return Head(weight, bias, tuple(self.stages.values()))
+
+    @property
+    def stages(self) -> Mapping[str, int]:
+        """Channels of the blocks that end a stage, by name."""
+        return self.classifier.taps.stages if self.classifier else {}
+
+    @property
+    def network(self) -> Any:
+        """The network as a module."""
+        assert self.classifier
+        return self.classifier.module
+
+    def parts(self, rows: str) -> Iterator[Tensor]:
+        """Normalised images of `train` or `query`, as precise as the last layer."""
+        return (part.to(self.layer.weight.dtype) for part in self.images[rows].split(PART))
+
+    def measured(self, rows: str, spec: Extra) -> NDArray[Any]:
+        """A column of ours that takes more than features."""
+        assert self.classifier
+        pixels = self.pixels[rows]
+        keys = [str(number) for number in range(len(pixels))]
+        parts = [slice(start, start + PART) for start in range(0, len(pixels), PART)]
+        return np.concatenate(
+            [extras.measure(self.classifier, spec, pixels[part], keys[part]) for part in parts]
+        )
+
+    def with_extras(self, detector: Detector) -> Rows:
+        """The same with the columns that a detector reads beyond those of features."""
+        found = self
+        for spec in detector.extras():
+            for rows in ("train", "query") if detector.needs_train() else ("query",):
+                known = getattr(found, rows)
+                if spec.column not in known:
+                    found = replace(found, **{rows: {**known, spec.column: self.measured(rows, spec)}})
+        return found
+
+    def double(self) -> Rows:
+        """The same with a network that computes in float64."""
+        if self.classifier is None:
+            return replace(self, layer=deepcopy(self.layer).double())
+        module = deepcopy(self.classifier.module).double()
+        return replace(self, layer=module.fc, classifier=replace(self.classifier, module=module))
 
     def tensor(self, rows: str, column: str) -> Tensor:
         """A column of `train` or `query`; classes as int64, others as precise as the last layer."""
@@ -164,6 +223,81 @@ def maps(name: str, fitted: bool, **options: Any) -> Theirs:
     return score
 
 
+def whole(make: Callable[[Any, Rows], Any]) -> Theirs:
+    """A score of images, through the whole network."""
+
+    def score(peer: Any, rows: Rows) -> Tensor:
+        detector = make(peer, rows).to("cpu")
+        return torch.cat([detector.predict(part).detach() for part in rows.parts("query")])
+
+    return score
+
+
+def odin(**options: Any) -> Theirs:
+    """A step in pixel values takes the std of the transform."""
+    return whole(lambda peer, rows: peer.ODIN(rows.network, norm_std=list(TRANSFORM.std), **options))
+
+
+def stages(network: Any) -> list[nn.Module]:
+    """The parts of the network of which each ends where a stage does, in their order."""
+    stem = nn.Sequential(network.conv1, network.bn1, network.relu)
+    return [nn.Sequential(stem, network.layer1), network.layer2, network.layer3, network.layer4]
+
+
+def tail(network: Any) -> nn.Module:
+    """What follows the last stage."""
+    return nn.Sequential(network.avgpool, nn.Flatten(), network.fc)
+
+
+def rankfeat(*blocks: int) -> Theirs:
+    """One split of the network for each block; theirs knows one, so the mean of logits is taken here."""
+
+    def score(peer: Any, rows: Rows) -> Tensor:
+        layers, end = stages(rows.network), tail(rows.network)
+        splits = [(nn.Sequential(*layers[:n]), nn.Sequential(*layers[n:], end)) for n in blocks]
+        both = [peer.RankFeat(*split, detector=lambda logits: logits) for split in splits]
+        with torch.no_grad():
+            found = [torch.cat([each.predict(part) for part in rows.parts("query")]) for each in both]
+        return peer.EnergyBased.score(sum(found) / len(found))  # type: ignore[no-any-return]
+
+    return score
+
+
+def layers_gradnorm(*layers: str) -> Theirs:
+    """Theirs takes parameters by name; ours the weights of linear and convolutional layers."""
+
+    def make(peer: Any, rows: Rows) -> Any:
+        modules = rows.network.named_modules()
+        weighted = [name for name, module in modules if isinstance(module, (nn.Conv2d, nn.Linear))]
+        chosen = {f"{name}.weight" for name in weighted if name.partition(".")[0] in layers}
+        return peer.GradNorm(rows.network, param_filter=lambda name: name in chosen)
+
+    return whole(make)
+
+
+def ensemble(peer: Any, rows: Rows, weights: list[float]) -> Tensor:
+    """Mahalanobis distances of several layers with these weights, from images."""
+    detector = peer.MultiMahalanobis(stages(rows.network), alpha=weights).to("cpu")
+    parts = list(rows.parts("train"))
+    with torch.no_grad():
+        detector.fit(list(zip(parts, rows.tensor("train", LABEL).split(PART), strict=True)))
+        return torch.cat([detector.predict(part) for part in rows.parts("query")])
+
+
+def gram(peer: Any, rows: Rows) -> Tensor:
+    """Theirs, from the maps of images with all their positions; fitted to the true classes."""
+    torch.manual_seed(0)
+    detector = peer.Gram(tail(rows.network), stages(rows.network), rows.layer.out_features, ORDERS).to("cpu")
+    detector.fit(list(zip(rows.parts("train"), rows.tensor("train", LABEL).split(PART), strict=True)))
+    return torch.cat([detector.predict(part) for part in rows.parts("query")])
+
+
+def mcdropout(peer: Any, rows: Rows) -> Tensor:
+    """Theirs switches the network to training mode, but for its batch normalisations."""
+    torch.manual_seed(0)
+    return whole(lambda peer, rows: peer.MCD(rows.network, samples=SAMPLES, mode="mean"))(peer, rows)
+
+
 def gradnorm(peer: Any, rows: Rows) -> Tensor:
     """Theirs differentiates a model; here the last layer on features."""
     detector = peer.GradNorm(rows.layer, param_filter=lambda name: name == "weight").to("cpu")
@@ -211,11 +345,66 @@ def same_shift(peer: Any, rows: Rows, ours: Float, theirs: Float) -> float:
         return difference(ours, openmax(tail=8)(peer, rows).numpy())
 
 
+def same_means(peer: Any, rows: Rows, ours: Float, theirs: Float) -> float:
+    """Ours against theirs on means over positions, by predicted class, with the rows we hold out."""
+    train, query = rows.train[Pooled().column], rows.query[Pooled().column]
+    drawn, widths = held_out(train), list(rows.stages.values())
+
+    def maps(values: NDArray[Any]) -> list[Tensor]:
+        return [part[:, :, None, None] for part in torch.from_numpy(values).double().split(widths, dim=1)]
+
+    def one_hot(batch: Batch) -> Tensor:
+        return torch.eye(rows.layer.out_features)[torch.from_numpy(batch[PREDICTION]).long()]
+
+    detector = peer.Gram(None, [None] * len(widths), rows.layer.out_features, ORDERS).to("cpu")
+    kept = maps(train[~drawn])
+    detector.validation_fraction = 0.0
+    with patch.object(detector, "_create_feature_list", lambda _: (None, kept)):
+        detector.fit([(torch.empty(0), torch.from_numpy(rows.train[PREDICTION][~drawn]).long())])
+    expected = []
+    for stage in range(len(widths)):
+        detector.layer_norm = torch.full((len(widths),), torch.inf)
+        detector.layer_norm[stage] = 1
+        found = detector.predict_structured(one_hot(rows.train)[drawn], maps(train[drawn]))
+        expected.append(found.mean())
+    detector.layer_norm = torch.stack(expected)
+    return difference(ours, detector.predict_structured(one_hot(rows.query), maps(query)).numpy())
+
+
+def same_masks(peer: Any, rows: Rows, ours: Float, theirs: Float) -> float:
+    """Ours against theirs with a dropout layer that plays back the masks of ours."""
+    masked: list[Tensor] = []
+    hook = rows.layer.register_forward_pre_hook(lambda _, inputs: masked.append(inputs[0]))
+    rows.measured("query", Dropped(samples=SAMPLES))
+    hook.remove()
+    network = deepcopy(rows.network)
+    network.avgpool = Played(masked)
+    played = replace(rows, layer=network.fc, classifier=replace(rows.classifier, module=network))
+    return difference(ours, mcdropout(peer, played).numpy())
+
+
+class Played(nn.Module):
+    """Gives what was recorded, one after the other."""
+
+    def __init__(self, recorded: list[Tensor]) -> None:
+        super().__init__()
+        self.recorded = iter(recorded)
+
+    def forward(self, _: Tensor) -> Tensor:
+        """The next one."""
+        return next(self.recorded)
+
+
 def clipped(peer: Any, rows: Rows, ours: Float, theirs: Float) -> float:
     """Energy of features between the percentiles of every dimension against theirs."""
     feature = np.clip(rows.query[FEATURE], *np.percentile(rows.train[FEATURE], [10, 90], axis=0))
     return difference(-logsumexp(feature @ rows.head.weight.T + rows.head.bias), theirs)
 
+
+SAMPLES = 4
+"""Passes of MC dropout."""
+ORDERS = [1, 2, 3, 4, 5]
+"""Orders of Gram matrices."""
 
 COMPARISONS = (
     Comparison("msp", logits("MaxSoftmax")),
@@ -298,6 +487,31 @@ COMPARISONS = (
     Comparison("ash", maps("ASH", fitted=False, variant="ash-b", percentile=0.65), {"variant": "b", "p": 65}),
     Comparison("ash", maps("ASH", fitted=False, variant="ash-p", percentile=0.6), {"variant": "p", "p": 60}),
     Comparison("scale", maps("SCALE", fitted=False, percentile=0.85), {"p": 85}),
+    Comparison("odin", odin()),
+    Comparison(
+        "odin",
+        odin(eps=0.02, temperature=1.0),
+        {"temperature": 1.0, "noise": 0.02},
+    ),
+    Comparison("rankfeat", rankfeat(3, 4)),
+    Comparison("rankfeat", rankfeat(4), {"blocks": ["last"]}),
+    Comparison("gradnorm", layers_gradnorm("layer4", "fc"), {"layers": ["layer4", "fc"]}),
+    Comparison("mcdropout", mcdropout, {"samples": SAMPLES}, left=same_masks),
+    Comparison(
+        "mahalanobis_ensemble",
+        partial(ensemble, weights=[1, 1, 1, 1]),
+        {"weights": [1, 1, 1, 1]},
+        scale=lambda ours, rows: ours / (2 * len(rows.train[FEATURE])),
+        scaled="ours / 2N: theirs is half the distance under the scatter, not divided by N",
+    ),
+    Comparison(
+        "mahalanobis_ensemble",
+        partial(ensemble, weights=[1 / 16, 1 / 32, 1 / 64, 1 / 128]),
+        scale=lambda ours, rows: ours / (2 * len(rows.train[FEATURE])),
+        scaled="ours / 2N: theirs is half the distance under the scatter, not divided by N; its weights are "
+        "set to 1 / channels",
+    ),
+    Comparison("gram", gram, {"orders": ORDERS}, left=same_means),
 )
 
 EXPLANATIONS = {
@@ -310,6 +524,10 @@ EXPLANATIONS = {
     "distribution, ours to 1, the default of libMR's Python interface; the fit depends on the shift. Theirs "
     "also gives a row another score in another batch: distances from a class that is predicted for no row "
     "of the batch are left at 0.",
+    "gram": "theirs takes the matrices of all positions, ours those of the means over positions; theirs "
+    "has ranges by true class, ours by predicted class, by which a new image is compared; each holds out "
+    "another tenth of the rows.",
+    "mcdropout": "the masks are other draws. With ours played back to theirs nothing differs.",
     "vra": "theirs takes percentiles of every dimension by itself and raises low entries to the lower one; "
     "ours takes them over all entries and sets low entries to 0, as recalled from the paper.",
 }
@@ -320,11 +538,17 @@ def load() -> Rows:
     """The shipped images through the shipped classifier."""
     network = build()
     network.load_state_dict(load_file(SHIPPED / "resnet.safetensors"))
-    network.eval()
+    network.avgpool = nn.Sequential(network.avgpool, nn.Dropout(DROPOUT))
+    network.eval().requires_grad_(False)
     images = np.load(SHIPPED / "images.npz")
     seen = [images[name] for name in ("id_test_x", "ood_animals_x", "ood_textures_x")]
     train = {**forward(network, images["id_train_x"]), LABEL: images["id_train_y"].astype(np.int32)}
-    return Rows(train, forward(network, np.concatenate(seen)), network.fc)
+    pixels = {"train": images["id_train_x"][..., None], "query": np.concatenate(seen)[..., None]}
+    found = taps.find(network, torch.rand(2, 1, 28, 28))
+    classifier = Classifier(network, TRANSFORM, found, digest="", architecture="")
+    normalised = {rows: classifier.images(values) for rows, values in pixels.items()}
+    query = forward(network, np.concatenate(seen))
+    return Rows(train, query, network.fc, classifier, pixels, normalised)
 
 
 def forward(network: nn.Module, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -341,8 +565,10 @@ def forward(network: nn.Module, pixels: NDArray[np.uint8]) -> dict[str, NDArray[
 
 def score(detector: Detector, rows: Rows) -> Float:
     """Our scores of the query rows, through the contract of every detector."""
+    rows = rows.with_extras(detector)
     known = statistics.of(rows.train, [*detector.statistics(), *detector.calibration()], rows.head)
-    scorer = detector.fit(Training(rows.head.weight, rows.head.bias, train=known, id_val=known))
+    head, stages = rows.head, rows.stages
+    scorer = detector.fit(Training(head.weight, head.bias, stages=stages, train=known, id_val=known))
     bank = bank_of(scorer)
     if bank is None:
         return scorer(rows.query)
@@ -363,11 +589,13 @@ def difference(ours: Float, theirs: Float) -> float:
 
 def compare(comparison: Comparison, peer: Any, rows: Rows) -> Outcome:
     """Fit and score on both sides."""
-    found = score(detectors.get(comparison.method).model_validate(comparison.parameters), rows)
+    detector = detectors.get(comparison.method).model_validate(comparison.parameters)
+    rows = rows.with_extras(detector)
+    found = score(detector, rows)
     ours = comparison.scale(found, rows)
     theirs = comparison.theirs(peer, rows).detach().numpy().astype(np.float64)
     with in_double():
-        exact = replace(rows, layer=deepcopy(rows.layer).double())
+        exact = rows.double()
         precise = comparison.theirs(peer, exact).detach().numpy()
         left = comparison.left(peer, exact, ours, precise) if comparison.left else None
     return Outcome(
@@ -401,7 +629,9 @@ def page(outcomes: Iterable[Outcome], rows: Rows, missing: Iterable[str]) -> str
         "",
         "Written by `python benchmarks/fidelity.py`; not edited by hand. Both are fitted to the same "
         f"{len(rows.train[FEATURE]):,} cached training features of the shipped classifier and score the same "
-        f"{len(rows.query[FEATURE]):,} test, animal and texture features, with the same parameters. "
+        f"{len(rows.query[FEATURE]):,} test, animal and texture features, with the same parameters. Methods "
+        "that take more than features get the same normalised images; for MC dropout the network has a "
+        f"dropout layer of rate {DROPOUT:g} before its last layer. "
         "Difference: the largest of a row, as a share of the range of our scores, after the scale named "
         "below; in float64: the same with pytorch-ood made to compute in float64, as ours do. "
         f"Same: at most {TOLERANCE:g}.",

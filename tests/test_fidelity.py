@@ -53,3 +53,15 @@ def test_neighbours_are_looked_up_in_the_training_rows(fidelity: ModuleType) -> 
     few = {column: values[:50] for column, values in rows.train.items()}
     found = fidelity.score(detectors.get("knn")(k=1), fidelity.Rows(few, few, rows.layer))
     np.testing.assert_allclose(found, 0, atol=1e-6)
+
+
+def test_columns_beyond_the_features_are_measured_on_the_images_behind_the_rows(fidelity: ModuleType) -> None:
+    rows = fidelity.load()
+    few = {column: values[:20] for column, values in rows.query.items()}
+    pixels = {name: values[:20] for name, values in rows.pixels.items()}
+    images = fidelity.Rows(rows.train, few, rows.layer, rows.classifier, pixels)
+    unmoved = fidelity.score(detectors.get("odin")(noise=0), images)
+    np.testing.assert_allclose(unmoved, fidelity.score(detectors.get("msp")(temperature=1000), images))
+    double = images.double()
+    assert {each.dtype for each in double.network.parameters()} == {double.layer.weight.dtype}
+    assert double.layer is double.network.fc
