@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from pipeline import layout, taps
+from pipeline import gradients, layout, taps
 from pipeline.detectors.base import Dropped, Extra, ParameterGradient, Perturbed, Pooled, RankReduced
 from pipeline.errors import UserError, unknown
 from pipeline.images import Pixels
@@ -242,24 +242,20 @@ def _gradient_norms(
     if twice := next((name for name in count if count[name] > 1), None):
         raise UserError(f"layers: {twice!r} is in two of them and would count twice. Leave one out.")
 
-    def norms(image: Tensor) -> Tensor:
-        gradients = grad(_uniform_loss)(named, classifier.module, image, spec.temperature)
-        flat = [torch.cat([gradients[name].flatten() for name in group]) for group in groups]
-        return torch.stack(
-            [torch.linalg.vector_norm(each, spec.order, dtype=torch.float64) for each in flat]
-        )  # in float32, powers of small entries are 0
-
-    size = 16 * sum(each.numel() for each in named.values())  # the gradients, flat, and in float64
-    found: Tensor = vmap(norms, chunk_size=max(1, min(len(images), GRADIENTS // size)))(images)
-    return found
+    size = 16 * sum(each.numel() for each in named.values())  # the gradients, their parts, and in float64
+    rows = max(1, min(len(images), GRADIENTS // size))
+    return torch.cat([_norms(classifier, groups, some, spec) for some in torch.split(images, rows)])
 
 
-def _uniform_loss(
-    parameters: Mapping[str, Tensor], module: nn.Module, image: Tensor, temperature: float
+def _norms(
+    classifier: Classifier, groups: Sequence[Collection[str]], images: Tensor, spec: ParameterGradient
 ) -> Tensor:
-    """KL(u ‖ softmax(z / T)) of one image, up to a constant."""
-    logits: Tensor = functional_call(module, dict(parameters), (image.unsqueeze(0),))
-    return -functional.log_softmax(logits[0] / temperature, dim=0).mean()
+    """(N, L) norm of the gradient of every image in every group of parameters."""
+    names = [name for group in groups for name in group]
+    found = gradients.per_image(classifier, names, images, spec.temperature)
+    # In float32, powers of small entries are 0.
+    norm = partial(torch.linalg.vector_norm, ord=spec.order, dim=1, dtype=torch.float64)
+    return torch.stack([norm(torch.stack([norm(found[name]) for name in group], 1)) for group in groups], 1)
 
 
 def _parameters(module: nn.Module, name: str, bias: bool) -> dict[str, Tensor]:

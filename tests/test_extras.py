@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from pipeline import config, extras, model, quickstart, taps
+from pipeline import config, extras, gradients, model, quickstart, taps
 from pipeline.columns import FEATURE, LOGITS
 from pipeline.config import Transform
 from pipeline.detectors.base import Dropped, ParameterGradient, Perturbed, Pooled, RankReduced
@@ -620,6 +620,53 @@ def test_gradient_norms_are_those_of_one_backward_pass(pixels, layers, bias, gro
         expected = [gradient_norms(classifier, image, groups, order, temperature) for image in pixels]
         found = extras.measure(classifier, spec, pixels, KEYS)
         np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+class Various(Maps):
+    """Layers that factor in different ways, and some that do not factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, (3, 2), (2, 1), (1, 0), (1, 2))
+        self.body = nn.Sequential(
+            nn.Conv2d(6, 8, 3, padding=1, groups=2, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 8, 3, padding="same"),
+            nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+        )
+        self.mixed = nn.Linear(8, 8)  # over positions
+        self.line = nn.Conv1d(8, 8, 3)
+        self.twice = nn.Linear(8, 8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.tanh(self.mixed(self.body(self.stem(x)).flatten(2).mT))
+        y = self.line(tokens.mT).mean(dim=2)
+        return self.fc(torch.tanh(self.twice(torch.tanh(self.twice(y)))))
+
+
+VARIOUS = {
+    "stem.weight": True,
+    "stem.bias": True,
+    "body.0.weight": True,
+    "body.2.weight": False,
+    "body.3.bias": False,
+    "mixed.weight": True,
+    "mixed.bias": True,
+    "line.weight": False,
+    "twice.weight": False,
+    "fc.weight": True,
+}
+"""Whether the gradient of a parameter is found as a product."""
+
+
+def test_gradients_are_those_of_one_backward_pass_whatever_the_layer(pixels):
+    classifier = toy(Various)
+    assert {name: gradients._factors(classifier, name) for name in VARIOUS} == VARIOUS
+    spec = ParameterGradient(layers=tuple(VARIOUS), order=2)
+    expected = [gradient_norms(classifier, image, [[name] for name in VARIOUS], 2, 1) for image in pixels]
+    np.testing.assert_allclose(extras.measure(classifier, spec, pixels, KEYS), expected, rtol=2e-5)
+    assert hooks(classifier.module) == 0
 
 
 @pytest.mark.parametrize("order", [1, 2])
