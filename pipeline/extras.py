@@ -9,7 +9,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -253,9 +252,15 @@ def _norms(
     """(N, L) norm of the gradient of every image in every group of parameters."""
     names = [name for group in groups for name in group]
     found = gradients.per_image(classifier, names, images, spec.temperature)
-    # In float32, powers of small entries are 0.
-    norm = partial(torch.linalg.vector_norm, ord=spec.order, dim=1, dtype=torch.float64)
-    return torch.stack([norm(torch.stack([norm(found[name]) for name in group], 1)) for group in groups], 1)
+    parts = [torch.stack([_norm(found[name], spec.order) for name in group], dim=1) for group in groups]
+    return torch.stack([_norm(part, spec.order) for part in parts], dim=1)
+
+
+def _norm(rows: Tensor, order: float) -> Tensor:
+    """(N,) float64 norms of (N, size); in float32, high powers of small entries would be 0."""
+    exact = rows if order in (1, 2) else rows.double()
+    norm: Tensor = torch.linalg.vector_norm(exact, order, dim=1)
+    return norm.double()
 
 
 def _parameters(module: nn.Module, name: str, bias: bool) -> dict[str, Tensor]:
