@@ -144,11 +144,12 @@ def _without_largest(output: Tensor, place: Layout) -> Tensor:
 
     All tokens count as positions, those that stand for no position included: heads often read just one.
     The leading singular vector is the leading eigenvector of the smaller Gram matrix: the projection on its
-    complement is all that is needed of the decomposition.
+    complement is all that is needed of the decomposition. Of a matrix that is not finite there is none, which
+    is no error of the other images: NaN counts as 0, and infinity as the largest number.
     """
     changed = output.clone()
     maps = changed.transpose(1, 2) if changed.dim() == 3 else place.maps(changed)
-    matrix = maps.flatten(2).double().nan_to_num()  # an image that gives NaN is no error of the others
+    matrix = maps.flatten(2).nan_to_num().double()  # infinite ones stay finite when they are squared
     wide = matrix.shape[1] <= matrix.shape[2]
     vector = torch.linalg.eigh(matrix @ matrix.mT if wide else matrix.mT @ matrix).eigenvectors[:, :, -1:]
     largest = vector @ (vector.mT @ matrix) if wide else (matrix @ vector) @ vector.mT

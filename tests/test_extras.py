@@ -370,14 +370,17 @@ def test_maps_of_rank_one_lose_everything(pixels):
     assert np.abs(reduced).max() < 1e-6 < np.abs(classifier.forward(pixels)[FEATURE]).max()
 
 
-def test_an_image_whose_maps_are_not_finite_leaves_the_others_alone(pixels):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_image_whose_maps_are_not_finite_leaves_the_others_alone(pixels, value):
     classifier, spec = toy(Maps), RankReduced(block="last")
 
     def spoil(_module, _inputs, output: Tensor) -> Tensor:
-        return output.index_fill(0, torch.tensor([2]), math.nan)
+        spoiled = output.clone()
+        spoiled[2, 0] = value
+        return spoiled
 
     whole = extras.measure(classifier, spec, pixels, KEYS)
-    with taps.hooked(classifier.module, {"body.2": spoil}):
+    with taps.hooked(classifier.module, {"body.3": spoil}):
         spoiled = extras.measure(classifier, spec, pixels, KEYS)
     np.testing.assert_array_equal(np.delete(spoiled, 2, axis=0), np.delete(whole, 2, axis=0))
 
