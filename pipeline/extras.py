@@ -236,7 +236,10 @@ def _pooling(classifier: Classifier) -> Iterator[dict[str, Tensor]]:
 def _gradient_norms(
     classifier: Classifier, spec: ParameterGradient, images: Tensor, _: Sequence[str]
 ) -> Tensor:
-    """See `ParameterGradient`; gradients of several images at a time, as many as `GRADIENTS` has room for."""
+    """See `ParameterGradient`; gradients of several images at a time, as many as `GRADIENTS` has room for.
+
+    Always of equally many, as other numbers give other bits.
+    """
     groups = [_parameters(classifier.module, name, spec.bias) for name in spec.layers]
     named = {name: each for group in groups for name, each in group.items()}
     count = Counter(name for group in groups for name in group)
@@ -251,7 +254,9 @@ def _gradient_norms(
         )  # in float32, powers of small entries are 0
 
     size = 16 * sum(each.numel() for each in named.values())  # the gradients, flat, and in float64
-    found: Tensor = vmap(norms, chunk_size=max(1, min(len(images), GRADIENTS // size)))(images)
+    room = max(1, min(len(images), GRADIENTS // size))
+    together = next(number for number in range(room, 0, -1) if len(images) % number == 0)
+    found: Tensor = vmap(norms, chunk_size=together)(images)
     return found
 
 

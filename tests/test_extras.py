@@ -657,6 +657,17 @@ def test_how_many_gradients_there_is_room_for_changes_nothing(pixels, monkeypatc
     np.testing.assert_allclose(extras.measure(classifier, spec, pixels, KEYS), together, rtol=1e-5)
 
 
+@pytest.mark.parametrize("room", [1, 2, 3, 4, 5, 6])
+def test_gradients_are_taken_of_equally_many_images_at_a_time(pixels, monkeypatch, room):
+    """Else the bits of a norm would depend on where in its batch an image stands."""
+    classifier, spec = toy(Maps), ParameterGradient(layers=("fc",))
+    taken, vmap = [], extras.vmap
+    monkeypatch.setattr(extras, "GRADIENTS", room * 16 * classifier.module.fc.weight.numel())
+    monkeypatch.setattr(extras, "vmap", lambda call, chunk_size: taken.append(chunk_size) or vmap(call))
+    extras.measure(classifier, spec, pixels, KEYS)
+    assert taken == [max(number for number in (1, 2, 3, 6) if number <= room)]
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
