@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline import config, datasets, extract, model, shards, store
 from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
-from pipeline.detectors.base import Perturbed, Pooled
+from pipeline.detectors.base import ParameterGradient, Perturbed, Pooled, RankReduced
 from pipeline.errors import UserError
 
 
@@ -258,19 +258,49 @@ def test_logits_are_of_full_precision_whatever_the_body_is(job, plan, classifier
     assert len(np.unique(found[LOGITS])) > 0.99 * found[LOGITS].size  # half precision has many ties
 
 
-def test_a_compiled_network_gives_the_same_features(job, plan, monkeypatch) -> None:
-    """By the tracer alone, without the C++ compiler that the default backend needs."""
-    compiler, graphs = torch.compile, []
+@pytest.fixture
+def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
+    """What is compiled, by the tracer alone, without the C++ compiler that the default backend needs."""
+    compiler, found = torch.compile, []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
+        found.append(graph)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda *given, **kept: compiler(*given, backend=backend, **kept))
+    return found
+
+
+def test_a_compiled_network_gives_the_same_features(job, plan, graphs) -> None:
     reference, other = extracted(job, plan, 200), extracted(job, variant(plan, compile=True), 200)
     assert len(graphs) == 1
     for name in (FEATURE, LOGITS, BLOCK_NORM):
         np.testing.assert_array_equal(other[name], reference[name])
+
+
+def test_a_compiled_network_gives_the_same_extras_and_is_compiled_once(job, plan, classifier, graphs) -> None:
+    specs = [MOVED, POOLED, RankReduced(block="early"), ParameterGradient(layers=("layer4", "fc"))]
+    compiled = model.load(plan.model, 0).tuned(plan.settings, compiled=True)
+    found = []
+    for each in (classifier, compiled):
+        others = extract.Others(each, specs)
+        extract.extract_rows(each, rows_of(job, 0, 150, plan, 64), plan.settings, others=others)
+        found.append(others.parts)
+    assert len(graphs) == 1
+    for spec in specs:
+        for one, other in zip(found[0][spec], found[1][spec], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_layer_that_the_compiler_leaves_alone_is_still_tapped(job, plan, classifier, graphs) -> None:
+    other = model.load(plan.model, 0)
+    other.module.layer3.forward = torch.compiler.disable(other.module.layer3.forward)
+    other = other.tuned(plan.settings, compiled=True)
+    pixels = next(rows_of(job, 0, 64, plan, 64)).pixels
+    found, expected = other.forward(pixels), classifier.forward(pixels)
+    assert len(graphs) > 1
+    for name in (FEATURE, LOGITS, BLOCK_NORM):
+        np.testing.assert_array_equal(found[name], expected[name])
 
 
 def test_a_decoder_that_is_not_installed_is_refused(job, plan, classifier, monkeypatch) -> None:
