@@ -143,11 +143,12 @@ def _without_largest(output: Tensor, place: Layout) -> Tensor:
 
     All tokens count as positions, those that stand for no position included: heads often read just one.
     The leading singular vector is the leading eigenvector of the smaller Gram matrix: the projection on its
-    complement is all that is needed of the decomposition.
+    complement is all that is needed of the decomposition. Of a matrix that is not finite there is none, which
+    is no error of the other images: NaN counts as 0, and infinity as the largest number.
     """
     changed = output.clone()
     maps = changed.transpose(1, 2) if changed.dim() == 3 else place.maps(changed)
-    matrix = maps.flatten(2).double().nan_to_num()  # an image that gives NaN is no error of the others
+    matrix = maps.flatten(2).nan_to_num().double()  # infinite ones stay finite when they are squared
     wide = matrix.shape[1] <= matrix.shape[2]
     vector = torch.linalg.eigh(matrix @ matrix.mT if wide else matrix.mT @ matrix).eigenvectors[:, :, -1:]
     largest = vector @ (vector.mT @ matrix) if wide else (matrix @ vector) @ vector.mT
@@ -234,7 +235,10 @@ def _pooling(classifier: Classifier) -> Iterator[dict[str, Tensor]]:
 def _gradient_norms(
     classifier: Classifier, spec: ParameterGradient, images: Tensor, _: Sequence[str]
 ) -> Tensor:
-    """See `ParameterGradient`; gradients of several images at a time, as many as `GRADIENTS` has room for."""
+    """See `ParameterGradient`; gradients of several images at a time, as many as `GRADIENTS` has room for.
+
+    Always of equally many, as other numbers give other bits.
+    """
     groups = [_parameters(classifier.module, name, spec.bias) for name in spec.layers]
     named = {name: each for group in groups for name, each in group.items()}
     count = Counter(name for group in groups for name in group)
@@ -242,8 +246,9 @@ def _gradient_norms(
         raise UserError(f"layers: {twice!r} is in two of them and would count twice. Leave one out.")
 
     size = 16 * sum(each.numel() for each in named.values())  # the gradients, their parts, and in float64
-    rows = max(1, min(len(images), GRADIENTS // size))
-    return torch.cat([_norms(classifier, groups, some, spec) for some in torch.split(images, rows)])
+    room = max(1, min(len(images), GRADIENTS // size))
+    together = next(number for number in range(room, 0, -1) if len(images) % number == 0)
+    return torch.cat([_norms(classifier, groups, some, spec) for some in torch.split(images, together)])
 
 
 def _norms(

@@ -131,24 +131,17 @@ class Classifier:
     def _compile(self) -> Callable[[Tensor], Traced]:
         """The traced forward pass as one compiled function, with hooks that stay: new ones recompile."""
         seen: dict[str, Tensor] = {}
+        working: list[bool] = []
 
         def keep(head: nn.Module, inputs: Any) -> None:
-            if torch.compiler.is_compiling():  # not where the module is called for something else
-                seen[FEATURE] = taps.penultimate(head, inputs[0])
+            seen[FEATURE] = taps.penultimate(head, inputs[0])
 
-        def norm(name: str, place: Layout) -> Any:
-            into = _norm_into(norms, name, place)
-
-            def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-                if torch.compiler.is_compiling():
-                    into(module, inputs, output)
-
-            return keep
-
-        self.module.get_submodule(self.taps.head).register_forward_pre_hook(keep)
+        self.module.get_submodule(self.taps.head).register_forward_pre_hook(_while(working, keep))
         norms: dict[str, Tensor] = {}
         for name, place in zip(self.taps.blocks, self.taps.layouts, strict=True):
-            self.module.get_submodule(name).register_forward_hook(norm(name, place))
+            self.module.get_submodule(name).register_forward_hook(
+                _while(working, _norm_into(norms, name, place))
+            )
 
         def traced(images: Tensor) -> Traced:
             seen.clear()
@@ -160,7 +153,17 @@ class Classifier:
             norms.clear()
             return result
 
-        return torch.compile(traced, dynamic=False)
+        compiled = torch.compile(traced, dynamic=False)
+
+        def run(images: Tensor) -> Traced:
+            working.append(True)  # seen also by layers that the compiler leaves alone
+            try:
+                result: Traced = compiled(images)
+                return result
+            finally:
+                working.clear()
+
+        return run
 
     @contextmanager
     def tapped(self, feature: list[Tensor]) -> Iterator[None]:
@@ -235,6 +238,16 @@ def _norm_into(norms: dict[str, Tensor], name: str, place: Layout) -> Any:
         norms[name] = feature_norm(place.maps(output))
 
     return keep
+
+
+def _while(working: list[bool], hook: Any) -> Any:
+    """The hook, but where the module is called for something else."""
+
+    def call(*arguments: Any) -> None:
+        if working:
+            hook(*arguments)
+
+    return call
 
 
 def _digest(module: nn.Module) -> str:

@@ -120,14 +120,19 @@ class Worker:
         return total, count
 
     def features_and(self, source: Manifest, rows: Index, extra: Extra) -> list[tuple[Float, Float]]:
-        """Penultimate features of some rows and an extra of theirs, by batch."""
+        """Penultimate features of some rows, as precise as stored ones, and an extra of theirs, by batch.
+
+        Rows that are not finite are left out.
+        """
         found = []
         for pixels, kept in self._batches(source, rows):
             whole = padded(pixels, self.size)
             keys = padded(source.take(kept)[KEY].to_numpy(), self.size).tolist()
             values = extras.measure(self.classifier, extra, whole, keys)[: len(pixels)]
             feature = self._forward(pixels, blocks=False)[FEATURE]
-            found.append((feature.astype(np.float64), values.astype(np.float64)))
+            stored = feature.astype(self.plan.settings.feature_dtype).astype(np.float64)
+            finite = np.isfinite(stored).all(axis=1) & np.isfinite(values).all(axis=1)
+            found.append((stored[finite], values[finite].astype(np.float64)))
         return found
 
     def noise(self, piece: int, count: int) -> tuple[NDArray[np.float32], Float]:
@@ -242,8 +247,8 @@ class Runner:
         rows = self.sample(spec, spec.samples, self.held_out)
         pieces = [(self.held_out, piece, spec.extra) for piece in self.pieces(rows)]
         found = [batch for batches in self.each("features_and", pieces) for batch in batches]
-        if not found:
-            raise UserError("datasets: none of the sampled ID images can be read.")
+        if not any(len(feature) for feature, _ in found):
+            raise UserError("datasets: none of the sampled ID images can be read and has finite features.")
         feature, extra = (np.concatenate(side) for side in zip(*found, strict=True))
         return {"feature": feature, "extra": extra, "samples": np.array(len(feature))}
 

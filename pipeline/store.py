@@ -55,10 +55,18 @@ def write_table(path: Place, table: pa.Table) -> None:
 
 
 def remove_folder(folder: Place) -> None:
-    """Delete a folder, its completion marker first: what a kill leaves then never looks complete."""
+    """Delete a folder, all completion markers first: what a kill leaves then never looks complete."""
     if folder.is_dir():
-        (folder / MANIFEST).unlink(missing_ok=True)
+        _unmark(folder)
         places.remove_folder(folder)
+
+
+def _unmark(folder: Place) -> None:
+    """Delete the completion markers of a folder and of those in it."""
+    inside = [entry.uri for entry in storage.entries(str(folder)) if entry.folder]
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for each in inside:
+        _unmark(places.at(each))
 
 
 def part_name(number: int) -> str:

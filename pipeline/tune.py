@@ -217,7 +217,7 @@ class Search(Run):
         holder = holders(detectors, scorers)
         holding = {label: detectors[label] for label in dict.fromkeys(holder.values())}
         trains = self.ready.of_role("train")
-        source = (store.Table.open(places.at(trains[0].folder)), self.ready.training) if trains else None
+        source = (trains[0].table(), self.ready.training) if trains else None
         return Fitted(scorers, fit_detectors(holding, training, cache, source).banks), holder
 
     def _passes(self, cache: Cache, specs: list[Pass]) -> dict[Pass, passes.Result]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline import config, datasets, extract, model, shards, store
 from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
-from pipeline.detectors.base import Perturbed, Pooled
+from pipeline.detectors.base import ParameterGradient, Perturbed, Pooled, RankReduced
 from pipeline.errors import UserError
 
 
@@ -181,18 +181,22 @@ def extracted(job: shards.Job, plan: shards.Plan, rows: int = 70) -> dict[str, N
     return store.numpy_columns(features, features.column_names)
 
 
+def unreadable(job: shards.Job, folder: Path, *lost: int) -> shards.Job:
+    """The same dataset, but that some images cannot be read."""
+    rows = job.manifest.read(0, 300).to_pylist()
+    for row in lost:
+        rows[row]["bytes"] = b"short"
+    path = folder / "manifest.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, datasets.SCHEMA), path, row_group_size=datasets.ROW_GROUP)
+    return replace(job, manifest=replace(job.manifest, path=str(path)))
+
+
 def test_decoding_in_a_stage_of_its_own_changes_no_bit(ray_session, job, plan, tmp_path) -> None:
     """Also where some images cannot be read, so that batches are cut differently."""
     fused, separate = (variant(plan, decode=mode, actors=1) for mode in ("fused", "separate"))
-    bad = job.manifest.read(0, 300).to_pylist()
-    for row in (0, 3, 89, 200):
-        bad[row]["bytes"] = b"short"
-    path = tmp_path / "manifest.parquet"
-    pq.write_table(pa.Table.from_pylist(bad, datasets.SCHEMA), path, row_group_size=datasets.ROW_GROUP)
-    manifest = replace(job.manifest, path=str(path))
     found = []
     for mode, chosen in {"fused": fused, "separate": separate}.items():
-        todo = replace(job, manifest=manifest, folder=str(tmp_path / mode))
+        todo = replace(unreadable(job, tmp_path, 0, 3, 89, 200), folder=str(tmp_path / mode))
         todo, chosen = with_extras(todo, variant(chosen, max_bad_fraction=1.0), MOVED, POOLED)
         numbers = extract.run([todo], chosen, lambda _: None)
         assert numbers["forward_images"] == 296
@@ -254,19 +258,49 @@ def test_logits_are_of_full_precision_whatever_the_body_is(job, plan, classifier
     assert len(np.unique(found[LOGITS])) > 0.99 * found[LOGITS].size  # half precision has many ties
 
 
-def test_a_compiled_network_gives_the_same_features(job, plan, monkeypatch) -> None:
-    """By the tracer alone, without the C++ compiler that the default backend needs."""
-    compiler, graphs = torch.compile, []
+@pytest.fixture
+def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
+    """What is compiled, by the tracer alone, without the C++ compiler that the default backend needs."""
+    compiler, found = torch.compile, []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
+        found.append(graph)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda *given, **kept: compiler(*given, backend=backend, **kept))
+    return found
+
+
+def test_a_compiled_network_gives_the_same_features(job, plan, graphs) -> None:
     reference, other = extracted(job, plan, 200), extracted(job, variant(plan, compile=True), 200)
     assert len(graphs) == 1
     for name in (FEATURE, LOGITS, BLOCK_NORM):
         np.testing.assert_array_equal(other[name], reference[name])
+
+
+def test_a_compiled_network_gives_the_same_extras_and_is_compiled_once(job, plan, classifier, graphs) -> None:
+    specs = [MOVED, POOLED, RankReduced(block="early"), ParameterGradient(layers=("layer4", "fc"))]
+    compiled = model.load(plan.model, 0).tuned(plan.settings, compiled=True)
+    found = []
+    for each in (classifier, compiled):
+        others = extract.Others(each, specs)
+        extract.extract_rows(each, rows_of(job, 0, 150, plan, 64), plan.settings, others=others)
+        found.append(others.parts)
+    assert len(graphs) == 1
+    for spec in specs:
+        for one, other in zip(found[0][spec], found[1][spec], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_layer_that_the_compiler_leaves_alone_is_still_tapped(job, plan, classifier, graphs) -> None:
+    other = model.load(plan.model, 0)
+    other.module.layer3.forward = torch.compiler.disable(other.module.layer3.forward)
+    other = other.tuned(plan.settings, compiled=True)
+    pixels = next(rows_of(job, 0, 64, plan, 64)).pixels
+    found, expected = other.forward(pixels), classifier.forward(pixels)
+    assert len(graphs) > 1
+    for name in (FEATURE, LOGITS, BLOCK_NORM):
+        np.testing.assert_array_equal(found[name], expected[name])
 
 
 def test_a_decoder_that_is_not_installed_is_refused(job, plan, classifier, monkeypatch) -> None:
@@ -322,8 +356,9 @@ def columns_of(job: shards.Job) -> dict[str, NDArray[Any]]:
     return table.read(0, table.rows, ["key", FEATURE, *(extra.column for extra in job.extras)])
 
 
-def test_extra_columns_are_the_same_with_the_features_and_later(job, plan) -> None:
-    """Also where some images cannot be read, so that batches are cut differently."""
+def test_extra_columns_are_the_same_with_the_features_and_later(job, plan, tmp_path) -> None:
+    """Also where some images cannot be read, one of them the first."""
+    job, plan = unreadable(job, tmp_path, 0, 3, 89, 200), variant(plan, max_bad_fraction=0.1)
     at_once, asked = with_extras(replace(job, folder=f"{job.folder}-1"), plan, MOVED, POOLED)
     write_all(at_once, asked)
     shards.finish(at_once, asked)
@@ -336,13 +371,13 @@ def test_extra_columns_are_the_same_with_the_features_and_later(job, plan) -> No
     assert not later.complete
     parts = [part.read_bytes() for part in sorted(Path(job.folder).glob("*.parquet"))]
     numbers = extract.run([later], asked, lambda _: None)
-    assert (numbers["forward_images"], numbers["perturbed_passes"], numbers["pooled_passes"]) == (0, 900, 300)
+    assert (numbers["forward_images"], numbers["perturbed_passes"], numbers["pooled_passes"]) == (0, 888, 296)
     assert parts == [part.read_bytes() for part in sorted(Path(job.folder).glob("*.parquet"))]
     assert later.complete and at_once.complete
     one, other = columns_of(at_once), columns_of(later)
     for name in one:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-    assert one[POOLED.column].shape == (300, 16 + 32 + 64 + 128)
+    assert one[POOLED.column].shape == (296, 16 + 32 + 64 + 128)
     assert np.abs(one[MOVED.column] - one[FEATURE]).max() > 0.01
 
 
@@ -387,20 +422,18 @@ def test_features_of_other_rows_make_an_extra_be_computed_again(job, plan) -> No
 def test_an_image_that_is_gone_since_its_features_were_extracted_is_named(job, plan, tmp_path) -> None:
     write_all(job, plan)
     shards.finish(job, plan)
-    rows = job.manifest.read(0, 300).to_pylist()
-    rows[95]["bytes"] = b"short"
-    path = tmp_path / "changed.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, datasets.SCHEMA), path, row_group_size=datasets.ROW_GROUP)
-    changed = replace(job, manifest=replace(job.manifest, path=str(path)))
-    changed, plan = with_extras(changed, plan, MOVED)
+    changed, plan = with_extras(unreadable(job, tmp_path, 95), plan, MOVED)
     shard = shards.missing(changed, 90)[1]
     failure = extract.Extractor(plan)(asdict(shard))["failure"]
-    assert failure.startswith(f"{rows[95]['key']}: it was read when its features were extracted")
+    key = job.manifest.read(95, 96)["key"][0].as_py()
+    assert failure.startswith(f"{key}: it was read when its features were extracted")
 
 
-def test_rows_without_features_have_no_extras(job, plan, classifier, monkeypatch) -> None:
-    """An image whose output is not finite is an error, and is left out of every column."""
-    job, plan = with_extras(job, plan, MOVED, POOLED)
+def test_rows_without_features_have_no_extras(ray_session, job, plan, monkeypatch) -> None:
+    """An image whose output is not finite is an error, and is left out of every column; the others stay."""
+    job, plan = with_extras(job, variant(plan, max_bad_fraction=0.1), MOVED, POOLED)
+    expected = replace(job, folder=f"{job.folder}-whole")
+    extract.run([expected], plan, lambda _: None)
     whole = model.Classifier.forward
 
     def broken(self: model.Classifier, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
@@ -410,12 +443,10 @@ def test_rows_without_features_have_no_extras(job, plan, classifier, monkeypatch
 
     monkeypatch.setattr(model.Classifier, "forward", broken)
     write_all(job, plan)
-    shards.finish(job, variant(plan, max_bad_fraction=0.1))
+    shards.finish(job, plan)
     for extra in job.lacking():
         shards.finish_extra(job, extra)
     found = columns_of(job)
-    keys = [row["key"] for row in job.manifest.read(0, 300).to_pylist()]
-    lost = [start + batch + 3 for start in range(0, 300, 90) for batch in (0, 64) if start + batch + 3 < 300]
-    kept = [key for row, key in enumerate(keys) if row not in [row for row in lost if (row % 90) % 64 == 3]]
-    assert found["key"].tolist() == kept
-    assert {len(values) for values in found.values()} == {len(kept)}
+    lost = [start + place for start in range(0, 300, 90) for place in (3, 67) if start + place < 300]
+    for name, values in columns_of(expected).items():
+        np.testing.assert_array_equal(found[name], np.delete(values, lost, axis=0), err_msg=name)

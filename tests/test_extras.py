@@ -370,14 +370,17 @@ def test_maps_of_rank_one_lose_everything(pixels):
     assert np.abs(reduced).max() < 1e-6 < np.abs(classifier.forward(pixels)[FEATURE]).max()
 
 
-def test_an_image_whose_maps_are_not_finite_leaves_the_others_alone(pixels):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_image_whose_maps_are_not_finite_leaves_the_others_alone(pixels, value):
     classifier, spec = toy(Maps), RankReduced(block="last")
 
     def spoil(_module, _inputs, output: Tensor) -> Tensor:
-        return output.index_fill(0, torch.tensor([2]), math.nan)
+        spoiled = output.clone()
+        spoiled[2, 0] = value
+        return spoiled
 
     whole = extras.measure(classifier, spec, pixels, KEYS)
-    with taps.hooked(classifier.module, {"body.2": spoil}):
+    with taps.hooked(classifier.module, {"body.3": spoil}):
         spoiled = extras.measure(classifier, spec, pixels, KEYS)
     np.testing.assert_array_equal(np.delete(spoiled, 2, axis=0), np.delete(whole, 2, axis=0))
 
@@ -699,6 +702,17 @@ def test_how_many_gradients_there_is_room_for_changes_nothing(pixels, monkeypatc
     together = extras.measure(classifier, spec, pixels, KEYS)
     monkeypatch.setattr(extras, "GRADIENTS", 1)
     np.testing.assert_allclose(extras.measure(classifier, spec, pixels, KEYS), together, rtol=1e-5)
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 4, 5, 6])
+def test_gradients_are_taken_of_equally_many_images_at_a_time(pixels, monkeypatch, room):
+    """Else the bits of a norm would depend on where in its batch an image stands."""
+    classifier, spec = toy(Maps), ParameterGradient(layers=("fc",))
+    taken, vmap = [], extras.vmap
+    monkeypatch.setattr(extras, "GRADIENTS", room * 16 * classifier.module.fc.weight.numel())
+    monkeypatch.setattr(extras, "vmap", lambda call, chunk_size: taken.append(chunk_size) or vmap(call))
+    extras.measure(classifier, spec, pixels, KEYS)
+    assert taken == [max(number for number in (1, 2, 3, 6) if number <= room)]
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline import config, datasets, images, model, passes
+from pipeline import config, datasets, extras, images, model, passes
+from pipeline.columns import FEATURE
 from pipeline.detectors.base import Jigsaw, Mixup, Noise, Perturbed, Samples
+from pipeline.errors import UserError
 from pipeline.shards import Plan
 
 SAMPLES = 40
@@ -206,6 +210,47 @@ def test_samples_are_features_of_held_out_images_as_they_are_and_with_an_extra(
             expected = [network.avgpool(after(network, each)).flatten() for each in (image, moved)]
         for name, feature in zip(("feature", "extra"), expected, strict=True):
             np.testing.assert_allclose(result[name][number], feature, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def moved() -> Samples:
+    return Samples(extra=Perturbed(objective="logit", step=0.2), samples=20)
+
+
+def test_features_of_samples_are_as_precise_as_stored_ones(plan, runner, moved, monkeypatch) -> None:
+    """Else a shift would be larger for stored rows than for the samples it is compared with."""
+    precise = runner.run(moved)
+    half = replace(plan, settings=plan.settings.model_copy(update={"feature_dtype": "float16"}))
+    monkeypatch.setattr(runner, "_pool", lambda: Inline(passes.Worker(half)))
+    found = runner.run(moved)
+    np.testing.assert_array_equal(found["feature"], precise["feature"].astype(np.float16))
+    np.testing.assert_array_equal(found["extra"], precise["extra"])
+
+
+def test_samples_that_are_not_finite_are_left_out(runner, moved, monkeypatch) -> None:
+    """The second image of every batch has no finite feature, the third no finite extra."""
+    whole, forward, measure = runner.run(moved), passes.Worker._forward, extras.measure
+
+    def spoiled(call: Any, row: int) -> Any:
+        def spoil(*arguments: Any, **named: Any) -> Any:
+            found = call(*arguments, **named)
+            (found[FEATURE] if isinstance(found, dict) else found)[row] = np.nan
+            return found
+
+        return spoil
+
+    monkeypatch.setattr(passes.Worker, "_forward", spoiled(forward, 1))
+    monkeypatch.setattr(extras, "measure", spoiled(measure, 2))
+    found = runner.run(moved)
+    assert int(found["samples"]) == 16
+    for name in ("feature", "extra"):
+        np.testing.assert_array_equal(found[name], np.delete(whole[name], [1, 2, 17, 18], axis=0))
+
+
+def test_samples_of_which_none_can_be_used_are_refused(runner, moved, monkeypatch) -> None:
+    monkeypatch.setattr(extras, "measure", lambda _, __, pixels, ___: np.full((len(pixels), 128), np.nan))
+    with pytest.raises(UserError, match="none of the sampled ID images can be read and has finite features"):
+        runner.run(moved)
 
 
 def after(network: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +63,20 @@ def test_drafts_of_killed_writers_are_removed(tmp_path: Path) -> None:
     (tmp_path / "part-00000.parquet").touch()
     store.remove_drafts(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
+
+
+def test_a_folder_whose_removal_is_interrupted_has_no_marker_left(tmp_path: Path, monkeypatch) -> None:
+    folders = [tmp_path / "whole", tmp_path / "whole" / "column", tmp_path / "whole" / "scores" / "test"]
+    for folder in folders:
+        store.write_table(folder / store.part_name(0), store.arrow_columns({"row": np.arange(3)}))
+        store.write_json(folder / store.MANIFEST, {"part_rows": [3]})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store.places, "remove_folder", Mock(side_effect=KeyboardInterrupt))
+        store.remove_folder(tmp_path / "whole")
+    assert all((folder / store.part_name(0)).is_file() for folder in folders)
+    assert not list(tmp_path.rglob(store.MANIFEST))
+    store.remove_folder(tmp_path / "whole")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bit_that_flipped_on_the_disk_is_noticed(tmp_path) -> None:
