@@ -89,8 +89,8 @@ def check(spec: Extra, classifier: Classifier) -> None:
 def _perturbed(classifier: Classifier, spec: Perturbed, images: Tensor, _: Sequence[str]) -> Tensor:
     """See `Perturbed`; ties among the smallest |dF / dx| are broken by position."""
     with torch.enable_grad():
-        moved = images.detach().requires_grad_()
-        logits = classifier.answer(moved)[1]
+        moved = images.clone().requires_grad_()
+        logits = classifier.answer(moved.clone())[1]  # a network may change its input in place
         value = logits
         if _is_log(spec):  # times T, which changes no sign: else half precision loses gradients at a high T
             value = spec.temperature * functional.log_softmax(logits / spec.temperature, dim=1)
@@ -164,9 +164,9 @@ def _dropped(classifier: Classifier, spec: Dropped, images: Tensor, keys: Sequen
     for sample in range(spec.samples):
         rngs = [np.random.default_rng([spec.seed, sample, word]) for word in words]
         states = [rng.bit_generator.state for rng in rngs]
-        hooks = {name: _dropping(rate, channelwise, rngs) for name, (rate, channelwise) in layers.items()}
+        hooks = {name: _dropping(name, *how, rngs) for name, how in layers.items()}
         with taps.hooked(classifier.module, hooks):
-            total = total + classifier.answer(images)[1].double().softmax(dim=1)
+            total = total + classifier.answer(images.clone())[1].double().softmax(dim=1)
     if states == [rng.bit_generator.state for rng in rngs]:
         raise UserError(f"the model's dropout layers ({', '.join(layers)}) do not run. Drop the detector.")
     return total / spec.samples
@@ -185,11 +185,16 @@ def _dropouts(classifier: Classifier) -> dict[str, tuple[float, bool]]:
 
 
 def _dropping(
-    rate: float, channelwise: bool, rngs: Sequence[np.random.Generator]
+    name: str, rate: float, channelwise: bool, rngs: Sequence[np.random.Generator]
 ) -> Callable[[Any, Any, Tensor], Tensor]:
     """A hook that does what the layer does in training, with a generator for each image."""
 
     def drop(_: Any, __: Any, output: Tensor) -> Tensor:
+        if len(output) != len(rngs):
+            raise UserError(
+                f"the model's dropout layer {name!r} gives {tuple(output.shape)} for {len(rngs)} images; "
+                "expected one entry of the first axis for each. Drop the detector."
+            )
         shape = output.shape[1:2] if channelwise else output.shape[1:]
         kept = np.stack([rng.random(tuple(shape), dtype=np.float32) >= rate for rng in rngs])
         mask = torch.from_numpy(kept).to(output.device, output.dtype) / (1 - rate)

@@ -256,16 +256,23 @@ def check_applies(label: str, detector: Detector, classifier: Classifier) -> Non
     named = getattr(detector, "block", "auto")
     if named not in ("auto", *found.blocks):
         raise UserError(f"detectors.{label}.block: {unknown('block', named, found.blocks)}")
-    for extra in detector.extras():
-        try:
-            extras.check(extra, classifier)
-        except UserError as error:
-            raise UserError(f"detectors.{label}: {error}") from None
+    _check_extras(label, detector, classifier)
     for spec in detector.passes():
         if isinstance(spec, Mixup):
             _check_layer(label, spec, classifier)
         if isinstance(spec, Jigsaw):
             _check_grid(f"detectors.{label}.grid", spec.grid, classifier)
+
+
+def _check_extras(label: str, detector: Detector, classifier: Classifier) -> None:
+    """Whether the network gives the extra columns, and has the stages that parameters are given for."""
+    try:
+        for extra in detector.extras():
+            extras.check(extra, classifier)
+        for part in detector.parts():
+            part.check_stages(classifier.taps.stages)
+    except UserError as error:
+        raise UserError(f"detectors.{label}: {error}") from None
 
 
 def _extras(role: str, chosen: Iterable[Detector]) -> list[Extra]:

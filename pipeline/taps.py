@@ -23,6 +23,8 @@ from pipeline.layout import Call, Layout
 TOLERANCE = 1e-5
 """Largest difference between the model's logits and `head(feature)`, relative to the largest logit."""
 
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU)
+
 
 @dataclass(frozen=True)
 class Taps:
@@ -269,11 +271,14 @@ def _blocks(model: nn.Module, calls: list[Call], images: int) -> dict[str, Layou
     beside = {name.rpartition(".")[0] for name in outer}
     outer = _outermost([name for name in places if name in outer or name.rpartition(".")[0] in beside])
     if not outer:
-        activations = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU)
-        outer = [name for name, call in once.items() if isinstance(call.module, activations)]
+        outer = [name for name, call in once.items() if _is_activation(call.module)]
         found = {name: layout.of(once[name], calls, images) for name in outer}
         places = {name: place for name, place in found.items() if place is not None}
     return {call.name: places[call.name] for call in calls if call.name in outer and call.name in places}
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return isinstance(module, _ACTIVATIONS) or _class(module) in {kind.__name__ for kind in _ACTIVATIONS}
 
 
 def _outermost(names: list[str]) -> list[str]:

@@ -276,6 +276,32 @@ def test_no_step_gives_the_plain_feature(pixels, spec):
     close(still, classifier.forward(pixels)[FEATURE], 1e-6)
 
 
+class Shifting(nn.Module):
+    """Shifts its input, in place or not, as networks do that normalise by themselves."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.step = Step(3, 6)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(6, 5)
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sub_(0.5) if self.in_place else x - 0.5
+        return self.fc(self.drop(self.step(x).mean(dim=(2, 3))))
+
+
+@pytest.mark.parametrize("spec", [*PERTURBED, Dropped(samples=3)], ids=repr)
+def test_a_network_may_change_its_input_in_place(pixels, spec):
+    found = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        classifier = wrap(Shifting(in_place))
+        extras.check(spec, classifier)
+        found.append(extras.measure(classifier, spec, pixels, KEYS))
+    np.testing.assert_array_equal(*found)
+
+
 def test_the_image_and_the_network_are_left_as_they_were(pixels):
     classifier, before = toy(Maps), pixels.copy()
     plain = classifier.forward(pixels)[LOGITS]
@@ -503,6 +529,21 @@ def test_dropout_that_does_not_run_is_refused():
 
     with pytest.raises(UserError, match=r"dropout layers \(drop\) do not run"):
         extras.check(Dropped(samples=2), toy(Unused))
+
+
+@pytest.mark.parametrize(("shape", "given"), [((1, -1, 6), r"\(1, 2, 6\)"), ((6, -1), r"\(6, 2\)")])
+def test_dropout_where_images_are_not_at_the_first_axis_is_refused(shape, given):
+    class Turned(Dropping):
+        """A layer sees one sequence of all images."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            feature = self.step(x).mean(dim=(2, 3))
+            if len(shape) == 2:
+                return self.fc(self.features(feature.T).T)
+            return self.fc(self.features(feature[None])[0])
+
+    with pytest.raises(UserError, match=rf"dropout layer 'features' gives {given} for 2 images.*Drop the"):
+        extras.check(Dropped(samples=2), toy(Turned))
 
 
 # Pooled

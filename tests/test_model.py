@@ -233,6 +233,15 @@ def test_the_architecture_and_the_network_change_with_the_options(factory):
         load(model(name=name, weights="random", options={"depth": 4}), 0)
 
 
+def test_functions_of_one_file_give_different_architectures(factory):
+    name = factory(FACTORY + "\n\ndef other():\n    return build()\n")
+    first, other = (
+        load(model(name=each, weights="random"), 0) for each in (name, name.replace(":build", ":other"))
+    )
+    assert first.digest == other.digest
+    assert first.architecture != other.architecture
+
+
 def test_a_factory_may_be_a_method(factory):
     source = FACTORY.replace("def build():", "class Net:\n  @classmethod\n  def build(cls):")
     name = factory(source.replace("    return", "      return")).replace(":build", ":Net.build")

@@ -106,6 +106,12 @@ def test_more_directions_than_the_feature_has_are_refused(settings, load, label:
         prepare.prepare(load(settings))
 
 
+def test_a_wrong_number_of_weights_for_the_stages_is_refused(settings, load) -> None:
+    settings["detectors"] = [{"mine": {"method": "mahalanobis_ensemble", "weights": [1, 2]}}]
+    with pytest.raises(UserError, match=r"detectors\.mine: weights: 2 given; expected one for each"):
+        prepare.prepare(load(settings))
+
+
 @pytest.mark.parametrize("layer", ["fc", "nowhere"])
 def test_images_are_mixed_only_where_it_changes_the_feature(settings, load, layer: str) -> None:
     settings["detectors"] = [{"grood": {"mixup_layer": layer}}]

@@ -338,6 +338,13 @@ class Detector(BaseModel):
             UserError: naming the parameter that does not.
         """
 
+    def check_stages(self, stages: Mapping[str, int]) -> None:
+        """Whether the parameters suit a network with these stages, as `Training.stages` has them.
+
+        Raises:
+            UserError: naming the parameter that does not.
+        """
+
     def fit(self, train: Training) -> Scorer:
         """Fit to the training data."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -48,17 +49,25 @@ class MahalanobisEnsemble(Detector):
         """Class means and scatter of the pooled maps."""
         return Classes(column=_COLUMN), Scatter(column=_COLUMN)
 
+    def check_stages(self, stages: Mapping[str, int]) -> None:
+        """Whether there is one weight for each stage.
+
+        Raises:
+            UserError: if there is not.
+        """
+        if self.weights is not None and len(self.weights) != len(stages):
+            raise UserError(
+                f"weights: {len(self.weights)} given; expected one for each of {', '.join(stages)}."
+            )
+
     def fit(self, train: Training) -> EnsembleScorer:
         """Whiten every stage.
 
         Raises:
             UserError: if training rows have no label, or there is not one weight for each stage.
         """
+        self.check_stages(train.stages)
         stages = tuple(train.stages.values())
-        if self.weights is not None and len(self.weights) != len(stages):
-            raise UserError(
-                f"weights: {len(self.weights)} given; expected one for each of {', '.join(train.stages)}."
-            )
         classes, moments = train.train[Classes(column=_COLUMN)], train.train[Scatter(column=_COLUMN)]
         scorers, parts, start = [], [], 0
         for width in stages:

@@ -31,5 +31,6 @@ def build(model: config.Model) -> Built:
         raise UserError("model.transform: a factory has no preset; give crop, mean and std.")
     if model.weights is not None:
         _weights.load(module, model.weights)
-    code = imports.source_of(function) + str(sorted(model.options.items())).encode()
+    called = f"{getattr(function, '__qualname__', '')} {sorted(model.options.items())}"
+    code = imports.source_of(function) + called.encode()
     return Built(module, model.transform, code)

@@ -62,7 +62,15 @@ class Mlp(nn.Module):
         return self.fc(torch.relu(x.flatten(1)))
 
 
-@pytest.mark.parametrize("network", [resnet, vit, swin])
+def plain() -> nn.Module:
+    """No module occurs twice, so the blocks are its activations."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 16, 3, 2, 1), nn.GELU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+    )
+
+
+@pytest.mark.parametrize("network", [resnet, vit, swin, plain])
 def test_a_program_has_the_output_and_the_taps_of_its_network(network, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = network().eval()
@@ -71,6 +79,7 @@ def test_a_program_has_the_output_and_the_taps_of_its_network(network, tmp_path:
     classifier = exported(export(module, tmp_path / "net.pt2"))
     found = classifier.taps
     assert (found.head, found.blocks, found.early) == (expected.head, expected.blocks, expected.early)
+    assert found.blocks
     assert found.layouts == expected.layouts
     pixels = np.random.default_rng(0).integers(256, size=(5, SIDE, SIDE, 3), dtype=np.uint8)
     with torch.inference_mode():
@@ -83,7 +92,11 @@ def test_a_program_has_the_output_and_the_taps_of_its_network(network, tmp_path:
 
 def test_detectors_apply_as_to_the_network_but_for_the_fixed_size(tmp_path: Path) -> None:
     classifier = exported(export(resnet().eval(), tmp_path / "net.pt2"))
+    with pytest.raises(UserError, match=r"no dropout layer with a rate above 0"):
+        check_applies("mcdropout", detectors.get("mcdropout")(), classifier)
     for name in detectors.names():
+        if name == "mcdropout":
+            continue
         if name in ("featurenorm", "selectednorm"):
             with pytest.raises(UserError, match=r"jigsaws of 3 x 3 tiles have 30 pixels per side"):
                 check_applies(name, detectors.get(name)(), classifier)
