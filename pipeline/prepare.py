@@ -118,7 +118,7 @@ def prepare(settings: Config) -> Prepared:
     places.require_writable(settings.workspace, "workspace")
     workspace = places.at(settings.workspace)
     classifier = load(settings.model, settings.seed)
-    _check_model(selection, classifier)
+    selection.keep(lambda label, detector: check_applies(label, detector, classifier))
     if any(detector.neighbours for detector in selection.detectors.values()):
         index.made(settings.index.kind, classifier.head[0].shape[1])
     manifests = {
@@ -155,7 +155,7 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
     held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
     selection = Selection(dict(found), found)
     selection.keep(lambda label, detector: check_data(label, detector, settings))
-    _check_model(selection, classifier)
+    selection.keep(lambda label, detector: check_applies(label, detector, classifier))
     selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
     selection.keep(lambda label, detector: check_rows(label, detector, rows))
     return selection.not_applicable
@@ -205,12 +205,6 @@ def tracking_uri(settings: Config) -> str:
     return f"sqlite:///{workspace / 'mlflow.db'}"
 
 
-def _check_model(selection: Selection, classifier: Classifier) -> None:
-    width = classifier.head[0].shape[1]
-    selection.keep(lambda label, detector: check_width(label, detector, width))
-    selection.keep(lambda label, detector: check_applies(label, detector, classifier))
-
-
 def _check_roles(settings: Config) -> None:
     if not settings.of_role("id"):
         raise UserError("datasets: none has role 'id'; add the ID test images.")
@@ -256,7 +250,7 @@ def check_applies(label: str, detector: Detector, classifier: Classifier) -> Non
     named = getattr(detector, "block", "auto")
     if named not in ("auto", *found.blocks):
         raise UserError(f"detectors.{label}.block: {unknown('block', named, found.blocks)}")
-    _check_extras(label, detector, classifier)
+    _check_network(label, detector, classifier)
     for spec in detector.passes():
         if isinstance(spec, Mixup):
             _check_layer(label, spec, classifier)
@@ -264,13 +258,13 @@ def check_applies(label: str, detector: Detector, classifier: Classifier) -> Non
             _check_grid(f"detectors.{label}.grid", spec.grid, classifier)
 
 
-def _check_extras(label: str, detector: Detector, classifier: Classifier) -> None:
-    """Whether the network gives the extra columns, and has the stages that parameters are given for."""
+def _check_network(label: str, detector: Detector, classifier: Classifier) -> None:
+    """Whether parameters suit the network, and it gives the extra columns."""
     try:
+        for part in detector.parts():
+            part.check(classifier.head[0].shape[1], classifier.taps.stages)
         for extra in detector.extras():
             extras.check(extra, classifier)
-        for part in detector.parts():
-            part.check_stages(classifier.taps.stages)
     except UserError as error:
         raise UserError(f"detectors.{label}: {error}") from None
 
@@ -294,19 +288,6 @@ def _check_layer(label: str, spec: Mixup, classifier: Classifier) -> None:
         )
     if spec.block not in ("auto", *found.layers):
         raise UserError(f"detectors.{label}: {unknown('layer', spec.block, found.layers)}")
-
-
-def check_width(label: str, detector: Detector, width: int) -> None:
-    """Whether a detector's parameters suit a feature of so many dimensions.
-
-    Raises:
-        UserError: the parameter that does not.
-    """
-    try:
-        for part in detector.parts():
-            part.check(width)
-    except UserError as error:
-        raise UserError(f"detectors.{label}: {error}") from None
 
 
 def check_calibration(label: str, detector: Detector, held_out: Mapping[str, Manifest]) -> None:

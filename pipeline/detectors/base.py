@@ -331,15 +331,12 @@ class Detector(BaseModel):
         """Whether the run must have training data; for `calibration`, held-out ID data do as well."""
         return bool(self.statistics() or self.neighbours or self.passes())
 
-    def check(self, width: int) -> None:
-        """Whether the parameters suit a feature of so many dimensions.
+    def check(self, width: int, stages: Mapping[str, int]) -> None:
+        """Whether the parameters suit the network.
 
-        Raises:
-            UserError: naming the parameter that does not.
-        """
-
-    def check_stages(self, stages: Mapping[str, int]) -> None:
-        """Whether the parameters suit a network with these stages, as `Training.stages` has them.
+        Args:
+            width: dimensions of the feature.
+            stages: as `Training.stages`.
 
         Raises:
             UserError: naming the parameter that does not.

@@ -49,7 +49,7 @@ class MahalanobisEnsemble(Detector):
         """Class means and scatter of the pooled maps."""
         return Classes(column=_COLUMN), Scatter(column=_COLUMN)
 
-    def check_stages(self, stages: Mapping[str, int]) -> None:
+    def check(self, width: int, stages: Mapping[str, int]) -> None:
         """Whether there is one weight for each stage.
 
         Raises:
@@ -66,7 +66,7 @@ class MahalanobisEnsemble(Detector):
         Raises:
             UserError: if training rows have no label, or there is not one weight for each stage.
         """
-        self.check_stages(train.stages)
+        self.check(train.weight.shape[1], train.stages)
         stages = tuple(train.stages.values())
         classes, moments = train.train[Classes(column=_COLUMN)], train.train[Scatter(column=_COLUMN)]
         scorers, parts, start = [], [], 0

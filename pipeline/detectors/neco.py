@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,7 +44,7 @@ class Neco(Detector):
         """The covariance."""
         return (Scatter(),)
 
-    def check(self, width: int) -> None:
+    def check(self, width: int, stages: Mapping[str, int]) -> None:
         """Whether the feature has that many directions.
 
         Raises:
@@ -59,7 +60,7 @@ class Neco(Detector):
             UserError: if there are to be more directions than the feature has.
         """
         width = train.weight.shape[1]
-        self.check(width)
+        self.check(width, train.stages)
         dim = max(1, min(100, width // 2)) if self.dim is None else self.dim
         _, direction = train.train[Scatter()].spectrum()
         return NecoScorer(direction[:, width - dim :])

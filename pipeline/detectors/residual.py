@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ class Subspace(BaseModel):
         "D is 2048 or more, 512 where it is 768 or more, else D / 2",
     )
 
-    def check(self, width: int) -> None:
+    def check(self, width: int, stages: Mapping[str, int]) -> None:
         """Whether the feature has dimensions outside the subspace.
 
         Raises:
