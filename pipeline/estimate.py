@@ -52,7 +52,7 @@ class Cost:
             (job.manifest.rows, extra)
             for job in ready.jobs.values()
             for extra in job.lacking()
-            if job.featured or not extra.tapped
+            if job.featured or not extra.tapped or ready.plan.settings.compile
         ]
         train = sum(job.manifest.rows for job in ready.of_role("train"))
         passes = {spec for detector in ready.detectors.values() for spec in detector.passes()}

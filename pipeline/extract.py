@@ -196,6 +196,12 @@ class Others:
             else:
                 values = extras.measure(self.classifier, spec, padded(batch.pixels, size), keys)
                 self.forwarded[spec.kind] += spec.forwards * count
+            wrong = ~np.isfinite(values[:count]).all(axis=1) & kept
+            if wrong.any():
+                raise UserError(
+                    f"{keys[int(wrong.argmax())]}: {spec.kind} is not finite. Remove the image, or drop the "
+                    f"detector that needs it ({spec.needs})."
+                )
             self.parts[spec].append(values[:count][kept])
 
     def follow(self, batches: Iterable[Decoded], keys: list[str], size: int, attempt: Attempt) -> None:
@@ -218,10 +224,14 @@ class Others:
                 "image back, or run with --fresh."
             )
 
+    def _width(self, spec: Extra) -> int:
+        classes, features = self.classifier.head[0].shape
+        return spec.width(classes, features, tuple(self.classifier.taps.stages.values()))
+
     def columns(self, keys: list[str]) -> Iterator[tuple[str, pa.Table]]:
         """Name and table of each."""
         for spec, parts in self.parts.items():
-            values = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+            values = np.concatenate(parts) if parts else np.zeros((0, self._width(spec)), np.float32)
             table = store.arrow_columns({KEY: np.array(keys, dtype=object), spec.column: values})
             schema = pa.schema([(KEY, pa.string()), table.schema.field(spec.column)])
             yield spec.column, table.cast(schema).replace_schema_metadata({shards.KEYS: shards.digest(keys)})

@@ -94,7 +94,8 @@ def _perturbed(classifier: Classifier, spec: Perturbed, images: Tensor, _: Seque
         value = logits
         if _is_log(spec):  # times T, which changes no sign: else half precision loses gradients at a high T
             value = spec.temperature * functional.log_softmax(logits / spec.temperature, dim=1)
-        (gradient,) = torch.autograd.grad(value.amax(dim=1).sum(), moved)
+        predicted = value.gather(1, logits.argmax(dim=1, keepdim=True))
+        (gradient,) = torch.autograd.grad(predicted.sum(), moved)
     step = spec.step * gradient.sign()
     if spec.pixels:
         step /= torch.tensor(classifier.transform.std, device=images.device).view(1, -1, 1, 1)

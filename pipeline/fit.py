@@ -147,12 +147,23 @@ def _slice_statistics(
     return [measure(batch) for measure in measures]
 
 
-def build_bank(cache: Cache, bank: Bank, table: store.Table, identity: Mapping[str, Any]) -> BankFiles:
-    """Vectors of training rows, written in pieces by Ray tasks."""
+def build_bank(
+    cache: Cache, bank: Bank, table: store.Table, identity: Mapping[str, Any], extras: Sequence[str] = ()
+) -> BankFiles:
+    """Vectors of training rows, written in pieces by Ray tasks.
+
+    Args:
+        cache: where they are kept.
+        bank: which vectors.
+        table: training rows.
+        identity: what the vectors depend on.
+        extras: columns beyond those of the feature table that they are made of.
+    """
+    columns = [KEY, LABEL, PREDICTION, FEATURE, LOGITS, *extras]
     folder = cache.place("bank", identity)
     if not cache.has(folder, "bank"):
         arguments = [
-            (bank, table, start, stop, str(folder / f"bank-{number:05d}.npy"))
+            (bank, table, columns, start, stop, str(folder / f"bank-{number:05d}.npy"))
             for number, (start, stop) in enumerate(table.slices(SLICE))
         ]
         counts, widths = zip(*cluster.in_order(_write_bank, arguments), strict=True)
@@ -162,12 +173,14 @@ def build_bank(cache: Cache, bank: Bank, table: store.Table, identity: Mapping[s
     return BankFiles(str(folder), tuple(record["counts"]), record["width"])
 
 
-def _write_bank(bank: Bank, table: store.Table, start: int, stop: int, path: str) -> tuple[int, int]:
+def _write_bank(
+    bank: Bank, table: store.Table, columns: Sequence[str], start: int, stop: int, path: str
+) -> tuple[int, int]:
     """One piece of a bank; returns its rows and width."""
-    columns = table.read(start, stop, [KEY, LABEL, PREDICTION, FEATURE, LOGITS])
+    rows = table.read(start, stop, columns)
     pieces = [
         bank.embed(batch)[:count][bank.keep(batch)[:count]]
-        for batch, count in store.fixed_batches(columns, BATCH)
+        for batch, count in store.fixed_batches(rows, BATCH)
     ]
     vectors = np.concatenate(pieces).astype(np.float32)
     if not np.isfinite(vectors).all():
@@ -223,7 +236,8 @@ def fit_detectors(
         if bank is not None and source is not None:
             table, identity = source
             parts = {"features": identity, "detector": detectors.identity(detector)}
-            files = build_bank(cache, bank, table, parts)
+            extras = [extra.column for extra in detector.extras()]
+            files = build_bank(cache, bank, table, parts, extras)
             if files.rows < bank.k:
                 refuse(label, f"k is {bank.k} but only {files.rows} training rows enter the bank; lower k.")
                 continue

@@ -6,7 +6,7 @@ a pass run on a pool of model actors and are merged in order, so the result does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -150,7 +150,7 @@ class Worker:
 class Runner:
     """Runs passes on a pool of model actors, started for the first pass and ended with the `with` block."""
 
-    def __init__(self, train: Manifest, plan: Plan, early: str | None, held_out: Manifest) -> None:
+    def __init__(self, train: Manifest, plan: Plan, early: str | None, held_out: Sequence[Manifest]) -> None:
         """Args: training images, the model, the block that `auto` means for mixing, and other ID images."""
         self.train, self.plan, self.early, self.held_out = train, plan, early, held_out
         self.actors: list[Any] = []
@@ -243,9 +243,13 @@ class Runner:
         return {"mean": feature[kept].astype(np.float64).mean(axis=0), "samples": np.array(len(kept))}
 
     def samples(self, spec: Samples) -> Result:
-        """Features and an extra of ID images."""
-        rows = self.sample(spec, spec.samples, self.held_out)
-        pieces = [(self.held_out, piece, spec.extra) for piece in self.pieces(rows)]
+        """Features and an extra of ID images, equally many of each dataset."""
+        share = -(-spec.samples // len(self.held_out))
+        pieces = [
+            (source, piece, spec.extra)
+            for source in self.held_out
+            for piece in self.pieces(self.sample(spec, share, source))
+        ]
         found = [batch for batches in self.each("features_and", pieces) for batch in batches]
         if not any(len(feature) for feature, _ in found):
             raise UserError("datasets: none of the sampled ID images can be read and has finite features.")

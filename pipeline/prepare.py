@@ -223,7 +223,7 @@ def check_data(label: str, detector: Detector, settings: Config) -> None:
             f"detectors.{label}: it learns from training images, but no dataset has role 'train'. "
             "Add one, or drop the detector."
         )
-    if detector.calibration() and not settings.of_role("id_val", "train"):
+    if detector.calibrates() and not settings.of_role("id_val", "train"):
         raise UserError(
             f"detectors.{label}: it is calibrated on held-out ID images, or else on training images, but no "
             "dataset has role 'id_val' or 'train'. Add one, or drop the detector."
@@ -270,11 +270,12 @@ def _check_network(label: str, detector: Detector, classifier: Classifier) -> No
 
 
 def _extras(role: str, chosen: Iterable[Detector]) -> list[Extra]:
-    """Extra columns that a dataset needs: all to be scored, those that statistics read to be trained on."""
+    """Extra columns that a dataset needs: all to be scored, those that statistics and banks read to train."""
     needed: dict[Extra, None] = {}
     for detector in chosen:
         read = statistic.columns([*detector.statistics(), *detector.calibration()])
-        needed |= {extra: None for extra in detector.extras() if role != "train" or extra.column in read}
+        whole = role != "train" or detector.neighbours
+        needed |= {extra: None for extra in detector.extras() if whole or extra.column in read}
     return list(needed)
 
 

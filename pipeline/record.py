@@ -76,7 +76,8 @@ class Record:
 
 
 def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
-    job = ready.jobs[dataset.name]
+    job, stages = ready.jobs[dataset.name], tuple(ready.classifier.taps.stages.values())
+    classes, features = ready.classifier.head[0].shape
     return {
         **dataset.model_dump(include={"role", "format", "path"}),
         "rows": job.manifest.rows,
@@ -85,7 +86,7 @@ def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
         "errors": None,
         "hash": places.at(job.folder).name.rpartition("-")[2],
         "digest": job.manifest.digest,
-        "extras": [extra.column for extra in job.extras],
+        "extras": {extra.column: extra.width(classes, features, stages) for extra in job.extras},
         "accuracy": None,
     }
 

@@ -216,7 +216,7 @@ class Run:
     def _describe_extras(self) -> None:
         """Record over how many images the network was asked for more than features."""
         for extra in self.ready.plan.extras.values():
-            if not extra.tapped:
+            if not extra.tapped or self.ready.plan.settings.compile:
                 jobs = self.ready.jobs.values()
                 images = sum(job.manifest.rows for job in jobs if extra in job.extras)
                 entry = {"kind": extra.kind, "spec": extra.model_dump(mode="json"), "samples": images}
@@ -268,10 +268,11 @@ class Run:
         """Results of the extra passes; the model actors start only if one is not in the cache."""
         ready = self.ready
         results: dict[Pass, passes.Result] = {}
-        train, *_ = ready.of_role("train")
-        held_out, *_ = ready.of_role("id_val") or [train]
-        early = ready.classifier.taps.early
-        with passes.Runner(train.manifest, ready.plan, early, held_out.manifest) as runner:
+        trains, held_out = (
+            [job.manifest for job in ready.of_role(role) or ready.of_role(other)]
+            for role, other in (("train", "id_val"), ("id_val", "train"))
+        )
+        with passes.Runner(trains[0], ready.plan, ready.classifier.taps.early, held_out) as runner:
             for spec in specs:
                 kind = type(spec).__name__.lower()
                 identity = {

@@ -450,3 +450,18 @@ def test_rows_without_features_have_no_extras(ray_session, job, plan, monkeypatc
     lost = [start + place for start in range(0, 300, 90) for place in (3, 67) if start + place < 300]
     for name, values in columns_of(expected).items():
         np.testing.assert_array_equal(found[name], np.delete(values, lost, axis=0), err_msg=name)
+
+
+def test_an_extra_that_is_not_finite_names_the_image(job, plan, monkeypatch) -> None:
+    """Before other images are looked at: no detector could score it."""
+
+    def broken(*_: Any) -> NDArray[np.float32]:
+        values = np.zeros((64, 128), np.float32)
+        values[5, 7] = np.inf
+        return values
+
+    monkeypatch.setattr(extract.extras, "measure", broken)
+    job, plan = with_extras(job, plan, MOVED)
+    failure = extract.Extractor(plan)(asdict(shards.missing(job, 90)[0]))["failure"]
+    assert failure.startswith("test_x/0")
+    assert "5: perturbed is not finite. Remove the image, or drop the detector" in failure

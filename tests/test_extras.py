@@ -749,11 +749,17 @@ def test_how_many_gradients_there_is_room_for_changes_nothing(pixels, monkeypatc
 def test_gradients_are_taken_of_equally_many_images_at_a_time(pixels, monkeypatch, room):
     """Else the bits of a norm would depend on where in its batch an image stands."""
     classifier, spec = toy(Maps), ParameterGradient(layers=("fc",))
-    taken, vmap = [], extras.vmap
+    taken, per_image = [], gradients.per_image
+
+    def counted(classifier, names, images, temperature):
+        taken.append(len(images))
+        return per_image(classifier, names, images, temperature)
+
     monkeypatch.setattr(extras, "GRADIENTS", room * 16 * classifier.module.fc.weight.numel())
-    monkeypatch.setattr(extras, "vmap", lambda call, chunk_size: taken.append(chunk_size) or vmap(call))
+    monkeypatch.setattr(gradients, "per_image", counted)
     extras.measure(classifier, spec, pixels, KEYS)
-    assert taken == [max(number for number in (1, 2, 3, 6) if number <= room)]
+    together = max(number for number in (1, 2, 3, 6) if number <= room)
+    assert taken == [together] * (len(pixels) // together)
 
 
 @pytest.mark.parametrize(
@@ -791,8 +797,12 @@ class Detached(Maps):
 class Undecided(Maps):
     """What runs depends on what is in the image."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
     def leave(self, x: Tensor) -> Tensor:
-        return super().leave(x if float(x.sum()) > 0 else -x)
+        return super().leave(self.scale * (x if float(x.sum()) > 0 else -x))
 
 
 @pytest.mark.parametrize(
@@ -800,7 +810,7 @@ class Undecided(Maps):
     [
         (Detached, Perturbed(objective="log_softmax", step=0.1)),
         (Detached, Perturbed(objective="logit", step=0.1)),
-        (Undecided, ParameterGradient(layers=("body",))),
+        (Undecided, ParameterGradient(layers=("scale",))),
     ],
 )
 def test_a_network_that_cannot_be_differentiated_is_refused(kind, spec):

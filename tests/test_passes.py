@@ -52,7 +52,7 @@ def train(settings, tmp_path) -> datasets.Manifest:
 
 @pytest.fixture
 def runner(plan, train, monkeypatch) -> passes.Runner:
-    made = passes.Runner(train, plan, "layer3.0", held_out=train)
+    made = passes.Runner(train, plan, "layer3.0", held_out=[train])
     monkeypatch.setattr(made, "_pool", lambda: Inline(passes.Worker(plan)))
     return made
 
@@ -196,7 +196,7 @@ def test_samples_are_features_of_held_out_images_as_they_are_and_with_an_extra(
 ) -> None:
     settings["datasets"][1]["limit"] = 30
     held_out = datasets.compile_manifest(config.Dataset(**settings["datasets"][1]), tmp_path / "manifests")
-    runner.held_out = held_out
+    runner.held_out = [held_out]
     spec = Samples(extra=Perturbed(objective="logit", step=0.2), samples=20)
     result = runner.run(spec)
     rows = runner.sample(spec, 20, held_out)
@@ -253,6 +253,16 @@ def test_samples_of_which_none_can_be_used_are_refused(runner, moved, monkeypatc
         runner.run(moved)
 
 
+def test_samples_are_shared_among_datasets(runner, train) -> None:
+    spec = Samples(extra=Perturbed(objective="logit", step=0.2), samples=8)
+    alone = runner.run(spec.model_copy(update={"samples": 4}))
+    runner.held_out = [train, train]
+    both = runner.run(spec)
+    assert int(both["samples"]) == 8
+    for half in (slice(0, 4), slice(4, 8)):
+        np.testing.assert_array_equal(both["extra"][half], alone["extra"])
+
+
 def after(network: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return network.layer4(upto_layer3(network, batch))
 
@@ -260,7 +270,7 @@ def after(network: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
 def test_a_pool_of_ray_actors_gives_the_same_bits(ray_session, runner, train, plan) -> None:
     specs = [Mixup(samples=SAMPLES, class_samples=5), Jigsaw(samples=SAMPLES), Noise(samples=40)]
     expected = [runner.run(spec) for spec in specs]
-    with passes.Runner(train, plan, "layer3.0", train) as pool:
+    with passes.Runner(train, plan, "layer3.0", [train]) as pool:
         found = [pool.run(spec) for spec in specs]
     for left, right in zip(expected, found, strict=True):
         for name, values in left.items():

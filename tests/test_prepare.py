@@ -93,10 +93,21 @@ def test_without_training_images_all_detectors_that_learn_nothing_are_left(setti
     settings["detectors"] = "all"
     ready = prepare.prepare(load(settings))
     every = {name: detectors.get(name)() for name in detectors.names() if name != "mcdropout"}
-    learning = [name for name, each in every.items() if each.needs_train() or each.calibration()]
+    learning = [name for name, each in every.items() if each.needs_train() or each.calibrates()]
     assert [*ready.detectors] == [name for name in every if name not in learning]
     assert {*map(type, ready.not_applicable.values())} == {str}
     assert ready.not_applicable["knn"].startswith("it learns from training images, but no dataset has role")
+
+
+def test_held_out_images_do_for_what_is_only_calibrated(settings, load) -> None:
+    settings["datasets"][0]["role"] = "id_val"
+    settings["detectors"] = ["adascale", "tempscale"]
+    assert [*prepare.prepare(load(settings)).detectors] == ["adascale", "tempscale"]
+    del settings["datasets"][0]
+    with pytest.raises(
+        UserError, match=r"detectors\.adascale: it is calibrated on held-out ID images, or else"
+    ):
+        prepare.prepare(load(settings))
 
 
 @pytest.mark.parametrize("label", ["vim", "residual", "neco"])

@@ -169,6 +169,11 @@ def reordered(content: pa.Table) -> pa.Table:
     return content.take([1, 0, *range(2, len(content))])
 
 
+def narrower(content: pa.Table) -> pa.Table:
+    values = store.numpy_columns(content, [POOLED])[POOLED][:, 1:]
+    return content.set_column(1, POOLED, store.arrow_columns({POOLED: values})[POOLED])
+
+
 def text(where: Callable[[Path], Path], old: str, new: str) -> Damage:
     def damage(workspace: Path) -> None:
         content = where(workspace).read_text()
@@ -387,6 +392,10 @@ CASES: dict[str, tuple[Damage, str]] = {
     "extra column not finite": (
         cell(features("train", f"{POOLED}/{store.part_name(0)}"), POOLED, 3, lambda values: [np.nan] * 240),
         rf"features/train +{POOLED}: .* exceptions: 1 \(train_x/0*3\)$",
+    ),
+    "extra column narrower": (
+        table(features("test", f"{POOLED}/{store.part_name(0)}"), narrower),
+        rf"features/test +{POOLED}: .* {POOLED} is fixed_size_list.*\[239\], not .*\[240\]",
     ),
     "extra column lost": (
         gone(features("animals", f"{POOLED}/{store.part_name(0)}")),

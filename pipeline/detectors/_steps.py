@@ -128,10 +128,10 @@ def combined(score: Detector, steps: Sequence[Detector]) -> Stepped:
     for step in steps:
         if not isinstance(step, Step):
             raise UserError(f"{step.name} is no step; it changes neither the feature nor the last layer.")
-    fitted = score.needs_train() or score.calibration() or score.extras()
+    fitted = score.needs_train() or score.calibrates() or score.extras()
     if not {LOGITS} <= set(score.columns) <= {FEATURE, LOGITS} or fitted:
         raise UserError(
             f"{score.name} cannot follow steps; only a score of logits can that learns nothing from training "
-            "rows, e.g. energy, msp, maxlogit or gradnorm."
+            "rows and takes no extra pass, e.g. energy, msp, maxlogit or gradnorm (without layers)."
         )
     return Stepped(score=score, steps=tuple(step for step in steps if isinstance(step, Step)))

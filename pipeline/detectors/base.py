@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_serializer
 
 from pipeline.columns import Batch, Float, Mask
 from pipeline.statistics import Statistic, Statistics
@@ -125,8 +125,8 @@ class Perturbed(Extra):
 
     objective: Literal["log_softmax", "logit"]
     """F: log softmax(z / temperature) or z, of the predicted class."""
-    step: float = Field(ge=0)
-    temperature: float = Field(default=1.0, gt=0)
+    step: FiniteFloat = Field(ge=0)
+    temperature: FiniteFloat = Field(default=1.0, gt=0)
     pixels: bool = False
     share: float = Field(default=1.0, gt=0, le=1)
     """Share of the values of an image that move, rounded down: those with the smallest |dF / dx|."""
@@ -187,7 +187,7 @@ class ParameterGradient(Extra):
     """Names of modules, each with all linear and convolutional layers inside, or of single parameters."""
     order: float = Field(default=1.0, ge=0.5, le=16)
     """Of the norm; far below 1 its values for millions of weights exceed what the column holds."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: FiniteFloat = Field(default=1.0, gt=0)
     bias: bool = False
     """Whether the biases of the layers count, too."""
 
@@ -209,8 +209,12 @@ class Samples(Pass):
 
     held_out: ClassVar[bool] = True
 
-    extra: SerializeAsAny[Extra]
+    extra: Extra
     samples: int = Field(default=1000, ge=1)
+
+    @field_serializer("extra")
+    def _with_kind(self, extra: Extra) -> dict[str, Any]:
+        return {"kind": extra.kind, **extra.model_dump(mode="json")}
 
     def forwards(self, classes: int, rows: int) -> int:
         """The features, and what the extra takes."""
@@ -328,8 +332,12 @@ class Detector(BaseModel):
         return bool(self.ood_statistics())
 
     def needs_train(self) -> bool:
-        """Whether the run must have training data; for `calibration`, held-out ID data do as well."""
-        return bool(self.statistics() or self.neighbours or self.passes())
+        """Whether the run must have training data."""
+        return bool(self.statistics() or self.neighbours or any(not spec.held_out for spec in self.passes()))
+
+    def calibrates(self) -> bool:
+        """Whether the run must have held-out ID data, or training data in their place."""
+        return bool(self.calibration() or any(spec.held_out for spec in self.passes()))
 
     def check(self, width: int, stages: Mapping[str, int]) -> None:
         """Whether the parameters suit the network.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, field_validator
 
 from pipeline.columns import Batch, Float
 from pipeline.detectors.base import Detector, RankReduced, Training
@@ -37,6 +37,13 @@ class RankFeat(Detector):
         description="names of blocks; last, and early: the last one before the final reduction",
     )
     temperature: FiniteFloat = Field(default=1.0, gt=0, description="T, divides the logits")
+
+    @field_validator("blocks")
+    @classmethod
+    def _once_each(cls, blocks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(blocks)) < len(blocks):
+            raise ValueError(f"{', '.join(blocks)}: one is named twice; expected each once")
+        return blocks
 
     def extras(self) -> tuple[RankReduced, ...]:
         """Features without the largest singular value of each block."""

@@ -38,16 +38,17 @@ def examine(run: Run, name: str, listing: Listing, advance: Callable[[int], None
     yield from _identity(run, name, cached)
     yield recount(folder, cached.part_rows)
     yield from _rows(run, name, cached, listing, advance)
-    for column in run.record.datasets[name].extras:
+    for column, width in run.record.datasets[name].extras.items():
         yield recount(folder / column, cached.part_rows)
-        yield _beside(folder, column, cached.part_rows)
+        yield _beside(folder, column, width, cached.part_rows)
 
 
-def _beside(folder: Place, column: str, part_rows: Sequence[int]) -> Finding:
+def _beside(folder: Place, column: str, width: int, part_rows: Sequence[int]) -> Finding:
     """Whether an extra column has the keys of the features in their order, and finite values."""
     wrong = Tally()
     for own, other in zip(parts(folder, part_rows), parts(folder / column, part_rows), strict=True):
         try:
+            require(other, {KEY: pa.string(), column: pa.list_(pa.float32(), width)})
             for features, extra in zip(columns(own, [KEY]), columns(other, [KEY, column]), strict=True):
                 bad = (features[KEY] != extra[KEY]) | ~np.isfinite(extra[column]).all(axis=1)
                 wrong.add(extra[KEY][bad])

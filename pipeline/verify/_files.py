@@ -32,8 +32,8 @@ class Dataset(BaseModel):
     errors: int | None
     hash: str
     digest: str
-    extras: list[str]
-    """Columns beyond the features."""
+    extras: dict[str, int]
+    """Columns beyond the features, and how wide they are."""
     accuracy: float | None
 
 

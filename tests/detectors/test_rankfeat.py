@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from pipeline.detectors.base import RankReduced
 from pipeline.detectors.rankfeat import RankFeat
@@ -59,3 +60,8 @@ def test_the_whole_method_on_one_image_at_a_time(real):
         logits = sum(model.fc(maps.mean(dim=(2, 3)))[0] for maps in both) / 2
         expected.append(-logits.logsumexp(dim=0).item())
     np.testing.assert_allclose(real.score(RankFeat())[:8], expected, rtol=1e-4)  # a float32 decomposition
+
+
+def test_a_block_that_is_named_twice_is_refused():
+    with pytest.raises(ValidationError, match="last, last: one is named twice"):
+        RankFeat(blocks=("last", "last"))
