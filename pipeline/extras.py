@@ -80,6 +80,8 @@ def check(spec: Extra, classifier: Classifier) -> None:
         raise
     except (*WRONG_SIZE, NotImplementedError) as error:
         raise UserError(f"the model does not allow it ({spec.kind}): {error}. Drop the detector.") from error
+    if isinstance(spec, Perturbed) and np.isnan(found).any(axis=1).all():
+        raise UserError(f"the model's input gradient is not finite ({spec.kind}). Drop the detector.")
     if isinstance(spec, ParameterGradient):
         for name, norms in zip(spec.layers, found.T, strict=True):
             if not norms.any():
@@ -96,7 +98,8 @@ def _perturbed(classifier: Classifier, spec: Perturbed, images: Tensor, _: Seque
             value = spec.temperature * functional.log_softmax(logits / spec.temperature, dim=1)
         predicted = value.gather(1, logits.argmax(dim=1, keepdim=True))
         (gradient,) = torch.autograd.grad(predicted.sum(), moved)
-    step = spec.step * gradient.sign()
+    sign = torch.where(gradient.isnan(), gradient, gradient.sign())  # torch's sign of NaN is 0
+    step = spec.step * sign
     if spec.pixels:
         step /= torch.tensor(classifier.transform.std, device=images.device).view(1, -1, 1, 1)
     if spec.share < 1:

@@ -6,7 +6,7 @@ Starts no Ray and makes no forward pass over a dataset; every mistake of the use
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from pipeline import (
 )
 from pipeline import statistics as statistic
 from pipeline.columns import BLOCK_NORM, LABEL
-from pipeline.config import Config, Dataset
+from pipeline.config import Config, Dataset, Extract
 from pipeline.datasets import Manifest, compile_manifest
 from pipeline.detectors.base import Detector, Extra, Jigsaw, Mixup
 from pipeline.errors import UserError, unknown
@@ -118,6 +118,7 @@ def prepare(settings: Config) -> Prepared:
     places.require_writable(settings.workspace, "workspace")
     workspace = places.at(settings.workspace)
     classifier = load(settings.model, settings.seed)
+    _check_precision(settings.extract, classifier)
     selection.keep(lambda label, detector: check_applies(label, detector, classifier))
     if any(detector.neighbours for detector in selection.detectors.values()):
         index.made(settings.index.kind, classifier.head[0].shape[1])
@@ -203,6 +204,22 @@ def tracking_uri(settings: Config) -> str:
             "(tracking.uri=http://host:5000), or set tracking.enabled=false."
         )
     return f"sqlite:///{workspace / 'mlflow.db'}"
+
+
+def _check_precision(settings: Extract, classifier: Classifier) -> None:
+    """Whether the network runs in half precision; on CPUs, as what a GPU can do shows only there."""
+    on_cpu = extract.device(settings.device, settings.gpus_per_actor) == "cpu"
+    if settings.precision == "fp32" or not on_cpu:
+        return
+    side, channels = classifier.transform.crop, classifier.transform.channels
+    try:
+        half = replace(classifier, precision=settings.precision)
+        half.forward(np.zeros((2, side, side, channels), np.uint8))
+    except (*WRONG_SIZE, NotImplementedError) as error:
+        raise UserError(
+            f"extract.precision: the model does not run in {settings.precision} on a CPU ({error}). "
+            "Set it to fp32, or choose another."
+        ) from error
 
 
 def _check_roles(settings: Config) -> None:

@@ -818,6 +818,23 @@ def test_a_network_that_cannot_be_differentiated_is_refused(kind, spec):
         extras.check(spec, toy(kind))
 
 
+@pytest.mark.parametrize(
+    "spec", [*PERTURBED[:1], Perturbed(objective="logit", step=0.1, share=0.5)], ids=repr
+)
+def test_an_input_gradient_that_is_no_number_is_not_taken_for_zero(pixels, spec):
+    class Rooted(Maps):
+        """Its output is finite, its gradient is 0 times infinity."""
+
+        def leave(self, x: Tensor) -> Tensor:
+            return super().leave(x) + (0 * x).sum(dim=(1, 2, 3))[:, None].sqrt()
+
+    classifier = toy(Rooted)
+    assert np.isfinite(classifier.forward(pixels)[LOGITS]).all()
+    assert np.isnan(extras.measure(classifier, spec, pixels, KEYS)).all()
+    with pytest.raises(UserError, match=r"input gradient is not finite \(perturbed\)\. Drop the detector"):
+        extras.check(spec, classifier)
+
+
 def test_a_layer_that_no_gradient_reaches_is_refused():
     spec = ParameterGradient(layers=("fc", "body.3"))
     with pytest.raises(UserError, match=r"layers: no gradient reaches 'body\.3'\. Name another"):

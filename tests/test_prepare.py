@@ -117,6 +117,20 @@ def test_more_directions_than_the_feature_has_are_refused(settings, load, label:
         prepare.prepare(load(settings))
 
 
+def test_a_network_that_does_not_run_in_half_precision_is_refused(flat, load, tmp_path) -> None:
+    net = tmp_path / "net.py"
+    text = net.read_text().replace(
+        "return self.fc(self.block(x).flatten(1))",
+        "x = self.block(x).flatten(1)\n        x.numpy()  # knows no bfloat16\n        return self.fc(x)",
+    )
+    net.write_text(text)
+    flat["detectors"] = ["msp"]
+    prepare.prepare(load(flat))
+    flat["extract"] = {**flat.get("extract", {}), "precision": "bf16"}
+    with pytest.raises(UserError, match=r"extract\.precision: the model does not run in bf16 on a CPU"):
+        prepare.prepare(load(flat))
+
+
 def test_a_wrong_number_of_weights_for_the_stages_is_refused(settings, load) -> None:
     settings["detectors"] = [{"mine": {"method": "mahalanobis_ensemble", "weights": [1, 2]}}]
     with pytest.raises(UserError, match=r"detectors\.mine: weights: 2 given; expected one for each"):
