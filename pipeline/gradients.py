@@ -52,7 +52,7 @@ def _loss(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _of_one(parameters: Mapping[str, Tensor], module: nn.Module, image: Tensor, temperature: float) -> Tensor:
-    logits: Tensor = functional_call(module, dict(parameters), (image.unsqueeze(0),))
+    logits: Tensor = functional_call(module, dict(parameters), (image.unsqueeze(0).clone(),))
     return _loss(logits, temperature)[0]
 
 
@@ -90,7 +90,7 @@ def _products(
         return add
 
     with taps.hooked(classifier.module, {layer: watch(layer) for layer in layers}), torch.enable_grad():
-        total = _loss(classifier.module(images), temperature).sum()
+        total = _loss(classifier.module(images.clone()), temperature).sum()  # it may change its input
         backward = torch.autograd.grad(total, [probes[layer] for layer in layers], materialize_grads=True)
     found: dict[str, Tensor] = {}
     for (layer, module), gradient in zip(layers.items(), backward, strict=True):

@@ -284,14 +284,19 @@ class Shifting(nn.Module):
         self.step = Step(3, 6)
         self.drop = nn.Dropout(0.5)
         self.fc = nn.Linear(6, 5)
+        self.scale = nn.Parameter(torch.ones(()))
         self.in_place = in_place
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.sub_(0.5) if self.in_place else x - 0.5
+        x = (x.sub_(0.5) if self.in_place else x - 0.5) * self.scale
         return self.fc(self.drop(self.step(x).mean(dim=(2, 3))))
 
 
-@pytest.mark.parametrize("spec", [*PERTURBED, Dropped(samples=3)], ids=repr)
+@pytest.mark.parametrize(
+    "spec",
+    [*PERTURBED, Dropped(samples=3), ParameterGradient(layers=("fc", "step", "scale"))],
+    ids=repr,
+)
 def test_a_network_may_change_its_input_in_place(pixels, spec):
     found = []
     for in_place in (True, False):
