@@ -125,8 +125,13 @@ def test_taps_are_found_and_the_head_on_the_feature_gives_the_logits(made: tuple
 
 def test_each_detector_applies_or_says_why_not(made: tuple[Row, Classifier]) -> None:
     row, classifier = made
+    dropouts = [each for each in classifier.module.modules() if isinstance(each, torch.nn.Dropout) and each.p]
     for name in detectors.names():
         detector = detectors.get(name)()
+        if name == "mcdropout" and not dropouts:
+            with pytest.raises(UserError, match="the model has no dropout layer"):
+                check_applies(name, detector, classifier)
+            continue
         if name in ("featurenorm", "selectednorm") and row.applies == GRID:
             with pytest.raises(UserError, match=rf"{FIXED}.*Choose a grid that divides {row.size}"):
                 check_applies(name, detector, classifier)
