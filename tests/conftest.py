@@ -31,7 +31,12 @@ S3_ENVIRONMENT = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with a cluster or a head of their own run after the others: `make test-cluster`."""
+    """Tests with a cluster or a head of their own run after the others: `make test-cluster`.
+
+    Files with whole evaluations come first: they take longest, and a process runs a file at a time.
+    """
+    whole = {item.path for item in items if "execute" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in whole)
     for item in items:
         if {"site", "head"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.cluster)

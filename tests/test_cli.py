@@ -500,7 +500,9 @@ def test_the_detectors_are_listed_with_what_they_need(command):
         assert f"{method} ({year})" == detector.title
         assert paper.partition(", ")[0].removesuffix(" et al.") in detector.paper
         assert detector.paper.endswith(paper.partition(", ")[2])
-        trains = [need for need in needs.split(", ") if need.startswith(("training", "index", "extra"))]
+        trains = [
+            need for need in needs.split(", ") if need.startswith(("training", "held-out", "index", "extra"))
+        ]
         assert bool(trains) == (detector.needs_train() or detector.calibrates())
         costly = [extra for extra in detector.extras() if not extra.tapped]
         assert (cost == "cheap") == (not detector.neighbours and not detector.passes() and not costly)
