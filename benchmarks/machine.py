@@ -8,10 +8,16 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("ood-pipeline", "ray", "torch", "faiss-cpu", "numpy", "pyarrow")
+from pipeline import __version__
+
+PACKAGES = ("ray", "torch", "faiss-cpu", "numpy", "pyarrow")
 
 VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables that change how fast the libraries compute."""
+
+
+def _versioned(name: str) -> str:
+    return f"{name} {version(name)}"
 
 
 def describe() -> dict[str, str]:
@@ -22,7 +28,9 @@ def describe() -> dict[str, str]:
         "processor": f"{os.cpu_count()} cores, {_processor()}",
         "memory": f"{_memory() / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "packages": ", ".join(
+            [f"ood-pipeline {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]
+        ),
         "libraries": ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
         or "-",
         "other load": busy,

@@ -31,7 +31,9 @@ REASONS: dict[str, str] = {
         "10,000 images a worker takes one or two of them; in a process that took eight, one after the "
         "other, private memory rose until the second or third (what the allocator keeps) and stayed there. "
         "The evaluate task sorts one detector's scores of all datasets at once, some hundred bytes per "
-        "image, because exact metrics need them together."
+        "image, because exact metrics need them together. A model actor of the extra passes works on as many "
+        "images and batches at both sizes; from one run of this command to another its growth changes by as "
+        "much as it is."
     ),
     "scoring with neighbours: growth of peak memory from 80,000 to 240,000 rows": (
         "it is the driver's, which lies in the table of (f): it holds receipts and no rows, and over the "
