@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline import cluster, extract, shards
+from pipeline import cluster, extract, extras, shards
 from pipeline.columns import padded
 from pipeline.errors import UserError
 from pipeline.prepare import Prepared
@@ -46,7 +46,6 @@ class Cost:
         feature_bytes = np.dtype(ready.config.extract.feature_dtype).itemsize
         row_bytes = width * feature_bytes + 4 * (classes + len(ready.classifier.taps.blocks))
         todo = [job.manifest.rows for job in ready.jobs.values() if not job.featured]
-        stages = tuple(ready.classifier.taps.stages.values())
         columns = [(job.manifest.rows, extra) for job in ready.jobs.values() for extra in job.extras]
         lacking = [
             (job.manifest.rows, extra)
@@ -63,7 +62,7 @@ class Cost:
             + sum(rows * extra.forwards for rows, extra in lacking),
             shards=sum(-(-rows // ready.plan.shard_rows) for rows in todo),
             cache_bytes=row_bytes * sum(job.manifest.rows for job in ready.jobs.values())
-            + sum(4 * rows * extra.width(classes, width, stages) for rows, extra in columns),
+            + sum(4 * rows * extras.width(extra, ready.classifier) for rows, extra in columns),
             index_bytes=banks * train * width * 4,
         )
 

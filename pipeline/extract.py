@@ -218,23 +218,22 @@ class Others:
             self.add(batch, kept, size, {})
             seen += [key for key in own if key in known]
         if seen != keys:
-            lost = next((key for key in keys if key not in set(seen)), keys[0])
+            read = set(seen)
+            lost = next(key for key in keys if key not in read)
             raise UserError(
                 f"{lost}: it was read when its features were extracted and cannot be read now. Bring the "
                 "image back, or run with --fresh."
             )
 
-    def _width(self, spec: Extra) -> int:
-        classes, features = self.classifier.head[0].shape
-        return spec.width(classes, features, tuple(self.classifier.taps.stages.values()))
-
     def columns(self, keys: list[str]) -> Iterator[tuple[str, pa.Table]]:
         """Name and table of each."""
+        footer = {shards.KEYS: shards.digest(keys)}
         for spec, parts in self.parts.items():
-            values = np.concatenate(parts) if parts else np.zeros((0, self._width(spec)), np.float32)
+            empty = np.zeros((0, extras.width(spec, self.classifier)), np.float32)
+            values = np.concatenate([empty, *parts])
             table = store.arrow_columns({KEY: np.array(keys, dtype=object), spec.column: values})
             schema = pa.schema([(KEY, pa.string()), table.schema.field(spec.column)])
-            yield spec.column, table.cast(schema).replace_schema_metadata({shards.KEYS: shards.digest(keys)})
+            yield spec.column, table.cast(schema).replace_schema_metadata(footer)
 
 
 def load_in_worker(plan: Plan, compiled: bool = False) -> Classifier:

@@ -27,6 +27,11 @@ from pipeline.model import WRONG_SIZE, Classifier
 GRADIENTS = 2**27
 """Most bytes of per-image parameter gradients at once."""
 
+NO_BLOCKS = (
+    "the model has no block with maps or tokens whose channels are certain. Name some with model.blocks, or "
+    "drop the detector."
+)
+
 _CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _WEIGHTED = {"Linear", "Conv1d", "Conv2d", "Conv3d"}
 """Classes with weights, by name: in an exported program, modules only know which class they had."""
@@ -47,6 +52,12 @@ def measure(classifier: Classifier, spec: Extra, pixels: Pixels, keys: Sequence[
     with torch.no_grad():
         found = _KINDS[type(spec)](classifier, spec, classifier.images(pixels), keys)
     return found.float().cpu().numpy()
+
+
+def width(spec: Extra, classifier: Classifier) -> int:
+    """Values of an extra per image."""
+    classes, features = classifier.head[0].shape
+    return spec.width(classes, features, tuple(classifier.taps.stages.values()))
 
 
 @contextmanager
@@ -94,7 +105,9 @@ def _perturbed(classifier: Classifier, spec: Perturbed, images: Tensor, _: Seque
         moved = images.clone().requires_grad_()
         logits = classifier.answer(moved.clone())[1]  # a network may change its input in place
         value = logits
-        if _is_log(spec):  # times T, which changes no sign: else half precision loses gradients at a high T
+        if (
+            spec.objective == "log_softmax"
+        ):  # times T, which changes no sign: else half precision loses gradients at a high T
             value = spec.temperature * functional.log_softmax(logits / spec.temperature, dim=1)
         predicted = value.gather(1, logits.argmax(dim=1, keepdim=True))
         (gradient,) = torch.autograd.grad(predicted.sum(), moved)
@@ -109,10 +122,6 @@ def _perturbed(classifier: Classifier, spec: Perturbed, images: Tensor, _: Seque
         chosen = torch.zeros_like(magnitude).scatter_(1, order, 1.0)
         step *= chosen.view_as(step)
     return classifier.answer(images + step)[0]
-
-
-def _is_log(spec: Perturbed) -> bool:
-    return spec.objective == "log_softmax"
 
 
 def _rank_reduced(classifier: Classifier, spec: RankReduced, images: Tensor, _: Sequence[str]) -> Tensor:
@@ -131,10 +140,7 @@ def _block(classifier: Classifier, spec: RankReduced) -> str:
     """Name of the block that is meant."""
     found = classifier.taps
     if not found.blocks or found.early is None:
-        raise UserError(
-            "the model has no block with maps or tokens whose channels are certain. Name some with "
-            "model.blocks, or drop the detector."
-        )
+        raise UserError(NO_BLOCKS)
     if spec.block in ("last", "early"):
         return found.blocks[-1] if spec.block == "last" else found.early
     if spec.block not in found.blocks:
@@ -224,10 +230,7 @@ def _pooling(classifier: Classifier) -> Iterator[dict[str, Tensor]]:
     """Mean over positions of every stage by its name, of a pass in the `with` block."""
     found = classifier.taps
     if not found.stages:
-        raise UserError(
-            "the model has no block with maps or tokens whose channels are certain. Name some with "
-            "model.blocks, or drop the detector."
-        )
+        raise UserError(NO_BLOCKS)
     means: dict[str, Tensor] = {}
 
     def keep(name: str, place: Layout) -> Callable[[Any, Any, Tensor], None]:

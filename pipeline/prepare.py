@@ -22,8 +22,8 @@ from pipeline import (
     places,
     published,
     shards,
+    statistics,
 )
-from pipeline import statistics as statistic
 from pipeline.columns import BLOCK_NORM, LABEL
 from pipeline.config import Config, Dataset, Extract
 from pipeline.datasets import Manifest, compile_manifest
@@ -260,10 +260,7 @@ def check_applies(label: str, detector: Detector, classifier: Classifier) -> Non
     """
     found = classifier.taps
     if BLOCK_NORM in detector.columns and not found.blocks:
-        raise UserError(
-            f"detectors.{label}: the model has no block with maps or tokens whose channels are certain. "
-            "Name some with model.blocks, or drop the detector."
-        )
+        raise UserError(f"detectors.{label}: {extras.NO_BLOCKS}")
     named = getattr(detector, "block", "auto")
     if named not in ("auto", *found.blocks):
         raise UserError(f"detectors.{label}.block: {unknown('block', named, found.blocks)}")
@@ -290,7 +287,7 @@ def _extras(role: str, chosen: Iterable[Detector]) -> list[Extra]:
     """Extra columns that a dataset needs: all to be scored, those that statistics and banks read to train."""
     needed: dict[Extra, None] = {}
     for detector in chosen:
-        read = statistic.columns([*detector.statistics(), *detector.calibration()])
+        read = statistics.columns([*detector.statistics(), *detector.calibration()])
         whole = role != "train" or detector.neighbours
         needed |= {extra: None for extra in detector.extras() if whole or extra.column in read}
     return list(needed)

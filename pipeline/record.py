@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipeline import __version__, config, places, store
+from pipeline import __version__, config, extras, places, store
 from pipeline.prepare import Prepared
 
 
@@ -76,8 +76,7 @@ class Record:
 
 
 def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
-    job, stages = ready.jobs[dataset.name], tuple(ready.classifier.taps.stages.values())
-    classes, features = ready.classifier.head[0].shape
+    job = ready.jobs[dataset.name]
     return {
         **dataset.model_dump(include={"role", "format", "path"}),
         "rows": job.manifest.rows,
@@ -86,7 +85,7 @@ def _dataset(ready: Prepared, dataset: config.Dataset) -> dict[str, Any]:
         "errors": None,
         "hash": places.at(job.folder).name.rpartition("-")[2],
         "digest": job.manifest.digest,
-        "extras": {extra.column: extra.width(classes, features, stages) for extra in job.extras},
+        "extras": {extra.column: extras.width(extra, ready.classifier) for extra in job.extras},
         "accuracy": None,
     }
 

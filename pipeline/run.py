@@ -338,11 +338,7 @@ class Run:
 
     def _columns(self) -> tuple[str, ...]:
         norms = (BLOCK_NORM,) if self.ready.classifier.taps.blocks else ()
-        return (KEY, LABEL, PREDICTION, FEATURE, LOGITS, *norms, *self._extras())
-
-    def _extras(self) -> tuple[str, ...]:
-        wanted = (extra.column for detector in self.ready.detectors.values() for extra in detector.extras())
-        return tuple(dict.fromkeys(wanted))
+        return (KEY, LABEL, PREDICTION, FEATURE, LOGITS, *norms, *self.ready.plan.extras)
 
     def _score_jobs(self) -> list[ScoreJob]:
         jobs = []

@@ -84,10 +84,15 @@ class Extra(BaseModel):
     """A column that takes the network beyond its one forward pass over an image.
 
     Equal extras are computed once, however many detectors ask for them: for every image that is scored, and
-    for the training images if a statistic reads the column.
+    for the training images if a statistic or a bank reads the column.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    needs: ClassVar[str]
+    """What the network must give, in a few words."""
+    tapped: ClassVar[bool] = False
+    """Whether the forward pass for the features brings it along."""
 
     @property
     def kind(self) -> str:
@@ -99,11 +104,6 @@ class Extra(BaseModel):
         """Name of the column, and of the folder it is kept in."""
         text = f"{type(self).__qualname__} {self.model_dump_json()}"
         return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-    needs: ClassVar[str]
-    """What the network must give, in a few words."""
-    tapped: ClassVar[bool] = False
-    """Whether the forward pass for the features brings it along."""
 
     @property
     def forwards(self) -> int:

@@ -126,5 +126,5 @@ class LayersScorer:
             (N,) float64, at most 0.
         """
         norms = np.asarray(batch[self.column], dtype=np.float64)
-        score: Float = -((norms**self.order).sum(axis=1) ** (1 / self.order))
+        score: Float = -np.linalg.norm(norms, self.order, axis=1)
         return score
