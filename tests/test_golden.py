@@ -1,0 +1,69 @@
+"""All numbers of a small evaluation against the golden files; `python -m tests.golden.make` makes them again.
+
+A test fails for a dataset, a statistic or a detector, and names what is different.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import detectors
+from tests.golden import entries, evaluation, outputs, tolerances
+from tests.golden.outputs import KINDS, Outputs
+
+GOLDEN = {kind: entries.load(kind) for kind in (*KINDS, "metrics")}
+
+
+@pytest.fixture(scope="module")
+def found(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Outputs:
+    """What the evaluation gives now."""
+    return outputs.read(evaluation.evaluate(tmp_path_factory.mktemp("golden")))
+
+
+def check(found: Outputs, kind: str, group: str) -> None:
+    """All arrays of a group are as in the golden file."""
+    golden, arrays = GOLDEN[kind][group], found.arrays[kind][group]
+    assert sorted(arrays) == sorted(golden)
+    wrong = [
+        f"{kind}: {group}: {name}: {difference}"
+        for name, values in arrays.items()
+        for difference in entries.differences(golden[name], values, tolerances.of(kind, group, name))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_detector_is_among_the_golden_ones() -> None:
+    assert set(detectors.names()) <= set(GOLDEN["scores"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_datasets_statistics_and_detectors_are_the_golden_ones(found: Outputs, kind: str) -> None:
+    assert sorted(found.arrays[kind]) == sorted(GOLDEN[kind])
+
+
+@pytest.mark.parametrize("dataset", GOLDEN["features"])
+def test_features_of_a_dataset_are_the_golden_ones(found: Outputs, dataset: str) -> None:
+    check(found, "features", dataset)
+
+
+@pytest.mark.parametrize("statistic", GOLDEN["statistics"], ids=str)
+def test_a_statistic_is_the_golden_one(found: Outputs, statistic: str) -> None:
+    check(found, "statistics", statistic)
+
+
+@pytest.mark.parametrize("label", GOLDEN["scores"])
+def test_scores_of_a_detector_are_the_golden_ones(found: Outputs, label: str) -> None:
+    check(found, "scores", label)
+
+
+@pytest.mark.parametrize("label", GOLDEN["metrics"])
+def test_metrics_of_a_detector_are_the_golden_ones(found: Outputs, label: str) -> None:
+    golden, numbers = GOLDEN["metrics"][label], found.metrics[label]
+    assert sorted(numbers) == sorted(golden)
+    allowed = {"threshold": max(tolerances.SCORES.get(label, 0), tolerances.METRICS)}
+    wrong = [
+        f"{label}: {name}: golden {golden[name]}, found {numbers[name]}"
+        for name in golden
+        if not entries.equal(golden[name], numbers[name], allowed.get(name, tolerances.METRICS))
+    ]
+    assert not wrong, "\n".join(wrong)
