@@ -18,8 +18,9 @@ from results import Check, Section
 from session import Session
 from sklearn.datasets import load_sample_images
 
-from pipeline import config, images
 from pipeline.columns import FEATURE
+from pipeline.config import loading, schema
+from pipeline.data import decode
 
 DECODERS = ("pillow", "simplejpeg")
 
@@ -90,12 +91,12 @@ def _write_photos(folder: Path, count: int) -> list[Path]:
 
 
 def _rate(files: list[Path], decoder: str) -> float:
-    transform = config.load("photos").model.transform
-    assert isinstance(transform, config.Transform)
+    transform = loading.load("photos").model.transform
+    assert isinstance(transform, schema.Transform)
     contents = [path.read_bytes() for path in files]
     started = time.perf_counter()
     for content in contents:
-        images.decode(content, None, transform, decoder)
+        decode.decode(content, None, transform, decoder)
     return len(files) / (time.perf_counter() - started)
 
 

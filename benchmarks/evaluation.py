@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from results import Check, Section, at_most
 from session import Session
 
-from pipeline import config, images
-from pipeline.datasets import compile_manifest
+from pipeline.config import loading, schema
+from pipeline.data import decode
+from pipeline.data.manifest import compile_manifest
 
 TARGET = 1.15
 QUICKSTART_SECONDS = 60
@@ -94,14 +95,14 @@ def _plain_seconds(session: Session, setting: plain.Setting) -> float:
 
 def _quickstart_pixels(folder: Path) -> NDArray[np.uint8]:
     """All its images as the network sees them, (N, 28, 28)."""
-    settings = config.load("quickstart")
+    settings = loading.load("quickstart")
     transform = settings.model.transform
-    assert isinstance(transform, config.Transform)
+    assert isinstance(transform, schema.Transform)
     found = []
     for dataset in settings.datasets:
         manifest = compile_manifest(dataset, folder)
         rows = manifest.read(0, manifest.rows).to_pylist()
-        found += [images.decode(row["bytes"], tuple(row["shape"]), transform)[:, :, 0] for row in rows]
+        found += [decode.decode(row["bytes"], tuple(row["shape"]), transform)[:, :, 0] for row in rows]
     return np.stack(found)
 
 

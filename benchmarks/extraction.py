@@ -19,9 +19,11 @@ from processes import fresh
 from results import Section, at_least
 from session import Session
 
-from pipeline import config, extract, shards, store
-from pipeline.datasets import SCHEMA
-from pipeline.model import load
+from pipeline.config import loading
+from pipeline.data.manifest import SCHEMA
+from pipeline.network.classifier import load
+from pipeline.stages import extract, shards
+from pipeline.workspace import tables
 
 TARGET = 0.9
 
@@ -52,7 +54,7 @@ def measure(session: Session) -> Section:
 
 def _profile(pixels: NDArray[np.uint8], scratch: Path) -> dict[str, float]:
     """Images per second of one thread for more and more of what a model actor does, the best of three."""
-    settings = config.load("quickstart")
+    settings = loading.load("quickstart")
     model = load(settings.model, settings.seed)
     plan = shards.Plan(settings.model, settings.extract, settings.seed, model.digest, model.transform)
     classifier, size = extract.load_in_worker(plan), settings.extract.batch_size
@@ -79,7 +81,7 @@ def _profile(pixels: NDArray[np.uint8], scratch: Path) -> dict[str, float]:
             classifier, decoded.batches(size), plan.settings
         ),
         "and decoding": lambda: extract.extract_rows(classifier, cut(), plan.settings),
-        "and writing Parquet": lambda: store.write_table(
+        "and writing Parquet": lambda: tables.write_table(
             scratch / "profile.parquet", extract.extract_rows(classifier, cut(), plan.settings)[0]
         ),
     }

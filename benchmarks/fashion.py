@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pipeline import config
+from pipeline.config import loading
 
 IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 _IMAGES_HEADER, _LABELS_HEADER = 16, 8
@@ -35,5 +35,5 @@ def dataset(folder: Path, count: int, scratch: Path, name: str, role: str) -> di
 
 def quickstart() -> dict[str, Any]:
     """The quickstart's config, to be changed."""
-    found: dict[str, Any] = yaml.safe_load(config.locate("quickstart").read_text())
+    found: dict[str, Any] = yaml.safe_load(loading.locate("quickstart").read_text())
     return found

@@ -33,16 +33,17 @@ from scipy.special import expit
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from pipeline import detectors, extras, quickstart, statistics, taps
-from pipeline.columns import FEATURE, LABEL, LOGITS, PREDICTION, Batch, Float
-from pipeline.config import Transform
+from pipeline import detectors, quickstart
+from pipeline.columns import FEATURE, LABEL, LOGITS, PREDICTION, Batch, Float, Pixels
+from pipeline.config.schema import Transform
 from pipeline.detectors.base import NEIGHBOURS, Detector, Dropped, Extra, Pooled, Training, bank_of
 from pipeline.detectors.gram import held_out
-from pipeline.images import Pixels
-from pipeline.logits import logsumexp, softmax
-from pipeline.model import Classifier
+from pipeline.learned import statistics
+from pipeline.learned.logits import logsumexp, softmax
+from pipeline.learned.statistics import Head
+from pipeline.network import extras, taps
+from pipeline.network.classifier import Classifier
 from pipeline.quickstart.resnet import build
-from pipeline.statistics import Head
 
 PEER = "0.4.0"
 RESULTS = Path(__file__).with_name("fidelity.md")

@@ -19,12 +19,14 @@ from session import Session
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-from pipeline import config, extras, quickstart
+from pipeline import quickstart
 from pipeline.columns import FEATURE, LOGITS
+from pipeline.config import loading
 from pipeline.detectors.base import ParameterGradient
 from pipeline.detectors.gradnorm import GradNormScorer
 from pipeline.detectors.grood import GroodScorer, Prototypes
-from pipeline.model import load
+from pipeline.network import extras
+from pipeline.network.classifier import load
 
 WIDTH, CLASSES, BATCH = 2048, 1000, 1024
 SHIPPED_BATCH = 128
@@ -114,7 +116,7 @@ def _gradnorm(problem: Problem, turns: int, samples: int) -> tuple[float, float]
 
 
 def _layers(turns: int, samples: int) -> tuple[float, float]:
-    classifier = load(config.load("quickstart").model, 0)
+    classifier = load(loading.load("quickstart").model, 0)
     pixels = np.load(Path(quickstart.__file__).parent / "images.npz")["id_test_x"][:samples, ..., None]
     keys = [str(row) for row in range(samples)]
     spec = ParameterGradient(layers=("layer4", "fc"))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.config import resolve
+from pipeline.config.loading import resolve
 from pipeline.quickstart import resnet
 
 MEAN, STD = 0.2860, 0.3530

@@ -17,10 +17,14 @@ from processes import fresh
 from results import Check, Section, at_least, at_most
 from session import Session
 
-from pipeline import cluster, config, fit, index, score, statistics, store
+from pipeline.cluster import session
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
+from pipeline.config import schema
 from pipeline.detectors.base import Jigsaw, Mixup, Training
-from pipeline.statistics import Head
+from pipeline.learned import statistics
+from pipeline.learned.statistics import Head
+from pipeline.stages import fit, index, score
+from pipeline.workspace import artifacts, files, tables
 
 WIDTH, CLASSES, BLOCKS, PART = 512, 10, 4, 2048
 BANK_ROWS = 10_000
@@ -79,36 +83,36 @@ def _scored(session: Session, rows: int, neighbours: bool) -> Scored:
 def _score(folder: Path, rows: int, neighbours: bool) -> Scored:
     """Write a table, fit on another, score; the driver of a run is this process."""
     os.environ.pop("RAY_ADDRESS", None)
-    chosen = config.Config.model_validate(fashion.quickstart()).built()
+    chosen = schema.Config.model_validate(fashion.quickstart()).built()
     chosen = {label: found for label, found in chosen.items() if neighbours or not found.neighbours}
     bank_table = _table(folder / "train", BANK_ROWS, seed=0)
     source = _table(folder / "features", rows, seed=1)
-    with Watch(os.getpid()) as watch, cluster.session():
-        cluster.connect()
-        cache = fit.Cache(folder / "fits")
+    with Watch(os.getpid()) as watch, session.session():
+        session.connect()
+        cache = artifacts.Cache(folder / "fits")
         fitted = fit.fit_detectors(
             chosen, _training(bank_table), cache, (bank_table, {"synthetic": BANK_ROWS})
         )
-        searched = index.start(fitted.banks, config.Index()) if fitted.banks else None
+        searched = index.start(fitted.banks, schema.Index()) if fitted.banks else None
         started = time.perf_counter()
         job = score.Job("synthetic", source, str(folder / "scores"), "synthetic")
         score.run([job], score.Scoring(fitted.scorers, COLUMNS, searched), lambda _: None)
         seconds = time.perf_counter() - started
-    parts = store.Table.open(folder / "scores")
+    parts = tables.Table.open(folder / "scores")
     finished = sorted(part.stat().st_mtime for part in parts.parts())
     steady = (rows - parts.part_rows[0]) / (finished[-1] - finished[0])
     return Scored(rows, seconds, steady, watch.peaks)
 
 
-def _table(folder: Path, rows: int, seed: int) -> store.Table:
+def _table(folder: Path, rows: int, seed: int) -> tables.Table:
     """A complete folder of feature parts."""
     rng, counts = np.random.default_rng(seed), []
     for number, start in enumerate(range(0, rows, PART)):
         counts.append(min(PART, rows - start))
         columns = _columns(rng, start, counts[-1])
-        store.write_table(folder / store.part_name(number), store.arrow_columns(columns))
-    store.write_json(folder / store.MANIFEST, {"part_rows": counts})
-    return store.Table.open(folder)
+        tables.write_table(folder / tables.part_name(number), tables.arrow_columns(columns))
+    files.write_json(folder / artifacts.MANIFEST, {"part_rows": counts})
+    return tables.Table.open(folder)
 
 
 def _columns(rng: np.random.Generator, start: int, count: int) -> dict[str, NDArray[Any]]:
@@ -123,11 +127,11 @@ def _columns(rng: np.random.Generator, start: int, count: int) -> dict[str, NDAr
     }
 
 
-def _training(table: store.Table) -> Training:
+def _training(table: tables.Table) -> Training:
     """What the detectors fit to: true statistics of a table, made-up results of the extra passes."""
     rng = np.random.default_rng(2)
     rows = table.read(0, table.rows, (FEATURE, LOGITS, LABEL, PREDICTION))
-    chosen = config.Config.model_validate(fashion.quickstart()).built().values()
+    chosen = schema.Config.model_validate(fashion.quickstart()).built().values()
     made_up = {Mixup: {"mean": rng.random(WIDTH)}, Jigsaw: {"ratio": rng.random(BLOCKS)}}
     head = Head(rng.standard_normal((CLASSES, WIDTH), np.float32), np.zeros(CLASSES, np.float32))
     wanted = [need for detector in chosen for need in (*detector.statistics(), *detector.calibration())]

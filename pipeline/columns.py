@@ -27,6 +27,7 @@ IS_OOD = "is_ood."
 Batch = Mapping[str, NDArray[Any]]
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+Pixels = NDArray[np.uint8]
 
 
 def padded(values: NDArray[Any], size: int) -> NDArray[Any]:

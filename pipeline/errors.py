@@ -3,6 +3,7 @@
 Every message names the file, key or field, what was found, and what to do about it.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -20,3 +21,8 @@ def unknown(what: str, name: str, valid: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}."
+
+
+def redact(text: str) -> str:
+    """The text without the `user:password@` of any URI in it."""
+    return re.sub(r'(?<=://)[^\s/?#"<>]*@', "", text)

@@ -16,8 +16,11 @@ import yaml
 from moto.server import ThreadedMotoServer
 from rich.console import Console
 
-from pipeline import cluster, config, quickstart, run
-from pipeline.progress import Display
+from pipeline import quickstart
+from pipeline.cli.progress import Display
+from pipeline.cluster import session
+from pipeline.config import loading, schema
+from pipeline.workflows import run
 
 ARRAYS = Path(quickstart.__file__).parent / "images.npz"
 
@@ -64,7 +67,7 @@ def ray_session() -> Iterator[None]:
             log_to_driver=False,
             logging_level="ERROR",
         )
-        cluster.quiet()
+        session.quiet()
         yield
         ray.shutdown()
 
@@ -155,14 +158,14 @@ def small(images: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Callable[..., config.Config]:
+def load(tmp_path: Path) -> Callable[..., schema.Config]:
     """Load a raw config with a workspace of the test's own, or one given by URI."""
 
-    def loaded(raw: dict[str, Any], workspace: str = "workspace") -> config.Config:
+    def loaded(raw: dict[str, Any], workspace: str = "workspace") -> schema.Config:
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(raw))
         place = workspace if "://" in workspace else tmp_path / workspace
-        return config.load(str(path), [f"workspace={place}"])
+        return loading.load(str(path), [f"workspace={place}"])
 
     return loaded
 
@@ -171,7 +174,7 @@ def load(tmp_path: Path) -> Callable[..., config.Config]:
 def execute() -> Callable[..., run.Outcome]:
     """Run an evaluation in this process, without output."""
 
-    def executed(loaded: config.Config, **options: Any) -> run.Outcome:
+    def executed(loaded: schema.Config, **options: Any) -> run.Outcome:
         return run.execute(loaded, run.Options(**options), Display(Console(quiet=True)))
 
     return executed

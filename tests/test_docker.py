@@ -18,7 +18,8 @@ import yaml
 from packaging.requirements import Requirement
 from ray.scripts import scripts as ray_scripts
 
-from pipeline import cli, config
+from pipeline import cli
+from pipeline.config import loading
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
@@ -139,7 +140,7 @@ def test_mlflow_knows_the_options_and_variables_of_compose() -> None:
     name, *arguments = SERVICES["mlflow"]["command"]
     command = mlflow.cli.cli.commands[name]
     given = command.make_context(name, list(arguments)).params
-    uri = config.load(str(DOCKER / "quickstart.yaml")).tracking.uri
+    uri = loading.load(str(DOCKER / "quickstart.yaml")).tracking.uri
     assert uri.removeprefix("http://") in given["allowed_hosts"].split(",")
     known = {option.envvar for option in command.params} | vars(mlflow.environment_variables).keys()
     assert {key for key in SERVICES["mlflow"]["environment"] if key.startswith("MLFLOW")} <= known
@@ -147,7 +148,7 @@ def test_mlflow_knows_the_options_and_variables_of_compose() -> None:
 
 def test_the_quickstart_for_compose_uses_a_bucket_that_is_created() -> None:
     (buckets,) = [part for part in SERVICES["store"]["command"] if part.startswith("-bucket=")]
-    workspace = config.load(str(DOCKER / "quickstart.yaml")).workspace
+    workspace = loading.load(str(DOCKER / "quickstart.yaml")).workspace
     assert workspace.removeprefix("s3://").split("/")[0] in re.split("[=,]", buckets)
 
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import config, datasets, detectors, sources
+from pipeline import detectors
+from pipeline.config import loading, schema
+from pipeline.data import formats
+from pipeline.network import sources
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +37,7 @@ def test_the_wheel_holds_configs_data_weights_and_notices(wheel: Path) -> None:
         "pipeline/configs/labels/imagenet1k.txt",
         "pipeline/quickstart/images.npz",
         "pipeline/quickstart/resnet.safetensors",
-        "pipeline/report/template.html",
+        "pipeline/results/report/template.html",
         "pipeline/configs/imagenet1k-resnet50.yaml",
         "pipeline/configs/protocols/openood-imagenet1k.yaml",
         "pipeline/configs/published/imagenet1k-resnet50.csv",
@@ -66,7 +69,7 @@ def test_the_config_in_the_readme_is_valid(tmp_path: Path) -> None:
     assert block is not None
     path = tmp_path / "mine.yaml"
     path.write_text(block[1])
-    assert set(config.load(str(path)).built()) == set(detectors.names())
+    assert set(loading.load(str(path)).built()) == set(detectors.names())
 
 
 BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "datasets.md").read_text("utf-8"), re.DOTALL)
@@ -75,12 +78,12 @@ BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "datasets.md").read_t
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_the_datasets_in_the_documents_are_valid(block: str) -> None:
     found = yaml.safe_load(block)["datasets"]
-    assert {config.Dataset(**dataset).format for dataset in found} <= set(datasets.formats())
+    assert {schema.Dataset(**dataset).format for dataset in found} <= set(formats.names())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_bundled_config_is_valid(path: Path) -> None:
-    assert config.load(str(path)).name == yaml.safe_load(path.read_text())["name"]
+    assert loading.load(str(path)).name == yaml.safe_load(path.read_text())["name"]
 
 
 def test_jobs_are_thin() -> None:
@@ -98,5 +101,5 @@ def test_the_models_in_the_documents_are_valid() -> None:
     blocks = re.findall(
         r"```yaml\nmodel:\n(.*?)```", (ROOT / "docs" / "models.md").read_text("utf-8"), re.DOTALL
     )
-    models = [config.Model.model_validate(yaml.safe_load(block)) for block in blocks]
+    models = [schema.Model.model_validate(yaml.safe_load(block)) for block in blocks]
     assert {model.source for model in models} == set(sources.names())

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.columns import FEATURE, Batch, Float
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
-from pipeline.statistics import Classes, ClassSums, Moments, Scatter, normalize
+from pipeline.learned.statistics import Classes, ClassSums, Moments, Scatter, normalize
 
 TOLERANCE = 1e-12
 """Directions with less than this share of the total variance of the training features count as having none.

@@ -18,7 +18,7 @@ from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Scorer, Training
 from pipeline.detectors.energy import Energy
 from pipeline.errors import UserError
-from pipeline.statistics import Statistic
+from pipeline.learned.statistics import Statistic
 
 Shape = Callable[[Float], Float]
 """Feature (N, D) float64 -> changed feature (N, D) float64; never in place."""

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from pipeline.columns import FEATURE, Batch, Float
 from pipeline.detectors.base import Detector, Perturbed, Samples, Training
-from pipeline.logits import logsumexp
+from pipeline.learned.logits import logsumexp
 
 
 class AdaScale(Detector):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_serializer
 
 from pipeline.columns import Batch, Float, Mask
-from pipeline.statistics import Statistic, Statistics
+from pipeline.learned.statistics import Statistic, Statistics
 
 
 class Pass(BaseModel):

@@ -10,7 +10,7 @@ from pydantic import Field
 from pipeline.columns import FEATURE, Batch, Float
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
-from pipeline.statistics import Classes, normalize
+from pipeline.learned.statistics import Classes, normalize
 
 
 class Cosine(Detector):

@@ -10,7 +10,7 @@ from pydantic import Field
 from pipeline.columns import Float
 from pipeline.detectors._steps import Step
 from pipeline.detectors.base import Training
-from pipeline.statistics import Classes
+from pipeline.learned.statistics import Classes
 
 
 class Dice(Step):

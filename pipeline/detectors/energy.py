@@ -9,7 +9,7 @@ from pydantic import Field, FiniteFloat
 
 from pipeline.columns import LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.logits import logsumexp
+from pipeline.learned.logits import logsumexp
 
 
 class Energy(Detector):

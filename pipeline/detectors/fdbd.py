@@ -10,7 +10,7 @@ from scipy.spatial.distance import cdist
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.statistics import Classes
+from pipeline.learned.statistics import Classes
 
 
 class Fdbd(Detector):

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from pipeline.columns import LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.logits import softmax
+from pipeline.learned.logits import softmax
 
 
 class Gen(Detector):

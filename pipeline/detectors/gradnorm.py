@@ -14,7 +14,7 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, ParameterGradient, Training
-from pipeline.logits import softmax
+from pipeline.learned.logits import softmax
 
 
 class GradNorm(Detector):

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.logits import softmax
-from pipeline.statistics import Scatter
+from pipeline.learned.logits import softmax
+from pipeline.learned.statistics import Scatter
 
 
 class GradOrth(Detector):

@@ -15,7 +15,7 @@ from pydantic import Field
 from pipeline.columns import PREDICTION, Batch, Float, Mask
 from pipeline.detectors.base import Detector, Pooled, Training
 from pipeline.errors import UserError
-from pipeline.statistics import Head, Part, Statistic, Statistics
+from pipeline.learned.statistics import Head, Part, Statistic, Statistics
 
 _COLUMN = Pooled().column
 _TINY = 1e-6

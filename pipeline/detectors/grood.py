@@ -16,8 +16,8 @@ from scipy.special import expit
 from pipeline.columns import FEATURE, LABEL, PREDICTION, Batch, Float, Mask
 from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Mixup, Noise, Pass, Training
 from pipeline.errors import UserError
-from pipeline.logits import logsumexp
-from pipeline.statistics import Classes
+from pipeline.learned.logits import logsumexp
+from pipeline.learned.statistics import Classes
 
 
 class OodPrototype(BaseModel):

@@ -10,8 +10,8 @@ from scipy.special import entr
 
 from pipeline.columns import LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.logits import softmax
-from pipeline.statistics import Softmax
+from pipeline.learned.logits import softmax
+from pipeline.learned.statistics import Softmax
 
 
 class KlMatching(Detector):

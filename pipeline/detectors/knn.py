@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pipeline.columns import FEATURE, Batch, Float, Mask
 from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Training
-from pipeline.statistics import normalize
+from pipeline.learned.statistics import normalize
 
 
 class Knn(Detector):

@@ -13,7 +13,7 @@ from pipeline.columns import FEATURE, Batch, Float
 from pipeline.detectors._gaussian import MahalanobisScorer, whitened
 from pipeline.detectors.base import Detector, Pooled, Training
 from pipeline.errors import UserError
-from pipeline.statistics import Classes, Moments, Scatter
+from pipeline.learned.statistics import Classes, Moments, Scatter
 
 _COLUMN = Pooled().column
 

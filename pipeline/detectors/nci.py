@@ -10,7 +10,7 @@ from pydantic import Field, FiniteFloat
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.statistics import Classes, normalize
+from pipeline.learned.statistics import Classes, normalize
 
 
 class Nci(Detector):

@@ -12,7 +12,7 @@ from pydantic import Field
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
-from pipeline.statistics import Scatter
+from pipeline.learned.statistics import Scatter
 
 
 class Neco(Detector):

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float, Mask
 from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Training
-from pipeline.logits import logsumexp
-from pipeline.statistics import Head, Part, Statistic, Statistics, normalize
+from pipeline.learned.logits import logsumexp
+from pipeline.learned.statistics import Head, Part, Statistic, Statistics, normalize
 
 
 @dataclass(frozen=True)

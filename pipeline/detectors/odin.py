@@ -10,7 +10,7 @@ from pydantic import Field
 
 from pipeline.columns import Batch, Float
 from pipeline.detectors.base import Detector, Perturbed, Training
-from pipeline.logits import softmax
+from pipeline.learned.logits import softmax
 
 
 class Odin(Detector):

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from pipeline.columns import LABEL, LOGITS, PREDICTION, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.logits import logsumexp
-from pipeline.statistics import Classes, Head, Part, Statistic, Statistics
+from pipeline.learned.logits import logsumexp
+from pipeline.learned.statistics import Classes, Head, Part, Statistic, Statistics
 
 _MEANS = Classes(column=LOGITS, correct=True)
 _SHAPES = 1e-2, 1e4

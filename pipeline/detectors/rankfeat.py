@@ -10,7 +10,7 @@ from pydantic import Field, FiniteFloat, field_validator
 
 from pipeline.columns import Batch, Float
 from pipeline.detectors.base import Detector, RankReduced, Training
-from pipeline.logits import logsumexp
+from pipeline.learned.logits import logsumexp
 
 
 class RankFeat(Detector):

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from pipeline.detectors._steps import Shape, Step
 from pipeline.detectors.base import Training
-from pipeline.percentiles import Percentiles
+from pipeline.learned.percentiles import Percentiles
 
 
 class React(Step):

@@ -14,8 +14,8 @@ from pydantic import Field
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.logits import softmax
-from pipeline.statistics import Head, Part, Statistic, Statistics, normalize
+from pipeline.learned.logits import softmax
+from pipeline.learned.statistics import Head, Part, Statistic, Statistics, normalize
 
 _CHUNK = 1024
 """Training rows per matrix product, so that scoring needs little memory beside the draw itself."""

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.columns import FEATURE, Batch, Float
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
-from pipeline.statistics import Head, Moments, Scatter
+from pipeline.learned.statistics import Head, Moments, Scatter
 
 
 class Subspace(BaseModel):

@@ -11,8 +11,8 @@ from pydantic import Field
 from pipeline.columns import BLOCK_NORM, FEATURE, Batch, Float
 from pipeline.detectors.base import Training
 from pipeline.detectors.featurenorm import FeatureNorm
-from pipeline.logits import logsumexp, softmax
-from pipeline.statistics import normalize
+from pipeline.learned.logits import logsumexp, softmax
+from pipeline.learned.statistics import normalize
 
 
 class SelectedNorm(FeatureNorm):

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
-from pipeline.statistics import Classes
+from pipeline.learned.statistics import Classes
 
 
 class She(Detector):

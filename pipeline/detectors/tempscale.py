@@ -14,8 +14,8 @@ from scipy.optimize import brentq
 from pipeline.columns import LABEL, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
 from pipeline.detectors.msp import MspScorer
-from pipeline.logits import softmax
-from pipeline.statistics import Head, Part, Statistic, Statistics
+from pipeline.learned.logits import softmax
+from pipeline.learned.statistics import Head, Part, Statistic, Statistics
 
 COLDEST, HOTTEST = 0.05, 20.0
 """Bounds of T: where the classifier gets every row right, the NLL falls all the way to T = 0."""

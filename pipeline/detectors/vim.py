@@ -11,8 +11,8 @@ import numpy as np
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
 from pipeline.detectors.residual import Residual, ResidualScorer, Subspace, residual
-from pipeline.logits import logsumexp
-from pipeline.statistics import Head, Part, Scatter, Statistic, Statistics
+from pipeline.learned.logits import logsumexp
+from pipeline.learned.statistics import Head, Part, Scatter, Statistic, Statistics
 
 
 class Vim(Subspace, Detector):

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pipeline.columns import Float
 from pipeline.detectors._steps import Shape, Step
 from pipeline.detectors.base import Training
-from pipeline.percentiles import Percentiles
+from pipeline.learned.percentiles import Percentiles
 
 
 class Vra(Step):

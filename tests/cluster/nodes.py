@@ -15,7 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline import store
+from pipeline.workspace import files
 from tests.servers import free_port, wait
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -119,7 +119,7 @@ class Site:
     def command(self, *arguments: str) -> subprocess.Popen[str]:
         """Start the command line."""
         return subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *arguments],
+            [sys.executable, "-m", "pipeline.cli", *arguments],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -158,4 +158,4 @@ class Results:
             table = pq.read_table(folder)
             scores[folder.name] = {row.pop("key"): row for row in table.to_pylist()}
             assert len(scores[folder.name]) == len(table)
-        return cls(scores, (run / "metrics.json").read_bytes(), store.read_json(run / "manifest.json"))
+        return cls(scores, (run / "metrics.json").read_bytes(), files.read_json(run / "manifest.json"))

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
 
-from pipeline import config, detectors, extras, model, quickstart, statistics
+from pipeline import detectors, quickstart
 from pipeline.columns import BLOCK_NORM, FEATURE, LABEL, LOGITS, PREDICTION, Batch, Float
+from pipeline.config import loading
 from pipeline.detectors.adascale import AdaScale
 from pipeline.detectors.base import (
     NEIGHBOURS,
@@ -31,9 +32,13 @@ from pipeline.detectors.base import (
     Training,
     bank_of,
 )
-from pipeline.logits import softmax
+from pipeline.learned import statistics
+from pipeline.learned.logits import softmax
+from pipeline.learned.statistics import Head
+from pipeline.network import extras
+from pipeline.network.classifier import Classifier
+from pipeline.network.classifier import load as load_classifier
 from pipeline.quickstart.resnet import build
-from pipeline.statistics import Head
 
 QUICKSTART = Path(quickstart.__file__).parent
 BLOCKS = ("layer1.0", "layer2.0", "layer3.0", "layer4.0")
@@ -172,9 +177,9 @@ def seen(pixels: NDArray[np.uint8], labels: NDArray[np.int32] | None = None) -> 
 
 
 @cache
-def classifier() -> model.Classifier:
+def classifier() -> Classifier:
     """The shipped network as the pipeline loads it."""
-    return model.load(config.load("quickstart").model, 0)
+    return load_classifier(loading.load("quickstart").model, 0)
 
 
 def random_rows(rows: int = 200, classes: int = 7, dim: int = 16, seed: int = 0) -> Rows:

@@ -6,7 +6,7 @@ import pytest
 from pipeline.columns import FEATURE
 from pipeline.detectors.base import Training
 from pipeline.detectors.dice import Dice
-from pipeline.statistics import Classes, ClassSums, Statistics
+from pipeline.learned.statistics import Classes, ClassSums, Statistics
 
 
 def slow_dice(rows, p):

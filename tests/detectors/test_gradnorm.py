@@ -6,10 +6,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline import extras
 from pipeline.columns import FEATURE, LOGITS
 from pipeline.detectors.base import ParameterGradient
 from pipeline.detectors.gradnorm import GradNorm
+from pipeline.network import extras
 from tests.detectors.conftest import QUICKSTART, classifier, network
 
 

@@ -10,7 +10,7 @@ from pipeline.columns import PREDICTION
 from pipeline.detectors.base import Pooled
 from pipeline.detectors.gram import Deviations, Gram, Ranges, held_out
 from pipeline.errors import UserError
-from pipeline.statistics import Head, Statistics
+from pipeline.learned.statistics import Head, Statistics
 
 POOLED = Pooled().column
 

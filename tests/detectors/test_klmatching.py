@@ -5,7 +5,7 @@ import numpy as np
 
 from pipeline.columns import LOGITS, PREDICTION
 from pipeline.detectors.klmatching import KlMatching
-from pipeline.logits import softmax
+from pipeline.learned.logits import softmax
 
 
 def slow_kl_matching(rows):

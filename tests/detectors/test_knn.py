@@ -6,7 +6,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from pipeline.columns import FEATURE
 from pipeline.detectors.knn import Knn
-from pipeline.statistics import normalize
+from pipeline.learned.statistics import normalize
 
 
 def slow_unit(feature):

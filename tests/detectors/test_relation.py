@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.columns import FEATURE, LOGITS
 from pipeline.detectors.relation import Draw, Drawn, Hashes, Relation, hashes
-from pipeline.statistics import of
+from pipeline.learned.statistics import of
 
 CHOICES = [{}, {"power": 4}, {"power": 0.5, "threshold": 0.2}, {"threshold": 0}, {"size": 70}]
 

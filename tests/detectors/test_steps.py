@@ -17,7 +17,7 @@ from pipeline.detectors.msp import Msp
 from pipeline.detectors.react import React
 from pipeline.detectors.vim import Vim
 from pipeline.errors import UserError
-from pipeline.logits import logsumexp
+from pipeline.learned.logits import logsumexp
 
 STEPS = [name for name in detectors.names() if issubclass(detectors.get(name), Step)]
 

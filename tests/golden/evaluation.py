@@ -9,8 +9,10 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from pipeline import config, detectors, run
-from pipeline.progress import Display
+from pipeline import detectors
+from pipeline.cli.progress import Display
+from pipeline.config import loading, schema
+from pipeline.workflows import run
 from tests.golden import network
 from tests.golden.network import CLASSES, Pixels
 
@@ -109,11 +111,11 @@ def _detectors() -> list[dict[str, Any]]:
     ]
 
 
-def evaluate(folder: Path) -> config.Config:
+def evaluate(folder: Path) -> schema.Config:
     """Run the evaluation with data and workspace in an empty folder; returns its config."""
     images, file = folder / "images.npz", folder / "config.yaml"
     np.savez(images, **arrays())
     file.write_text(yaml.safe_dump(settings(images)))
-    loaded = config.load(str(file), [f"workspace={folder / 'workspace'}"])
+    loaded = loading.load(str(file), [f"workspace={folder / 'workspace'}"])
     run.execute(loaded, run.Options(last="evaluate"), Display(Console(quiet=True)))
     return loaded

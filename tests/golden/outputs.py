@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from pipeline import config
+from pipeline.config import schema
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -40,7 +40,7 @@ class Outputs:
     """By detector: value, interval and both counts by dataset and metric; the threshold."""
 
 
-def read(loaded: config.Config) -> Outputs:
+def read(loaded: schema.Config) -> Outputs:
     """What lies in the workspace of a config after its run."""
     workspace = Path(loaded.workspace)
     folder = workspace / "runs" / loaded.name
@@ -50,7 +50,7 @@ def read(loaded: config.Config) -> Outputs:
     return Outputs(dict(found), _metrics(folder))
 
 
-def _features(workspace: Path, dataset: str, loaded: config.Config) -> Arrays:
+def _features(workspace: Path, dataset: str, loaded: schema.Config) -> Arrays:
     """All columns of a dataset; the extra ones under the names of the detectors that read them."""
     (folder,) = workspace.glob(f"features/{dataset}-*")
     found = dict(_table(folder))
@@ -60,7 +60,7 @@ def _features(workspace: Path, dataset: str, loaded: config.Config) -> Arrays:
     return found
 
 
-def _extras(loaded: config.Config) -> dict[str, str]:
+def _extras(loaded: schema.Config) -> dict[str, str]:
     """Column of every extra, and what it is called here."""
     readers: dict[str, list[str]] = {}
     for label, detector in loaded.built().items():
@@ -119,7 +119,7 @@ def _shown(parameters: Mapping[str, Any]) -> str:
     return json.dumps(plain, sort_keys=True)
 
 
-def _scores(folder: Path, loaded: config.Config) -> dict[str, Arrays]:
+def _scores(folder: Path, loaded: schema.Config) -> dict[str, Arrays]:
     """Columns of the score tables by detector."""
     found: dict[str, dict[str, NDArray[Any]]] = {label: {} for label in loaded.built()}
     for table in sorted((folder / "scores").iterdir()):

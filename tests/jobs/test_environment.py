@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from pipeline import environment
+from pipeline.cluster.remote import environment
 from pipeline.errors import UserError
 
 HAVE = {"AWS_KEY": "k", "AWS_SECRET": "s", "PATH": "/bin"}
@@ -55,7 +55,9 @@ def test_variables_are_read_from_beside_the_package_and_from_nowhere_else(tmp_pa
     monkeypatch.delenv("OOD_TEST_VARIABLE", raising=False)
     environment.load()
     assert "OOD_TEST_VARIABLE" not in os.environ
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "pipeline" / "environment.py"))
+    monkeypatch.setattr(
+        environment, "__file__", str(tmp_path / "pipeline" / "cluster" / "remote" / "environment.py")
+    )
     monkeypatch.setenv("OOD_TEST_VARIABLE", "the cluster's")
     environment.load()
     assert os.environ["OOD_TEST_VARIABLE"] == "grün"
@@ -63,4 +65,4 @@ def test_variables_are_read_from_beside_the_package_and_from_nowhere_else(tmp_pa
 
 def test_the_hook_is_the_function_that_loads():
     module, _, name = environment.HOOK.rpartition(".")
-    assert (module, getattr(environment, name)) == ("pipeline.environment", environment.load)
+    assert (module, getattr(environment, name)) == ("pipeline.cluster.remote.environment", environment.load)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import config, package
+from pipeline.cluster.remote import package
+from pipeline.config import loading, schema
 from pipeline.errors import UserError
 from tests.jobs.conftest import clean
 
@@ -65,14 +66,14 @@ FILES = (
 
 
 @pytest.fixture
-def fill(tmp_path: Path) -> Callable[..., tuple[config.Config, Path]]:
+def fill(tmp_path: Path) -> Callable[..., tuple[schema.Config, Path]]:
     """Make the package of a raw config beside which there are all files it names."""
     here = tmp_path / "laptop"
     for name in FILES:
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text(f"content of {name}")
 
-    def filled(raw: dict[str, Any], *overrides: str, **variables: str) -> tuple[config.Config, Path]:
+    def filled(raw: dict[str, Any], *overrides: str, **variables: str) -> tuple[schema.Config, Path]:
         (here / "small.yaml").write_text(yaml.safe_dump(raw))
         folder = tmp_path / f"package-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
@@ -110,7 +111,7 @@ def test_relative_files_travel_under_their_names_and_all_other_paths_stay(fill):
     ]
     for number, name in enumerate(("nets/net.py", "../weights/w.pt", "data.npz", "other/data.npz")):
         assert (folder / f"files/{number}/{Path(name).name}").read_text() == f"content of {name}"
-    loaded = config.load(str(folder / "config.yaml"))
+    loaded = loading.load(str(folder / "config.yaml"))
     assert loaded.model.name == f"{folder}/files/0/net.py:build"
     assert loaded.model.weights == f"{folder}/files/1/w.pt"
     assert loaded.detectors == sent.detectors
@@ -122,14 +123,14 @@ def test_below_an_absolute_data_folder_everything_is_the_clusters(fill):
     assert (sent.model.name, sent.model.weights) == ("files/0/net.py:build", "../weights/w.pt")
     assert sent.datasets[0].path == "data.npz"
     assert sent.datasets[3].path == "files/1/data.py:images"
-    assert config.load(str(folder / "config.yaml")).datasets[0].path == "/data/all/data.npz"
+    assert loading.load(str(folder / "config.yaml")).datasets[0].path == "/data/all/data.npz"
     assert fill(RAW, "data=s3://bucket/all")[0].datasets[5].path == "l.txt"
 
 
 def test_an_extended_config_is_sent_whole_and_two_packages_of_it_are_equal(fill, tmp_path):
     (tmp_path / "laptop" / "base.yaml").write_text(yaml.safe_dump(RAW))
     first, second = (fill({"extends": "base.yaml", "seed": 3})[1] for _ in range(2))
-    assert config.load(str(first / "config.yaml")).seed == 3
+    assert loading.load(str(first / "config.yaml")).seed == 3
     assert contents(first) == contents(second)
 
 
@@ -139,9 +140,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 SCRIPT = """
 import pipeline
-from pipeline import config, doctor, published
+from pipeline.cli.doctor import examine
+from pipeline.config import loading as config, published
 assert published.read("cifar10-resnet18") and published.members("OpenOOD v1.5 CIFAR-10")
-assert next(found for found in doctor.examine() if found.what == "ood-pipeline").text == pipeline.__version__
+assert next(found for found in examine() if found.what == "ood-pipeline").text == pipeline.__version__
 print(pipeline.__file__, config.bundled())
 """
 
@@ -149,7 +151,7 @@ print(pipeline.__file__, config.bundled())
 def test_the_package_has_code_labels_and_published_numbers_of_its_own(fill, tmp_path):
     _, folder = fill(RAW)
     names = dict(package.contents(folder))
-    assert {"config.yaml", "pipeline/__main__.py", "pipeline/configs/labels/imagenet1k.txt"} <= set(names)
+    assert {"config.yaml", "pipeline/cli/__main__.py", "pipeline/configs/labels/imagenet1k.txt"} <= set(names)
     assert not [name for name in names if "__pycache__" in name]
     assert sum(names.values()) < 10 * 2**20
     assert python(folder, tmp_path, "-c", SCRIPT).split() == [
@@ -177,7 +179,7 @@ def test_an_installed_package_sends_the_same_as_a_checkout_and_a_dry_run_says_wh
     """The package has the layout of a wheel."""
     _, folder = fill(RAW)
     shown = python(
-        *(folder, tmp_path, "-m", "pipeline", "submit", str(tmp_path / "laptop" / "small.yaml")),
+        *(folder, tmp_path, "-m", "pipeline.cli", "submit", str(tmp_path / "laptop" / "small.yaml")),
         *("--address", "http://127.0.0.1:1", "--dry-run", "--env", "PATH", "--stage", "extract"),
     )
     found = re.findall(r"^file +([\d,]+)  (.*)$", shown, re.MULTILINE)
@@ -185,7 +187,7 @@ def test_an_installed_package_sends_the_same_as_a_checkout_and_a_dry_run_says_wh
     assert ".environment.json" in listed
     del listed[".environment.json"]
     assert listed == dict(package.contents(folder))
-    assert "command   python -m pipeline extract config.yaml\nvariables PATH\n" in shown
+    assert "command   python -m pipeline.cli extract config.yaml\nvariables PATH\n" in shown
     assert os.environ["PATH"] not in shown
 
 

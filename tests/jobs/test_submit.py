@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from ray.job_submission import JobStatus
 from rich.console import Console
 
-from pipeline import submit
+from pipeline.cluster.remote import submit
 from pipeline.errors import UserError
 from tests.jobs.conftest import Head
 from tests.servers import wait
@@ -339,9 +339,9 @@ def test_a_log_is_not_followed_without_waiting():
 
 
 def test_the_command_of_a_job_is_that_of_a_stage():
-    assert submit.Order("a", []).entrypoint == "python -m pipeline run config.yaml"
-    assert submit.Order("a", [], fresh=True).entrypoint == "python -m pipeline run config.yaml --fresh"
-    assert submit.Order("a", [], "score").entrypoint == "python -m pipeline score config.yaml"
+    assert submit.Order("a", []).entrypoint == "python -m pipeline.cli run config.yaml"
+    assert submit.Order("a", [], fresh=True).entrypoint == "python -m pipeline.cli run config.yaml --fresh"
+    assert submit.Order("a", [], "score").entrypoint == "python -m pipeline.cli score config.yaml"
 
 
 class Scripted:

@@ -1,0 +1,124 @@
+"""What is sent to a cluster to run an evaluation there: a folder with the code, the config and its files.
+
+The code goes along, so the cluster runs what checked the config; what it depends on comes from the cluster's
+environment. Paths in the config are those of the cluster, but for relative ones: they mean files of this
+machine, which are sent too. Folders are not, and no file whose time stamp is part of its identity. A file of
+code is sent alone, without modules that lie beside it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pipeline.cluster.remote import environment
+from pipeline.config import loading
+from pipeline.config.schema import Config, Start
+from pipeline.errors import UserError
+
+LIMIT = 90 * 2**20
+"""Bytes of files that a config may name; Ray takes packages of 100 MiB, and the code needs some of them."""
+
+CONFIG, FILES = "config.yaml", "files"
+"""Names in the package."""
+
+_STAMPED = ("webdataset", "parquet")
+"""Formats whose images are told apart by size and time stamp of their file, which unpacking changes."""
+
+_ELSEWHERE = "Give a folder that all nodes see, or a URI such as s3://bucket/prefix."
+
+
+def fill(folder: Path, source: str, overrides: list[str], variables: Mapping[str, str]) -> Config:
+    """Make the package of an evaluation in an empty folder.
+
+    Args:
+        folder: becomes the working directory of the job.
+        source: a config file, or the name of a bundled one.
+        overrides: `key.path=value` changes to it.
+        variables: environment variables of the job.
+
+    Returns:
+        The config that is sent, with paths as they are in the package and on the cluster.
+
+    Raises:
+        UserError: whatever `config.load` refuses; workspace, data or another folder on this machine; a file
+            that is not there or whose identity would be lost; files that are too large.
+    """
+    sent, files = _relocated(*loading.read(source, overrides))
+    (folder / CONFIG).write_text(loading.dump(sent), encoding="utf-8")
+    for name, file in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True)
+        shutil.copyfile(file, target)
+    code = folder / "pipeline"
+    shutil.copytree(Path(__file__).parents[2], code, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(loading.bundled(), code / "configs", dirs_exist_ok=True)
+    environment.write(folder, variables)
+    return sent
+
+
+def contents(folder: Path) -> Iterator[tuple[str, int]]:
+    """Names and sizes of all files of a package."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), path.stat().st_size
+
+
+def _relocated(settings: Config, base: Path) -> tuple[Config, dict[str, Path]]:
+    """The config for the cluster, and the files that go along by their names in the package."""
+    _check(settings)
+    names: dict[Path, str] = {}
+
+    def place(field: str, path: str, start: Start) -> str:
+        if not _is_here(path) or (start == "data" and settings.data is not None):
+            return path
+        file = base / path
+        if start == "current" or file.is_dir() or "*" in path:
+            raise UserError(f"{field}: {path} lies on this machine. {_ELSEWHERE}")
+        if not file.is_file():
+            raise UserError(
+                f"{field}: no such file: {file}. A relative path means a file of this machine, which is sent "
+                "with the job; what the cluster has needs an absolute path or a URI."
+            )
+        return names.setdefault(file, f"{FILES}/{len(names)}/{file.name}")
+
+    sent = loading.relocated(settings, place)
+    sizes = {file: file.stat().st_size for file in names}
+    total = sum(sizes.values())
+    if total > LIMIT:
+        largest = max(sizes, key=lambda file: sizes[file])
+        raise UserError(
+            f"{largest} has {_mib(sizes[largest])} MiB, all files of the config {_mib(total)}; at most "
+            f"{_mib(LIMIT)} are sent with a job. Put it on storage that all nodes see; give its path there."
+        )
+    return sent, {name: file for file, name in names.items()}
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f}"
+
+
+def _is_here(path: str) -> bool:
+    """Whether a path is relative; others mean the cluster's."""
+    return "://" not in path and not path.startswith(("/", "~"))
+
+
+def _check(settings: Config) -> None:
+    """Refuse what a relative path to one file does not tell."""
+    uri = settings.tracking.uri or ""
+    if uri.startswith("sqlite:///") and _is_here(uri.removeprefix("sqlite:///")):
+        raise UserError(
+            f"tracking.uri: {uri} lies on this machine. Name a server (http://host:5000), or leave it out."
+        )
+    for dataset in settings.datasets if settings.data is None else ():
+        where = f"datasets.{dataset.name}"
+        if dataset.format in _STAMPED and _is_here(dataset.path):
+            raise UserError(
+                f"{where}.path: {dataset.path} lies on this machine, and no {dataset.format} file is sent, "
+                f"because its time stamp is part of its identity. {_ELSEWHERE}"
+            )
+        if dataset.format == "imagelist" and _is_here(dataset.path) and dataset.root is None:
+            raise UserError(
+                f"{where}.root: not set, so images lie beside {dataset.path} on this machine. {_ELSEWHERE}"
+            )

@@ -1,0 +1,157 @@
+"""From a config file to a validated run: `extends`, overrides, and paths that are absolute."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config import inherit
+from pipeline.config.explanations import explain
+from pipeline.config.overrides import apply_override
+from pipeline.config.schema import CLASS_FILES, Config, Dataset, DetectorEntry, Start
+from pipeline.errors import UserError
+
+
+def load(source: str, overrides: list[str] | None = None) -> Config:
+    """Read a config file, or a bundled one by name, and apply `key.path=value` overrides.
+
+    A file may build on another (`extends`, see `inherit.read`); overrides come last.
+
+    Raises:
+        UserError: missing file, invalid YAML, unknown key, value of a wrong type or out of range,
+            unknown detector; the message names file and key.
+    """
+    return _absolute(*read(source, overrides))
+
+
+def read(source: str, overrides: list[str] | None = None) -> tuple[Config, Path]:
+    """The config as `load` validates it, with paths as they are written, and the folder of its file.
+
+    Raises:
+        UserError: as `load`.
+    """
+    path = locate(source)
+    data = inherit.read(path, bundled())
+    for override in overrides or []:
+        apply_override(data, override)
+    try:
+        config = Config.model_validate(data)
+        absolute = _absolute(config, path.parent)
+        absolute.built()
+        absolute.points()
+    except ValidationError as error:
+        raise UserError(explain(error, f"{path}: ", Config)) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return config, path.parent
+
+
+def locate(source: str) -> Path:
+    """Path of a config file, given its path or the name of a bundled one."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    folder = bundled()
+    if (folder / f"{source}.yaml").is_file():
+        return folder / f"{source}.yaml"
+    known = ", ".join(sorted(found.stem for found in folder.glob("*.yaml")))
+    raise UserError(f"{source}: no such config file. Give a path, or the name of a bundled one: {known}.")
+
+
+def bundled() -> Path:
+    """Folder of the configs that come with the package."""
+    installed = Path(str(files("pipeline"))) / "configs"
+    return installed if installed.is_dir() else Path(str(files("pipeline"))).parent / "configs"
+
+
+def resolve(path: str) -> Path:
+    """File behind a configured path; 'package://module/file' lies inside an installed package."""
+    if not path.startswith("package://"):
+        return Path(path)
+    module, _, name = path.removeprefix("package://").partition("/")
+    try:
+        return Path(str(files(module))) / name
+    except (ModuleNotFoundError, TypeError, ValueError):
+        raise UserError(f"{path}: no package named {module!r} is installed.") from None
+
+
+def _labels_are_a_file(dataset: Dataset) -> bool:
+    named = dataset.format in ("imagefolder", "imagelist") and (dataset.labels or "").endswith(CLASS_FILES)
+    return dataset.format == "idx" or named
+
+
+def is_name(weights: str) -> bool:
+    """Whether configured weights are a name (`IMAGENET1K_V1`, `random`) and no path."""
+    return not re.search(r"[./\\]", weights)
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; loads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config:
+    """The config with each of its paths replaced; names of weights, labels, modules and detectors stay.
+
+    Args:
+        config: the config.
+        place: gives the new path for a field, its path, and what a relative path in that field starts from.
+    """
+
+    def code(field: str, reference: str) -> str:
+        file, separator, name = reference.rpartition(":")
+        return f"{place(field, file, 'file')}:{name}" if separator and file.endswith(".py") else reference
+
+    def data(field: str, path: str | None) -> str | None:
+        return None if path is None else place(field, path, "data")
+
+    def dataset(given: Dataset) -> Dataset:
+        where = f"datasets.{given.name}"
+        source = (code if given.format == "python" else data)(f"{where}.path", given.path)
+        labels = data(f"{where}.labels", given.labels) if _labels_are_a_file(given) else given.labels
+        root = data(f"{where}.root", given.root)
+        return given.model_copy(update={"path": source, "root": root, "labels": labels})
+
+    def detector(given: DetectorEntry) -> DetectorEntry:
+        method = code(f"detectors.{given.label}.method", given.method)
+        return given.model_copy(update={"method": method, "steps": tuple(map(detector, given.steps))})
+
+    model = config.model
+    find = {"factory": code, "exported": data}.get(model.source, lambda _, name: name)
+    name = find("model.name", model.name)
+    named = model.weights is not None and is_name(model.weights)
+    weights = model.weights if named else data("model.weights", model.weights)
+    return config.model_copy(
+        update={
+            "workspace": place("workspace", config.workspace, "current"),
+            "data": None if config.data is None else place("data", config.data, "current"),
+            "model": model.model_copy(update={"name": name, "weights": weights}),
+            "datasets": tuple(map(dataset, config.datasets)),
+            "detectors": tuple(map(detector, config.detectors)),
+        }
+    )
+
+
+def _absolute(config: Config, base: Path) -> Config:
+    """Paths become absolute: workspace and data from the current folder, code from the config file.
+
+    Datasets and weights start from `data`; from the folder of the config file if there is none.
+    """
+    current = str(Path.cwd())
+    data = str(base) if config.data is None else _beside(current, config.data)
+    starts = {"current": current, "file": str(base), "data": data}
+    return relocated(config, lambda _, path, start: _beside(starts[start], path))
+
+
+def _beside(start: str, path: str) -> str:
+    """A path as a URI or an absolute one, given where relative ones start."""
+    if "://" in path:
+        return path
+    if "://" in start and not path.startswith(("/", "~")):
+        return f"{start.rstrip('/')}/{path}"
+    return str((Path(start) / Path(path).expanduser()).resolve())

@@ -1,0 +1,104 @@
+"""From manifest rows to bytes: the one place that knows where images may be stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.workspace import storage
+
+THREADS = 16
+"""Reads of remote files that are under way at once."""
+
+BATCH = 64
+"""Rows that are held at once."""
+
+Content = bytes | Exception
+
+
+def fetch(table: pa.Table) -> Iterator[Content]:
+    """The stored bytes of each row of a manifest, in order, or the exception that reading it raised.
+
+    Streams: holds a few rows and at most one row group of a Parquet file, whatever the size of the table.
+    Rows of Parquet files are best asked for in one table, in order: each row group is then read once.
+    """
+    for (kind, file), rows in groupby(_rows(table), key=_place):
+        if kind == "parquet":
+            yield from _values(file, list(rows))
+        elif kind == "remote":
+            yield from storage.ahead(_content, rows, THREADS)
+        else:
+            yield from map(_content, rows)
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    table = table.select(["uri", "offset", "length", "column", "bytes"])
+    for batch in table.to_batches(max_chunksize=BATCH):
+        yield from batch.to_pylist()
+
+
+def _place(row: dict[str, Any]) -> tuple[str, str]:
+    """What rows that are read together have in common: how they are read, and the Parquet file."""
+    if row["column"] is not None:
+        return "parquet", row["uri"]
+    return "remote" if row["uri"] is not None and storage.is_remote(row["uri"]) else "local", ""
+
+
+def _content(row: dict[str, Any]) -> Content:
+    if row["bytes"] is not None:
+        return row["bytes"]  # type: ignore[no-any-return]
+    if row["uri"] is None:
+        return EOFError("the archive does not hold all of this image")
+    try:
+        return storage.read(row["uri"], row["offset"], row["length"])
+    except Exception as error:  # a server may answer anything; the row is counted as an error
+        return error
+
+
+def _values(path: str, rows: list[dict[str, Any]]) -> Iterator[Content]:
+    """Values of a column of one Parquet file; reads only the row groups that the rows lie in."""
+    with ExitStack() as stack:
+        try:
+            stream = stack.enter_context(storage.open_input(path))
+            file = stack.enter_context(pq.ParquetFile(stream))
+        except Exception as error:  # as above
+            yield from [error] * len(rows)
+            return
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        starts = np.cumsum([0, *sizes])
+        numbers = np.array([row["offset"] for row in rows])
+        groups = np.searchsorted(starts[1:-1], numbers, side="right")
+        for group in np.unique(groups).tolist():
+            wanted = (numbers[groups == group] - starts[group]).tolist()
+            yield from _picked(file, group, rows[0]["column"], wanted)
+
+
+def _picked(file: pq.ParquetFile, group: int, column: str, wanted: list[int]) -> Iterator[Content]:
+    """Values of some rows (ascending) of a row group, read in small batches."""
+    done, start, values = 0, 0, pa.array([])
+    try:
+        batches = file.iter_batches(BATCH, row_groups=[group], columns=[column])
+        for row in wanted:
+            while row >= start + len(values):
+                start += len(values)
+                values = _bytes(next(batches, None))
+            value = values[row - start].as_py()
+            yield ValueError("the row has no image bytes") if value is None else value
+            done += 1
+    except Exception as error:  # as above; what follows in the row group is lost with it
+        yield from [error] * (len(wanted) - done)
+
+
+def _bytes(batch: pa.RecordBatch | None) -> pa.Array:
+    """The one column of a batch, out of the struct it may lie in."""
+    if batch is None:
+        raise EOFError("the file has fewer rows than when it was listed")
+    values = batch.column(0)
+    return pc.struct_field(values, [0]) if pa.types.is_struct(values.type) else values

@@ -1,0 +1,20 @@
+"""Formats of datasets. A file here is a format; its name is the name used in the config.
+
+It holds a function `read(dataset) -> Iterator[pyarrow.RecordBatch]` that yields rows of `manifest.SCHEMA` in
+a fixed order and raises `UserError` on a path or name that is not there; a format whose classes have names
+also has `classes(dataset) -> Classes`. Modules with an underscore are shared.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+
+
+def names() -> list[str]:
+    """Names of all formats, sorted."""
+    return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def get(name: str) -> ModuleType:
+    """The module of a format."""
+    return import_module(f"{__name__}.{name}")

@@ -1,0 +1,53 @@
+"""A folder tree of image files, at any depth.
+
+Without `labels`, first-level folders are the classes, numbered in sorted order (names that are all numbers:
+sorted as numbers). With `labels`, the class of an image is the name of the folder it lies in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from pipeline.config.schema import Dataset
+from pipeline.data import labels
+from pipeline.data.formats import _files
+from pipeline.data.labels import Classes
+from pipeline.errors import UserError
+from pipeline.workspace import storage
+
+
+def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+    """One row per image file, ordered by relative path, which is the key."""
+    root, where = _files.located(dataset.path), f"datasets.{dataset.name}.path"
+    found = storage.find(root)
+    if found is None or not found.folder:
+        raise UserError(f"{where}: no such folder: {root}")
+    labelled = classes(dataset) if labels.needed(dataset) else None
+    if labelled is not None and labelled.index == {}:
+        raise UserError(f"{where}: {root} has no class folders; role {dataset.role!r} needs one per class.")
+    yield from _files.batched(_rows(dataset, root, labelled))
+
+
+def classes(dataset: Dataset) -> Classes:
+    """The meaning of folder names."""
+    if dataset.labels is not None:
+        return labels.named(dataset)
+    names = [entry.name for entry in _files.visible(_files.located(dataset.path)) if entry.folder]
+    return Classes("the class folders", labels.numbered(names))
+
+
+def _rows(dataset: Dataset, root: str, labelled: Classes | None) -> Iterator[dict[str, object]]:
+    part = 0 if dataset.labels is None else -1
+    for path, entry in _files.walk(root, _files.EXTENSIONS):
+        *folders, _ = path.split("/")
+        label = -1
+        if labelled is not None and folders:
+            label = labelled.of(folders[part], f"datasets.{dataset.name}.labels: {_files.spelled(path)}")
+        yield {
+            "key": _files.spelled(path),
+            "uri": entry.uri,
+            "label": label,
+            "identity": entry.identity,
+        }

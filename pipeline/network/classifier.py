@@ -1,0 +1,260 @@
+"""The classifier: built, loaded, described, and run on fixed batches.
+
+Whatever builds it, from here on a classifier is pixels in, penultimate feature, logits and block norms out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline import imports
+from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS, Pixels
+from pipeline.config import schema
+from pipeline.config.schema import Transform
+from pipeline.errors import UserError
+from pipeline.network import sources, taps
+from pipeline.network.channels import Layout
+
+WRONG_SIZE = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
+"""What modules raise on images of a size they were not made for."""
+
+Traced = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Penultimate feature (N, D), logits (N, C), and FeatureNorm (N,) by block."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier in eval mode with its taps and its transform."""
+
+    module: nn.Module
+    transform: Transform
+    taps: taps.Taps
+    digest: str
+    """SHA-256 of the state dict."""
+    architecture: str
+    """SHA-256 of the module tree, of the source that built it, and of what it answers to fixed images."""
+    device: str = "cpu"
+    precision: str = "fp32"
+    channels_last: bool = False
+    compiled: Callable[[Tensor], Traced] | None = None
+    """The traced network through `torch.compile`; None if it is not compiled."""
+
+    @property
+    def head(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Weight (C, D) and bias (C,) of the last linear layer."""
+        weight, bias = taps.head_weight(self.module.get_submodule(self.taps.head))
+        return weight.float().cpu().numpy(), bias.float().cpu().numpy()
+
+    def images(self, pixels: Pixels) -> Tensor:
+        """Normalise (N, H, W, channels) uint8 to (N, channels, H, W) float32 on the device."""
+        tensor = torch.from_numpy(pixels.copy()).to(self.device)  # a view's strides give other bits
+        return self.normalise(tensor.permute(0, 3, 1, 2).float().div_(255))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Apply the transform's mean and std to (N, channels, H, W) float32 in [0, 1], in place."""
+        shape = (1, -1, 1, 1)
+        mean = torch.tensor(self.transform.mean, device=self.device).view(shape)
+        std = torch.tensor(self.transform.std, device=self.device).view(shape)
+        return pixels.sub_(mean).div_(std)
+
+    def forward(self, pixels: Pixels, blocks: bool = True) -> dict[str, NDArray[np.float32]]:
+        """Feature (N, D), logits (N, C) and, if there are blocks and `blocks` is set, FeatureNorm (N, B)."""
+        return self.forward_images(self.images(pixels), blocks)
+
+    def forward_images(self, images: Tensor, blocks: bool = True) -> dict[str, NDArray[np.float32]]:
+        """The same for normalised images (N, channels, H, W)."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            feature, logits, norms = (self.compiled or partial(self._trace, blocks=blocks))(images)
+            logits = self._precise(feature, logits)
+        result = {FEATURE: feature.float().cpu().numpy(), LOGITS: logits.float().cpu().numpy()}
+        if blocks and norms:
+            result[BLOCK_NORM] = torch.stack([norms[name] for name in self.taps.blocks], dim=1).cpu().numpy()
+        return result
+
+    def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature (N, D) and logits (N, C), float32, of normalised images; gradients flow if they are on."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        feature, logits, _ = self._trace(images, blocks=False)
+        return feature.float(), self._precise(feature, logits).float()
+
+    def _precise(self, feature: Tensor, logits: Tensor) -> Tensor:
+        """Logits in float32, computed again from the feature where the body ran in half precision."""
+        if self.precision == "fp32":
+            return logits
+        weight, bias = taps.head_weight(self.module.get_submodule(self.taps.head))
+        return feature.float() @ weight.float().T + bias.float()
+
+    def _trace(self, images: Tensor, blocks: bool) -> Traced:
+        """Penultimate feature, logits and block norms of one forward pass."""
+        feature: list[Tensor] = []
+        norms: dict[str, Tensor] = {}
+        hooks: dict[str, Any] = {}
+        for name, place in zip(self.taps.blocks, self.taps.layouts, strict=True) if blocks else ():
+            hooks[name] = _norm_into(norms, name, place)
+        with self.tapped(feature), taps.hooked(self.module, hooks), self._autocast():
+            logits = self.module(images)
+        return feature[0], logits, norms
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Where the body of the network runs in half precision; nothing for fp32."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, _DTYPES[self.precision])
+
+    def tuned(self, settings: schema.Extract, compiled: bool = False) -> Classifier:
+        """The same classifier in the configured precision and memory layout.
+
+        Args:
+            settings: precision and memory layout.
+            compiled: whether to run it through `torch.compile`; its module then keeps our hooks, and is for
+                nothing but extraction.
+        """
+        if settings.channels_last:
+            self.module.to(memory_format=torch.channels_last)
+        tuned = replace(self, precision=settings.precision, channels_last=settings.channels_last)
+        return replace(tuned, compiled=tuned._compile()) if compiled else tuned
+
+    def _compile(self) -> Callable[[Tensor], Traced]:
+        """The traced forward pass as one compiled function, with hooks that stay: new ones recompile."""
+        seen: dict[str, Tensor] = {}
+        working: list[bool] = []
+
+        def keep(head: nn.Module, inputs: Any) -> None:
+            seen[FEATURE] = taps.penultimate(head, inputs[0])
+
+        self.module.get_submodule(self.taps.head).register_forward_pre_hook(_while(working, keep))
+        norms: dict[str, Tensor] = {}
+        for name, place in zip(self.taps.blocks, self.taps.layouts, strict=True):
+            self.module.get_submodule(name).register_forward_hook(
+                _while(working, _norm_into(norms, name, place))
+            )
+
+        def traced(images: Tensor) -> Traced:
+            seen.clear()
+            norms.clear()
+            with self._autocast():
+                logits = self.module(images)
+            result = seen[FEATURE], logits, dict(norms)
+            seen.clear()  # empty before and after: what the compiler guards on is always the same
+            norms.clear()
+            return result
+
+        compiled = torch.compile(traced, dynamic=False)
+
+        def run(images: Tensor) -> Traced:
+            working.append(True)  # seen also by layers that the compiler leaves alone
+            try:
+                result: Traced = compiled(images)
+                return result
+            finally:
+                working.clear()
+
+        return run
+
+    @contextmanager
+    def tapped(self, feature: list[Tensor]) -> Iterator[None]:
+        """Append the penultimate feature (N, D) of every forward pass to `feature`."""
+
+        def keep(head: nn.Module, inputs: Any) -> None:
+            feature.append(taps.penultimate(head, inputs[0]))
+
+        handle = self.module.get_submodule(self.taps.head).register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def load(model: schema.Model, seed: int, device: str = "cpu") -> Classifier:
+    """Build a classifier, load its weights and find its taps.
+
+    Raises:
+        UserError: unknown name, weights that are missing or do not fit, taps that cannot be found.
+    """
+    torch.manual_seed(seed)
+    built = sources.build(model)
+    module, transform = built.module, built.transform
+    module.eval().requires_grad_(False)
+    try:
+        probe = torch.rand(3, transform.channels, transform.crop, transform.crop)
+        probe[2] = 10 * torch.randn_like(probe[2])  # what only happens to large values shows here
+        found = taps.find(module, probe, model.head, None if model.blocks == "auto" else model.blocks)
+    except UserError:
+        raise
+    except WRONG_SIZE as error:
+        raise UserError(
+            f"model: it does not run on {transform.channels} x {transform.crop} x {transform.crop} images: "
+            f"{error}. Check model.transform."
+        ) from error
+    code = repr(module).encode() + built.code + _sources(module) + _behaviour(module, probe.shape)
+    architecture = hashlib.sha256(code).hexdigest()
+    return Classifier(module.to(device), transform, found, _digest(module), architecture, device)
+
+
+def _behaviour(module: nn.Module, shape: torch.Size) -> bytes:
+    """Logits of fixed noise to four digits: what the source does not show, such as functions it imports."""
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = module(noise)
+    return ",".join(f"{value:.3e}" for value in logits.flatten().tolist()).encode()
+
+
+def _sources(module: nn.Module) -> bytes:
+    """The files that define the classes a model is made of, but for torch's own."""
+    classes = {type(part) for part in module.modules()}
+    own = sorted((kind for kind in classes if not kind.__module__.startswith("torch.")), key=repr)
+    return b"".join(imports.source_of(kind) for kind in own)
+
+
+def feature_norm(maps: Tensor) -> Tensor:
+    """FeatureNorm of a block (Yu et al., CVPR 2023, eq. 1): mean over channels of the L2 norm of the ReLU.
+
+    Args:
+        maps: (N, M, H, W), the block's output with its channels at axis 1, any floating dtype; reduced in
+            float32.
+
+    Returns:
+        (N,) float32, >= 0.
+    """
+    return maps.float().relu().square_().sum(dim=(2, 3)).sqrt_().mean(dim=1)
+
+
+def _norm_into(norms: dict[str, Tensor], name: str, place: Layout) -> Any:
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        norms[name] = feature_norm(place.maps(output))
+
+    return keep
+
+
+def _while(working: list[bool], hook: Any) -> Any:
+    """The hook, but where the module is called for something else."""
+
+    def call(*arguments: Any) -> None:
+        if working:
+            hook(*arguments)
+
+    return call
+
+
+def _digest(module: nn.Module) -> str:
+    sha = hashlib.sha256()
+    tensors = {**module.state_dict(), **dict(module.named_buffers())}  # not all buffers are in the state
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

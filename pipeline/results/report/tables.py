@@ -1,0 +1,250 @@
+"""What the report reads, and its numbers arranged in tables.
+
+Computes no metric: every value in a table is one of `metrics.parquet`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.columns import IS_OOD, Float
+from pipeline.errors import UserError
+from pipeline.workspace import tables
+from pipeline.workspace.files import Place
+
+
+class Metric(NamedTuple):
+    """How a metric is shown."""
+
+    label: str
+    higher_is_better: bool
+    meaning: str
+
+    @property
+    def arrow(self) -> str:
+        """Where the better values are."""
+        return "↑" if self.higher_is_better else "↓"
+
+
+METRICS = {
+    "auroc": Metric(
+        "AUROC", True, "The chance that an OOD image scores higher than an ID image. 0.5 is guessing."
+    ),
+    "fpr95_id": Metric(
+        "FPR95, ID kept",
+        False,
+        "With 95% of the ID images kept, the share of OOD images accepted. The convention of the papers.",
+    ),
+    "fpr95_ood": Metric(
+        "FPR95, OOD caught",
+        False,
+        "With 95% of the OOD images caught, the share of ID images rejected. The convention of OpenOOD.",
+    ),
+    "aupr_in": Metric(
+        "AUPR, ID positive",
+        True,
+        "Average precision with ID as the positive class. Depends on the ratio of ID to OOD images.",
+    ),
+    "aupr_out": Metric(
+        "AUPR, OOD positive",
+        True,
+        "Average precision with OOD as the positive class. Depends on the ratio of ID to OOD images.",
+    ),
+    "detection_error": Metric(
+        "Detection error",
+        False,
+        "The smallest mean of the two error rates, OOD accepted and ID rejected, over all thresholds.",
+    ),
+}
+SUMMARY = ("auroc", "fpr95_id", "fpr95_ood")
+"""Metrics of the leaderboard."""
+OOD = ("near_ood", "far_ood")
+"""Roles of the datasets that are compared with ID, and groups of the leaderboard."""
+GROUPS = {
+    "near_ood": "Near-OOD",
+    "far_ood": "Far-OOD",
+    "fs_near_ood": "Near-OOD, full spectrum",
+    "fs_far_ood": "Far-OOD, full spectrum",
+}
+
+
+class Column(NamedTuple):
+    """One column of a board; `dataset` equals `group` for the mean over the group."""
+
+    group: str
+    dataset: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value in [0, 1] with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+    best: bool
+    """Whether no other detector is better in this column."""
+    below_chance: bool
+    """Whether it is an AUROC below 0.5: OOD images score lower than ID images."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One detector and its cells, one for each column."""
+
+    detector: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Board:
+    """Detectors against columns."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def spans(self) -> list[tuple[str, int]]:
+        """Title of each group of neighbouring columns, and how many columns it has."""
+        return [
+            (GROUPS[group], len(list(columns))) for group, columns in groupby(self.columns, lambda c: c.group)
+        ]
+
+    @property
+    def below_chance(self) -> bool:
+        """Whether any cell is an AUROC below 0.5."""
+        return any(cell.below_chance for row in self.rows for cell in row.cells)
+
+
+def leaderboard(metrics: pa.Table) -> Board:
+    """One row per detector: the means over near- and far-OOD, whichever there are.
+
+    Sorted by the mean of the groups' AUROC, best first.
+
+    Args:
+        metrics: the table of `metrics.parquet`.
+    """
+    rows = metrics.to_pylist()
+    means = {row["group"] for row in rows if row["dataset"] == row["group"]}
+    columns = tuple(Column(group, group, metric) for group in OOD if group in means for metric in SUMMARY)
+    detectors = dict.fromkeys(row["detector"] for row in rows if row["group"] in means)
+    board = _board(rows, columns, list(detectors))
+    aurocs = [i for i, column in enumerate(columns) if column.metric == "auroc"]
+    ranked = sorted(board.rows, key=lambda row: -sum(row.cells[i].value for i in aurocs))
+    return Board(columns, tuple(ranked))
+
+
+def metric_boards(metrics: pa.Table) -> dict[str, Board]:
+    """Metric -> its values on every dataset, and the mean of each group of more than one dataset.
+
+    Detectors are in the order of the leaderboard, whatever the metric.
+    """
+    rows = metrics.to_pylist()
+    shown = []
+    for group in GROUPS:
+        names = dict.fromkeys(row["dataset"] for row in rows if row["group"] == group)
+        names.pop(group, None)
+        shown += [(group, name) for name in [*names, *([group] if len(names) > 1 else [])]]
+    order = [row.detector for row in leaderboard(metrics).rows]
+    return {name: _board(rows, tuple(Column(*pair, name) for pair in shown), order) for name in METRICS}
+
+
+def _board(rows: Sequence[dict[str, Any]], columns: tuple[Column, ...], detectors: Sequence[str]) -> Board:
+    """The cells of some columns, one row per detector in the order given."""
+    found = {(row["detector"], row["group"], row["dataset"], row["metric"]): row for row in rows}
+    best = {
+        column: _best(column.metric, [found[d, *column]["value"] for d in detectors]) for column in columns
+    }
+    return Board(
+        columns,
+        tuple(Row(d, tuple(_cell(found[d, *column], best[column]) for column in columns)) for d in detectors),
+    )
+
+
+def _best(metric: str, values: Sequence[float]) -> float:
+    return max(values) if METRICS[metric].higher_is_better else min(values)
+
+
+def _cell(row: dict[str, Any], best: float) -> Cell:
+    return Cell(
+        value=row["value"],
+        low=row["ci_low"],
+        high=row["ci_high"],
+        best=row["value"] == best,
+        below_chance=row["metric"] == "auroc" and row["value"] < 0.5,
+    )
+
+
+@dataclass(frozen=True)
+class Results:
+    """The files of a finished run."""
+
+    folder: Place
+    manifest: dict[str, Any]
+    metrics: pa.Table
+    thresholds: dict[str, float]
+    """Detector -> score at which 95% of the ID images are accepted."""
+
+    @classmethod
+    def read(cls, run: Place) -> Results:
+        """Read the run folder, but no scores.
+
+        Raises:
+            UserError: if the run is not finished.
+        """
+        for name in ("manifest.json", "metrics.parquet", "thresholds.json"):
+            if not (run / name).is_file():
+                raise UserError(
+                    f"{run}: not a finished run, got no {name}; expected the folder of a run that has been "
+                    "evaluated. Evaluate the run first."
+                )
+        with tables.parquet(run / "metrics.parquet") as file:
+            metrics = file.read()
+        return cls(
+            folder=run,
+            manifest=json.loads((run / "manifest.json").read_text(encoding="utf-8")),
+            metrics=metrics,
+            thresholds=json.loads((run / "thresholds.json").read_text(encoding="utf-8")),
+        )
+
+    @property
+    def detectors(self) -> list[str]:
+        """All detectors, in the order of the leaderboard; in that of the config if there is none."""
+        ranked = [row.detector for row in leaderboard(self.metrics).rows]
+        return list(dict.fromkeys([*ranked, *self.manifest["detectors"]]))
+
+    def datasets(self, *roles: str) -> list[str]:
+        """Names of the datasets of some roles, in the order of the config."""
+        return [name for name, entry in self.manifest["datasets"].items() if entry["role"] in roles]
+
+    def scores(self, datasets: Sequence[str], detector: str) -> Float:
+        """(N,) scores of one detector on some datasets, one after the other; higher = more OOD."""
+        parts = [part for dataset in datasets for part in self._parts(dataset, detector)]
+        return np.concatenate([part.to_numpy() for part in parts])
+
+    def flagged_share(self, dataset: str, detector: str) -> float:
+        """Share of the rows of an unlabelled dataset above the detector's threshold; NaN if it has none."""
+        flagged = rows = 0
+        for part in self._parts(dataset, IS_OOD + detector):
+            flagged += pc.sum(part).as_py() or 0
+            rows += len(part)
+        return flagged / rows if rows else math.nan
+
+    def _parts(self, dataset: str, column: str) -> Iterator[pa.ChunkedArray]:
+        """One column of a dataset's score table, file by file."""
+        folder = self.folder / "scores" / dataset
+        parts = sorted(map(str, folder.glob("part-*.parquet")))
+        if not parts:
+            raise UserError(f"{folder}: no scores, got no part-*.parquet; expected one or more. Score again.")
+        for table in tables.read_columns(parts, [column]):
+            yield table.column(column)

@@ -1,0 +1,132 @@
+"""A finished run, counted again from its files: whether every number of it is what the files say.
+
+Needs the run folder and the workspace it lies in; neither the images, nor the model, nor Ray.
+
+A check yields findings and raises `Unreadable` on a file it cannot use. `_features` and `_scores` have a
+table of checks that every row passes through: one more is one function there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.config import loading
+from pipeline.errors import UserError
+from pipeline.results.verify import _features, _metrics, _scores
+from pipeline.results.verify._files import Record, Run, read, reading
+from pipeline.results.verify._findings import Finding, Tally, Unreadable, same
+from pipeline.results.verify._listing import Listing
+from pipeline.workspace import files, storage
+from pipeline.workspace.files import Place
+
+__all__ = ["Finding", "examine", "located", "rows"]
+
+_AGAIN = "run the evaluation again"
+
+
+def located(run: str) -> Place:
+    """The run folder at a path or URI.
+
+    Raises:
+        UserError: if there is none.
+    """
+    base, mark, query = run.partition("?") if storage.is_remote(run) else (_absolute(run), "", "")
+    folder = files.at(f"{base.rstrip('/')}{mark}{query}")
+    above = storage.name_of(storage.parent(str(folder)))
+    try:
+        found = any((folder / name).is_file() for name in ("manifest.json", "config.yaml"))
+    except OSError as error:
+        raise UserError(
+            f"{run}: cannot be read: {str(error).splitlines()[0]}. Check the credentials."
+        ) from None
+    if above != "runs" or not found:
+        raise UserError(f"{run}: no run folder. Give the path or URI of <workspace>/runs/<name>.")
+    return folder
+
+
+def _absolute(path: str) -> str:
+    return str(Path(storage.located(path)[1]).resolve())
+
+
+def examine(folder: Place, advance: Callable[[int], None] = lambda _: None) -> Iterator[Finding]:
+    """Count and compute everything again.
+
+    Args:
+        folder: the run folder, as `located` gives it.
+        advance: called with the number of rows of every piece that was read.
+    """
+    try:
+        record = read(folder / "manifest.json", Record)
+    except Unreadable as error:
+        yield _unreadable(error, "manifest.json", f"{_AGAIN}, which writes {folder / 'manifest.json'} anew")
+        return
+    run = Run(folder, files.at(storage.parent(storage.parent(str(folder)))), record)
+    yield from _of("run", _AGAIN, _run(run))
+    for name in record.datasets:
+        yield from _dataset(run, name, advance)
+    fix = f"delete what is not of this run in {folder / 'scores'}, and {_AGAIN}"
+    yield from _of("scores", fix, _scores.strangers(run))
+    for name in run.scored:
+        fix = f"delete {run.scores(name)}, and {_AGAIN}"
+        yield from _of(f"scores/{name}", fix, _scores.examine(run, name, advance))
+    fix = f"delete {folder / '_evaluated.json'}, and {_AGAIN}"
+    yield from _of("metrics", fix, _metrics.examine(run))
+    yield from _of("thresholds", fix, _metrics.thresholds(run))
+
+
+def _dataset(run: Run, name: str, advance: Callable[[int], None]) -> Iterator[Finding]:
+    """The list of a dataset's images, and its features."""
+    where, path = f"manifests/{name}", run.compiled(name) / "rows.parquet"
+    fix = f"{_AGAIN}, which writes {path} anew"
+    try:
+        listing = Listing(path)
+    except Unreadable as error:
+        yield _unreadable(error, where, fix)
+        return
+    yield from _of(where, fix, _features.listed(run, name, listing))
+    fix = f"{_AGAIN}, which counts anew; if that does not help, delete {run.features(name)} before"
+    yield from _of(f"features/{name}", fix, _features.examine(run, name, listing, advance))
+
+
+def rows(folder: Place) -> int:
+    """How many rows `examine` will read, as far as the record tells."""
+    try:
+        datasets = read(folder / "manifest.json", Record).datasets.values()
+    except Unreadable:
+        return 0
+    return sum(dataset.rows * (1 if dataset.role == "train" else 2) for dataset in datasets)
+
+
+def _of(where: str, fix: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Findings of one place; a file that cannot be used ends them and is one more."""
+    try:
+        for finding in findings:
+            yield replace(finding, where=where, fix="" if finding.good else fix)
+    except Unreadable as error:
+        yield _unreadable(error, where, fix)
+
+
+def _unreadable(error: Unreadable, where: str, fix: str) -> Finding:
+    return Finding("files", "all there and readable", str(error), False, where, fix)
+
+
+def _run(run: Run) -> Iterator[Finding]:
+    """The run as a whole."""
+    record = run.record
+    yield same("status", "finished", record.status)
+    yield same("name", run.folder.name, record.name)
+    page = run.folder / "report" / "index.html"
+    yield Finding("report", str(page), "there" if page.is_file() else "missing", page.is_file())
+    yield same("fingerprint", record.fingerprint, read(run.folder / "_evaluated.json", str))
+    with reading(run.folder / "config.yaml"), files.local(run.folder / "config.yaml") as file:
+        settings = loading.load(str(file))
+    yield same("seed in config.yaml", settings.seed, record.seed)
+    roles = {dataset.name: dataset.role for dataset in settings.datasets}
+    wrong = Tally()
+    datasets = {name: dataset.role for name, dataset in record.datasets.items()}
+    wrong.add(sorted(name for name in roles.keys() | datasets if roles.get(name) != datasets.get(name)))
+    labels = {entry.label for entry in settings.detectors}
+    wrong.add(sorted(labels ^ (record.detectors.keys() | record.not_applicable.keys())))
+    yield wrong.finding("datasets, roles and detectors", "those of config.yaml")

@@ -1,0 +1,207 @@
+"""The files of a run and its workspace, read so that a damaged one is a finding and no traceback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from pipeline.results.verify._findings import Finding, Tally, Unreadable
+from pipeline.workspace import artifacts, storage, tables
+from pipeline.workspace.files import Place
+
+T = TypeVar("T")
+
+Rows = Mapping[str, NDArray[Any]]
+"""Columns of some rows."""
+
+
+class Dataset(BaseModel):
+    """What `manifest.json` says of a dataset."""
+
+    role: str
+    rows: int
+    features: int | None
+    """None until its features are complete; so are the errors."""
+    errors: int | None
+    hash: str
+    digest: str
+    extras: dict[str, int]
+    """Columns beyond the features, and how wide they are."""
+    accuracy: float | None
+
+
+class Model(BaseModel):
+    """What `manifest.json` says of the classifier."""
+
+    weights_digest: str
+    classes: int
+    feature_dim: int
+    head: str
+    blocks: list[str]
+
+
+class Record(BaseModel):
+    """What is recounted of `manifest.json`."""
+
+    name: str
+    fingerprint: str
+    status: str
+    seed: int
+    model: Model
+    datasets: dict[str, Dataset]
+    detectors: dict[str, dict[str, Any]]
+    not_applicable: dict[str, str] = {}
+    """Detectors that were left out, with the reason; earlier versions left out none."""
+
+
+class Cached(BaseModel):
+    """`_manifest.json` of a folder of features."""
+
+    rows: int
+    features: int
+    errors: int
+    part_rows: list[int]
+    identity: dict[str, Any]
+
+
+class Scored(BaseModel):
+    """`_manifest.json` of a folder of scores."""
+
+    part_rows: list[int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, the workspace it lies in, and its record."""
+
+    folder: Place
+    workspace: Place
+    record: Record
+
+    def of(self, *roles: str) -> list[str]:
+        """Names of the datasets with these roles, role by role."""
+        datasets = self.record.datasets.items()
+        return [name for role in roles for name, dataset in datasets if dataset.role == role]
+
+    @property
+    def scored(self) -> list[str]:
+        """Names of the datasets that must have scores."""
+        return [name for name, dataset in self.record.datasets.items() if dataset.role != "train"]
+
+    def features(self, name: str) -> Place:
+        """Folder of a dataset's features."""
+        return self.workspace / "features" / f"{name}-{self.record.datasets[name].hash}"
+
+    def scores(self, name: str) -> Place:
+        """Folder of a dataset's scores."""
+        return self.folder / "scores" / name
+
+    def compiled(self, name: str) -> Place:
+        """Folder of the list of a dataset's images."""
+        return self.workspace / "manifests" / f"{name}-{self.record.datasets[name].digest[:16]}"
+
+    def column(self, detector: str, names: Sequence[str]) -> Iterator[NDArray[Any]]:
+        """The scores of a detector on some datasets, in pieces."""
+        for name in names:
+            for path in parts(
+                self.scores(name), read(self.scores(name) / artifacts.MANIFEST, Scored).part_rows
+            ):
+                for rows in columns(path, [detector]):
+                    yield rows[detector]
+
+
+@contextmanager
+def reading(path: Place) -> Iterator[None]:
+    """Turn whatever a damaged file leads to into `Unreadable`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise Unreadable(f"{path} is missing") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise Unreadable(f"{path}: {place}: {problem['msg']}") from None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = str(error) or type(error).__name__
+        raise Unreadable(f"{path} cannot be read: {reason.splitlines()[0]}") from None
+
+
+def read(path: Place, kind: type[T]) -> T:
+    """A JSON document of a known shape."""
+    with reading(path):
+        return TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))
+
+
+def parts(folder: Place, part_rows: Sequence[int]) -> list[Place]:
+    """Paths of the recorded parts of a folder."""
+    return [folder / tables.part_name(number) for number in range(len(part_rows))]
+
+
+def require(path: Place, types: Mapping[str, pa.DataType]) -> None:
+    """Refuse a Parquet file with other columns than these."""
+    with reading(path), tables.parquet(path) as file:
+        schema = file.schema_arrow
+    found = dict(zip(schema.names, schema.types, strict=True))
+    if found != dict(types):
+        wrong = [name for name in {**types, **found} if found.get(name) != types.get(name)]
+        told = (
+            f"{name} is {found.get(name, 'missing')}, not {types.get(name, 'expected')}" for name in wrong
+        )
+        raise Unreadable(f"{path} has other columns: {'; '.join(told)}")
+
+
+def row_groups(path: Place, names: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of a Parquet file, one row group at a time."""
+    with reading(path), tables.parquet(path) as file:
+        absent = sorted(set(names) - set(file.schema_arrow.names))
+        if absent:
+            raise Unreadable(f"{path} has no column {absent[0]}")
+        for number in range(file.num_row_groups):
+            yield file.read_row_group(number, columns=list(names))
+
+
+def columns(path: Place, names: Sequence[str]) -> Iterator[Rows]:
+    """Some columns of a Parquet file as arrays, one row group at a time; a null is refused."""
+    for table in row_groups(path, names):
+        empty = [name for name in names if table[name].null_count]
+        if empty:
+            raise Unreadable(f"{path} has nulls in column {empty[0]}")
+        with reading(path):
+            arrays = tables.numpy_columns(table, names)
+        yield arrays
+
+
+def recount(folder: Place, part_rows: Sequence[int]) -> Finding:
+    """Whether exactly the recorded parts are there, with the recorded numbers of rows."""
+    expected = dict(zip(map(tables.part_name, range(len(part_rows))), part_rows, strict=True))
+    wrong = Tally()
+    wrong.add(sorted(f"{part.name} is not of it" for part in _strangers(folder, expected)))
+    found = storage.ahead(_rows, parts(folder, part_rows), tables.AHEAD)
+    for (name, rows), counted in zip(expected.items(), found, strict=True):
+        if isinstance(counted, Unreadable):
+            wrong.add([counted])
+        elif counted != rows:
+            wrong.add([f"{name} has {counted:,} rows, not {rows:,}"])
+    return wrong.finding("parts", f"{len(part_rows)} with {sum(part_rows):,} rows")
+
+
+def _strangers(folder: Place, expected: Mapping[str, int]) -> list[Place]:
+    """Parts that are not recorded."""
+    with reading(folder):
+        return [part for part in folder.glob("part-*.parquet") if part.name not in expected]
+
+
+def _rows(path: Place) -> int | Unreadable:
+    """Rows of a Parquet file by its footer."""
+    try:
+        with reading(path), tables.parquet(path) as file:
+            return int(file.metadata.num_rows)
+    except Unreadable as error:
+        return error

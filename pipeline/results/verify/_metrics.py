@@ -1,0 +1,205 @@
+"""Metrics and thresholds against the scores, by other means than those that made them.
+
+AUROC and AUPR come from scikit-learn, rates from sorted scores; only the intervals are not computed again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+from pipeline.columns import LABEL, PREDICTION, Float
+from pipeline.results.verify._files import Run, Scored, columns, parts, read, reading, require
+from pipeline.results.verify._findings import Finding, Tally, same
+from pipeline.workspace import artifacts
+
+METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "detection_error")
+"""Names of the metrics of every comparison."""
+
+_TOLERANCE = 1e-9
+_TYPES = {
+    **dict.fromkeys(("detector", "dataset", "group", "metric"), pa.string()),
+    **dict.fromkeys(("value", "ci_low", "ci_high"), pa.float64()),
+    **dict.fromkeys(("n_id", "n_ood"), pa.int64()),
+}
+
+
+class Name(NamedTuple):
+    """What a row of the metrics is about."""
+
+    detector: str
+    dataset: str
+    group: str
+    metric: str
+
+    def __str__(self) -> str:
+        return f"{self.metric} of {self.detector} on {self.dataset} in {self.group}"
+
+
+class Numbers(NamedTuple):
+    """What a row of the metrics says."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+    n_id: int
+    n_ood: int
+
+    def differs(self, value: float, n_id: int, n_ood: int) -> bool:
+        """Whether it is not what was computed again."""
+        near = abs(self.value - value) <= _TOLERANCE
+        return not near or (self.n_id, self.n_ood) != (n_id, n_ood)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """ID datasets against one OOD dataset, or the mean over a group of them."""
+
+    group: str
+    dataset: str
+    inside: tuple[str, ...]
+    outside: tuple[str, ...]
+
+
+def comparisons(run: Run) -> list[Comparison]:
+    """What every detector is measured on; with covariate-shifted ID data also the full spectrum."""
+    spectra = {"": ("id",), "fs_": ("id", "shifted_id")} if run.of("shifted_id") else {"": ("id",)}
+    found = []
+    for prefix, roles in spectra.items():
+        inside = tuple(run.of(*roles))
+        for role in ("near_ood", "far_ood"):
+            members, group = tuple(run.of(role)), prefix + role
+            found += [Comparison(group, name, inside, (name,)) for name in members]
+            found += [Comparison(group, group, inside, members)] if members else []
+    return found
+
+
+def examine(run: Run) -> Iterator[Finding]:
+    """Everything about metrics.parquet, .csv and .json."""
+    path = run.folder / "metrics.parquet"
+    require(path, _TYPES)
+    rows = [
+        (Name(*values[:4]), Numbers(*values[4:]))
+        for found in columns(path, list(_TYPES))
+        for values in zip(*(found[name].tolist() for name in _TYPES), strict=True)
+    ]
+    yield _complete(run, [name for name, _ in rows])
+    wrong = Tally()
+    wrong.add(name for name, found in rows if not 0 <= found.ci_low <= found.value <= found.ci_high <= 1)
+    yield wrong.finding("range", "0 <= ci_low <= value <= ci_high <= 1")
+    recorded = dict(rows)
+    yield from _accuracies(run, recorded)
+    for detector in run.record.detectors:
+        yield _values(run, detector, recorded)
+    documents = [{**name._asdict(), **found._asdict()} for name, found in rows]
+    yield _copy("metrics.json", documents, read(run.folder / "metrics.json", list[dict[str, Any]]))
+    yield _copy("metrics.csv", documents, _lines(run))
+
+
+def _complete(run: Run, names: Sequence[Name]) -> Finding:
+    """Whether every metric is there once, and no other."""
+    expected = [Name("classifier", name, "id", "id_accuracy") for name in run.of("id")]
+    expected += [
+        Name(detector, comparison.dataset, comparison.group, metric)
+        for detector in run.record.detectors
+        for comparison in comparisons(run)
+        for metric in METRICS
+    ]
+    wrong = Tally()
+    wrong.add(f"no {name}" for name in (Counter(expected) - Counter(names)).elements())
+    wrong.add(f"needless {name}" for name in (Counter(names) - Counter(expected)).elements())
+    return wrong.finding("metrics", f"{len(expected):,}, each once")
+
+
+def _copy(file: str, rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> Finding:
+    """Whether another file has the same rows."""
+    wrong = Tally()
+    for number, (row, other) in enumerate(zip_longest(rows, others), start=1):
+        wrong.add([f"row {number}"] if row != other else [])
+    return wrong.finding(file, "the rows of metrics.parquet")
+
+
+def _lines(run: Run) -> list[dict[str, Any]]:
+    """The rows of metrics.csv."""
+    path = run.folder / "metrics.csv"
+    with reading(path):
+        options = csv.ConvertOptions(column_types=_TYPES)
+        found: list[dict[str, Any]] = csv.read_csv(
+            pa.BufferReader(path.read_bytes()), convert_options=options
+        ).to_pylist()
+    return found
+
+
+def _accuracies(run: Run, recorded: Mapping[Name, Numbers]) -> Iterator[Finding]:
+    """The classifier's accuracy on the ID datasets, counted again."""
+    for dataset in run.of("id"):
+        right = total = 0
+        folder = run.scores(dataset)
+        for path in parts(folder, read(folder / artifacts.MANIFEST, Scored).part_rows):
+            for rows in columns(path, (LABEL, PREDICTION)):
+                right += int((rows[LABEL] == rows[PREDICTION]).sum())
+                total += len(rows[LABEL])
+        found = recorded.get(Name("classifier", dataset, "id", "id_accuracy"))
+        told = (found.value, found.n_id, found.n_ood) if found else None
+        yield same(f"accuracy on {dataset}", (right / max(total, 1), total, 0), told)
+        yield same(
+            f"accuracy of {dataset} in manifest.json", run.record.datasets[dataset].accuracy, told and told[0]
+        )
+
+
+def _values(run: Run, detector: str, recorded: Mapping[Name, Numbers]) -> Finding:
+    """All metrics of one detector, computed again from its scores."""
+    datasets = run.of("id", "shifted_id", "near_ood", "far_ood")
+    scores = {name: np.concatenate([*run.column(detector, [name]), np.empty(0)]) for name in datasets}
+    wrong, count = Tally(), 0
+    for comparison in comparisons(run):
+        inside = np.concatenate([scores[name] for name in comparison.inside])
+        values = np.mean([measured(inside, scores[name]) for name in comparison.outside], axis=0)
+        sizes = len(inside), sum(len(scores[name]) for name in comparison.outside)
+        for metric, value in zip(METRICS, values.tolist(), strict=True):
+            name = Name(detector, comparison.dataset, comparison.group, metric)
+            found, count = recorded.get(name), count + 1
+            if found is None or found.differs(value, *sizes):
+                told = f"{found.value:.6g} ({found.n_id} ID, {found.n_ood} OOD)" if found else "missing"
+                wrong.add([f"{name} is {told}, computed {value:.6g} ({sizes[0]} ID, {sizes[1]} OOD)"])
+    return wrong.finding(f"values of {detector}", f"{count:,} as computed from the scores")
+
+
+def measured(inside: Float, outside: Float) -> list[float]:
+    """`METRICS` of ID and OOD scores; NaN if a score is not finite, or there is none."""
+    scores = np.concatenate([inside, outside])
+    if not len(inside) or not len(outside) or not np.isfinite(scores).all():
+        return [np.nan] * len(METRICS)
+    is_ood = np.repeat([False, True], [len(inside), len(outside)])
+    alarms, hits, _ = roc_curve(is_ood, scores, drop_intermediate=False)
+    return [
+        float(roc_auc_score(is_ood, scores)),
+        float(average_precision_score(~is_ood, -scores)),
+        float(average_precision_score(is_ood, scores)),
+        float(np.mean(outside <= at_95_percent(inside))),
+        float(np.mean(inside >= -at_95_percent(-outside))),
+        float(np.min(alarms + 1 - hits) / 2),
+    ]
+
+
+def at_95_percent(scores: Float) -> float:
+    """The smallest score that at least 95 % of the scores do not exceed."""
+    return float(np.sort(scores)[-(-95 * len(scores) // 100) - 1])
+
+
+def thresholds(run: Run) -> Iterator[Finding]:
+    """thresholds.json: of every detector the score at 95 % acceptance of the ID rows."""
+    recorded = read(run.folder / "thresholds.json", dict[str, float])
+    yield same("detectors", sorted(run.record.detectors), sorted(recorded))
+    for detector in run.record.detectors:
+        inside = np.concatenate([*run.column(detector, run.of("id")), np.empty(0)])
+        computed = at_95_percent(inside) if len(inside) else None
+        yield same(f"threshold of {detector}", computed, recorded.get(detector))

@@ -1,0 +1,142 @@
+"""Scores against the features they were computed from: the same rows in the same order, one column each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION, Mask
+from pipeline.results.verify._files import Cached, Rows, Run, Scored, columns, parts, read, recount, require
+from pipeline.results.verify._findings import Finding, Tally, same
+from pipeline.workspace import artifacts
+from pipeline.workspace.files import Place
+
+_SHARED = (KEY, LABEL, PREDICTION)
+
+
+def strangers(run: Run) -> Iterator[Finding]:
+    """Whether there are scores of exactly the datasets that are scored."""
+    there = {folder.name for folder in (run.folder / "scores").glob("*") if folder.is_dir()}
+    wrong = Tally()
+    wrong.add(f"{name} is missing" for name in run.scored if name not in there)
+    wrong.add(f"{name} is not of this run" for name in sorted(there - set(run.scored)))
+    yield wrong.finding("folders", ", ".join(run.scored))
+
+
+def examine(run: Run, name: str, advance: Callable[[int], None]) -> Iterator[Finding]:
+    """Everything about the scores of a dataset.
+
+    Args:
+        run: the run they belong to.
+        name: the dataset.
+        advance: called with the number of rows of every piece that was read.
+    """
+    folder, scored = run.scores(name), read(run.scores(name) / artifacts.MANIFEST, Scored)
+    cached = read(run.features(name) / artifacts.MANIFEST, Cached)
+    yield recount(folder, scored.part_rows)
+    yield same("score rows", cached.features, sum(scored.part_rows))
+    types, known = _types(run, name), Known(list(run.record.detectors), _thresholds(run, name))
+    for path in parts(folder, scored.part_rows):
+        require(path, types)
+    wrong = {check: Tally() for check in CHECKS if known.thresholds or check != "flags"}
+    features = _rows(parts(run.features(name), cached.part_rows), _SHARED)
+    for one, other in aligned(features, _rows(parts(folder, scored.part_rows), list(types))):
+        for check, tally in wrong.items():
+            tally.add(other[KEY][CHECKS[check].wrong(one, other, known)])
+        advance(len(other[KEY]))
+    for check, tally in wrong.items():
+        yield tally.finding(check, CHECKS[check].expected)
+
+
+def _flagged(run: Run, name: str) -> bool:
+    return run.record.datasets[name].role == "unlabelled"
+
+
+def _types(run: Run, name: str) -> dict[str, pa.DataType]:
+    """Columns of a part."""
+    types = {KEY: pa.string(), LABEL: pa.int32(), PREDICTION: pa.int32()}
+    for detector in run.record.detectors:
+        types[detector] = pa.float64()
+        if _flagged(run, name):
+            types[IS_OOD + detector] = pa.bool_()
+    return types
+
+
+def _thresholds(run: Run, name: str) -> dict[str, float]:
+    """Threshold of each detector if the rows of the dataset are flagged; NaN, which flags none, if lost."""
+    if not _flagged(run, name):
+        return {}
+    recorded = read(run.folder / "thresholds.json", dict[str, float])
+    return {detector: recorded.get(detector, np.nan) for detector in run.record.detectors}
+
+
+def _rows(paths: Sequence[Place], names: Sequence[str]) -> Iterator[Rows]:
+    return (rows for path in paths for rows in columns(path, names))
+
+
+def aligned(left: Iterator[Rows], right: Iterator[Rows]) -> Iterator[tuple[Rows, Rows]]:
+    """The rows of two tables side by side, however each is cut, until one of them ends."""
+    held: list[Rows | None] = [None, None]
+    while True:
+        for side, source in enumerate((left, right)):
+            held[side] = held[side] or next(source, None)
+        one, other = held
+        if one is None or other is None:
+            return
+        count = min(len(one[KEY]), len(other[KEY]))
+        yield _cut(one, 0, count), _cut(other, 0, count)
+        held = [_cut(rows, count, None) if len(rows[KEY]) > count else None for rows in (one, other)]
+
+
+def _cut(rows: Rows, start: int, stop: int | None) -> Rows:
+    return {name: values[start:stop] for name, values in rows.items()}
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the scores of a dataset are held against."""
+
+    detectors: list[str]
+    thresholds: dict[str, float]
+    """Empty where rows are not flagged."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What must hold for every row."""
+
+    expected: str
+    wrong: Callable[[Rows, Rows, Known], Mask]
+    """Which rows break it, given the features, the scores and the rest."""
+
+
+def _other(column: str) -> Callable[[Rows, Rows, Known], Mask]:
+    def wrong(features: Rows, scores: Rows, known: Known) -> Mask:
+        found: Mask = features[column] != scores[column]
+        return found
+
+    return wrong
+
+
+def _not_finite(features: Rows, scores: Rows, known: Known) -> Mask:
+    wrong: Mask = ~np.all([np.isfinite(scores[label]) for label in known.detectors], axis=0)
+    return wrong
+
+
+def _wrongly_flagged(features: Rows, scores: Rows, known: Known) -> Mask:
+    flags = [scores[IS_OOD + label] != (scores[label] > known.thresholds[label]) for label in known.detectors]
+    wrong: Mask = np.any(flags, axis=0)
+    return wrong
+
+
+CHECKS: dict[str, Check] = {
+    "score keys": Check("those of the features, in their order", _other(KEY)),
+    "score labels": Check("those of the features", _other(LABEL)),
+    "score predictions": Check("those of the features", _other(PREDICTION)),
+    "finite scores": Check("every score is finite", _not_finite),
+    "flags": Check("is_ood = score above the threshold", _wrongly_flagged),
+}
+"""Checks of every row of scores, by name."""

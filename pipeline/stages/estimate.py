@@ -1,0 +1,140 @@
+"""What a run will cost, before it starts: forward passes, bytes, shards, and time from a few real images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from pipeline.cluster import session
+from pipeline.columns import padded
+from pipeline.errors import UserError
+from pipeline.network import extras
+from pipeline.stages import extract, shards
+from pipeline.stages.prepare import Prepared
+
+PROBE_IMAGES = 100
+
+BATCH_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+"""What is tried where a batch size is looked for."""
+
+_SECONDS = 1.0
+"""Least time over which the forward pass is measured."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run still has to do, and what it leaves on disk and in memory."""
+
+    images: int
+    """Images to forward that are not in the cache."""
+    extra: int
+    """Most images that the extra passes forward, and passes of images for extra columns."""
+    shards: int
+    """Files of features that are still to be written, at most."""
+    cache_bytes: int
+    """Features of all datasets, before compression."""
+    index_bytes: int
+    """Vectors of an exact nearest-neighbour index, in memory over all shards."""
+
+    @classmethod
+    def of(cls, ready: Prepared) -> Cost:
+        """Count without starting anything."""
+        classes, width = ready.classifier.head[0].shape
+        feature_bytes = np.dtype(ready.config.extract.feature_dtype).itemsize
+        row_bytes = width * feature_bytes + 4 * (classes + len(ready.classifier.taps.blocks))
+        todo = [job.manifest.rows for job in ready.jobs.values() if not job.featured]
+        columns = [(job.manifest.rows, extra) for job in ready.jobs.values() for extra in job.extras]
+        lacking = [
+            (job.manifest.rows, extra)
+            for job in ready.jobs.values()
+            for extra in job.lacking()
+            if job.featured or not extra.tapped or ready.plan.settings.compile
+        ]
+        train = sum(job.manifest.rows for job in ready.of_role("train"))
+        passes = {spec for detector in ready.detectors.values() for spec in detector.passes()}
+        banks = sum(detector.neighbours for detector in ready.detectors.values())
+        return cls(
+            images=sum(todo),
+            extra=sum(spec.forwards(classes, train) for spec in passes)
+            + sum(rows * extra.forwards for rows, extra in lacking),
+            shards=sum(-(-rows // ready.plan.shard_rows) for rows in todo),
+            cache_bytes=row_bytes * sum(job.manifest.rows for job in ready.jobs.values())
+            + sum(4 * rows * extras.width(extra, ready.classifier) for rows, extra in columns),
+            index_bytes=banks * train * width * 4,
+        )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Rates measured on some images of every dataset, by an actor like those of the run."""
+
+    images: int
+    errors: list[list[str]]
+    """[key, reason] of those that cannot be read."""
+    decode: float
+    """Images per second and CPU, from stored bytes to pixels."""
+    forward: dict[int, float]
+    """Images per second of one model actor, by batch size."""
+
+
+def duration(ready: Prepared, found: Probe) -> tuple[float, int]:
+    """About how many seconds all forward passes take once they are running, and on how many model actors."""
+    plan, cost = ready.plan, Cost.of(ready)
+    images, actors = cost.images + cost.extra, extract.actor_count(plan)
+    forward = found.forward[plan.settings.batch_size]
+    if not plan.separate:
+        return images / actors * (1 / forward + 1 / found.decode), actors
+    cpus = ray.cluster_resources().get("CPU", 0) - actors * plan.settings.cpus_per_actor
+    return images / min(actors * forward, cpus * found.decode), actors
+
+
+def probe(ready: Prepared, sizes: Sequence[int]) -> Probe:
+    """Decode and forward about `PROBE_IMAGES` images in a Ray task with the resources of a model actor.
+
+    Raises:
+        UserError: if none of the images can be read, or the cluster has no room for a model actor.
+    """
+    settings = ready.config.extract
+    extract.actor_count(ready.plan)
+    each = -(-PROBE_IMAGES // len(ready.jobs))
+    tables = []
+    for job in ready.jobs.values():
+        rows = np.unique(np.linspace(0, job.manifest.rows - 1, each).astype(np.int64))
+        tables.append(job.manifest.take(rows))
+    task = ray.remote(measure).options(
+        num_cpus=settings.cpus_per_actor, num_gpus=settings.gpus_per_actor, resources=settings.resources
+    )
+    found: Probe = session.get(task.remote(ready.plan, pa.concat_tables(tables), list(sizes)))
+    return found
+
+
+def measure(plan: shards.Plan, table: pa.Table, sizes: Sequence[int]) -> Probe:
+    """Rates of decoding, and of the forward pass at some batch sizes up to the first that does not fit."""
+    classifier = extract.load_in_worker(plan, compiled=plan.settings.compile)
+    extract.decode_rows(table.slice(0, 8), plan)  # warms up
+    started = time.perf_counter()
+    decoded = extract.decode_rows(table, plan)
+    decode = len(table) / (time.perf_counter() - started)
+    if not decoded.rows:
+        key, reason = decoded.errors[0]
+        raise UserError(f"none of {len(table)} sampled images can be read; the first is {key}: {reason}.")
+    rates: dict[int, float] = {}
+    for size in sizes:
+        pixels = padded(decoded.pixels, size)
+        try:
+            classifier.forward(pixels)  # warms up
+            count, started = 0, time.perf_counter()
+            while count == 0 or time.perf_counter() - started < _SECONDS:
+                classifier.forward(pixels)
+                count += 1
+        except RuntimeError as error:  # what torch raises when memory is short
+            if not rates:
+                raise UserError(f"extract.batch_size: {size} images do not fit: {error}. Lower it.") from None
+            break
+        rates[size] = count * size / (time.perf_counter() - started)
+    return Probe(len(table), decoded.errors, decode, rates)

@@ -1,0 +1,452 @@
+"""The single forward pass: every image once through the classifier, one feature row or one error each.
+
+The actor that takes a shard writes its part under a temporary name and renames it, so a retry overwrites and
+a resumed run does only the shards whose part is missing. Extra columns are computed in the same visit, or in
+one of their own if the features are there already; they have parts of their own with the rows of the
+features, in a folder inside that of the features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import PIL
+import pyarrow as pa
+import ray
+import torch
+from numpy.typing import NDArray
+
+from pipeline import __version__, columns
+from pipeline.cluster import attempts, session
+from pipeline.cluster.attempts import FIRST, Attempt
+from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
+from pipeline.config import schema
+from pipeline.data import decode
+from pipeline.data.fetch import fetch
+from pipeline.data.manifest import Manifest
+from pipeline.detectors.base import Extra
+from pipeline.errors import UserError
+from pipeline.network import extras
+from pipeline.network.classifier import Classifier, load
+from pipeline.stages import shards
+from pipeline.stages.shards import Job, Plan, Shard
+from pipeline.workspace import files, tables
+
+_OTHERS = "rows and errors"
+"""Column beside `pixels` that holds the rest of a `Decoded` on its way to a model actor, as JSON."""
+
+ACCEPTED = "accepted"
+"""Column of a manifest with the labels that are right, where there are several."""
+
+
+def identity(classifier: Classifier, manifest: Manifest, settings: schema.Extract) -> dict[str, Any]:
+    """What the features of a dataset depend on; equal identities have bit-equal features."""
+    return {
+        "weights": classifier.digest,
+        "versions": {"ood-pipeline": __version__, "torch": torch.__version__},
+        "architecture": classifier.architecture,
+        "head": classifier.taps.head,
+        "blocks": list(classifier.taps.blocks),
+        "transform": classifier.transform.model_dump(mode="json"),
+        "decoder": _decoder(settings.decoder),
+        "images": manifest.digest,
+        "numerics": {
+            **settings.model_dump(include={"batch_size", "precision", "channels_last", "compile"}),
+            "feature_dtype": settings.feature_dtype,
+            "device": device(settings.device, settings.gpus_per_actor),
+        },
+    }
+
+
+def _decoder(name: str) -> str:
+    """Decoder and version; Pillow's is always part of it, because it reads what others do not.
+
+    Raises:
+        UserError: if the decoder is not installed.
+    """
+    pillow = f"pillow {PIL.__version__}"
+    if name == "pillow":
+        return pillow
+    try:
+        return f"{name} {version(name)}, {pillow}"
+    except PackageNotFoundError:
+        raise UserError(
+            f"extract.decoder: {name} is not installed. `pip install {name}`, or set it to pillow."
+        ) from None
+
+
+def device(configured: str, gpus: float) -> str:
+    """'cpu' or 'cuda', decided by the config alone."""
+    if configured == "auto":
+        return "cuda" if gpus > 0 else "cpu"
+    return configured
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Images of some manifest rows, ready for the network."""
+
+    pixels: columns.Pixels
+    """(n, H, W, channels) of the readable ones."""
+    rows: list[dict[str, Any]]
+    """Key, label and accepted labels of each."""
+    errors: list[list[str]]
+    """[key, reason] of the others."""
+
+    def batches(self, size: int) -> Iterator[Decoded]:
+        """The same in batches of at most `size` images; the errors come with the first."""
+        for start in range(0, max(len(self.rows), 1), size):
+            stop = start + size
+            errors = [] if start else self.errors
+            yield Decoded(self.pixels[start:stop], self.rows[start:stop], errors)
+
+
+def decode_shard(row: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """Ray Data function: add the decoded images of a shard to the row that describes it."""
+    shard = Shard(**row)
+
+    def work() -> dict[str, Any]:
+        with attempts.begun(shard.part, "decoding") as attempt:
+            found = decode_rows(shard.images(), plan, attempt)
+        return {"pixels": found.pixels, _OTHERS: json.dumps([found.rows, found.errors])}
+
+    return {**row, **session.receipt(work)}
+
+
+class Extractor:
+    """Model actor: takes shards, writes parts, returns receipts."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """Loaded by the first shard: an error raised there keeps its type, one of `__init__` does not."""
+        return load_in_worker(self.plan, compiled=self.plan.settings.compile)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Extract one shard, given as a row of `Shard` fields, or what `decode_shard` made of it."""
+        shard = Shard(**{field.name: row[field.name] for field in fields(Shard)})
+        if "failure" not in row:
+            return session.receipt(lambda: self.extract(shard))
+        if row["failure"]:
+            return {"costs": row["costs"], "failure": row["failure"]}
+        decoded = Decoded(row["pixels"], *json.loads(row[_OTHERS]))
+        return session.receipt(lambda: self.extract(shard, decoded), row["costs"])
+
+    def extract(self, shard: Shard, decoded: Decoded | None = None) -> dict[str, Any]:
+        """Extract one shard, decode it first if need be, write its part, and return the receipt."""
+        with attempts.begun(shard.part, "extracting") as attempt:
+            return self._extract(shard, decoded, attempt)
+
+    def _extract(self, shard: Shard, decoded: Decoded | None, attempt: Attempt) -> dict[str, Any]:
+        started, clock = time.time(), time.perf_counter()
+        batches = decoded.batches(self.plan.settings.batch_size) if decoded else self._decode(shard, attempt)
+        others = Others(self.classifier, [self.plan.extras[name] for name in shard.extras.split()])
+        errors, forwarded = 0, 0
+        if shard.featured:
+            keys = next(tables.read_columns([shard.part], [KEY]))[KEY].to_pylist()
+            others.follow(batches, keys, self.plan.settings.batch_size, attempt)
+        else:
+            features, found, forwarded = extract_rows(
+                self.classifier, batches, self.plan.settings, attempt, others
+            )
+            keys, errors = features[KEY].to_pylist(), len(found)
+            footer = {shards.ERRORS: json.dumps(found), shards.KEYS: shards.digest(keys)}
+            tables.write_table(files.at(shard.part), features.replace_schema_metadata(footer))
+        for column, values in others.columns(keys):
+            tables.write_table(shards.beside(files.at(shard.part), column), values)
+        return {
+            "dataset": shard.dataset,
+            "rows": shard.stop - shard.start,
+            "errors": errors,
+            "forwarded": forwarded,
+            "extra_forwarded": json.dumps(others.forwarded),
+            "started": started,
+            "seconds": time.perf_counter() - clock,
+        }
+
+    def _decode(self, shard: Shard, attempt: Attempt = FIRST) -> Iterator[Decoded]:
+        table, size = shard.images(), self.plan.settings.batch_size
+        contents = fetch(table)
+        for start in range(0, len(table), size):
+            yield decode_rows(table.slice(start, size), self.plan, attempt, contents)
+
+
+class Others:
+    """Extra columns of a shard in the making."""
+
+    def __init__(self, classifier: Classifier, specs: Sequence[Extra]) -> None:
+        self.classifier, self.specs = classifier, specs
+        self.parts: dict[Extra, list[NDArray[np.float32]]] = {spec: [] for spec in specs}
+        self.forwarded = Counter[str]()
+        """Images that went through the network for each kind of extra, as often as they did."""
+
+    def add(self, batch: Decoded, kept: NDArray[np.bool_], size: int, found: Mapping[Extra, Any]) -> None:
+        """Compute what a batch was not `found` to have by its forward pass, and keep some rows of all."""
+        if not kept.any():
+            return
+        count = len(batch.rows)
+        keys = [batch.rows[min(row, count - 1)][KEY] for row in range(size)]
+        for spec in self.specs:
+            if spec in found:
+                values = found[spec].cpu().numpy()
+            else:
+                values = extras.measure(self.classifier, spec, padded(batch.pixels, size), keys)
+                self.forwarded[spec.kind] += spec.forwards * count
+            wrong = ~np.isfinite(values[:count]).all(axis=1) & kept
+            if wrong.any():
+                raise UserError(
+                    f"{keys[int(wrong.argmax())]}: {spec.kind} is not finite. Remove the image, or drop the "
+                    f"detector that needs it ({spec.needs})."
+                )
+            self.parts[spec].append(values[:count][kept])
+
+    def follow(self, batches: Iterable[Decoded], keys: list[str], size: int, attempt: Attempt) -> None:
+        """Compute them for the rows that have features.
+
+        Raises:
+            UserError: if an image that has features cannot be read any more.
+        """
+        known, seen = set(keys), list[str]()
+        for batch in batches:
+            own = [row[KEY] for row in batch.rows]
+            attempt.at(own)
+            kept = np.array([key in known for key in own], dtype=bool)
+            self.add(batch, kept, size, {})
+            seen += [key for key in own if key in known]
+        if seen != keys:
+            read = set(seen)
+            lost = next(key for key in keys if key not in read)
+            raise UserError(
+                f"{lost}: it was read when its features were extracted and cannot be read now. Bring the "
+                "image back, or run with --fresh."
+            )
+
+    def columns(self, keys: list[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Name and table of each."""
+        footer = {shards.KEYS: shards.digest(keys)}
+        for spec, parts in self.parts.items():
+            empty = np.zeros((0, extras.width(spec, self.classifier)), np.float32)
+            values = np.concatenate([empty, *parts])
+            table = tables.arrow_columns({KEY: np.array(keys, dtype=object), spec.column: values})
+            schema = pa.schema([(KEY, pa.string()), table.schema.field(spec.column)])
+            yield spec.column, table.cast(schema).replace_schema_metadata(footer)
+
+
+def load_in_worker(plan: Plan, compiled: bool = False) -> Classifier:
+    """Load the classifier on the actor's device and make sure that it is the one the driver saw."""
+    settings = plan.settings
+    _keep_freed_memory()
+    torch.set_num_threads(max(1, int(settings.cpus_per_actor)))
+    where = device(settings.device, settings.gpus_per_actor)
+    if where == "cuda" and not torch.cuda.is_available():
+        raise UserError("extract.device: cuda is not available on a worker. Set extract.device to cpu.")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    classifier = load(plan.model, plan.seed, where)
+    if classifier.digest != plan.digest:
+        raise UserError(f"model.weights: {plan.model.weights} is not what the driver loaded; it was changed.")
+    return classifier.tuned(settings, compiled)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed activations for the next batch instead of giving them back to the system.
+
+    Otherwise a third of a small network's time goes into page faults: about 50 per image, measured on the
+    quickstart's. Does nothing where the C library has no `mallopt`.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        map_threshold, trim_threshold = -3, -1
+        mallopt(map_threshold, 2**25)
+        mallopt(trim_threshold, 2**29)
+
+
+def decode_rows(
+    table: pa.Table,
+    plan: Plan,
+    attempt: Attempt = FIRST,
+    contents: Iterator[bytes | Exception] | None = None,
+) -> Decoded:
+    """Decode rows of a manifest, from the next ones of a `fetch` under way or from one of their own."""
+    pixels, good, errors = [], [], []
+    rows = table.select([KEY, LABEL, ACCEPTED, "shape"]).to_pylist()
+    for row, content in zip(rows, contents or fetch(table), strict=False):
+        if attempt.last:
+            attempt.at([row[KEY]])
+        found = _decoded(content, row.pop("shape"), plan)
+        if isinstance(found, Exception):
+            errors.append([row[KEY], f"{type(found).__name__}: {found}"])
+        else:
+            pixels.append(found)
+            good.append(row)
+    side, channels = plan.transform.crop, plan.transform.channels
+    empty = np.empty((0, side, side, channels), np.uint8)
+    return Decoded(np.stack(pixels) if pixels else empty, good, errors)
+
+
+def _decoded(content: bytes | Exception, shape: list[int] | None, plan: Plan) -> columns.Pixels | Exception:
+    """Pixels of one image, or why there are none."""
+    if isinstance(content, Exception):
+        return content
+    try:
+        raw = None if shape is None else tuple(shape)
+        return decode.decode(content, raw, plan.transform, plan.settings.decoder)
+    except Exception as error:  # any byte string may come along; the row is counted as an error
+        return error
+
+
+def extract_rows(
+    classifier: Classifier,
+    batches: Iterable[Decoded],
+    settings: schema.Extract,
+    attempt: Attempt = FIRST,
+    others: Others | None = None,
+) -> tuple[pa.Table, list[list[str]], int]:
+    """Feature rows and errors of decoded images, and how many images were forwarded.
+
+    The extra columns of the feature rows are added to `others`.
+
+    Every forward pass has `batch_size` rows, the last image standing in for missing ones: the bits of a
+    feature then do not depend on which rows share its batch.
+    """
+    columns: dict[str, list[NDArray[Any]]] = {}
+    errors: list[list[str]] = []
+    forwarded = 0
+    for batch in batches:
+        errors += batch.errors
+        if not batch.rows:
+            continue
+        attempt.at([row[KEY] for row in batch.rows])
+        with extras.beside(classifier, others.specs if others else ()) as found:
+            forward = classifier.forward(padded(batch.pixels, settings.batch_size))
+        output = {name: values[: len(batch.rows)] for name, values in forward.items()}
+        output[FEATURE] = output[FEATURE].astype(settings.feature_dtype)
+        forwarded += len(batch.rows)
+        finite = np.all([np.isfinite(values).all(axis=1) for values in output.values()], axis=0)
+        keys = np.array([row[KEY] for row in batch.rows], dtype=object)
+        errors += [[key, "the network's output is not finite"] for key in keys[~finite]]
+        prediction = output[LOGITS].argmax(axis=1).astype(np.int32)
+        labels = np.array(list(map(_label, batch.rows, prediction.tolist())), dtype=np.int32)
+        for name, values in {KEY: keys, LABEL: labels, PREDICTION: prediction, **output}.items():
+            columns.setdefault(name, []).append(values[finite])
+        if others:
+            others.add(batch, finite, settings.batch_size, found)
+    return _feature_table(classifier, columns, settings), errors, forwarded
+
+
+def _label(row: dict[str, Any], prediction: int) -> int:
+    """Label of an image; where several are accepted, the prediction if it is among them, else the first."""
+    label: int = prediction if prediction in (row[ACCEPTED] or ()) else row[LABEL]
+    return label
+
+
+def _feature_table(
+    classifier: Classifier, columns: dict[str, list[NDArray[Any]]], settings: schema.Extract
+) -> pa.Table:
+    """The rows in the order and with the types of the contract, also when there are none."""
+    weight, _ = classifier.head
+    widths = {FEATURE: weight.shape[1], LOGITS: weight.shape[0], BLOCK_NORM: len(classifier.taps.blocks)}
+    kept = pa.float16() if settings.feature_dtype == "float16" else pa.float32()
+    schema = pa.schema(
+        [
+            (KEY, pa.string()),
+            (LABEL, pa.int32()),
+            (PREDICTION, pa.int32()),
+            *(
+                (name, pa.list_(kept if name == FEATURE else pa.float32(), width))
+                for name, width in widths.items()
+                if width
+            ),
+        ]
+    )
+    if not columns:
+        return schema.empty_table()
+    arrays = {name: np.concatenate(columns[name]) for name in schema.names}
+    return tables.arrow_columns(arrays).cast(schema)
+
+
+def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> dict[str, float]:
+    """Extract what is not in the cache, all datasets in one Ray Data execution and one actor pool.
+
+    Args:
+        jobs: all datasets of the run.
+        plan: the model and the settings.
+        progress: called with the receipt of every finished shard.
+
+    Returns:
+        Numbers for the record: images forwarded, passes of images for extras by kind, seconds of model work,
+        images per second.
+
+    Raises:
+        UserError: too many unreadable images.
+    """
+    for job in jobs:
+        shards.reopen(job, plan)
+    unfinished = [job for job in jobs if not job.complete]
+    todo = [shard for job in unfinished for shard in shards.missing(job, plan.shard_rows)]
+    receipts = list(_execute(todo, plan, progress)) if todo else []
+    for job in unfinished:
+        if not job.featured:
+            shards.finish(job, plan)
+        for extra in job.lacking():
+            shards.finish_extra(job, extra)
+    forwarded = sum(receipt["forwarded"] for receipt in receipts)
+    passes = sum((Counter(json.loads(receipt["extra_forwarded"])) for receipt in receipts), Counter[str]())
+    began = min((receipt["started"] for receipt in receipts), default=0.0)
+    ended = max((receipt["started"] + receipt["seconds"] for receipt in receipts), default=0.0)
+    return {
+        "images": sum(job.manifest.rows for job in jobs),
+        "forward_images": forwarded,
+        **{f"{kind}_passes": count for kind, count in passes.items()},
+        "steady_seconds": ended - began,
+        "images_per_second": forwarded / (ended - began) if receipts else 0.0,
+    }
+
+
+def actor_count(plan: Plan) -> int:
+    """How many model actors there will be; where they do not decode, a CPU is left for the tasks that do.
+
+    Raises:
+        UserError: if the cluster has no room for as many as configured, or for one.
+    """
+    settings, spare = plan.settings, 1 if plan.separate else 0
+    fits = session.capacity(settings.needs, "extract", spare)
+    if settings.actors == "auto":
+        return fits
+    if settings.actors > fits:
+        raise UserError(
+            f"extract.actors: {settings.actors} asked for, the cluster has room for {fits}"
+            f"{' beside a CPU that decodes' if spare else ''}. Lower it."
+        )
+    return settings.actors
+
+
+def _execute(todo: list[Shard], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> Any:
+    """Stream receipts out of one Ray Data execution."""
+    settings = plan.settings
+    actors = min(actor_count(plan), len(todo))
+    rows = ray.data.from_items([asdict(shard) for shard in todo], override_num_blocks=len(todo))
+    if plan.separate:
+        rows = rows.map(decode_shard, fn_kwargs={"plan": plan}, num_cpus=1)
+    receipts = rows.map(
+        Extractor,
+        fn_constructor_kwargs={"plan": plan},
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=settings.cpus_per_actor,
+        num_gpus=settings.gpus_per_actor or None,
+        resources=settings.resources or None,
+    )
+    for receipt in session.receipts(receipts):
+        progress(receipt)
+        yield receipt

@@ -1,0 +1,286 @@
+"""Extra passes through the network at fit time, each over a few seeded training images or noise.
+
+What cannot be had from stored features: GROOD's mixed-up images and noise, NormRatio's jigsaws. Pieces of
+a pass run on a pool of model actors and are merged in order, so the result does not depend on the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.util import ActorPool
+from torchvision.transforms.functional import gaussian_blur
+
+from pipeline import columns
+from pipeline.cluster import session, usage
+from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LOGITS, Float, padded
+from pipeline.data import decode
+from pipeline.data.manifest import Manifest
+from pipeline.detectors.base import Extra, Jigsaw, Mixup, Noise, Pass, Samples
+from pipeline.errors import UserError
+from pipeline.learned.logits import logsumexp
+from pipeline.network import extras, taps
+from pipeline.network.classifier import Classifier
+from pipeline.stages import extract
+from pipeline.stages.shards import Plan
+
+Result = dict[str, NDArray[Any]]
+Index = NDArray[np.int64]
+
+
+class Worker:
+    """Model actor of the pool."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.size = plan.settings.batch_size
+        self.seed = plan.seed
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """Loaded by the first call: an error raised there keeps its type, one of `__init__` does not."""
+        return extract.load_in_worker(self.plan)
+
+    def metered(self, call: str, *arguments: Any) -> tuple[Any, dict[str, Any]]:
+        """Result of one of the methods below, and what it cost."""
+        return session.measured(getattr(self, call), *arguments)
+
+    def _batches(self, train: Manifest, rows: Index) -> Iterator[tuple[columns.Pixels, Index]]:
+        """Decodable images of some rows (ascending), at most `size` at once, and their rows."""
+        for start in range(0, len(rows), self.size):
+            piece = rows[start : start + self.size]
+            table = train.take(piece)
+            decoded = extract.decode_rows(table, self.plan)
+            if decoded.rows:
+                readable = np.isin(table["key"].to_pylist(), [row["key"] for row in decoded.rows])
+                yield decoded.pixels, piece[readable]
+
+    def _forward(self, pixels: columns.Pixels, blocks: bool) -> dict[str, NDArray[np.float32]]:
+        output = self.classifier.forward(padded(pixels, self.size), blocks)
+        return {name: values[: len(pixels)] for name, values in output.items()}
+
+    def norm_ratios(self, train: Manifest, rows: Index, grid: int) -> Float:
+        """(n, B) FeatureNorm of images over that of their jigsaws; NaN where the jigsaw's is zero."""
+        ratios = [np.empty((0, len(self.classifier.taps.blocks)))]
+        for pixels, kept in self._batches(train, rows):
+            pairs = [
+                decode.jigsaw(image, grid, np.random.default_rng([self.seed, row]))
+                for image, row in zip(pixels, kept.tolist(), strict=True)
+            ]
+            whole, puzzle = (np.stack(side) for side in zip(*pairs, strict=True))
+            norms = self._forward(whole, blocks=True)[BLOCK_NORM].astype(np.float64)
+            shuffled = self._forward(puzzle, blocks=True)[BLOCK_NORM].astype(np.float64)
+            ratios.append(np.divide(norms, shuffled, out=np.full_like(norms, np.nan), where=shuffled > 0))
+        return np.concatenate(ratios)
+
+    def runners_up(self, train: Manifest, rows: Index) -> tuple[Index, Index]:
+        """The decodable ones of some rows, and the class with the second largest logit of each."""
+        found = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        for pixels, kept in self._batches(train, rows):
+            order = np.argsort(self._forward(pixels, blocks=False)[LOGITS], axis=1)
+            found.append((kept, order[:, -2]))
+        kept, classes = (np.concatenate(side) for side in zip(*found, strict=True))
+        return kept, classes
+
+    def mean_map(self, train: Manifest, rows: Index, block: str) -> NDArray[np.float32]:
+        """Mean output of a block over some rows."""
+        total: Any = 0.0
+        count = 0
+        for pixels, kept in self._batches(train, rows):
+            seen: list[torch.Tensor] = []
+
+            def see(_: Any, __: Any, output: torch.Tensor, seen: list[torch.Tensor] = seen) -> None:
+                seen.append(output.clone())  # a later layer may work in place
+
+            with taps.hooked(self.classifier.module, {block: see}):
+                self._forward(pixels, blocks=False)
+            total = total + seen[0][: len(kept)].double().sum(dim=0).cpu().numpy()
+            count += len(kept)
+        if not count:
+            raise UserError(f"datasets: none of the training images {rows[0]} ... {rows[-1]} can be read.")
+        mean: NDArray[np.float32] = (total / count).astype(np.float32)
+        return mean
+
+    def mixed_sum(self, train: Manifest, rows: Index, others: list[Any], spec: Mixup) -> tuple[Float, int]:
+        """Sum of the penultimate features of some rows mixed with one map each, and their number."""
+        of_row = dict(zip(rows.tolist(), others, strict=True))
+        total, count = np.zeros(self.classifier.head[0].shape[1]), 0
+        for pixels, kept in self._batches(train, rows):
+            maps = padded(np.stack([of_row[row] for row in kept.tolist()]), self.size)
+            other = torch.tensor(maps, device=self.classifier.device)
+
+            def mix(_: Any, __: Any, own: torch.Tensor, other: torch.Tensor = other) -> torch.Tensor:
+                return spec.weight * own + (1 - spec.weight) * other
+
+            with taps.hooked(self.classifier.module, {spec.block: mix}):
+                total += self._forward(pixels, blocks=False)[FEATURE].astype(np.float64).sum(axis=0)
+            count += len(kept)
+        return total, count
+
+    def features_and(self, source: Manifest, rows: Index, extra: Extra) -> list[tuple[Float, Float]]:
+        """Penultimate features of some rows, as precise as stored ones, and an extra of theirs, by batch.
+
+        Rows that are not finite are left out.
+        """
+        found = []
+        for pixels, kept in self._batches(source, rows):
+            whole = padded(pixels, self.size)
+            keys = padded(source.take(kept)[KEY].to_numpy(), self.size).tolist()
+            values = extras.measure(self.classifier, extra, whole, keys)[: len(pixels)]
+            feature = self._forward(pixels, blocks=False)[FEATURE]
+            stored = feature.astype(self.plan.settings.feature_dtype).astype(np.float64)
+            finite = np.isfinite(stored).all(axis=1) & np.isfinite(values).all(axis=1)
+            found.append((stored[finite], values[finite].astype(np.float64)))
+        return found
+
+    def noise(self, piece: int, count: int) -> tuple[NDArray[np.float32], Float]:
+        """Penultimate features and logsumexp of the logits of blurred uniform noise, normalised."""
+        transform, rng = self.classifier.transform, np.random.default_rng([self.seed, piece])
+        shape = (self.size, transform.channels, transform.crop, transform.crop)
+        uniform = torch.tensor(rng.random(shape, dtype=np.float32))
+        sigmas = rng.uniform(0.2, 5, self.size).tolist()
+        blurred = [gaussian_blur(image, [7, 5], sigma) for image, sigma in zip(uniform, sigmas, strict=True)]
+        pixels = torch.stack(blurred).to(self.classifier.device)
+        output = self.classifier.forward_images(self.classifier.normalise(pixels), blocks=False)
+        return output[FEATURE][:count], logsumexp(output[LOGITS][:count])
+
+
+class Runner:
+    """Runs passes on a pool of model actors, started for the first pass and ended with the `with` block."""
+
+    def __init__(self, train: Manifest, plan: Plan, early: str | None, held_out: Sequence[Manifest]) -> None:
+        """Args: training images, the model, the block that `auto` means for mixing, and other ID images."""
+        self.train, self.plan, self.early, self.held_out = train, plan, early, held_out
+        self.actors: list[Any] = []
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def _pool(self) -> ActorPool:
+        if not self.actors:
+            needs, count = self.plan.settings.needs, extract.actor_count(self.plan)
+            self.actors = [session.actor(Worker, needs, self.plan) for _ in range(count)]
+        return ActorPool(self.actors)
+
+    def each(self, call: str, arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results of a method of `Worker` on the pool, in the order of the arguments."""
+        with session.user_errors():
+            for result, costs in self._pool().map(
+                lambda worker, some: worker.metered.remote(call, *some), list(arguments)
+            ):
+                usage.report(costs)
+                yield result
+
+    def pieces(self, rows: Index) -> list[Index]:
+        """Rows in pieces of one batch."""
+        size = self.plan.settings.batch_size
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def sample(self, spec: Pass, samples: int, source: Manifest | None = None) -> Index:
+        """Seeded rows of the training images, or of others, equally many of each class; ascending."""
+        rng = np.random.default_rng([self.plan.seed, *type(spec).__name__.encode()])
+        return stratified((source or self.train).labels(), samples, rng)
+
+    def run(self, spec: Pass) -> Result:
+        """Run one pass."""
+        return _PASSES[type(spec)](self, spec)
+
+    def jigsaw(self, spec: Jigsaw) -> Result:
+        """NormRatio (Yu et al., CVPR 2023, eq. 4): mean over images of the ratio, and its standard error."""
+        pieces = self.pieces(self.sample(spec, spec.samples))
+        found = self.each("norm_ratios", [(self.train, rows, spec.grid) for rows in pieces])
+        ratios = np.concatenate(list(found))
+        usable = np.isfinite(ratios).sum(axis=0)
+        mean = np.divide(
+            np.nansum(ratios, axis=0), usable, out=np.full(len(usable), np.nan), where=usable > 0
+        )
+        squares = np.nansum((ratios - mean) ** 2, axis=0)
+        stderr = np.sqrt(squares / np.maximum(usable - 1, 1) / np.maximum(usable, 1))
+        return {"ratio": mean, "stderr": stderr, "samples": np.array(len(ratios))}
+
+    def mixup(self, spec: Mixup) -> Result:
+        """Mean feature of training images mixed with the mean map of their runner-up class."""
+        spec = spec.model_copy(update={"block": self.early if spec.block == "auto" else spec.block})
+        if spec.block is None:
+            raise UserError("the model has no block to mix images at; name a layer with mixup_layer.")
+        sample = self.pieces(self.sample(spec, spec.samples))
+        found = self.each("runners_up", [(self.train, rows) for rows in sample])
+        rows, classes = (np.concatenate(side) for side in zip(*found, strict=True))
+        maps = self._class_maps(spec, np.unique(classes))
+        grouped = [np.sort(piece) for piece in self.pieces(rows[np.argsort(classes, kind="stable")])]
+        runner_up = dict(zip(rows.tolist(), classes.tolist(), strict=True))
+        others = [[maps[runner_up[row]] for row in piece.tolist()] for piece in grouped]
+        pairs = zip(grouped, others, strict=True)
+        sums = self.each("mixed_sum", [(self.train, piece, some, spec) for piece, some in pairs])
+        totals, counts = zip(*sums, strict=True)
+        return {"mean": np.sum(totals, axis=0) / sum(counts), "samples": np.array(sum(counts))}
+
+    def _class_maps(self, spec: Mixup, classes: Index) -> dict[int, NDArray[np.float32]]:
+        """Mean map of the mixing block for some classes: prototypes p^early (ElAraby et al., eq. 7)."""
+        labels = self.train.labels()
+        rng = np.random.default_rng([self.plan.seed, *b"class maps"])
+        order = rng.permutation(len(labels))
+        rows = [np.sort(order[labels[order] == label][: spec.class_samples]) for label in classes]
+        found = self.each("mean_map", [(self.train, some, spec.block) for some in rows])
+        return dict(zip(classes.tolist(), found, strict=True))
+
+    def noise(self, spec: Noise) -> Result:
+        """Mean feature of the share of noise images with the lowest logsumexp."""
+        size = self.plan.settings.batch_size
+        counts = [
+            (piece, min(size, spec.samples - start))
+            for piece, start in enumerate(range(0, spec.samples, size))
+        ]
+        found = self.each("noise", counts)
+        feature, energy = (np.concatenate(side) for side in zip(*found, strict=True))
+        kept = np.argsort(energy, kind="stable")[: max(1, round(spec.keep * spec.samples))]
+        return {"mean": feature[kept].astype(np.float64).mean(axis=0), "samples": np.array(len(kept))}
+
+    def samples(self, spec: Samples) -> Result:
+        """Features and an extra of ID images, equally many of each dataset."""
+        share = -(-spec.samples // len(self.held_out))
+        pieces = [
+            (source, piece, spec.extra)
+            for source in self.held_out
+            for piece in self.pieces(self.sample(spec, share, source))
+        ]
+        found = [batch for batches in self.each("features_and", pieces) for batch in batches]
+        if not any(len(feature) for feature, _ in found):
+            raise UserError("datasets: none of the sampled ID images can be read and has finite features.")
+        feature, extra = (np.concatenate(side) for side in zip(*found, strict=True))
+        return {"feature": feature, "extra": extra, "samples": np.array(len(feature))}
+
+
+_PASSES: dict[type[Pass], Callable[[Runner, Any], Result]] = {
+    Jigsaw: Runner.jigsaw,
+    Mixup: Runner.mixup,
+    Noise: Runner.noise,
+    Samples: Runner.samples,
+}
+
+
+def stratified(labels: NDArray[np.int32], samples: int, rng: np.random.Generator) -> Index:
+    """Rows drawn without replacement, class by class in turns, ascending.
+
+    Args:
+        labels: (N,) int.
+        samples: how many; all rows if there are fewer.
+        rng: source of the draw.
+    """
+    order = rng.permutation(len(labels))
+    shuffled = labels[order]
+    by_class = np.argsort(shuffled, kind="stable")
+    _, starts, counts = np.unique(shuffled[by_class], return_index=True, return_counts=True)
+    turn = np.empty(len(labels), dtype=np.int64)
+    turn[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
+    return np.sort(order[np.argsort(turn, kind="stable")[:samples]])

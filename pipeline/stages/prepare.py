@@ -1,0 +1,392 @@
+"""Everything that can be known before long work starts: data opened, model loaded, needs checked.
+
+Starts no Ray and makes no forward pass over a dataset; every mistake of the user's surfaces here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline import __version__, detectors
+from pipeline.cluster import session
+from pipeline.columns import BLOCK_NORM, LABEL
+from pipeline.config import published
+from pipeline.config.schema import Config, Dataset, Extract
+from pipeline.data.manifest import Manifest, compile_manifest
+from pipeline.detectors.base import Detector, Extra, Jigsaw, Mixup
+from pipeline.errors import UserError, unknown
+from pipeline.learned import statistics
+from pipeline.network import extras
+from pipeline.network.classifier import WRONG_SIZE, Classifier, load
+from pipeline.stages import extract, index, shards
+from pipeline.workspace import artifacts, files
+from pipeline.workspace.files import Place
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    config: Config
+    workspace: Place
+    classifier: Classifier
+    detectors: dict[str, Detector]
+    jobs: dict[str, shards.Job]
+    """Extraction jobs by dataset name."""
+    not_applicable: dict[str, str] = field(default_factory=dict)
+    """Why optional detectors were left out, by label."""
+
+    @property
+    def plan(self) -> shards.Plan:
+        """What all forward passes share."""
+        settings = self.config
+        return shards.Plan(
+            settings.model,
+            settings.extract,
+            settings.seed,
+            self.classifier.digest,
+            self.classifier.transform,
+            {extra.column: extra for job in self.jobs.values() for extra in job.extras},
+        )
+
+    @property
+    def folder(self) -> Place:
+        """The run folder."""
+        return self.workspace / "runs" / self.config.name
+
+    def of_role(self, *roles: str) -> list[shards.Job]:
+        """Jobs of the datasets with these roles."""
+        return [self.jobs[dataset.name] for dataset in self.config.of_role(*roles)]
+
+    def uses_ood(self, label: str) -> bool:
+        """Whether a detector is fitted to OOD images, or its parameters were chosen on some."""
+        tuned = any(entry.tuned_on_ood for entry in self.config.detectors if entry.label == label)
+        return tuned or self.detectors[label].uses_ood()
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What fitted detectors depend on besides their own parameters."""
+        return {
+            "train": [job.identity for job in self.of_role("train")],
+            "id_val": [job.identity for job in self.of_role("id_val")],
+            "ood_val": [job.identity for job in self.of_role("ood_val")],
+            "seed": self.config.seed,
+        }
+
+    @property
+    def scoring(self) -> str:
+        """Digest of what scores depend on besides the rows that are scored."""
+        entries = {label: detectors.identity(detector) for label, detector in self.detectors.items()}
+        kind, shards = self.config.index.kind, self.config.index.shards
+        cut = [kind] if kind == "flat" else [kind, shards]  # approximate ones depend on the cut
+        return artifacts.digest([entries, self.training, cut, __version__])
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what the results depend on."""
+        roles = [(dataset.role, self.jobs[dataset.name].identity) for dataset in self.config.datasets]
+        names = [dataset.name for dataset in self.config.datasets]
+        return artifacts.digest([self.scoring, roles, names])
+
+
+def prepare(settings: Config) -> Prepared:
+    """Open the data, load the model and check that they go together.
+
+    Raises:
+        UserError: the first thing found wrong, naming file, key or field and the fix.
+    """
+    chosen = settings.built()
+    for detector in chosen.values():
+        for part in detector.parts():
+            session.carry(type(part))
+    _check_roles(settings)
+    selection = Selection(chosen, settings.optional)
+    selection.keep(lambda label, detector: check_data(label, detector, settings))
+    _check_published(settings)
+    if settings.tracking.enabled:
+        tracking_uri(settings)
+    files.require_writable(settings.workspace, "workspace")
+    workspace = files.at(settings.workspace)
+    classifier = load(settings.model, settings.seed)
+    _check_precision(settings.extract, classifier)
+    selection.keep(lambda label, detector: check_applies(label, detector, classifier))
+    if any(detector.neighbours for detector in selection.detectors.values()):
+        index.made(settings.index.kind, classifier.head[0].shape[1])
+    manifests = {
+        dataset.name: compile_manifest(dataset, workspace / "manifests", settings.seed)
+        for dataset in settings.datasets
+    }
+    for dataset in settings.datasets:
+        _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
+        _check_labels(dataset, manifests[dataset.name], len(classifier.head[1]))
+    held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
+    selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
+    rows = sum(manifests[dataset.name].rows for dataset in settings.of_role("train"))
+    selection.keep(lambda label, detector: check_rows(label, detector, rows))
+    jobs = {}
+    for dataset in settings.datasets:
+        manifest = manifests[dataset.name]
+        parts = extract.identity(classifier, manifest, settings.extract)
+        wanted = _extras(dataset.role, selection.detectors.values())
+        jobs[dataset.name] = shards.job(dataset, manifest, parts, workspace, wanted)
+    return Prepared(settings, workspace, classifier, selection.detectors, jobs, selection.not_applicable)
+
+
+def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]:
+    """Why detectors do not apply to the model and the data of a config, by label; none for those that do.
+
+    Raises:
+        UserError: if model or training data cannot be opened.
+    """
+    classifier = load(settings.model, settings.seed)
+    folder = files.at(settings.workspace) / "manifests"
+    learned = settings.of_role("train", "id_val")
+    manifests = {each.name: compile_manifest(each, folder, settings.seed) for each in learned}
+    rows = sum(manifests[dataset.name].rows for dataset in settings.of_role("train"))
+    held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
+    selection = Selection(dict(found), found)
+    selection.keep(lambda label, detector: check_data(label, detector, settings))
+    selection.keep(lambda label, detector: check_applies(label, detector, classifier))
+    selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
+    selection.keep(lambda label, detector: check_rows(label, detector, rows))
+    return selection.not_applicable
+
+
+@dataclass
+class Selection:
+    """Detectors, some of which may turn out not to apply."""
+
+    detectors: dict[str, Detector]
+    """Those that nothing was found against."""
+    optional: Collection[str]
+    """Labels of those that may be left out; the others are refused."""
+    not_applicable: dict[str, str] = field(default_factory=dict)
+    """Why detectors were left out, by label."""
+
+    def keep(self, check: Callable[[str, Detector], None]) -> None:
+        """Leave out the optional detectors that do not pass a check.
+
+        Raises:
+            UserError: the check's, if another one does not.
+        """
+        for label, detector in list(self.detectors.items()):
+            try:
+                check(label, detector)
+            except UserError as error:
+                if label not in self.optional:
+                    raise
+                self.not_applicable[label] = str(error).removeprefix(f"detectors.{label}").lstrip(".: ")
+                del self.detectors[label]
+
+
+def tracking_uri(settings: Config) -> str:
+    """The MLflow store: the one configured, or an SQLite file in the workspace.
+
+    Raises:
+        UserError: if none is configured and the workspace cannot hold a database.
+    """
+    if settings.tracking.uri:
+        return settings.tracking.uri
+    workspace = files.at(settings.workspace)
+    if isinstance(workspace, files.Remote):
+        raise UserError(
+            f"tracking.uri: not set, and {workspace} cannot hold MLflow's database. Name a server "
+            "(tracking.uri=http://host:5000), or set tracking.enabled=false."
+        )
+    return f"sqlite:///{workspace / 'mlflow.db'}"
+
+
+def _check_precision(settings: Extract, classifier: Classifier) -> None:
+    """Whether the network runs in half precision; on CPUs, as what a GPU can do shows only there."""
+    on_cpu = extract.device(settings.device, settings.gpus_per_actor) == "cpu"
+    if settings.precision == "fp32" or not on_cpu:
+        return
+    side, channels = classifier.transform.crop, classifier.transform.channels
+    try:
+        half = replace(classifier, precision=settings.precision)
+        half.forward(np.zeros((2, side, side, channels), np.uint8))
+    except (*WRONG_SIZE, NotImplementedError) as error:
+        raise UserError(
+            f"extract.precision: the model does not run in {settings.precision} on a CPU ({error}). "
+            "Set it to fp32, or choose another."
+        ) from error
+
+
+def _check_roles(settings: Config) -> None:
+    if not settings.of_role("id"):
+        raise UserError("datasets: none has role 'id'; add the ID test images.")
+    if len(settings.of_role("train")) > 1:
+        raise UserError("datasets: several have role 'train'; expected at most one. Put the images together.")
+
+
+def check_data(label: str, detector: Detector, settings: Config) -> None:
+    """Whether the config has the data a detector learns from.
+
+    Raises:
+        UserError: the role that no dataset plays.
+    """
+    if detector.needs_train() and not settings.of_role("train"):
+        raise UserError(
+            f"detectors.{label}: it learns from training images, but no dataset has role 'train'. "
+            "Add one, or drop the detector."
+        )
+    if detector.calibrates() and not settings.of_role("id_val", "train"):
+        raise UserError(
+            f"detectors.{label}: it is calibrated on held-out ID images, or else on training images, but no "
+            "dataset has role 'id_val' or 'train'. Add one, or drop the detector."
+        )
+    if detector.uses_ood() and not settings.of_role("ood_val"):
+        raise UserError(
+            f"detectors.{label}: it uses OOD validation images, but no dataset has role 'ood_val'. "
+            "Add one, or choose other parameters."
+        )
+
+
+def check_applies(label: str, detector: Detector, classifier: Classifier) -> None:
+    """Whether the model has what a detector looks at: blocks with maps, layers to mix images at.
+
+    Raises:
+        UserError: the reason why the detector does not apply, and what to do about it.
+    """
+    found = classifier.taps
+    if BLOCK_NORM in detector.columns and not found.blocks:
+        raise UserError(f"detectors.{label}: {extras.NO_BLOCKS}")
+    named = getattr(detector, "block", "auto")
+    if named not in ("auto", *found.blocks):
+        raise UserError(f"detectors.{label}.block: {unknown('block', named, found.blocks)}")
+    _check_network(label, detector, classifier)
+    for spec in detector.passes():
+        if isinstance(spec, Mixup):
+            _check_layer(label, spec, classifier)
+        if isinstance(spec, Jigsaw):
+            _check_grid(f"detectors.{label}.grid", spec.grid, classifier)
+
+
+def _check_network(label: str, detector: Detector, classifier: Classifier) -> None:
+    """Whether parameters suit the network, and it gives the extra columns."""
+    try:
+        for part in detector.parts():
+            part.check(classifier.head[0].shape[1], classifier.taps.stages)
+        for extra in detector.extras():
+            extras.check(extra, classifier)
+    except UserError as error:
+        raise UserError(f"detectors.{label}: {error}") from None
+
+
+def _extras(role: str, chosen: Iterable[Detector]) -> list[Extra]:
+    """Extra columns that a dataset needs: all to be scored, those that statistics and banks read to train."""
+    needed: dict[Extra, None] = {}
+    for detector in chosen:
+        read = statistics.columns([*detector.statistics(), *detector.calibration()])
+        whole = role != "train" or detector.neighbours
+        needed |= {extra: None for extra in detector.extras() if whole or extra.column in read}
+    return list(needed)
+
+
+def _check_layer(label: str, spec: Mixup, classifier: Classifier) -> None:
+    """Whether there is the layer at which images are to be mixed."""
+    found = classifier.taps
+    if spec.block == "auto" and found.early is None:
+        raise UserError(
+            f"detectors.{label}: the model has no block to mix images at. Name one of its layers with "
+            "mixup_layer, or choose prototype noise or proto_mean."
+        )
+    if spec.block not in ("auto", *found.layers):
+        raise UserError(f"detectors.{label}: {unknown('layer', spec.block, found.layers)}")
+
+
+def check_calibration(label: str, detector: Detector, held_out: Mapping[str, Manifest]) -> None:
+    """Whether held-out images have labels, where a detector reads them.
+
+    Raises:
+        UserError: the dataset that has none.
+    """
+    if not any(LABEL in each.columns for each in detector.calibration()):
+        return
+    for name, manifest in held_out.items():
+        count = manifest.class_count.get(-1, 0)
+        if count:
+            raise UserError(
+                f"detectors.{label}: it is calibrated on labels, but {count:,} of {manifest.rows:,} images "
+                f"of {name} (role 'id_val') have none. Name them (datasets.{name}.labels), or drop the "
+                "detector."
+            )
+
+
+def check_rows(label: str, detector: Detector, rows: int) -> None:
+    """Whether there are as many training images as neighbours are looked up.
+
+    Raises:
+        UserError: if there are fewer.
+    """
+    k = getattr(detector, "k", 0)
+    if detector.neighbours and k > rows:
+        raise UserError(f"detectors.{label}.k is {k} but there are {rows} training images; lower k.")
+
+
+def _check_grid(where: str, grid: int, classifier: Classifier) -> None:
+    """Whether the network takes the slightly smaller images that jigsaws are."""
+    crop, channels = classifier.transform.crop, classifier.transform.channels
+    side = crop // grid * grid
+    if side == 0:
+        raise UserError(f"{where} is {grid} but images have {crop} pixels per side; lower grid.")
+    if side == crop:
+        return
+    try:
+        classifier.forward(np.zeros((2, side, side, channels), np.uint8))
+    except WRONG_SIZE as error:
+        raise UserError(
+            f"{where}: jigsaws of {grid} x {grid} tiles have {side} pixels per side, which the model "
+            f"does not take ({error}). Choose a grid that divides {crop}, or name the block."
+        ) from None
+
+
+def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:
+    """Labels within the head's classes, and every class present where order or training depends on it."""
+    present = {label for label, count in manifest.class_count.items() if count and label != -1}
+    if not present:
+        return
+    outside = sorted(label for label in present if not 0 <= label < classes)
+    if outside:
+        raise UserError(
+            f"datasets.{dataset.name}: label {outside[0]} is outside the head's classes 0..{classes - 1}. "
+            "Check that labels and model belong together."
+        )
+    by_order = dataset.format == "imagefolder" and dataset.labels is None
+    found = present if dataset.role == "train" else set(manifest.class_count)
+    absent = sorted(set(range(classes)) - found)
+    if absent and (dataset.role == "train" or by_order):
+        shown = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
+        raise UserError(
+            f"datasets.{dataset.name}: {len(absent)} of the head's {classes} classes have no images "
+            f"({shown}). Class folders are numbered in sorted order, and training needs every class; "
+            "add the missing ones."
+        )
+
+
+def _check_published(settings: Config) -> None:
+    """Published numbers of another protocol would be compared with."""
+    if settings.published is None:
+        return
+    protocols = {row.protocol for row in published.read(settings.published)}
+    if settings.protocol not in protocols:
+        raise UserError(
+            f"published: the numbers of {settings.published} are of {', '.join(sorted(protocols))}, but "
+            f"protocol is {settings.protocol}. Set published=null, or the protocol they belong to."
+        )
+
+
+def _check_count(dataset: Dataset, rows: int, protocol: str | None) -> None:
+    """Results on more or fewer images than a protocol has are not results of it; a wanted sample says so."""
+    sampled = dataset.limit or dataset.limit_per_class or dataset.include_labels
+    if sampled or dataset.expected in (None, rows):
+        return
+    raise UserError(
+        f"datasets.{dataset.name}: {rows:,} images in {dataset.path}, but {protocol or 'the config'} expects "
+        f"{dataset.expected:,}. Complete the data; or, to run on these images anyway, remove the key or "
+        f"--set datasets.{dataset.name}.expected=null. It does not apply to a sample (limit)."
+    )

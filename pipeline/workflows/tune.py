@@ -1,0 +1,336 @@
+"""Detector parameters chosen from grids, on cached rows of validation images alone.
+
+ID images of role `id_val` and OOD images of role `ood_val` decide. Training images cannot stand for ID ones:
+they lie in the banks, and the classifier is surer about them than about any new image. Test images must not:
+their scores are the result. No image goes through the network here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.cluster import session
+from pipeline.config import loading
+from pipeline.config.grids import Tune
+from pipeline.config.schema import Config, Dataset, DetectorEntry
+from pipeline.detectors.base import Pass
+from pipeline.errors import UserError
+from pipeline.results.report.tables import METRICS
+from pipeline.stages import evaluate, index, passes, shards
+from pipeline.stages.fit import Fitted, fit_detectors
+from pipeline.stages.prepare import Prepared, prepare
+from pipeline.stages.score import Job
+from pipeline.stages.score import run as run_scores
+from pipeline.workflows.points import Points, holders
+from pipeline.workflows.progress import Display
+from pipeline.workflows.run import Options, Run
+from pipeline.workspace import files, tables
+from pipeline.workspace.artifacts import Cache
+from pipeline.workspace.claims import alone
+from pipeline.workspace.files import Place
+
+MOST = 1000
+"""Points of one search: each is a column of 8 bytes a row on disk, and 64 KiB of memory in a scoring task."""
+
+_DECIDING = ("id_val", "ood_val")
+_MEAN = "near_ood"
+"""The group as which `evaluate` sees the OOD validation sets; its mean over them decides."""
+
+Grids = Mapping[str, Mapping[str, DetectorEntry]]
+"""Points by the label of their detector and their own."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of values and how well it did."""
+
+    detector: str
+    point: str
+    parameters: dict[str, Any]
+    values: dict[str, float]
+    """The metric on every OOD validation set."""
+    mean: float
+    ci_low: float
+    ci_high: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All points of a search, and the files that hold what came of it."""
+
+    metric: str
+    points: tuple[Point, ...]
+    table: Place
+    config: Path
+
+
+def target(source: str, output: str, force: bool) -> Path:
+    """The file that the new config becomes: `output`, or NAME.tuned.yaml beside the old one.
+
+    For a bundled config it lies in the current folder.
+
+    Raises:
+        UserError: if it is there already and must not be replaced, or its folder is not there.
+    """
+    path = Path(source)
+    beside = path if path.is_file() else Path(path.name)
+    file = Path(output) if output else beside.with_name(f"{beside.stem}.tuned.yaml")
+    if file.exists() and not force:
+        raise UserError(f"--output: {file} exists already. Name another file, or replace it with --force.")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"--output: no such folder: {file.parent}. Make it, or name another file.")
+    return file
+
+
+def execute(settings: Config, output: Path, display: Display) -> Outcome:
+    """Try every point of the grids and write the table and the config with the best ones.
+
+    Args:
+        settings: the config; its section `tune` has the grids.
+        output: the file that the new config becomes.
+        display: shows the stages.
+
+    Raises:
+        UserError: anything the user can mend: no grids, no validation images, images that also train or
+            test, features or extra passes that are not in the workspace.
+
+    Cost:
+        One pass over the cached validation rows. 8 bytes per row and point on disk; memory for the scores
+        of one point and of 8192 rows of all points, and for one bank per set of vectors.
+    """
+    grids = settings.points()
+    wanted = _checked(settings, grids)
+    with display.stage("prepare") as stage:
+        ready = _prepared(settings, grids)
+        stage.note = f"{len(ready.detectors)} points of {len(grids)} detectors"
+    with alone(ready.workspace) as check, session.session(ready.workspace), ThreadPoolExecutor(1) as threads:
+        search = Search(ready, Options(first="fit"), display, threads)
+        found = _chosen(grids, search.metrics(), wanted.metric)
+        check()
+        written = _write(ready, wanted.metric, found)
+        files.write_text(output, _text(_tuned(settings, grids, found), wanted.metric, written))
+    return Outcome(wanted.metric, found, written, output)
+
+
+def _checked(settings: Config, grids: Grids) -> Tune:
+    """The section `tune`; an error if nothing can be tuned with this config."""
+    if settings.tune is None or not grids:
+        raise UserError(
+            "tune.grids: none, so there is nothing to choose from. Add the values to try, e.g. "
+            "tune: {grids: {knn: {k: [5, 20, 50]}}}."
+        )
+    count = sum(map(len, grids.values()))
+    if count > MOST:
+        raise UserError(f"tune.grids: {count:,} points; expected at most {MOST:,}. Try fewer values.")
+    for role, what in zip(_DECIDING, ("ID", "OOD"), strict=True):
+        if not settings.of_role(role):
+            raise UserError(
+                f"datasets: none has role {role!r}, whose {what} images decide which values are best. Add "
+                "some that are neither trained nor tested on; test images must not decide."
+            )
+    return settings.tune
+
+
+def _prepared(settings: Config, grids: Grids) -> Prepared:
+    """All points as detectors, and only the datasets that they may learn from and that decide."""
+    entries = tuple(entry for tried in grids.values() for entry in tried.values())
+    ready = prepare(settings.model_copy(update={"detectors": entries}))
+    _check_apart(ready)
+    seen = tuple(ready.config.of_role("train", *_DECIDING))
+    return replace(ready, config=ready.config.model_copy(update={"datasets": seen}))
+
+
+def _check_apart(ready: Prepared) -> None:
+    """Images that decide must not be among those of any other dataset."""
+    for dataset in ready.config.of_role(*_DECIDING):
+        own = set(_images(ready, dataset))
+        for other in ready.config.datasets:
+            count = sum(image in own for image in _images(ready, other)) if other != dataset else 0
+            if count:
+                raise UserError(
+                    f"datasets.{dataset.name}: {count:,} of its images are also in {other.name} (role "
+                    f"{other.role!r}); images that decide must be apart. Take them out of one of the two."
+                )
+
+
+def _images(ready: Prepared, dataset: Dataset) -> Iterator[int]:
+    """Where each image comes from, hashed: its file and place there; for arrays, the array and the row."""
+    source = (dataset.path, dataset.images)
+    with tables.parquet(ready.jobs[dataset.name].manifest.path) as file:
+        for batch in file.iter_batches(tables.ROW_GROUP, columns=["key", "uri", "offset"]):
+            for key, uri, offset in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield hash((uri, offset) if uri else (source, key))
+
+
+class Search(Run):
+    """The stages that the points go through: those of a run, without its record and results."""
+
+    def metrics(self) -> pa.Table:
+        """Metrics of all points, with the OOD validation sets as one group.
+
+        Raises:
+            UserError: if features, or an extra pass that a point needs, are not in the workspace.
+        """
+        self._require_features(self.ready.of_role("train", *_DECIDING))
+        with self.display.stage("fit") as shown:
+            fitted, holder = self._fitted(Cache(self.ready.workspace / "fits"))
+            shown.note = f"{len(fitted.scorers)} points, {len(fitted.banks)} banks"
+        unfinished = [job for job in self._score_jobs() if not job.complete]
+        rows = sum(job.features.rows for job in unfinished)
+        with self.display.stage("score", rows) as shown:
+            if unfinished:
+                self._score_points(unfinished, fitted, holder, lambda receipt: shown.advance(receipt["rows"]))
+            shown.note = f"{rows:,} rows"
+        labels = list(self.ready.detectors)
+        with self.display.stage("evaluate", len(labels)) as shown:
+            inside, outside = (
+                {dataset.name: str(self._scores(dataset.name)) for dataset in self.ready.config.of_role(role)}
+                for role in _DECIDING
+            )
+            scores = evaluate.Scores({"id": inside, _MEAN: outside}, self.ready.config.seed)
+            return evaluate.run(scores, labels, shown.advance)[0]
+
+    def _require_features(self, jobs: list[shards.Job]) -> None:
+        """All columns of the datasets must be there; here no image goes through the network."""
+        lacking = [extra for job in jobs if job.featured for extra in job.lacking()]
+        for label, detector in self.ready.detectors.items():
+            if set(lacking) & set(detector.extras()):
+                raise UserError(
+                    f"tune.grids: {label} needs a column that takes passes through the network and is not in "
+                    "the workspace, and tuning makes none. Run `ood-pipeline extract` with these parameters "
+                    "first, or take them out of the grid."
+                )
+        self._unfinished("extract", jobs)
+
+    def _fitted(self, cache: Cache) -> tuple[Fitted, dict[str, str]]:
+        """The points, with as few banks as serve them all, and which bank serves which."""
+        detectors, training = self.ready.detectors, self._training(cache)
+        scorers = fit_detectors(detectors, training, cache, None).scorers
+        holder = holders(detectors, scorers)
+        holding = {label: detectors[label] for label in dict.fromkeys(holder.values())}
+        trains = self.ready.of_role("train")
+        source = (trains[0].table(), self.ready.training) if trains else None
+        return Fitted(scorers, fit_detectors(holding, training, cache, source).banks), holder
+
+    def _passes(self, cache: Cache, specs: list[Pass]) -> dict[Pass, passes.Result]:
+        """Results of extra passes, read back; here none goes through the network."""
+        found: dict[Pass, passes.Result] = {}
+        for spec in specs:
+            try:
+                found |= super()._passes(replace(cache, mode="frozen"), [spec])
+            except UserError:
+                detectors = self.ready.detectors.items()
+                label = next(label for label, detector in detectors if spec in detector.passes())
+                kind = type(spec).__name__.lower()
+                raise UserError(
+                    f"tune.grids: {label} needs a {kind} pass through the network that is not in the "
+                    "workspace, and tuning makes none. Run `ood-pipeline fit` with these parameters first, "
+                    "or take them out of the grid."
+                ) from None
+        return found
+
+    def _score_points(
+        self, jobs: list[Job], fitted: Fitted, holder: dict[str, str], progress: Callable[[Any], None]
+    ) -> None:
+        searched = index.start(fitted.banks, self.ready.config.index) if fitted.banks else None
+        try:
+            run_scores(jobs, Points(fitted.scorers, self._columns(), searched, holder), progress)
+        finally:
+            if searched is not None:
+                searched.stop()
+
+    def _scores(self, dataset: str) -> Place:
+        return self.ready.folder / "tune" / dataset
+
+
+def _chosen(grids: Grids, table: pa.Table, metric: str) -> tuple[Point, ...]:
+    """The points with their values; of each detector the best is chosen, of equal ones the first."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        if row["metric"] == metric:
+            rows.setdefault(row["detector"], {})[row["dataset"]] = row
+    sign = 1 if METRICS[metric].higher_is_better else -1
+    found: list[Point] = []
+    for detector, tried in grids.items():
+        points = [_point(detector, entry, rows[label]) for label, entry in tried.items()]
+        best = max(points, key=lambda point: sign * point.mean)
+        found += [replace(point, chosen=point is best) for point in points]
+    return tuple(found)
+
+
+def _point(detector: str, entry: DetectorEntry, rows: dict[str, dict[str, Any]]) -> Point:
+    values = {name: row["value"] for name, row in rows.items() if name != _MEAN}
+    mean = rows[_MEAN]
+    return Point(
+        detector, entry.label, entry.parameters, values, mean["value"], mean["ci_low"], mean["ci_high"]
+    )
+
+
+def _write(ready: Prepared, metric: str, points: tuple[Point, ...]) -> Place:
+    """Write tune.json and tune.csv into the run folder; returns the path of the latter."""
+    datasets = {dataset.name: dataset.role for dataset in ready.config.datasets}
+    record = {"name": ready.config.name, "fingerprint": ready.fingerprint, "datasets": datasets}
+    rows = [asdict(point) for point in points]
+    files.write_json(ready.folder / "tune.json", {**record, "metric": metric, "points": rows})
+    for row in rows:
+        row["parameters"] = json.dumps(row["parameters"])
+        row |= {f"{metric}/{name}": value for name, value in row.pop("values").items()}
+        row |= {f"{metric}/{name}": row.pop(name) for name in ("mean", "ci_low", "ci_high")}
+    with files.atomic(ready.folder / "tune.csv") as draft:
+        pyarrow.csv.write_csv(pa.Table.from_pylist(rows), draft)
+    return ready.folder / "tune.csv"
+
+
+def _tuned(settings: Config, grids: Grids, points: tuple[Point, ...]) -> Config:
+    """The config with the chosen values and the mark that OOD images chose them, under a name of its own."""
+    best = {point.detector: grids[point.detector][point.point] for point in points if point.chosen}
+    detectors = tuple(
+        best[entry.label].model_copy(update={"label": entry.label, "tuned_on_ood": True})
+        if entry.label in best
+        else entry
+        for entry in settings.detectors
+    )
+    return settings.model_copy(update={"name": f"{settings.name[:94]}-tuned", "detectors": detectors})
+
+
+def _text(tuned: Config, metric: str, table: Place) -> str:
+    """The new config as YAML, with a word on where its values come from."""
+    deciding = ", ".join(dataset.name for dataset in tuned.of_role(*_DECIDING))
+    return (
+        f"# Parameters of the detectors with tuned_on_ood: true were chosen by {metric} on {deciding}.\n"
+        f"# All points: {table}\n{loading.dump(tuned)}"
+    )
+
+
+def console_table(outcome: Outcome) -> Table:
+    """All points for the terminal; the chosen ones in green."""
+    shown = METRICS[outcome.metric]
+    table = Table(
+        title=f"{shown.label} {shown.arrow} on OOD validation images",
+        caption="Means decide, with 95% bootstrap intervals. * chosen, and marked as using OOD data",
+        box=SIMPLE,
+    )
+    table.add_column("Point", overflow="fold")
+    for name in (*outcome.points[0].values, "mean"):
+        table.add_column(name, justify="right")
+    for point in outcome.points:
+        style = "bold green" if point.chosen else ""
+        interval = (f" {point.ci_low:.3f}–{point.ci_high:.3f}", "dim")
+        table.add_row(
+            Text(point.point + " *" * point.chosen, style),
+            *(f"{value:.4f}" for value in point.values.values()),
+            Text.assemble((f"{point.mean:.4f}", style), interval),
+        )
+    return table

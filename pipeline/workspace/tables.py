@@ -1,0 +1,163 @@
+"""Parquet tables of a workspace: visible when they are complete, read in slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.columns import padded
+from pipeline.workspace import artifacts, files, storage
+from pipeline.workspace.files import Place
+
+AHEAD = 8
+"""Parts that are opened at once: in an object store each takes a few answers of a server."""
+
+
+def write_table(path: Place, table: pa.Table) -> None:
+    """Write a Parquet file atomically, with checksums that `parquet` compares."""
+    with files.atomic(path) as draft:
+        pq.write_table(
+            table,
+            draft,
+            compression="lz4",
+            row_group_size=ROW_GROUP,
+            use_dictionary=False,
+            write_page_checksum=True,
+        )
+
+
+def part_name(number: int) -> str:
+    """File name of one part; parts in name order are rows in manifest order."""
+    return f"part-{number:05d}.parquet"
+
+
+def arrow_columns(columns: Mapping[str, NDArray[Any]]) -> pa.Table:
+    """Equally long arrays as a table; (N, D) arrays become fixed-size lists."""
+    return pa.table({name: _arrow(values) for name, values in columns.items()})
+
+
+def numpy_columns(table: pa.Table, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """The named columns as arrays; fixed-size lists become (N, D), float16 becomes float32."""
+    return {name: _numpy(table[name].combine_chunks()) for name in names}
+
+
+def _arrow(values: NDArray[Any]) -> pa.Array:
+    if values.ndim == 1:
+        return pa.array(values)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+
+def _numpy(column: pa.Array) -> NDArray[Any]:
+    values: NDArray[Any]
+    if pa.types.is_fixed_size_list(column.type):
+        values = column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+        if values.dtype == np.float16:
+            values = values.astype(np.float32)
+    else:
+        values = column.to_numpy(zero_copy_only=False)
+    return values
+
+
+@dataclass(frozen=True)
+class Table:
+    """A complete folder of Parquet parts, addressed by row number."""
+
+    folder: str
+    part_rows: tuple[int, ...]
+    beside: tuple[str, ...] = ()
+    """Columns that have folders of their own in it, with equal parts."""
+
+    @classmethod
+    def open(cls, folder: Place, beside: Iterable[str] = ()) -> Table:
+        """Open a complete folder."""
+        return cls(
+            str(folder), tuple(files.read_json(folder / artifacts.MANIFEST)["part_rows"]), tuple(beside)
+        )
+
+    @property
+    def rows(self) -> int:
+        """Number of rows in all parts."""
+        return sum(self.part_rows)
+
+    def parts(self) -> list[Place]:
+        """Paths of the parts, in row order."""
+        folder = files.at(self.folder)
+        return [folder / part_name(number) for number in range(len(self.part_rows))]
+
+    def slices(self, size: int) -> list[tuple[int, int]]:
+        """Row ranges of a fixed size, independent of how the rows lie in parts."""
+        return [(start, min(start + size, self.rows)) for start in range(0, self.rows, size)]
+
+    def read(self, start: int, stop: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Columns of rows [start, stop), at least one."""
+        own = [name for name in names if name not in self.beside]
+        found = self._read(start, stop, own) if own else {}
+        for name in names:
+            if name in self.beside:
+                found |= replace(self, folder=str(files.at(self.folder) / name))._read(start, stop, [name])
+        return found
+
+    def _read(self, start: int, stop: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        tables, offset = [], 0
+        for path, rows in zip(self.parts(), self.part_rows, strict=True):
+            first, last = max(start - offset, 0), min(stop - offset, rows)
+            if first < last:
+                tables.append(read_rows(path, first, last, names))
+            offset += rows
+        return numpy_columns(pa.concat_tables(tables), names)
+
+
+def read_columns(paths: Iterable[Place | str], names: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of Parquet files, file by file in order."""
+
+    def read(path: Place | str) -> pa.Table:
+        with parquet(path) as file:
+            return file.read(columns=list(names))
+
+    return storage.ahead(read, paths, AHEAD)
+
+
+def metadata(paths: Iterable[Place | str]) -> Iterator[pq.FileMetaData]:
+    """What the footers of Parquet files say, in order."""
+
+    def read(path: Place | str) -> pq.FileMetaData:
+        with parquet(path) as file:
+            return file.metadata
+
+    return storage.ahead(read, paths, AHEAD)
+
+
+def fixed_batches(
+    columns: Mapping[str, NDArray[Any]], size: int
+) -> Iterator[tuple[dict[str, NDArray[Any]], int]]:
+    """Batches of exactly `size` rows, padded at the end, and how many of their rows are real."""
+    rows = len(next(iter(columns.values())))
+    for start in range(0, rows, size):
+        count = min(size, rows - start)
+        yield {name: padded(values[start : start + count], size) for name, values in columns.items()}, count
+
+
+ROW_GROUP = 1024
+"""Rows per row group of every Parquet file of a workspace; a reader decodes only the groups it needs."""
+
+
+def parquet(path: Place | str) -> pq.ParquetFile:
+    """A Parquet file to read; of a remote one only what is asked for is transferred."""
+    system, place = storage.located(str(path))
+    return pq.ParquetFile(
+        place, filesystem=system, pre_buffer=system is not None, page_checksum_verification=True
+    )
+
+
+def read_rows(path: Place | str, start: int, stop: int, names: Sequence[str] | None = None) -> pa.Table:
+    """Rows [start, stop) of a Parquet file of a workspace; only the row groups they lie in are decoded."""
+    with parquet(path) as file:
+        first, last = start // ROW_GROUP, min(-(-stop // ROW_GROUP), file.num_row_groups)
+        groups = file.read_row_groups(list(range(first, last)), columns=names and list(names))
+    return groups.slice(start - first * ROW_GROUP, stop - start)

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from pipeline.results.mlflow import content
+
+
+def test_a_detector_without_parameters_has_none() -> None:
+    detector = {"method": "maxlogit", "title": "MaxLogit (2022)", "parameters": {}, "uses_ood": False}
+    manifest = {"detectors": {"maxlogit": detector}, "model": {"name": "net"}, "index": {}}
+    found = content.of_detector("maxlogit", manifest, [], 0.5)
+    assert found.params == {}
+    assert found.metrics == {"threshold": 0.5}
+
+
+def test_nested_parameters_are_flat_and_long_ones_cut_with_an_ellipsis() -> None:
+    detector = {
+        "method": "m",
+        "title": "M",
+        "parameters": {"a": {"b": [1, 2]}, "c": "x" * 7000},
+        "uses_ood": True,
+    }
+    manifest = {"detectors": {"m": detector}, "model": {"name": "net"}, "index": {}}
+    found = content.of_detector("m", manifest, [], 0.5)
+    assert found.params == {"a.b": "[1, 2]", "c": "x" * 5999 + "…"}
+    assert found.tags["uses_ood"] == "true"

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from pipeline.stages import evaluate
+from pipeline.workspace import artifacts, files, tables
+
+
+def score_table(folder: Path, scores: np.ndarray, correct: int = 0) -> str:
+    """A score table in two parts."""
+    rows = len(scores)
+    label = np.zeros(rows, np.int32)
+    prediction = (np.arange(rows) >= correct).astype(np.int32)
+    table = pa.table(
+        {"key": [str(row) for row in range(rows)], "label": label, "prediction": prediction, "d": scores}
+    )
+    tables.write_table(folder / tables.part_name(0), table.slice(0, rows // 3))
+    tables.write_table(folder / tables.part_name(1), table.slice(rows // 3))
+    files.write_json(folder / artifacts.MANIFEST, {"part_rows": [rows // 3, rows - rows // 3]})
+    return str(folder)
+
+
+@pytest.fixture
+def values() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    means = {"id": 0, "more_id": 0.2, "shift": 0.5, "near_a": 1, "near_b": 2, "far": 3}
+    return {name: rng.normal(mean, size=100 + 7 * len(name)) for name, mean in means.items()}
+
+
+@pytest.fixture
+def found(ray_session, tmp_path, values) -> tuple[dict, dict[str, float]]:
+    folders = {name: score_table(tmp_path / name, scores, correct=90) for name, scores in values.items()}
+    roles = {
+        "id": ["id", "more_id"],
+        "shifted_id": ["shift"],
+        "near_ood": ["near_a", "near_b"],
+        "far_ood": ["far"],
+    }
+    by_role = {role: {name: folders[name] for name in names} for role, names in roles.items()}
+    table, thresholds = evaluate.run(evaluate.Scores(by_role, seed=0), ["d"])
+    rows = {(row["dataset"], row["group"], row["metric"]): row for row in table.to_pylist()}
+    assert len(rows) == table.num_rows
+    return rows, thresholds
+
+
+def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
+    labels = np.repeat([0, 1], [len(inside), len(outside)])
+    return float(roc_auc_score(labels, np.concatenate([inside, outside])))
+
+
+def test_id_datasets_are_pooled_and_every_ood_dataset_is_compared_with_them(found, values) -> None:
+    rows, _ = found
+    inside = np.concatenate([values["id"], values["more_id"]])
+    for dataset, group in (("near_a", "near_ood"), ("near_b", "near_ood"), ("far", "far_ood")):
+        row = rows[dataset, group, "auroc"]
+        assert row["value"] == pytest.approx(auroc(inside, values[dataset]), abs=1e-12)
+        assert (row["n_id"], row["n_ood"]) == (len(inside), len(values[dataset]))
+
+
+def test_groups_are_unweighted_means(found) -> None:
+    rows, _ = found
+    members = [rows[name, "near_ood", "fpr95_id"]["value"] for name in ("near_a", "near_b")]
+    assert rows["near_ood", "near_ood", "fpr95_id"]["value"] == pytest.approx(np.mean(members), abs=1e-15)
+
+
+def test_full_spectrum_counts_shifted_id_data_as_id(found, values) -> None:
+    rows, _ = found
+    inside = np.concatenate([values["id"], values["more_id"], values["shift"]])
+    assert rows["far", "fs_far_ood", "auroc"]["value"] == pytest.approx(
+        auroc(inside, values["far"]), abs=1e-12
+    )
+    assert ("fs_near_ood", "fs_near_ood", "auroc") in rows
+
+
+def test_the_threshold_comes_from_the_id_data_alone(found, values) -> None:
+    _, thresholds = found
+    inside = np.sort(np.concatenate([values["id"], values["more_id"]]))
+    assert thresholds["d"] == inside[int(np.ceil(0.95 * len(inside))) - 1]
+
+
+def test_accuracy_is_the_classifiers_own_on_each_id_dataset(found, values) -> None:
+    rows, _ = found
+    row = rows["more_id", "id", "id_accuracy"]
+    assert row["detector"] == evaluate.CLASSIFIER
+    assert row["value"] == 90 / len(values["more_id"])
+    assert row["ci_low"] < row["value"] < row["ci_high"]
+
+
+def test_the_three_files_hold_the_same_rows(found, tmp_path) -> None:
+    rows, thresholds = found
+    table = pa.Table.from_pylist(list(rows.values()), evaluate.SCHEMA)
+    evaluate.write(tmp_path, table, thresholds)
+    assert pq.read_table(tmp_path / "metrics.parquet").equals(table)
+    assert files.read_json(tmp_path / "metrics.json") == table.to_pylist()
+    assert pyarrow.csv.read_csv(tmp_path / "metrics.csv").to_pylist() == table.to_pylist()
+
+
+def test_without_ood_datasets_there_are_thresholds_and_accuracy_only(ray_session, tmp_path, values) -> None:
+    folder = score_table(tmp_path / "id", values["id"])
+    table, thresholds = evaluate.run(evaluate.Scores({"id": {"id": folder}}, seed=0), ["d"])
+    assert table["metric"].to_pylist() == ["id_accuracy"]
+    assert set(thresholds) == {"d"}

@@ -1,0 +1,472 @@
+"""Extraction: one shard, its errors, its numerics, and the bookkeeping of a dataset."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
+from pipeline.config import schema
+from pipeline.data import manifest
+from pipeline.detectors.base import ParameterGradient, Perturbed, Pooled, RankReduced
+from pipeline.errors import UserError
+from pipeline.network.classifier import Classifier
+from pipeline.network.classifier import load as load_classifier
+from pipeline.stages import extract, shards
+from pipeline.workspace import artifacts, files, tables
+
+
+@pytest.fixture
+def classifier(settings, load) -> Classifier:
+    return load_classifier(load(settings).model, 0)
+
+
+@pytest.fixture
+def job(settings, classifier, tmp_path: Path) -> shards.Job:
+    dataset = schema.Dataset(**settings["datasets"][1])
+    listed = manifest.compile_manifest(dataset, tmp_path / "manifests")
+    parts = extract.identity(classifier, listed, schema.Extract())
+    return shards.job(dataset, listed, parts, tmp_path)
+
+
+@pytest.fixture
+def plan(settings, load, classifier) -> shards.Plan:
+    chosen = schema.Extract(batch_size=64, shard_rows=90)
+    return shards.Plan(load(settings).model, chosen, 0, classifier.digest, classifier.transform)
+
+
+def rows_of(
+    job: shards.Job, start: int, stop: int, plan: shards.Plan, size: int
+) -> Iterator[extract.Decoded]:
+    return extract.decode_rows(job.manifest.read(start, stop), plan).batches(size)
+
+
+def write_all(job: shards.Job, plan: shards.Plan) -> None:
+    extractor = extract.Extractor(plan)
+    for shard in shards.missing(job, plan.shard_rows):
+        assert extractor(asdict(shard))["failure"] == ""
+
+
+def test_features_are_those_of_a_plain_forward_pass(job, plan, classifier, images) -> None:
+    write_all(job, plan)
+    shards.finish(job, plan)
+    table = tables.Table.open(Path(job.folder))
+    names = ["key", "label", "prediction", "feature", "logits", "block_norm"]
+    found = table.read(0, table.rows, names)
+    with np.load(images) as arrays:
+        batch = (torch.tensor(arrays["test_x"])[:, None].float() / 255 - 0.286) / 0.353
+        np.testing.assert_array_equal(found["label"], arrays["test_y"])
+    with torch.inference_mode():
+        logits = classifier.module(batch).numpy()
+    np.testing.assert_allclose(found["logits"], logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(found["prediction"], found["logits"].argmax(axis=1))
+    weight, bias = classifier.head
+    np.testing.assert_allclose(found["feature"] @ weight.T + bias, found["logits"], rtol=1e-4, atol=1e-4)
+    assert found["block_norm"].shape == (300, 4)
+    assert (found["block_norm"] > 0).all()
+    assert len(set(found["key"])) == 300
+
+
+def test_bits_do_not_depend_on_shards(job, plan, classifier) -> None:
+    whole, _, _ = extract.extract_rows(classifier, rows_of(job, 0, 300, plan, 64), plan.settings)
+    parts = [
+        extract.extract_rows(classifier, rows_of(job, start, min(start + 37, 300), plan, 64), plan.settings)[
+            0
+        ]
+        for start in range(0, 300, 37)
+    ]
+    offset = 0
+    for part in parts:
+        assert part.equals(whole.slice(offset, len(part)).combine_chunks())
+        offset += len(part)
+
+
+def test_rows_whose_output_is_not_finite_become_errors(job, classifier, plan) -> None:
+    with torch.no_grad():
+        classifier.module.fc.weight[3] = float("nan")
+    features, errors, forwarded = extract.extract_rows(
+        classifier, rows_of(job, 0, 20, plan, 64), plan.settings
+    )
+    assert len(features) == 0
+    assert len(errors) == 20
+    assert forwarded == 20
+    assert errors[0][1] == "the network's output is not finite"
+
+
+def test_of_several_accepted_labels_the_predicted_one_counts_else_the_first(job, classifier, plan) -> None:
+    def extracted(rows: pa.Table) -> pa.Table:
+        return extract.extract_rows(classifier, [extract.decode_rows(rows, plan)], plan.settings)[0]
+
+    rows = job.manifest.read(0, 20)
+    plain = extracted(rows)
+    prediction = plain["prediction"].to_pylist()
+    others = [[(found + 1) % 10, (found + 2) % 10] for found in prediction]
+    right, wrong, single = slice(0, 8), slice(8, 16), slice(16, 20)
+    accepted = [*([*others[row], prediction[row]] for row in range(8)), *others[wrong], *[None] * 4]
+    label = [found[0] for found in others]
+    for name, values in (("accepted", accepted), ("label", label)):
+        field = rows.schema.field(name)
+        rows = rows.set_column(rows.schema.get_field_index(name), field, pa.array(values, field.type))
+    found = extracted(rows)
+    assert found["label"].to_pylist() == [*prediction[right], *label[wrong], *label[single]]
+    assert found.drop_columns("label").equals(plain.drop_columns("label"))
+
+
+def test_a_dataset_is_complete_only_when_every_row_is_accounted_for(job, plan) -> None:
+    write_all(job, plan)
+    assert not job.complete
+    shards.finish(job, plan)
+    assert job.complete
+    record = files.read_json(Path(job.folder) / artifacts.MANIFEST)
+    assert (record["rows"], record["features"], record["errors"]) == (300, 300, 0)
+    assert record["part_rows"] == [90, 90, 90, 30]
+    assert record["identity"]["weights"] == plan.digest
+
+
+def test_a_part_that_lost_rows_is_never_marked_complete(job, plan) -> None:
+    write_all(job, plan)
+    part = Path(shards.cut(job, 90)[1].part)
+    tables.write_table(part, pq.read_table(part).slice(1))
+    with pytest.raises(RuntimeError, match="do not add up"):
+        shards.finish(job, plan)
+    assert not job.complete
+
+
+def test_only_missing_shards_are_done_again(job, plan) -> None:
+    write_all(job, plan)
+    Path(shards.cut(job, 90)[2].part).unlink()
+    assert [shard.start for shard in shards.missing(job, 90)] == [180]
+
+
+def test_parts_cut_to_another_size_are_not_mixed(job, plan) -> None:
+    write_all(job, plan)
+    assert len(shards.missing(job, 50)) == 6
+    assert not list(Path(job.folder).glob("part-*.parquet"))
+
+
+def test_a_worker_refuses_weights_the_driver_did_not_see(plan) -> None:
+    changed = replace(plan, digest="0" * 64)
+    with pytest.raises(UserError, match="is not what the driver loaded"):
+        extract.load_in_worker(changed)
+
+
+def test_cuda_is_used_only_if_the_config_says_so() -> None:
+    assert extract.device("auto", 0) == "cpu"
+    assert extract.device("auto", 0.5) == "cuda"
+    assert extract.device("cpu", 1) == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_a_clear_error(plan) -> None:
+    settings = plan.settings.model_copy(update={"gpus_per_actor": 1.0})
+    with pytest.raises(UserError, match=r"extract\.device: cuda is not available"):
+        extract.load_in_worker(replace(plan, settings=settings))
+
+
+def variant(plan: shards.Plan, **changes: object) -> shards.Plan:
+    return replace(plan, settings=plan.settings.model_copy(update=changes))
+
+
+def extracted(job: shards.Job, plan: shards.Plan, rows: int = 70) -> dict[str, NDArray[Any]]:
+    classifier = extract.load_in_worker(plan, compiled=plan.settings.compile)
+    size = plan.settings.batch_size
+    features, errors, _ = extract.extract_rows(classifier, rows_of(job, 0, rows, plan, size), plan.settings)
+    assert not errors
+    return tables.numpy_columns(features, features.column_names)
+
+
+def unreadable(job: shards.Job, folder: Path, *lost: int) -> shards.Job:
+    """The same dataset, but that some images cannot be read."""
+    rows = job.manifest.read(0, 300).to_pylist()
+    for row in lost:
+        rows[row]["bytes"] = b"short"
+    path = folder / "manifest.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, manifest.SCHEMA), path, row_group_size=tables.ROW_GROUP)
+    return replace(job, manifest=replace(job.manifest, path=str(path)))
+
+
+def test_decoding_in_a_stage_of_its_own_changes_no_bit(ray_session, job, plan, tmp_path) -> None:
+    """Also where some images cannot be read, so that batches are cut differently."""
+    fused, separate = (variant(plan, decode=mode, actors=1) for mode in ("fused", "separate"))
+    found = []
+    for mode, chosen in {"fused": fused, "separate": separate}.items():
+        todo = replace(unreadable(job, tmp_path, 0, 3, 89, 200), folder=str(tmp_path / mode))
+        todo, chosen = with_extras(todo, variant(chosen, max_bad_fraction=1.0), MOVED, POOLED)
+        numbers = extract.run([todo], chosen, lambda _: None)
+        assert numbers["forward_images"] == 296
+        assert numbers["perturbed_passes"] == 3 * 296
+        assert "pooled_passes" not in numbers
+        folders = [Path(todo.folder) / column for column in ("", MOVED.column, POOLED.column)]
+        parts = [folder / tables.part_name(number) for folder in folders for number in range(4)]
+        errors = pq.read_table(Path(todo.folder) / "errors.parquet")
+        found.append(([pq.read_table(part) for part in parts], errors))
+    assert found[0][1].num_rows == 4
+    assert found[0][1].equals(found[1][1])
+    assert all(one.equals(other) for one, other in zip(found[0][0], found[1][0], strict=True))
+
+
+def test_decoding_is_separate_where_actors_have_gpus(plan) -> None:
+    assert not plan.separate
+    assert variant(plan, gpus_per_actor=0.5).separate
+    assert not variant(plan, gpus_per_actor=1.0, decode="fused").separate
+    assert variant(plan, decode="separate").separate
+
+
+@pytest.mark.parametrize(("side", "batch", "rows"), [(28, 64, 2048), (224, 256, 768), (224, 5000, 5000)])
+def test_automatic_shards_hold_whole_batches_and_bounded_pixels(plan, side, batch, rows) -> None:
+    transform = plan.transform.model_copy(update={"crop": side, "channels": 3 if side == 224 else 1})
+    chosen = replace(variant(plan, shard_rows="auto", batch_size=batch), transform=transform)
+    assert chosen.shard_rows == rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"channels_last": True}, 1e-4),
+        ({"feature_dtype": "float16"}, 1e-3),
+        ({"precision": "bf16"}, 0.06),
+        ({"precision": "fp16"}, 0.01),
+    ],
+)
+def test_other_numerics_stay_close_and_have_a_cache_of_their_own(
+    job, plan, classifier, changes, tolerance
+) -> None:
+    reference, other = extracted(job, plan), extracted(job, variant(plan, **changes))
+    for name in (FEATURE, LOGITS, BLOCK_NORM):
+        scale = np.abs(reference[name]).max()
+        np.testing.assert_allclose(other[name], reference[name], atol=tolerance * scale)
+        assert other[name].dtype == np.float32
+    identities = [
+        extract.identity(classifier, job.manifest, chosen.settings)
+        for chosen in (plan, variant(plan, **changes))
+    ]
+    assert identities[0] != identities[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_logits_are_of_full_precision_whatever_the_body_is(job, plan, classifier, precision) -> None:
+    found = extracted(job, variant(plan, precision=precision))
+    weight, bias = classifier.head
+    rebuilt = found[FEATURE].astype(np.float64) @ weight.T.astype(np.float64) + bias
+    np.testing.assert_allclose(found[LOGITS], rebuilt, rtol=1e-5, atol=1e-5)
+    assert len(np.unique(found[LOGITS])) > 0.99 * found[LOGITS].size  # half precision has many ties
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
+    """What is compiled, by the tracer alone, without the C++ compiler that the default backend needs."""
+    compiler, found = torch.compile, []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *given, **kept: compiler(*given, backend=backend, **kept))
+    return found
+
+
+def test_a_compiled_network_gives_the_same_features(job, plan, graphs) -> None:
+    reference, other = extracted(job, plan, 200), extracted(job, variant(plan, compile=True), 200)
+    assert len(graphs) == 1
+    for name in (FEATURE, LOGITS, BLOCK_NORM):
+        np.testing.assert_array_equal(other[name], reference[name])
+
+
+def test_a_compiled_network_gives_the_same_extras_and_is_compiled_once(job, plan, classifier, graphs) -> None:
+    specs = [MOVED, POOLED, RankReduced(block="early"), ParameterGradient(layers=("layer4", "fc"))]
+    compiled = load_classifier(plan.model, 0).tuned(plan.settings, compiled=True)
+    found = []
+    for each in (classifier, compiled):
+        others = extract.Others(each, specs)
+        extract.extract_rows(each, rows_of(job, 0, 150, plan, 64), plan.settings, others=others)
+        found.append(others.parts)
+    assert len(graphs) == 1
+    for spec in specs:
+        for one, other in zip(found[0][spec], found[1][spec], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_layer_that_the_compiler_leaves_alone_is_still_tapped(job, plan, classifier, graphs) -> None:
+    other = load_classifier(plan.model, 0)
+    other.module.layer3.forward = torch.compiler.disable(other.module.layer3.forward)
+    other = other.tuned(plan.settings, compiled=True)
+    pixels = next(rows_of(job, 0, 64, plan, 64)).pixels
+    found, expected = other.forward(pixels), classifier.forward(pixels)
+    assert len(graphs) > 1
+    for name in (FEATURE, LOGITS, BLOCK_NORM):
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_a_decoder_that_is_not_installed_is_refused(job, plan, classifier, monkeypatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(extract, "version", missing)
+    settings = plan.settings.model_copy(update={"decoder": "simplejpeg"})
+    with pytest.raises(UserError, match=r"extract\.decoder: simplejpeg is not installed"):
+        extract.identity(classifier, job.manifest, settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"actors": 4}, "4 asked for, the cluster has room for 3 beside a CPU that decodes"),
+        (
+            {"cpus_per_actor": 4.0},
+            "on one node beside 1 CPU for tasks; the cluster's nodes have 4 CPU and 2 GPU",
+        ),
+    ],
+)
+def test_model_actors_leave_a_cpu_to_the_tasks_that_decode(ray_session, plan, changes, message) -> None:
+    assert extract.actor_count(variant(plan, decode="separate")) == 3
+    assert extract.actor_count(plan) == 4
+    with pytest.raises(UserError, match=message):
+        extract.actor_count(variant(plan, decode="separate", **changes))
+
+
+def test_a_stricter_limit_holds_for_features_that_are_there(job, plan) -> None:
+    write_all(job, plan)
+    bad = Path(shards.cut(job, 90)[1].part)
+    table = pq.read_table(bad)
+    footer = {**table.schema.metadata, shards.ERRORS: json.dumps([[table["key"][0].as_py(), "made up"]])}
+    tables.write_table(bad, table.slice(1).replace_schema_metadata(footer))
+    shards.finish(job, variant(plan, max_bad_fraction=0.01))
+    assert job.complete
+    with pytest.raises(UserError, match="1 of 300 images are bad, more than"):
+        extract.run([job], variant(plan, max_bad_fraction=0.001), lambda _: None)
+    assert not job.complete
+    assert not bad.is_file()
+
+
+MOVED, POOLED = Perturbed(objective="logit", step=0.1), Pooled()
+
+
+def with_extras(job: shards.Job, plan: shards.Plan, *extras: Any) -> tuple[shards.Job, shards.Plan]:
+    return replace(job, extras=extras), replace(plan, extras={extra.column: extra for extra in extras})
+
+
+def columns_of(job: shards.Job) -> dict[str, NDArray[Any]]:
+    table = job.table()
+    return table.read(0, table.rows, ["key", FEATURE, *(extra.column for extra in job.extras)])
+
+
+def test_extra_columns_are_the_same_with_the_features_and_later(job, plan, tmp_path) -> None:
+    """Also where some images cannot be read, one of them the first."""
+    job, plan = unreadable(job, tmp_path, 0, 3, 89, 200), variant(plan, max_bad_fraction=0.1)
+    at_once, asked = with_extras(replace(job, folder=f"{job.folder}-1"), plan, MOVED, POOLED)
+    write_all(at_once, asked)
+    shards.finish(at_once, asked)
+    for extra in at_once.lacking():
+        shards.finish_extra(at_once, extra)
+    write_all(job, plan)
+    shards.finish(job, plan)
+    assert job.complete
+    later = replace(job, extras=(MOVED, POOLED))
+    assert not later.complete
+    parts = [part.read_bytes() for part in sorted(Path(job.folder).glob("*.parquet"))]
+    numbers = extract.run([later], asked, lambda _: None)
+    assert (numbers["forward_images"], numbers["perturbed_passes"], numbers["pooled_passes"]) == (0, 888, 296)
+    assert parts == [part.read_bytes() for part in sorted(Path(job.folder).glob("*.parquet"))]
+    assert later.complete and at_once.complete
+    one, other = columns_of(at_once), columns_of(later)
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    assert one[POOLED.column].shape == (296, 16 + 32 + 64 + 128)
+    assert np.abs(one[MOVED.column] - one[FEATURE]).max() > 0.01
+
+
+def test_an_interrupted_extra_goes_on_where_it_was(job, plan) -> None:
+    job, plan = with_extras(job, plan, MOVED)
+    write_all(job, plan)
+    shards.finish(job, plan)
+    folder = Path(job.folder)
+    (folder / MOVED.column / tables.part_name(2)).unlink()
+    (folder / tables.part_name(1)).touch()
+    (shard,) = shards.missing(job, 90)
+    assert (shard.start, shard.featured, shard.extras) == (180, True, MOVED.column)
+    with pytest.raises(FileNotFoundError):
+        shards.finish_extra(job, MOVED)
+    assert extract.Extractor(plan)(asdict(shard))["forwarded"] == 0
+    shards.finish_extra(job, MOVED)
+    assert job.complete
+
+
+def test_features_of_other_rows_make_an_extra_be_computed_again(job, plan) -> None:
+    job, plan = with_extras(job, plan, MOVED)
+    write_all(job, plan)
+    shards.finish(job, plan)
+    shards.finish_extra(job, MOVED)
+    part = Path(shards.cut(job, 90)[1].part)
+    table = pq.read_table(part)
+    keys = table["key"].to_pylist()
+    errors = json.dumps([[keys[0], "made up"]])
+    footer = {shards.ERRORS: errors, shards.KEYS: shards.digest(keys[1:])}
+    tables.write_table(part, table.slice(1).replace_schema_metadata(footer))
+    shards.finish(job, variant(plan, max_bad_fraction=0.1))
+    assert job.featured and job.lacking() == [MOVED]
+    assert [shard.start for shard in shards.missing(job, 90)] == [90]
+    with pytest.raises(RuntimeError, match="not those of the features"):
+        shards.finish_extra(job, MOVED)
+    write_all(job, plan)
+    shards.finish_extra(job, MOVED)
+    assert job.complete
+    assert columns_of(job)[MOVED.column].shape == (299, 128)
+
+
+def test_an_image_that_is_gone_since_its_features_were_extracted_is_named(job, plan, tmp_path) -> None:
+    write_all(job, plan)
+    shards.finish(job, plan)
+    changed, plan = with_extras(unreadable(job, tmp_path, 95), plan, MOVED)
+    shard = shards.missing(changed, 90)[1]
+    failure = extract.Extractor(plan)(asdict(shard))["failure"]
+    key = job.manifest.read(95, 96)["key"][0].as_py()
+    assert failure.startswith(f"{key}: it was read when its features were extracted")
+
+
+def test_rows_without_features_have_no_extras(ray_session, job, plan, monkeypatch) -> None:
+    """An image whose output is not finite is an error, and is left out of every column; the others stay."""
+    job, plan = with_extras(job, variant(plan, max_bad_fraction=0.1), MOVED, POOLED)
+    expected = replace(job, folder=f"{job.folder}-whole")
+    extract.run([expected], plan, lambda _: None)
+    whole = Classifier.forward
+
+    def broken(self: Classifier, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        output = whole(self, pixels)
+        output[LOGITS][3] = np.nan
+        return output
+
+    monkeypatch.setattr(Classifier, "forward", broken)
+    write_all(job, plan)
+    shards.finish(job, plan)
+    for extra in job.lacking():
+        shards.finish_extra(job, extra)
+    found = columns_of(job)
+    lost = [start + place for start in range(0, 300, 90) for place in (3, 67) if start + place < 300]
+    for name, values in columns_of(expected).items():
+        np.testing.assert_array_equal(found[name], np.delete(values, lost, axis=0), err_msg=name)
+
+
+def test_an_extra_that_is_not_finite_names_the_image(job, plan, monkeypatch) -> None:
+    """Before other images are looked at: no detector could score it."""
+
+    def broken(*_: Any) -> NDArray[np.float32]:
+        values = np.zeros((64, 128), np.float32)
+        values[5, 7] = np.inf
+        return values
+
+    monkeypatch.setattr(extract.extras, "measure", broken)
+    job, plan = with_extras(job, plan, MOVED)
+    failure = extract.Extractor(plan)(asdict(shards.missing(job, 90)[0]))["failure"]
+    assert failure.startswith("test_x/0")
+    assert "5: perturbed is not finite. Remove the image, or drop the detector" in failure

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+
+from pipeline.config import schema
+from pipeline.errors import UserError
+from pipeline.stages import index
+from pipeline.stages.index import BankFiles, Neighbours, Shard
+
+
+def bank(folder: Path, vectors: np.ndarray, pieces: int = 3) -> BankFiles:
+    """The vectors as a bank on disk."""
+    parts = np.array_split(vectors.astype(np.float32), pieces)
+    for number, part in enumerate(parts):
+        np.save(folder / f"bank-{number:05d}.npy", part)
+    return BankFiles(str(folder), tuple(map(len, parts)), vectors.shape[1])
+
+
+def shards(files: BankFiles, of: int, **settings: object) -> list[Shard]:
+    found = [Shard(number, of, schema.Index(**settings), {"bank": files}) for number in range(of)]
+    for shard in found:
+        shard.load("bank")
+    return found
+
+
+def search(found: list[Shard], queries: np.ndarray, k: int, exact: bool = False) -> Neighbours:
+    return index.merge([shard.search("bank", queries, k, exact) for shard in found], k)
+
+
+@pytest.fixture
+def vectors() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    some = rng.normal(size=(400, 24)).astype(np.float32)
+    return np.concatenate([some, some[:50]])  # every tie is real
+
+
+@pytest.fixture
+def queries() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(64, 24)).astype(np.float32)
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+def test_any_number_of_shards_gives_the_result_of_one_flat_index(tmp_path, vectors, queries, of) -> None:
+    files = bank(tmp_path, vectors)
+    flat = faiss.IndexFlatL2(24)
+    flat.add(vectors)
+    rank, row = flat.search(queries, 9)
+    found = search(shards(files, of), queries, 9)
+    np.testing.assert_array_equal(found.rank, rank)
+    np.testing.assert_array_equal(found.row, row)
+
+
+def test_distances_are_exact_where_faiss_own_are_lost(tmp_path) -> None:
+    rng = np.random.default_rng(2)
+    vectors = (rng.normal(size=(100, 16)) * 1e-4 + 10).astype(np.float32)
+    queries = vectors[:32] + np.float32(1e-5)
+    found = search(shards(bank(tmp_path, vectors), 2), queries, 3)
+    every = cdist(queries.astype(np.float64), vectors.astype(np.float64))
+    expected = np.take_along_axis(every, found.row, axis=1)
+    np.testing.assert_allclose(found.distance, expected, rtol=1e-12)
+
+
+def test_nearest_distances_equal_brute_force(tmp_path, vectors, queries) -> None:
+    every = np.sort(cdist(queries.astype(np.float64), vectors.astype(np.float64)), axis=1)
+    found = search(shards(bank(tmp_path, vectors), 3), queries, 5)
+    np.testing.assert_allclose(found.distance, every[:, :5], rtol=1e-6)
+
+
+def test_a_shard_with_fewer_rows_than_k_is_filled_by_the_others(tmp_path, queries) -> None:
+    vectors = np.random.default_rng(3).normal(size=(9, 24)).astype(np.float32)
+    found = search(shards(bank(tmp_path, vectors), 4), queries, 6)
+    every = np.sort(cdist(queries, vectors), axis=1)
+    np.testing.assert_allclose(found.distance, every[:, :6], rtol=1e-5)
+
+
+def test_an_approximate_index_is_kept_on_disk_and_read_back(tmp_path, vectors, queries) -> None:
+    files = bank(tmp_path, vectors)
+    first = search(shards(files, 2, kind="IVF4,Flat"), queries, 3)
+    saved = {path: path.stat().st_mtime_ns for path in tmp_path.glob("index-*.faiss")}
+    assert len(saved) == 2
+    second = search(shards(files, 2, kind="IVF4,Flat"), queries, 3)
+    assert {path: path.stat().st_mtime_ns for path in saved} == saved
+    np.testing.assert_array_equal(first.row, second.row)
+    exact = search(shards(files, 2, kind="IVF4,Flat"), queries, 3, exact=True)
+    assert (exact.distance[:, 0] <= first.distance[:, 0]).all()
+    assert (exact.distance[:, 0] < first.distance[:, 0]).any()
+
+
+def test_a_damaged_index_file_is_built_again(tmp_path, vectors, queries, caplog) -> None:
+    files = bank(tmp_path, vectors)
+    before = search(shards(files, 1, kind="IVF4,Flat"), queries, 3)
+    path = next(tmp_path.glob("index-*.faiss"))
+    path.write_bytes(path.read_bytes()[:100])
+    after = search(shards(files, 1, kind="IVF4,Flat"), queries, 3)
+    np.testing.assert_array_equal(before.row, after.row)
+    assert "damaged" in caplog.text
+
+
+def test_a_factory_string_that_faiss_refuses_is_a_clear_error(tmp_path, vectors) -> None:
+    with pytest.raises(UserError, match=r"index\.kind: FAISS refuses 'Nonsense7'"):
+        shards(bank(tmp_path, vectors), 1, kind="Nonsense7")
+
+
+def test_a_gpu_that_this_faiss_does_not_see_is_a_clear_error(tmp_path, vectors) -> None:
+    with pytest.raises(UserError, match=r"index\.device: cuda was asked for.*Install the extra `gpu`"):
+        shards(bank(tmp_path, vectors), 1, device="cuda")
+
+
+def test_faiss_uses_as_many_threads_as_the_shard_has_cpus(tmp_path, vectors) -> None:
+    Shard(0, 1, schema.Index(cpus_per_shard=3), {})
+    assert faiss.omp_get_max_threads() == 3
+    Shard(0, 1, schema.Index(cpus_per_shard=0.5), {})
+    assert faiss.omp_get_max_threads() == 1
+
+
+def test_actors_hold_every_bank_and_report_recall(ray_session, tmp_path, vectors, queries) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    banks = {"a": bank(tmp_path / "a", vectors), "b": bank(tmp_path / "b", vectors[:100])}
+    searched = index.start(banks, schema.Index(shards=2, kind="IVF8,Flat"))
+    try:
+        measured = index.recall(searched, "a", queries)
+        exact = searched.search("a", queries, 1, exact=True).distance[:, 0]
+        found = searched.search("a", queries, 1).distance[:, 0]
+        assert measured == np.mean(exact == found)
+        assert 0 < measured < 1
+        assert searched.search("b", queries, 1).row.max() < 100
+    finally:
+        searched.stop()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shards": 4}, "leave no CPU for scoring"),
+        ({"shards": 1000}, "smallest bank has 450 rows"),
+        (
+            {"gpus_per_shard": 3, "device": "cpu"},
+            "one actor needs 1 CPU and 3 GPU on one node; the cluster's nodes have 4 CPU and 2 GPU",
+        ),
+    ],
+)
+def test_shards_that_do_not_fit_the_cluster_are_refused(
+    ray_session, tmp_path, vectors, settings, message
+) -> None:
+    with pytest.raises(UserError, match=message):
+        index.start({"bank": bank(tmp_path, vectors)}, schema.Index(**settings))

@@ -1,0 +1,308 @@
+"""The extra passes against slow code written from the papers, on the shipped network and real images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.columns import FEATURE
+from pipeline.config import schema
+from pipeline.data import decode, manifest
+from pipeline.detectors.base import Jigsaw, Mixup, Noise, Perturbed, Samples
+from pipeline.errors import UserError
+from pipeline.network import extras
+from pipeline.network.classifier import load as load_classifier
+from pipeline.stages import passes
+from pipeline.stages.shards import Plan
+
+SAMPLES = 40
+
+
+class Inline:
+    """A pool of one worker in this process: same calls, no Ray."""
+
+    def __init__(self, worker: passes.Worker) -> None:
+        self.worker = worker
+
+    def map(self, call, arguments):
+        class Remote:
+            def __init__(self, worker: passes.Worker) -> None:
+                self._worker = worker
+
+            def __getattr__(self, name: str):
+                method = getattr(self._worker, name)
+                return type("Method", (), {"remote": staticmethod(method)})
+
+        return [call(Remote(self.worker), argument) for argument in arguments]
+
+
+@pytest.fixture
+def plan(settings, load) -> Plan:
+    loaded = load(settings)
+    classifier = load_classifier(loaded.model, loaded.seed)
+    chosen = schema.Extract(batch_size=16, actors=2)
+    return Plan(loaded.model, chosen, 3, classifier.digest, classifier.transform)
+
+
+@pytest.fixture
+def train(settings, tmp_path) -> manifest.Manifest:
+    return manifest.compile_manifest(schema.Dataset(**settings["datasets"][0]), tmp_path / "manifests")
+
+
+@pytest.fixture
+def runner(plan, train, monkeypatch) -> passes.Runner:
+    made = passes.Runner(train, plan, "layer3.0", held_out=[train])
+    monkeypatch.setattr(made, "_pool", lambda: Inline(passes.Worker(plan)))
+    return made
+
+
+@pytest.fixture
+def network(plan) -> torch.nn.Module:
+    return load_classifier(plan.model, 0).module
+
+
+@pytest.fixture
+def pixels(images: Path) -> np.ndarray:
+    with np.load(images) as arrays:
+        return arrays["train_x"]
+
+
+def normalised(pixels: np.ndarray) -> torch.Tensor:
+    return (torch.tensor(pixels)[:, None].float() / 255 - 0.286) / 0.353
+
+
+def after_layer3(network: torch.nn.Module, maps: torch.Tensor) -> torch.Tensor:
+    return network.avgpool(network.layer4(maps)).flatten(1)
+
+
+def upto_layer3(network: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    stem = network.relu(network.bn1(network.conv1(batch)))
+    return network.layer3(network.layer2(network.layer1(stem)))
+
+
+def test_mixup_is_the_mean_feature_of_images_mixed_with_their_runner_up(
+    runner, network, pixels, train
+) -> None:
+    spec = Mixup(samples=SAMPLES, weight=0.7, class_samples=None)
+    result = runner.run(spec)
+    labels, total = train.labels(), torch.zeros(128, dtype=torch.float64)
+    rows = runner.sample(spec, SAMPLES)
+    with torch.inference_mode():
+        prototypes = {
+            label: upto_layer3(network, normalised(pixels[labels == label])).double().mean(dim=0).float()
+            for label in range(10)
+        }
+        for row in rows.tolist():
+            maps = upto_layer3(network, normalised(pixels[row : row + 1]))
+            logits = network.fc(after_layer3(network, maps))[0]
+            runner_up = int(torch.topk(logits, 2).indices[1])
+            mixed = 0.7 * maps + 0.3 * prototypes[runner_up]
+            total += after_layer3(network, mixed)[0].double()
+    assert int(result["samples"]) == SAMPLES
+    np.testing.assert_allclose(result["mean"], (total / SAMPLES).numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_are_mixed_as_maps_are(settings, load, train, pixels) -> None:
+    settings["model"] |= {
+        "source": "timm",
+        "name": "vit_tiny_patch16_224",
+        "weights": "random",
+        "options": {
+            "img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10,
+            "depth": 4, "embed_dim": 24, "num_heads": 3,
+        },
+    }  # fmt: skip
+    loaded = load(settings)
+    classifier = load_classifier(loaded.model, 3)
+    extract = schema.Extract(batch_size=16)
+    worker = passes.Worker(Plan(loaded.model, extract, 3, classifier.digest, classifier.transform))
+    assert classifier.taps.early == "blocks.2"
+    network, rows = classifier.module, np.arange(20)
+
+    def upto(batch: torch.Tensor) -> torch.Tensor:
+        tokens = network._pos_embed(network.patch_embed(batch))
+        return network.blocks[2](network.blocks[1](network.blocks[0](network.norm_pre(tokens))))
+
+    with torch.inference_mode():
+        tokens = upto(normalised(pixels[rows]))
+        mean = tokens.double().mean(dim=0).float()
+        mixed = network.norm(network.blocks[3](0.8 * tokens + 0.2 * mean))
+        feature = network.pool(mixed).double().sum(dim=0)
+    found = worker.mean_map(train, rows, "blocks.2")
+    np.testing.assert_allclose(found, mean.numpy(), atol=1e-6)
+    total, count = worker.mixed_sum(train, rows, [found] * 20, Mixup(block="blocks.2", weight=0.8))
+    assert count == 20
+    np.testing.assert_allclose(total, feature.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_mixup_uses_no_more_images_of_a_class_than_asked_for(runner) -> None:
+    some = runner.run(Mixup(samples=SAMPLES, class_samples=3))["mean"]
+    more = runner.run(Mixup(samples=SAMPLES, class_samples=None))["mean"]
+    assert not np.array_equal(some, more)
+    np.testing.assert_allclose(some, more, rtol=0.5, atol=0.3)
+
+
+def slow_norm(maps: torch.Tensor) -> float:
+    """FeatureNorm of one image's maps by a loop over channels, in float64."""
+    return sum(float(channel.clamp(min=0).double().square().sum().sqrt()) for channel in maps) / len(maps)
+
+
+def test_jigsaw_gives_the_mean_ratio_and_its_standard_error_for_every_block(runner, network, pixels) -> None:
+    spec = Jigsaw(samples=SAMPLES)
+    result = runner.run(spec)
+    ratios = []
+    for row in runner.sample(spec, SAMPLES).tolist():
+        pair = decode.jigsaw(pixels[row][:, :, None], 3, np.random.default_rng([3, row]))
+        norms = []
+        for side in pair:
+            with torch.inference_mode():
+                maps = network.relu(network.bn1(network.conv1(normalised(side[None, :, :, 0]))))
+                found = []
+                for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
+                    maps = layer(maps)
+                    found.append(slow_norm(maps[0]))
+            norms.append(found)
+        ratios.append(np.divide(norms[0], norms[1]))
+    np.testing.assert_allclose(result["ratio"], np.mean(ratios, axis=0), rtol=1e-5)
+    expected = np.std(ratios, axis=0, ddof=1) / np.sqrt(SAMPLES)
+    np.testing.assert_allclose(result["stderr"], expected, rtol=1e-3)
+    assert int(result["samples"]) == SAMPLES
+
+
+def test_noise_keeps_the_images_the_classifier_is_least_sure_about(runner, plan) -> None:
+    spec = Noise(samples=50, keep=0.2)
+    result = runner.run(spec)
+    worker = passes.Worker(plan)
+    pieces = [worker.noise(piece, min(16, 50 - 16 * piece)) for piece in range(4)]
+    feature, energy = (np.concatenate(side) for side in zip(*pieces, strict=True))
+    assert len(feature) == 50
+    lowest = sorted(range(50), key=lambda row: energy[row])[:10]
+    assert int(result["samples"]) == 10
+    np.testing.assert_allclose(result["mean"], feature[lowest].astype(np.float64).mean(axis=0), rtol=1e-12)
+
+
+def test_the_network_is_left_without_hooks(plan, train) -> None:
+    worker = passes.Worker(plan)
+    worker.mean_map(train, np.arange(20), "layer3")
+    worker.mixed_sum(train, np.arange(4), [np.zeros((64, 7, 7), np.float32)] * 4, Mixup(block="layer3"))
+    for module in worker.classifier.module.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_samples_are_features_of_held_out_images_as_they_are_and_with_an_extra(
+    plan, runner, network, pixels, train, settings, tmp_path
+) -> None:
+    settings["datasets"][1]["limit"] = 30
+    held_out = manifest.compile_manifest(schema.Dataset(**settings["datasets"][1]), tmp_path / "manifests")
+    runner.held_out = [held_out]
+    spec = Samples(extra=Perturbed(objective="logit", step=0.2), samples=20)
+    result = runner.run(spec)
+    rows = runner.sample(spec, 20, held_out)
+    assert (len(rows), int(result["samples"])) == (20, 20)
+    stored = held_out.take(rows)["bytes"].to_pylist()
+    for number, content in enumerate(stored):
+        image = normalised(np.frombuffer(content, np.uint8).reshape(1, 28, 28)).requires_grad_()
+        network(image).max().backward()
+        moved = (image + 0.2 * image.grad.sign()).detach()
+        with torch.inference_mode():
+            expected = [network.avgpool(after(network, each)).flatten() for each in (image, moved)]
+        for name, feature in zip(("feature", "extra"), expected, strict=True):
+            np.testing.assert_allclose(result[name][number], feature, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def moved() -> Samples:
+    return Samples(extra=Perturbed(objective="logit", step=0.2), samples=20)
+
+
+def test_features_of_samples_are_as_precise_as_stored_ones(plan, runner, moved, monkeypatch) -> None:
+    """Else a shift would be larger for stored rows than for the samples it is compared with."""
+    precise = runner.run(moved)
+    half = replace(plan, settings=plan.settings.model_copy(update={"feature_dtype": "float16"}))
+    monkeypatch.setattr(runner, "_pool", lambda: Inline(passes.Worker(half)))
+    found = runner.run(moved)
+    np.testing.assert_array_equal(found["feature"], precise["feature"].astype(np.float16))
+    np.testing.assert_array_equal(found["extra"], precise["extra"])
+
+
+def test_samples_that_are_not_finite_are_left_out(runner, moved, monkeypatch) -> None:
+    """The second image of every batch has no finite feature, the third no finite extra."""
+    whole, forward, measure = runner.run(moved), passes.Worker._forward, extras.measure
+
+    def spoiled(call: Any, row: int) -> Any:
+        def spoil(*arguments: Any, **named: Any) -> Any:
+            found = call(*arguments, **named)
+            (found[FEATURE] if isinstance(found, dict) else found)[row] = np.nan
+            return found
+
+        return spoil
+
+    monkeypatch.setattr(passes.Worker, "_forward", spoiled(forward, 1))
+    monkeypatch.setattr(extras, "measure", spoiled(measure, 2))
+    found = runner.run(moved)
+    assert int(found["samples"]) == 16
+    for name in ("feature", "extra"):
+        np.testing.assert_array_equal(found[name], np.delete(whole[name], [1, 2, 17, 18], axis=0))
+
+
+def test_samples_of_which_none_can_be_used_are_refused(runner, moved, monkeypatch) -> None:
+    monkeypatch.setattr(extras, "measure", lambda _, __, pixels, ___: np.full((len(pixels), 128), np.nan))
+    with pytest.raises(UserError, match="none of the sampled ID images can be read and has finite features"):
+        runner.run(moved)
+
+
+def test_samples_are_shared_among_datasets(runner, train) -> None:
+    spec = Samples(extra=Perturbed(objective="logit", step=0.2), samples=8)
+    alone = runner.run(spec.model_copy(update={"samples": 4}))
+    runner.held_out = [train, train]
+    both = runner.run(spec)
+    assert int(both["samples"]) == 8
+    for half in (slice(0, 4), slice(4, 8)):
+        np.testing.assert_array_equal(both["extra"][half], alone["extra"])
+
+
+def after(network: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return network.layer4(upto_layer3(network, batch))
+
+
+def test_a_pool_of_ray_actors_gives_the_same_bits(ray_session, runner, train, plan) -> None:
+    specs = [Mixup(samples=SAMPLES, class_samples=5), Jigsaw(samples=SAMPLES), Noise(samples=40)]
+    expected = [runner.run(spec) for spec in specs]
+    with passes.Runner(train, plan, "layer3.0", [train]) as pool:
+        found = [pool.run(spec) for spec in specs]
+    for left, right in zip(expected, found, strict=True):
+        for name, values in left.items():
+            np.testing.assert_array_equal(values, right[name])
+
+
+def test_unreadable_training_images_are_left_out(plan, settings, tmp_path) -> None:
+    worker = passes.Worker(plan)
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for number in range(5):
+        decode.Image.fromarray(rng.integers(0, 255, (28, 28), dtype=np.uint8)).save(folder / f"{number}.png")
+    (folder / "2.png").write_bytes(b"broken")
+    dataset = schema.Dataset(name="folder", role="train", format="imagefolder", path=str(tmp_path))
+    listed = manifest.compile_manifest(dataset, tmp_path / "manifests")
+    ratios = worker.norm_ratios(listed, np.arange(5), grid=3)
+    assert ratios.shape == (4, 4)
+    kept, _ = worker.runners_up(listed, np.arange(5))
+    np.testing.assert_array_equal(kept, [0, 1, 3, 4])
+
+
+def test_stratified_draws_every_class_in_turns_without_replacement() -> None:
+    labels = np.repeat([0, 1, 2], [100, 5, 50]).astype(np.int32)
+    rows = passes.stratified(labels, 60, np.random.default_rng(0))
+    assert len(set(rows.tolist())) == 60
+    assert (np.diff(rows) > 0).all()
+    counts = np.bincount(labels[rows])
+    assert counts[1] == 5
+    assert abs(counts[0] - counts[2]) <= 1
+    assert len(passes.stratified(labels, 1000, np.random.default_rng(0))) == 155

@@ -1,0 +1,274 @@
+"""What must be found before any long work starts, and what a cache must never miss."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import detectors
+from pipeline.errors import UserError
+from pipeline.stages import prepare
+
+NET = """
+from torch import nn
+import blocks
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = blocks.{module}()
+        self.fc = nn.Linear(4 * 28 * 28, 10)
+
+    def forward(self, x):
+        return self.fc(self.block(x).flatten(1))
+
+def build():
+    return Net()
+"""
+BLOCK = """
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x).{activation}()
+"""
+
+
+@pytest.fixture
+def flat(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The small evaluation with a network that takes 28 pixels and nothing else."""
+    (tmp_path / "net.py").write_text(
+        NET.format(module="Block")
+        .replace("import blocks\n", BLOCK.format(activation="relu"))
+        .replace("blocks.", "")
+    )
+    settings["model"] |= {"name": "./net.py:build", "weights": "random"}
+    return settings
+
+
+def test_jigsaws_that_the_model_cannot_take_are_refused(flat, load) -> None:
+    flat["model"]["blocks"] = ["block"]
+    flat["detectors"] = ["featurenorm"]
+    with pytest.raises(UserError, match=r"featurenorm\.grid: jigsaws of 3 x 3 .* 27 pixels.*divides 28"):
+        prepare.prepare(load(flat))
+    flat["detectors"] = [{"featurenorm": {"grid": 4}}]
+    prepare.prepare(load(flat))
+
+
+def test_a_model_without_blocks_says_which_detectors_do_not_apply(flat, load) -> None:
+    flat["detectors"] = ["featurenorm"]
+    with pytest.raises(UserError, match=r"detectors\.featurenorm: the model has no block with maps"):
+        prepare.prepare(load(flat))
+    flat["detectors"] = ["grood_norm"]
+    with pytest.raises(UserError, match=r"detectors\.grood_norm: .* no block to mix .* with mixup_layer"):
+        prepare.prepare(load(flat))
+    flat["detectors"] = [{"grood_norm": {"mixup_layer": "block"}}, {"grood": {"prototype": "proto_mean"}}]
+    prepare.prepare(load(flat))
+
+
+def test_of_all_detectors_those_that_do_not_apply_are_left_out_with_the_reason(flat, load) -> None:
+    flat["datasets"][0]["limit_per_class"] = 2
+    flat["detectors"] = "all"
+    ready = prepare.prepare(load(flat))
+    assert {label: reason.partition(". ")[0] for label, reason in ready.not_applicable.items()} == {
+        **dict.fromkeys(("featurenorm", "gram", "mahalanobis_ensemble", "rankfeat", "selectednorm"),
+                        "the model has no block with maps or tokens whose channels are certain"),
+        "mcdropout": "the model has no dropout layer with a rate above 0",
+        **dict.fromkeys(("grood", "grood_norm"), "the model has no block to mix images at"),
+        "knn": "k is 50 but there are 20 training images; lower k.",
+    }  # fmt: skip
+    assert [*ready.detectors] == [name for name in detectors.names() if name not in ready.not_applicable]
+    flat["detectors"] = list(ready.detectors)
+    assert prepare.prepare(load(flat)).fingerprint == ready.fingerprint
+
+
+def test_without_training_images_all_detectors_that_learn_nothing_are_left(settings, load) -> None:
+    del settings["datasets"][0]
+    settings["detectors"] = "all"
+    ready = prepare.prepare(load(settings))
+    every = {name: detectors.get(name)() for name in detectors.names() if name != "mcdropout"}
+    learning = [name for name, each in every.items() if each.needs_train() or each.calibrates()]
+    assert [*ready.detectors] == [name for name in every if name not in learning]
+    assert {*map(type, ready.not_applicable.values())} == {str}
+    assert ready.not_applicable["knn"].startswith("it learns from training images, but no dataset has role")
+
+
+def test_held_out_images_do_for_what_is_only_calibrated(settings, load) -> None:
+    settings["datasets"][0]["role"] = "id_val"
+    settings["detectors"] = ["adascale", "tempscale"]
+    assert [*prepare.prepare(load(settings)).detectors] == ["adascale", "tempscale"]
+    del settings["datasets"][0]
+    with pytest.raises(
+        UserError, match=r"detectors\.adascale: it is calibrated on held-out ID images, or else"
+    ):
+        prepare.prepare(load(settings))
+
+
+@pytest.mark.parametrize("label", ["vim", "residual", "neco"])
+def test_more_directions_than_the_feature_has_are_refused(settings, load, label: str) -> None:
+    settings["detectors"] = [{label: {"dim": 129}}]
+    with pytest.raises(UserError, match=rf"detectors\.{label}: dim is 129 but the feature has 128"):
+        prepare.prepare(load(settings))
+
+
+def test_a_network_that_does_not_run_in_half_precision_is_refused(flat, load, tmp_path) -> None:
+    net = tmp_path / "net.py"
+    text = net.read_text().replace(
+        "return self.fc(self.block(x).flatten(1))",
+        "x = self.block(x).flatten(1)\n        x.numpy()  # knows no bfloat16\n        return self.fc(x)",
+    )
+    net.write_text(text)
+    flat["detectors"] = ["msp"]
+    prepare.prepare(load(flat))
+    flat["extract"] = {**flat.get("extract", {}), "precision": "bf16"}
+    with pytest.raises(UserError, match=r"extract\.precision: the model does not run in bf16 on a CPU"):
+        prepare.prepare(load(flat))
+
+
+def test_a_wrong_number_of_weights_for_the_stages_is_refused(settings, load) -> None:
+    settings["detectors"] = [{"mine": {"method": "mahalanobis_ensemble", "weights": [1, 2]}}]
+    with pytest.raises(UserError, match=r"detectors\.mine: weights: 2 given; expected one for each"):
+        prepare.prepare(load(settings))
+
+
+@pytest.mark.parametrize("layer", ["fc", "nowhere"])
+def test_images_are_mixed_only_where_it_changes_the_feature(settings, load, layer: str) -> None:
+    settings["detectors"] = [{"grood": {"mixup_layer": layer}}]
+    with pytest.raises(UserError, match=rf"detectors\.grood: unknown layer '{layer}'"):
+        prepare.prepare(load(settings))
+
+
+def test_a_change_in_a_module_behind_the_factory_is_another_model(
+    settings, load, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "net.py").write_text(NET.format(module="Block"))
+    settings["model"] |= {"name": "./net.py:build", "weights": "random"}
+    seen = set()
+    for activation in ("relu", "tanh"):
+        (tmp_path / "blocks.py").write_text(BLOCK.format(activation=activation))
+        sys.modules.pop("blocks", None)
+        seen |= {job.folder for job in prepare.prepare(load(settings)).jobs.values()}
+    assert len(seen) == 2 * len(settings["datasets"])
+
+
+def test_another_number_of_images_than_the_protocol_has_is_refused(settings, load, tmp_path) -> None:
+    settings["protocol"] = "Mine v2"
+    settings["datasets"][2]["expected"] = 151
+    with pytest.raises(
+        UserError, match=r"datasets\.animals: 150 images .* but Mine v2 expects 151\."
+    ) as caught:
+        prepare.prepare(load(settings))
+    assert "--set datasets.animals.expected=null" in str(caught.value)
+    assert not (tmp_path / "workspace" / "features").exists()
+
+
+@pytest.mark.parametrize("sample", [{"limit": 20}, {"limit_per_class": 2}, {"include_labels": [0, 1]}])
+def test_a_sample_is_not_held_to_the_number_of_the_protocol(settings, load, sample: dict[str, Any]) -> None:
+    settings["datasets"][1] |= sample | {"expected": 9000}
+    assert prepare.prepare(load(settings)).jobs["test"].manifest.rows < 300
+
+
+@pytest.mark.parametrize("expected", [150, None])
+def test_the_right_number_of_images_and_a_removed_one_pass(settings, load, expected) -> None:
+    settings["datasets"][2]["expected"] = expected
+    prepare.prepare(load(settings))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"published": "cifar10-resnet81"}, r"published: unknown table .* Did you mean 'cifar10-resnet18'\?"),
+        ({"published": "cifar10-resnet18"}, "are of OpenOOD v1.5 CIFAR-10, but protocol is None"),
+        (
+            {"published": "cifar10-resnet18", "protocol": "OpenOOD v1.5 CIFAR-100"},
+            "are of OpenOOD v1.5 CIFAR-10, but protocol is OpenOOD v1.5 CIFAR-100. Set published=null",
+        ),
+    ],
+)
+def test_published_numbers_of_another_protocol_are_refused(settings, load, keys, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(load(settings | keys))
+
+
+def test_a_faiss_string_is_checked_before_any_work(settings, load) -> None:
+    settings["index"] = {"kind": "IVFF10"}
+    with pytest.raises(UserError, match=r"index\.kind: FAISS refuses 'IVFF10'"):
+        prepare.prepare(load(settings))
+
+
+def test_scores_of_approximate_indexes_depend_on_the_shards(settings, load) -> None:
+    def scoring(**index: Any) -> str:
+        settings["index"] = index
+        return prepare.prepare(load(settings)).scoring
+
+    assert scoring(kind="flat", shards=1) == scoring(kind="flat", shards=3)
+    assert scoring(kind="IVF4,Flat", shards=1) != scoring(kind="IVF4,Flat", shards=3)
+
+
+def test_a_dataset_may_not_have_the_name_of_a_group(settings, load) -> None:
+    settings["datasets"][1]["name"] = "id"
+    with pytest.raises(UserError, match="'id' is the name of a group"):
+        load(settings)
+
+
+def image_list(folder: Path, lines: list[str]) -> dict[str, str]:
+    """A dataset of images that are not there: preparing a run does not open them."""
+    (folder / "list.txt").write_text("".join(f"{row}.png {line}\n" for row, line in enumerate(lines)))
+    return {"name": "test", "role": "id", "format": "imagelist", "path": str(folder / "list.txt")}
+
+
+def test_accepted_labels_must_be_classes_of_the_head(settings, load, tmp_path) -> None:
+    settings["datasets"][1] = image_list(tmp_path, ["3", "1;9"])
+    assert prepare.prepare(load(settings)).jobs["test"].manifest.class_count == {1: 1, 3: 1, 9: 1}
+    settings["datasets"][1] = image_list(tmp_path, ["3", "1;10"])
+    with pytest.raises(UserError, match=r"datasets\.test: label 10 is outside the head's classes 0\.\.9"):
+        prepare.prepare(load(settings))
+    settings["datasets"][1] |= {"include_labels": [3]}
+    assert prepare.prepare(load(settings)).jobs["test"].manifest.rows == 1
+
+
+def class_folders(folder: Path, classes: int) -> dict[str, Any]:
+    for number in range(classes):
+        (folder / f"n0{number}").mkdir(parents=True)
+        (folder / f"n0{number}" / "1.png").touch()
+    return {"name": "test", "role": "id", "format": "imagefolder", "path": str(folder)}
+
+
+def test_folders_numbered_by_order_must_all_be_there_even_if_a_sample_is_taken(
+    settings, load, tmp_path
+) -> None:
+    settings["datasets"][1] = class_folders(tmp_path / "nine", 9) | {"limit": 3}
+    with pytest.raises(UserError, match=r"datasets\.test: 1 of the head's 10 classes have no images \(9\)"):
+        prepare.prepare(load(settings))
+    settings["datasets"][1] = class_folders(tmp_path / "ten", 10) | {"limit": 3}
+    assert prepare.prepare(load(settings)).jobs["test"].manifest.rows == 3
+
+
+def test_folders_with_an_index_need_not_all_be_there(settings, load, tmp_path) -> None:
+    (tmp_path / "classes.txt").write_text("".join(f"n0{number}\n" for number in range(10)))
+    settings["datasets"][1] = class_folders(tmp_path / "three", 3) | {"labels": "classes.txt"}
+    assert prepare.prepare(load(settings)).jobs["test"].manifest.class_count == {0: 1, 1: 1, 2: 1}
+
+
+def test_training_needs_every_class_after_the_filters(settings, load) -> None:
+    settings["datasets"][0]["include_labels"] = list(range(9))
+    with pytest.raises(UserError, match=r"datasets\.train: 1 of the head's 10 classes have no images \(9\)"):
+        prepare.prepare(load(settings))
+
+
+def test_samples_depend_on_the_seed_of_the_run(settings, load) -> None:
+    settings["datasets"][1]["limit"] = 20
+    digests = set()
+    for seed in (0, 0, 1):
+        settings["seed"] = seed
+        digests.add(prepare.prepare(load(settings)).jobs["test"].manifest.digest)
+    assert len(digests) == 2

@@ -1,0 +1,44 @@
+"""A real ImageNet-1K classifier on real photos: EfficientNet-Lite0 on the two that come with scikit-learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from pipeline.config import loading
+from pipeline.workspace import files
+
+PALACE, STUPA, DAISY = 698, 832, 985
+ANY_BIRD = "7;8;9"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder as the config wants it: a temple and a flower as ID, their upper left corners as OOD."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    temple, flower = (Image.fromarray(image) for image in load_sample_images().images)
+    for name, image in (("temple", temple), ("flower", flower), ("again", temple)):
+        image.save(folder / f"{name}.jpg", quality=95)
+    for name, image in (("sky", temple), ("leaves", flower)):
+        image.crop((0, 0, 100, 100)).save(folder / f"{name}.jpg")
+    labels = f"temple.jpg,{STUPA};{PALACE}\nflower.jpg,{DAISY}\nagain.jpg,{ANY_BIRD}\n"
+    (folder / "id.csv").write_text(f"path,label\n{labels}")
+    (folder / "ood.csv").write_text("path,label\nsky.jpg,\nleaves.jpg,\n")
+    return folder
+
+
+def test_photos_are_recognised_and_any_accepted_label_counts(ray_session, photos, tmp_path, execute) -> None:
+    loaded = loading.load("photos", [f"data={photos}", f"workspace={tmp_path}", "tracking.enabled=false"])
+    outcome = execute(loaded)
+    table = pq.read_table(outcome.folder / "scores" / "photos-id").to_pydict()
+    predicted = dict(zip(table["key"], table["prediction"], strict=True))
+    assert predicted == {"temple.jpg": PALACE, "flower.jpg": DAISY, "again.jpg": PALACE}
+    labels = dict(zip(table["key"], table["label"], strict=True))
+    assert labels == {"temple.jpg": PALACE, "flower.jpg": DAISY, "again.jpg": 7}
+    rows = files.read_json(outcome.folder / "metrics.json")
+    assert next(row["value"] for row in rows if row["metric"] == "id_accuracy") == 2 / 3

@@ -1,0 +1,511 @@
+"""Whole evaluations on a real local Ray."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torchvision
+import yaml
+from PIL import Image
+from scipy.optimize import minimize_scalar
+from scipy.spatial.distance import cdist
+from scipy.special import log_softmax, rel_entr, softmax
+
+from pipeline import detectors
+from pipeline.config import loading
+from pipeline.errors import UserError
+from pipeline.results import verify
+from pipeline.stages import passes, prepare
+from pipeline.workflows.run import Outcome
+from pipeline.workspace import files
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def scores(folder: Path, dataset: str) -> dict[str, np.ndarray]:
+    """Score columns of a dataset, by key order of the table."""
+    table = pq.read_table(folder / "scores" / dataset)
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
+    """The small evaluation with every role, statistic, pass and kind of bank."""
+
+    def extra(name: str, role: str, **labels: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "role": role,
+            "format": "npz",
+            "path": str(images),
+            "images": f"{name}_x",
+            **labels,
+        }
+
+    raw["datasets"] += [
+        extra("shifted", "shifted_id", labels="shifted_y"),
+        extra("held", "id_val", labels="held_y"),
+        extra("val", "ood_val"),
+        extra("production", "unlabelled"),
+    ]
+    few = {"samples": 64, "class_samples": 10}
+    changed = {
+        "adascale": {"samples": 50},
+        "featurenorm": {"samples": 64},
+        "grood": few,
+        "grood_norm": few,
+        "knn": {"k": 5},
+        "selectednorm": {"samples": 64},
+    }
+    raw["detectors"] = [
+        *({name: changed.get(name)} for name in detectors.names() if name != "mcdropout"),
+        {"react_dice": {"method": "msp", "steps": ["react", {"dice": {"p": 10}}]}},
+        {"grood_noise": {"method": "grood", "prototype": "noise", "samples": 100}},
+        {"grood_val": {"method": "grood", "prototype": "ood_val"}},
+        {"gradnorm_fc": {"method": "gradnorm", "layers": ["fc"]}},
+    ]
+    return raw
+
+
+def test_every_detector_runs_on_an_exported_vision_transformer(
+    settings, images, load, execute, tmp_path
+) -> None:
+    torch.manual_seed(0)
+    vit = torchvision.models.VisionTransformer(28, 7, 4, 3, 24, 48, num_classes=10)
+    vit.conv_proj = torch.nn.Conv2d(1, 24, 7, stride=7)
+    torch.nn.init.normal_(vit.heads.head.weight)
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(vit.eval(), (torch.rand(2, 1, 28, 28),), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "vit.pt2")
+    raw = everything(settings, images)
+    raw["model"] = {"source": "exported", "name": "vit.pt2", "transform": raw["model"]["transform"]}
+    raw["detectors"][-1]["gradnorm_fc"]["layers"] = ["heads.head"]
+    for entry in raw["detectors"]:
+        for name in {"featurenorm", "selectednorm"} & set(entry):
+            entry[name]["grid"] = 4
+    found = scores(execute(load(raw), last="score").folder, "animals")
+    assert set(found) - {"key", "label", "prediction"} >= {
+        "featurenorm",
+        "grood",
+        "grood_norm",
+        "grood_noise",
+    }
+    for name in set(found) - {"key", "label", "prediction"}:
+        assert np.isfinite(found[name]).all()
+        assert np.ptp(found[name]) > 0
+
+
+def test_results_do_not_depend_on_workers_shards_or_index_shards(
+    settings, images, load, execute, tmp_path
+) -> None:
+    raw = everything(settings, images)
+    first = execute(load(raw, "one"))
+    raw["extract"] |= {"actors": 2, "shard_rows": 96}
+    raw["index"] = {"shards": 3}
+    second = execute(load(raw, "two"))
+    for dataset in ("test", "animals", "textures", "shifted", "val", "production"):
+        left, right = scores(first.folder, dataset), scores(second.folder, dataset)
+        assert list(left) == list(right)
+        for name, values in left.items():
+            np.testing.assert_array_equal(values, right[name], err_msg=f"{dataset} {name}")
+    assert (first.folder / "metrics.json").read_bytes() == (second.folder / "metrics.json").read_bytes()
+    check_contract(first.folder)
+    check_scores(first.folder, tmp_path / "one")
+
+
+PERCEPTRON = """
+from torch import nn
+
+def build():
+    hidden = nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU()
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(16, 10, bias=False))
+"""
+
+
+def test_all_detectors_that_apply_run_on_a_perceptron_without_a_bias_and_the_others_are_listed(
+    settings, load, execute, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "perceptron.py").write_text(PERCEPTRON)
+    settings["model"] |= {"name": "./perceptron.py:build", "weights": "random"}
+    settings["detectors"] = "all"
+    monkeypatch.setattr(detectors.get("she"), "fit", refuse)
+    loaded = load(settings)
+    outcome = execute(loaded)
+    maps = ["featurenorm", "gram", "grood", "grood_norm", "mahalanobis_ensemble", "rankfeat", "selectednorm"]
+    left_out = sorted([*maps, "mcdropout", "she"])
+    check_left_out(outcome, left_out)
+    assert not prepare.prepare(loaded).classifier.head[1].any()
+    before = (outcome.folder / "metrics.json").read_bytes()
+    again = execute(loaded, first="report")
+    check_left_out(again, left_out)
+    assert (again.folder / "metrics.json").read_bytes() == before
+
+
+def refuse(*_: Any) -> None:
+    """The fit of a detector that the training rows do not serve."""
+    raise UserError("no training row is classified correctly.")
+
+
+def check_left_out(outcome: Outcome, labels: list[str]) -> None:
+    """These detectors have a reason and no result; all others have finite metrics."""
+    record = files.read_json(outcome.folder / "manifest.json")
+    assert sorted(record["not_applicable"]) == labels
+    assert record["not_applicable"] == outcome.not_applicable
+    assert record["not_applicable"]["she"] == "no training row is classified correctly."
+    assert "no block with maps or tokens" in record["not_applicable"]["featurenorm"]
+    applied = {name for name in detectors.names() if name not in labels}
+    assert set(record["detectors"]) == applied
+    assert set(scores(outcome.folder, "animals")) == {"key", "label", "prediction", *applied}
+    rows = files.read_json(outcome.folder / "metrics.json")
+    assert {row["detector"] for row in rows} == {"classifier", *applied}
+    assert all(np.isfinite(row["value"]) for row in rows)
+    page = (outcome.folder / "report" / "index.html").read_text(encoding="utf-8")
+    assert "no training row is classified correctly." in page
+    assert [finding for finding in verify.examine(outcome.folder) if not finding.good] == []
+
+
+def test_actors_that_hold_gpus_give_the_same_results(settings, load, execute) -> None:
+    """Placement on Ray's logical GPUs, with decoding in tasks of its own; torch and FAISS stay on CPUs."""
+    first = execute(load(settings, "one"), last="score")
+    settings["extract"] |= {"actors": 2, "gpus_per_actor": 1, "device": "cpu"}
+    settings["index"] = {"gpus_per_shard": 0.5, "shards": 2, "device": "cpu"}
+    second = execute(load(settings, "two"), last="score")
+    left, right = scores(first.folder, "animals"), scores(second.folder, "animals")
+    assert list(left) == list(right)
+    for name, values in left.items():
+        np.testing.assert_array_equal(values, right[name])
+    settings["extract"]["actors"] = 3
+    with pytest.raises(UserError, match=r"extract\.actors: 3 asked for, the cluster has room for 2"):
+        execute(load(settings, "three"))
+
+
+def features(workspace: Path, dataset: str) -> dict[str, np.ndarray]:
+    """Cached rows of a dataset, read without our own code."""
+    folder = next(workspace.glob(f"features/{dataset}-*"))
+    table = pa.concat_tables([pq.read_table(part) for part in sorted(folder.glob("part-*.parquet"))])
+    return {name: np.array(table[name].to_pylist()) for name in table.column_names}
+
+
+def check_scores(folder: Path, workspace: Path) -> None:
+    """Scores of a whole run against plain formulas on the cached rows."""
+    train, query, held, val = (features(workspace, name) for name in ("train", "textures", "held", "val"))
+    found = scores(folder, "textures")
+    assert found["key"].tolist() == query["key"].tolist()
+    h, logits = query["feature"], query["logits"]
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = {
+        "msp": -p.max(axis=1),
+        "maxlogit": -logits.max(axis=1),
+        "energy": -np.log(np.exp(logits).sum(axis=1)),
+        "gradnorm": -np.abs(h).sum(axis=1) * np.abs(p - 0.1).sum(axis=1),
+        "gradnorm_fc": found["gradnorm"],
+        "knn": np.sort(cdist(unit(h), unit(train["feature"])), axis=1)[:, 4],
+        "grood_val": grood(train, val, query),
+        "tempscale": -softmax(logits / temperature(held), axis=1).max(axis=1),
+        "klmatching": kl_matching(held, p),
+    }
+    ratio = files.read_json(folder / "manifest.json")["passes"]
+    block = int(np.argmax(next(entry["ratio"] for entry in ratio if entry["kind"] == "jigsaw")))
+    expected["featurenorm"] = -query["block_norm"][:, block]
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
+
+
+def temperature(held: dict[str, np.ndarray]) -> float:
+    """The temperature at which held-out images have the smallest NLL."""
+
+    def nll(inverse: float) -> float:
+        known = log_softmax(held["logits"].astype(float) * inverse, axis=1)
+        return -known[np.arange(len(known)), held["label"]].sum()
+
+    return 1 / minimize_scalar(nll, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-9}).x
+
+
+def kl_matching(held: dict[str, np.ndarray], p: np.ndarray) -> np.ndarray:
+    """Divergence from the mean softmax of the closest class that is predicted for held-out images."""
+    known = softmax(held["logits"].astype(float), axis=1)
+    means = np.stack([known[held["prediction"] == label].mean(axis=0) for label in range(10)])
+    return np.min([rel_entr(p, mean).sum(axis=1) for mean in means], axis=0)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of length one."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def grood(
+    train: dict[str, np.ndarray], val: dict[str, np.ndarray], query: dict[str, np.ndarray]
+) -> np.ndarray:
+    """GROOD from the paper's definition, differentiated by autograd, with the OOD prototype of `val`."""
+    means = [train["feature"][train["label"] == label].mean(axis=0) for label in range(10)]
+    classes = torch.tensor(np.stack(means))
+
+    def gradients(rows: np.ndarray) -> np.ndarray:
+        found = []
+        for row in torch.tensor(rows):
+            ood = torch.tensor(val["feature"].mean(axis=0), requires_grad=True)
+            distance = torch.linalg.vector_norm(torch.cat([classes, ood[None]]) - row, dim=1)
+            torch.nn.functional.cross_entropy(-distance[None], torch.tensor([0])).backward()
+            found.append(ood.grad.numpy())
+        return np.stack(found)
+
+    correct = train["label"] == train["prediction"]
+    return cdist(gradients(query["feature"]), gradients(train["feature"][correct])).min(axis=1)
+
+
+def check_contract(folder: Path) -> None:
+    """What other tools rely on in a finished run folder."""
+    record = files.read_json(folder / "manifest.json")
+    assert record["status"] == "finished"
+    for name, dataset in record["datasets"].items():
+        assert dataset["rows"] == dataset["features"] + dataset["errors"], name
+    assert record["stages"]["extract"]["forward_images"] == sum(
+        d["rows"] for d in record["datasets"].values()
+    )
+    flagged = [name for name, detector in record["detectors"].items() if detector["uses_ood"]]
+    assert flagged == ["grood_val"]
+    thresholds = files.read_json(folder / "thresholds.json")
+    inside, production = scores(folder, "test"), scores(folder, "production")
+    for name, threshold in thresholds.items():
+        assert np.mean(inside[name] <= threshold) >= 0.95
+        np.testing.assert_array_equal(production[f"is_ood.{name}"], production[name] > threshold)
+    groups = set(pq.read_table(folder / "metrics.parquet")["group"].to_pylist())
+    assert groups == {"id", "near_ood", "far_ood", "fs_near_ood", "fs_far_ood"}
+    assert yaml.safe_load((folder / "config.yaml").read_text())["name"] == "small"
+    assert (folder / "report" / "index.html").is_file()
+
+
+def test_a_second_run_makes_no_forward_pass_and_gives_the_same_files(settings, load, execute) -> None:
+    loaded = load(settings)
+    folder = execute(loaded).folder
+    before = {path: path.read_bytes() for path in folder.glob("scores/*/*.parquet")}
+    metrics = (folder / "metrics.json").read_bytes()
+    execute(loaded)
+    assert files.read_json(folder / "manifest.json")["stages"]["extract"]["forward_images"] == 0
+    assert {path: path.read_bytes() for path in folder.glob("scores/*/*.parquet")} == before
+    assert (folder / "metrics.json").read_bytes() == metrics
+
+
+def test_a_run_of_a_protocol_records_it_and_reports_published_numbers_beside_its_own(
+    settings, load, execute
+) -> None:
+    settings |= {"protocol": "OpenOOD v1.5 CIFAR-10", "published": "cifar10-resnet18"}
+    settings["datasets"][2]["expected"] = 150
+    folder = execute(load(settings)).folder
+    manifest = files.read_json(folder / "manifest.json")
+    assert (manifest["protocol"], manifest["published"]) == ("OpenOOD v1.5 CIFAR-10", "cifar10-resnet18")
+    assert {name: entry["expected"] for name, entry in manifest["datasets"].items()} == {
+        "train": None,
+        "test": None,
+        "animals": 150,
+        "textures": None,
+    }
+    page = (folder / "report" / "index.html").read_text(encoding="utf-8")
+    assert "near_ood is no mean over the protocol&#39;s datasets (id: test; near_ood: animals)." in page
+    assert "Number of images not checked: train, test, textures." in page
+
+
+def test_fresh_does_everything_again(settings, load, execute) -> None:
+    loaded = load(settings)
+    folder = execute(loaded, last="extract").folder
+    execute(loaded, last="extract", fresh=True)
+    assert files.read_json(folder / "manifest.json")["stages"]["extract"]["forward_images"] == 1080
+
+
+def test_stages_run_one_by_one_and_refuse_to_skip_one(settings, load, execute) -> None:
+    loaded = load(settings)
+    for stage, reason in {
+        "fit": "extract: not done for train, test",
+        "score": "extract: not done for train, test",
+        "evaluate": "extract: not done for train, test",
+    }.items():
+        with pytest.raises(UserError, match=reason):
+            execute(loaded, first=stage, last=stage)
+    execute(loaded, last="extract")
+    with pytest.raises(UserError, match="fit: no bank in the workspace"):
+        execute(loaded, first="score", last="score")
+    execute(loaded, first="fit", last="fit")
+    with pytest.raises(UserError, match="score: not done for test"):
+        execute(loaded, first="evaluate", last="evaluate")
+    execute(loaded, first="score", last="score")
+    with pytest.raises(UserError, match="evaluate: not done"):
+        execute(loaded, first="report", last="report")
+    execute(loaded, first="evaluate", last="evaluate")
+    assert execute(loaded, first="report", last="report").folder.joinpath("report/index.html").is_file()
+
+
+def test_a_refused_command_leaves_a_finished_evaluation_as_it_is(settings, load, execute) -> None:
+    folder = execute(load(settings)).folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    settings["seed"] = 1
+    for stage in ("score", "evaluate", "report"):
+        with pytest.raises(UserError, match="first"):
+            execute(load(settings), first=stage, last=stage)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_changed_weight_transform_or_image_never_meets_an_old_cache(settings, load, tmp_path) -> None:
+    def folders(raw: dict[str, Any]) -> set[str]:
+        return {job.folder for job in prepare.prepare(load(raw)).jobs.values()}
+
+    seen = folders(settings)
+    changed = yaml.safe_load(yaml.safe_dump(settings))
+    changed["model"]["weights"] = "random"
+    assert not folders(changed) & seen
+    changed = yaml.safe_load(yaml.safe_dump(settings))
+    changed["model"]["transform"]["mean"] = [0.287]
+    assert not folders(changed) & seen
+    with np.load(settings["datasets"][0]["path"]) as arrays:
+        touched = dict(arrays)
+    touched["train_x"] = touched["train_x"].copy()
+    touched["train_x"][7, 3, 3] ^= 1
+    np.savez(tmp_path / "touched.npz", **touched)
+    changed = yaml.safe_load(yaml.safe_dump(settings))
+    for dataset in changed["datasets"]:
+        dataset["path"] = str(tmp_path / "touched.npz")
+    different = folders(changed) - seen
+    assert [Path(folder).name.rpartition("-")[0] for folder in different] == ["train"]
+
+
+def test_held_out_images_that_come_later_calibrate_without_another_extra_pass(
+    settings, load, execute, tmp_path, monkeypatch
+) -> None:
+    def softened(dataset: str) -> np.ndarray:
+        rows = features(tmp_path / "workspace", "textures")
+        known = features(tmp_path / "workspace", dataset)
+        return -softmax(rows["logits"] / temperature(known), axis=1).max(axis=1)
+
+    settings["detectors"] = ["tempscale", {"featurenorm": {"samples": 64}}]
+    trained = scores(execute(load(settings), last="score").folder, "textures")
+    np.testing.assert_allclose(trained["tempscale"], softened("train"), rtol=1e-5)
+    monkeypatch.delattr(passes.Runner, "run")
+    settings["datasets"].append(settings["datasets"][1] | {"name": "held", "role": "id_val"})
+    settings["datasets"][-1] |= {"images": "held_x", "labels": "held_y"}
+    held_out = scores(execute(load(settings), last="score").folder, "textures")
+    np.testing.assert_allclose(held_out["tempscale"], softened("held"), rtol=1e-5)
+    assert abs(held_out["tempscale"] - trained["tempscale"]).max() > 1e-3
+    np.testing.assert_array_equal(held_out["featurenorm"], trained["featurenorm"])
+
+
+def test_a_killed_driver_is_continued_without_redoing_finished_shards(
+    settings, load, execute, tmp_path
+) -> None:
+    settings["extract"] |= {"shard_rows": 16, "batch_size": 16, "actors": 1}
+    whole = execute(load(settings, "undisturbed"))
+    loaded = load(settings, "killed")
+    path = tmp_path / "killed.yaml"
+    path.write_text(loading.dump(loaded))
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "run", str(path)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    features = tmp_path / "killed" / "features"
+    deadline = time.monotonic() + 120
+    while len(list(features.glob("*/part-*.parquet"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    time.sleep(2)  # the dead driver's workers may still finish the shard in their hands
+    done = {part: part.stat().st_mtime_ns for part in features.glob("*/part-*.parquet")}
+    finished = sum(pq.read_metadata(part).num_rows for part in done)
+    assert 5 * 16 <= finished < 1080
+    resumed = execute(loaded)
+    assert {part: part.stat().st_mtime_ns for part in done} == done
+    record = files.read_json(resumed.folder / "manifest.json")
+    assert record["stages"]["extract"]["forward_images"] == 1080 - finished
+    for dataset in ("test", "animals", "textures"):
+        for name, values in scores(whole.folder, dataset).items():
+            np.testing.assert_array_equal(values, scores(resumed.folder, dataset)[name])
+    assert (whole.folder / "metrics.json").read_bytes() == (resumed.folder / "metrics.json").read_bytes()
+
+
+@pytest.fixture
+def strange(settings, tmp_path) -> dict[str, bool]:
+    """An OOD folder with files of every kind, added to the settings; which of them can be decoded."""
+    folder = tmp_path / "strange"
+    folder.mkdir()
+    entry = {"name": "strange", "role": "far_ood", "format": "imagefolder", "path": str(folder)}
+    settings["datasets"] = [*settings["datasets"][:2], entry]
+    picture = Image.effect_noise((40, 40), 60).convert("RGB")
+    picture.save(folder / "good.png")
+    (folder / "empty.jpg").touch()
+    picture.save(folder / "whole.jpg")
+    content = (folder / "whole.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (folder / "text.png").write_text("this is no image")
+    picture.convert("CMYK").save(folder / "cmyk.JPEG")
+    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(folder / "deep.png")
+    picture.convert("P").save(folder / "palette.png", transparency=b"\x00\x80\xff")
+    picture.save(folder / "grün.png")
+    (folder / "notes.txt").write_text("not one of the dataset's images")
+    names = ("good.png", "whole.jpg", "cmyk.JPEG", "deep.png", "palette.png", "grün.png")
+    return {name: True for name in names} | {"empty.jpg": False, "cut.jpg": False, "text.png": False}
+
+
+def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(
+    strange, settings, load, execute, tmp_path
+) -> None:
+    settings["extract"] |= {"max_bad_fraction": 0.5, "shard_rows": 64}
+    folder = execute(load(settings)).folder
+    record = files.read_json(folder / "manifest.json")["datasets"]["strange"]
+    assert (record["rows"], record["features"], record["errors"]) == (9, 6, 3)
+    assert set(scores(folder, "strange")["key"]) == {name for name, good in strange.items() if good}
+    errors = pq.read_table(next(tmp_path.glob("workspace/features/strange-*/errors.parquet")))
+    assert set(errors["key"].to_pylist()) == {name for name, good in strange.items() if not good}
+    assert all(errors["reason"].to_pylist())
+
+
+def test_too_many_bad_images_stop_the_run_and_name_some(strange, settings, load, execute, tmp_path) -> None:
+    with pytest.raises(
+        UserError, match=r"strange: 3 of 9 images are bad.*max_bad_fraction.*cut\.jpg \(OSError"
+    ):
+        execute(load(settings))
+    assert not list(tmp_path.glob("workspace/features/strange-*/_manifest.json"))
+    assert files.read_json(tmp_path / "workspace/runs/small/manifest.json")["status"] == "failed"
+    for name in ("empty.jpg", "cut.jpg", "text.png"):
+        shutil.copy(tmp_path / "strange" / "good.png", tmp_path / "strange" / name)
+        os.utime(tmp_path / "strange" / name, ns=(1, 1))
+    assert execute(load(settings), last="extract").folder.is_dir()
+
+
+def test_a_tracking_server_that_is_down_costs_no_result(settings, load, execute) -> None:
+    settings["tracking"] = {"uri": "http://127.0.0.1:9", "enabled": True}
+    outcome = execute(load(settings))
+    assert "report CONFIG --track" in outcome.warning
+    check = files.read_json(outcome.folder / "manifest.json")
+    assert check["status"] == "finished"
+    assert (outcome.folder / "metrics.parquet").is_file()
+
+
+def test_a_mistake_that_only_a_worker_can_see_is_still_one_clear_error(settings, load, execute) -> None:
+    settings["extract"]["device"] = "cuda"
+    with pytest.raises(UserError, match=r"^extract\.device: cuda is not available on a worker"):
+        execute(load(settings))
+
+
+def test_the_command_prints_a_table_and_where_everything_lies(settings, load, tmp_path) -> None:
+    settings["tracking"] = {"enabled": True}
+    path = tmp_path / "run.yaml"
+    path.write_text(loading.dump(load(settings)))
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "run", str(path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert found.stderr == ""
+    for text in (
+        "extract",
+        "1,080 of 1,080 images forwarded",
+        "Near-OOD",
+        "knn",
+        "report/index.html",
+        "mlflow",
+    ):
+        assert text in found.stdout
+    assert (tmp_path / "workspace" / "mlflow.db").is_file()
