@@ -1,25 +1,34 @@
 # Two commands for a new checkout: `make quickstart` and `make test`. Both make the environment first.
-PYTHON ?= python3.11
+ifndef PYTHON
+PYTHON := $(firstword $(foreach version,3.13 3.12 3.11,$(shell python$(version) -c "print('python$(version)')" 2>/dev/null)) python3)
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 FAISS ?= cpu  # or gpu
 
-.PHONY: quickstart test test-cluster chaos check install clean
+.PHONY: quickstart test test-cluster test-slow coverage check install clean
+
+PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 quickstart: install
 	$(BIN)/ood-pipeline run quickstart
 
 test: install
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-	$(BIN)/coverage combine -q
-	$(BIN)/coverage report
+	$(BIN)/python $(PYTEST)
 
 test-cluster: install
-	$(BIN)/pytest -m 'cluster and not chaos' tests/cluster tests/jobs
+	$(BIN)/python -m pytest -m 'cluster and not chaos' tests/cluster tests/jobs
 
-chaos: install
-	$(BIN)/pytest -m chaos tests/cluster
+# Takes half an hour: the whole table of architectures, simulations, and every fault of a cluster.
+test-slow: install
+	$(BIN)/python $(PYTEST) -m 'slow and not cluster'
+	$(BIN)/python -m pytest -m chaos tests/cluster
+
+coverage: install
+	$(BIN)/coverage erase
+	$(BIN)/coverage run $(PYTEST)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 check: install
 	$(BIN)/ruff format --check .
@@ -27,10 +36,14 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-install: $(VENV)/.installed-$(strip $(FAISS))
+VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
+STAMP := $(VENV)/.installed-$(strip $(FAISS))-$(VERSION)
 
-$(VENV)/.installed-$(strip $(FAISS)): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+install: $(STAMP)
+
+# An environment of another Python is made anew.
+$(STAMP): pyproject.toml
+	test -e $(VENV)/bin/python$(VERSION) || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[$(strip $(FAISS)),dev]'
 	touch $@
 

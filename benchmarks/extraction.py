@@ -57,7 +57,7 @@ def _profile(pixels: NDArray[np.uint8], scratch: Path) -> dict[str, float]:
     settings = loading.load("quickstart")
     model = load(settings.model, settings.seed)
     plan = shards.Plan(settings.model, settings.extract, settings.seed, model.digest, model.transform)
-    classifier, size = extract.load_in_worker(plan), settings.extract.batch_size
+    classifier, size = extract.load_in_worker(plan, 1), settings.extract.batch_size
     shapes = [list(pixels.shape[1:])] * len(pixels)
     columns = {
         "key": [f"{row}" for row in range(len(pixels))],

@@ -17,7 +17,7 @@ PERIOD = 0.25
 KINDS = {
     "Extractor": "model actor",
     "ray::Worker": "model actor of the extra passes",
-    "ray::Shard": "index actor",
+    "ray::IndexShard": "index actor",
     "score_part": "score task",
     "_slice_statistics|_write_bank": "fit task",
     "_evaluate|_flag_part": "evaluate task",

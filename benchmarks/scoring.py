@@ -17,7 +17,7 @@ from processes import fresh
 from results import Check, Section, at_least, at_most
 from session import Session
 
-from pipeline.cluster import session
+from pipeline.cluster.engine import opened
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.config import schema
 from pipeline.detectors.base import Jigsaw, Mixup, Training
@@ -87,16 +87,16 @@ def _score(folder: Path, rows: int, neighbours: bool) -> Scored:
     chosen = {label: found for label, found in chosen.items() if neighbours or not found.neighbours}
     bank_table = _table(folder / "train", BANK_ROWS, seed=0)
     source = _table(folder / "features", rows, seed=1)
-    with Watch(os.getpid()) as watch, session.session():
-        session.connect()
+    with Watch(os.getpid()) as watch, opened("ray") as engine:
+        engine.cpus()  # connects; that is not scoring
         cache = artifacts.Cache(folder / "fits")
         fitted = fit.fit_detectors(
-            chosen, _training(bank_table), cache, (bank_table, {"synthetic": BANK_ROWS})
+            engine, chosen, _training(bank_table), cache, (bank_table, {"synthetic": BANK_ROWS})
         )
-        searched = index.start(fitted.banks, schema.Index()) if fitted.banks else None
+        searched = index.start(engine, fitted.banks, schema.Index()) if fitted.banks else None
         started = time.perf_counter()
-        job = score.Job("synthetic", source, str(folder / "scores"), "synthetic")
-        score.run([job], score.Scoring(fitted.scorers, COLUMNS, searched), lambda _: None)
+        job = score.ScoreJob("synthetic", source, str(folder / "scores"), "synthetic")
+        score.run(engine, [job], score.Scoring(fitted.scorers, COLUMNS, searched), lambda _: None)
         seconds = time.perf_counter() - started
     parts = tables.Table.open(folder / "scores")
     finished = sorted(part.stat().st_mtime for part in parts.parts())
@@ -111,7 +111,7 @@ def _table(folder: Path, rows: int, seed: int) -> tables.Table:
         counts.append(min(PART, rows - start))
         columns = _columns(rng, start, counts[-1])
         tables.write_table(folder / tables.part_name(number), tables.arrow_columns(columns))
-    files.write_json(folder / artifacts.MANIFEST, {"part_rows": counts})
+    files.write_json(folder / artifacts.RECORD, {"part_rows": counts})
     return tables.Table.open(folder)
 
 

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/fit.py quickstart --workspace /sha
 
 import sys
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 sys.argv.insert(1, "fit")
 main()

@@ -1,4 +1,4 @@
-"""A real local Ray and a local S3 for the whole session, and a small real evaluation to run on them."""
+"""Both engines and a local S3 for the whole session, and a small real evaluation to run on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pipeline import quickstart
 from pipeline.cli.progress import Display
-from pipeline.cluster import session
+from pipeline.cluster.engine import Engine, opened
 from pipeline.config import loading, schema
 from pipeline.workflows import run
 
@@ -36,13 +36,27 @@ S3_ENVIRONMENT = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with a cluster or a head of their own run after the others: `make test-cluster`.
 
-    Files with whole evaluations come first: they take longest, and a process runs a file at a time.
+    With several processes, one runs all tests on Ray, first; the others run a file (or the detectors) at a
+    time, those with whole evaluations first, because they take longest.
     """
-    whole = {item.path for item in items if "execute" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: item.path not in whole)
+    whole = {item.path for item in items if "execute" in fixtures_of(item)}
+    items.sort(key=lambda item: (group_of(item) != "ray", item.path not in whole))
     for item in items:
-        if {"site", "head"} & set(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+        if {"site", "head"} & fixtures_of(item):
             item.add_marker(pytest.mark.cluster)
+
+
+def group_of(item: pytest.Item) -> str:
+    """Which tests run in one process with this one: they share costly fixtures."""
+    if "ray_session" in fixtures_of(item):
+        return "ray"
+    return "detectors" if item.path.parent.name == "detectors" else str(item.path)
+
+
+def fixtures_of(item: pytest.Item) -> set[str]:
+    """Names of the fixtures that a test asks for, by itself or through others."""
+    return set(getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,9 +81,22 @@ def ray_session() -> Iterator[None]:
             log_to_driver=False,
             logging_level="ERROR",
         )
-        session.quiet()
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """The engine in this process, with one thread."""
+    with opened("inline", threads=1) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def on_ray(ray_session: None) -> Iterator[Engine]:
+    """The engine on the session's Ray."""
+    with opened("ray") as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")
@@ -172,9 +199,10 @@ def load(tmp_path: Path) -> Callable[..., schema.Config]:
 
 @pytest.fixture
 def execute() -> Callable[..., run.Outcome]:
-    """Run an evaluation in this process, without output."""
+    """Run an evaluation with the engine in this process, or the one that is named, without output."""
 
     def executed(loaded: schema.Config, **options: Any) -> run.Outcome:
-        return run.execute(loaded, run.Options(**options), Display(Console(quiet=True)))
+        chosen = {"engine": "inline", "threads": 1, **options}
+        return run.execute(loaded, run.Options(**chosen), Display(Console(quiet=True)))
 
     return executed

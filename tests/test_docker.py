@@ -18,7 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 from ray.scripts import scripts as ray_scripts
 
-from pipeline import cli
+from pipeline.cli import main
 from pipeline.config import loading
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ def parse(command: str) -> None:
     """Let the real command line read a command; raises for an unknown command or option."""
     program, name, *arguments = shlex.split(command)
     assert program == "ood-pipeline"
-    typer.main.get_command(cli.app).commands[name].make_context(name, arguments)
+    typer.main.get_command(main.app).commands[name].make_context(name, arguments)
 
 
 @pytest.mark.parametrize("path", sorted(DOCKER.glob("Dockerfile*")), ids=lambda path: path.name)

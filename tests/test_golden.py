@@ -15,7 +15,7 @@ GOLDEN = {kind: entries.load(kind) for kind in (*KINDS, "metrics")}
 
 
 @pytest.fixture(scope="module")
-def found(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Outputs:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Outputs:
     """What the evaluation gives now."""
     return outputs.read(evaluation.evaluate(tmp_path_factory.mktemp("golden")))
 

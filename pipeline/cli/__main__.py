@@ -1,8 +1,8 @@
 """`python -m pipeline.cli`: the command, in a submitted job with the environment that came with it."""
 
-from pipeline import cli
+from pipeline.cli.main import main
 from pipeline.cluster.remote import environment
 
 if __name__ == "__main__":
     environment.load()
-    cli.main()
+    main()

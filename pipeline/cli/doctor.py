@@ -53,12 +53,12 @@ def _ray() -> Finding:
     """The nodes of the cluster that runs would use, and what each offers."""
     if "RAY_ADDRESS" not in os.environ:
         return Finding("ray cluster", "none; a local one is started for each run")
-    from pipeline.cluster import session
+    from pipeline.cluster import on_ray
 
     try:
-        with session.session():
-            session.connect()
-            nodes = session.nodes().values()
+        with on_ray.session(None, None):
+            on_ray.connect()
+            nodes = on_ray.nodes().values()
     except UserError as error:
         return Finding("ray cluster", str(error), good=False)
     offers = [

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import usage
 from pipeline.errors import AGAIN, UserError
 from pipeline.workspace import files, storage
 from pipeline.workspace.files import Place
@@ -45,6 +45,18 @@ class Attempt:
 FIRST = Attempt(0, Path())
 """Work that is not counted."""
 
+_replaces: ContextVar[bool] = ContextVar("replaces", default=False)
+
+
+@contextmanager
+def replacing(lost: bool) -> Iterator[None]:
+    """Work in the block is done in the place of a process that was lost, or not."""
+    token = _replaces.set(lost)
+    try:
+        yield
+    finally:
+        _replaces.reset(token)
+
 
 @contextmanager
 def begun(part: str, what: str) -> Iterator[Attempt]:
@@ -58,7 +70,7 @@ def begun(part: str, what: str) -> Iterator[Attempt]:
         UserError: if it was begun too often; names the images that the last start was at.
     """
     file = files.at(storage.parent(part)) / f".attempts-{what}-{storage.name_of(part)}.json"
-    again = usage.restarts() > 0
+    again = _replaces.get()
     earlier: dict[str, Any] = {"number": 0, "keys": []}
     if again and file.is_file():
         earlier = files.read_json(file)

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-
 _MEMORY_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -28,7 +26,7 @@ class Usage:
     peak_memory: int = 0
     """Bytes: the most memory that one process had, up to the end of its last task."""
     nodes: set[str] = field(default_factory=set)
-    """Ray's ids of the nodes that tasks ran on."""
+    """Ids of the nodes that tasks ran on; none where they ran in the driver."""
 
     def numbers(self) -> dict[str, float]:
         """What can be counted, for the record."""
@@ -41,17 +39,16 @@ class Usage:
         }
 
     def add(self, found: Mapping[str, Any]) -> None:
-        """Add what `metered` found out about one task."""
-        self.tasks += 1
-        self.retries += found["retries"]
-        self.cpu_seconds += found["cpu_seconds"]
-        self.gpu_seconds += found["gpu_seconds"]
-        self.peak_memory = max(self.peak_memory, found["peak_memory"])
-        self.nodes.add(found["node"])
+        """Add the costs of one task, or of all calls of an actor."""
+        self.tasks += found.get("tasks", 1)
+        self.retries += found.get("retries", 0)
+        self.cpu_seconds += found.get("cpu_seconds", 0.0)
+        self.gpu_seconds += found.get("gpu_seconds", 0.0)
+        self.peak_memory = max(self.peak_memory, found.get("peak_memory", 0))
+        self.nodes |= {found["node"]} if "node" in found else set()
 
 
 _collecting: list[Usage] = []
-_told_by_actor: list[bool] = []
 
 
 @contextmanager
@@ -64,7 +61,7 @@ def collect() -> Iterator[Usage]:
     finally:
         _collecting.remove(usage)
         usage.cpu_seconds += time.process_time() - cpu
-        usage.peak_memory = max(usage.peak_memory, _peak_memory())
+        usage.peak_memory = max(usage.peak_memory, peak_memory())
 
 
 def report(found: Mapping[str, Any]) -> None:
@@ -73,60 +70,6 @@ def report(found: Mapping[str, Any]) -> None:
         usage.add(found)
 
 
-@contextmanager
-def metered() -> Iterator[dict[str, Any]]:
-    """Measure the block, the work of a Ray task or actor call; the result is filled in at its end."""
-    found: dict[str, Any] = {}
-    wall, cpu = time.perf_counter(), time.process_time()
-    yield found
-    found |= _costs(time.perf_counter() - wall, time.process_time() - cpu)
-
-
-def of_process() -> dict[str, Any]:
-    """What this process has cost since its start, all tasks together."""
-    return _costs(0.0, time.process_time())
-
-
-def _costs(wall: float, cpu: float) -> dict[str, Any]:
-    context = ray.get_runtime_context() if _in_worker() else None  # elsewhere, asking for it starts Ray
-    return {
-        "cpu_seconds": cpu,
-        "gpu_seconds": wall * context.get_assigned_resources().get("GPU", 0.0) if context else 0.0,
-        "peak_memory": _peak_memory(),
-        "retries": _untold_restarts(),
-        "node": context.get_node_id() if context else "",
-    }
-
-
-def restarts() -> int:
-    """How often the process or node of this Ray task or actor was lost before; of an actor only whether.
-
-    Ray counts the attempts at a task, but has no public function that tells.
-    """
-    if not _in_worker():
-        return 0
-    context = ray.get_runtime_context()
-    if context.get_actor_id() is not None:
-        return int(context.was_current_actor_reconstructed)
-    return int(_worker().core_worker.get_current_task_attempt_number())
-
-
-def _untold_restarts() -> int:
-    """The restarts; of an actor only in the first call of its new process."""
-    if _told_by_actor:
-        return 0
-    if _in_worker() and ray.get_runtime_context().get_actor_id() is not None:
-        _told_by_actor.append(True)
-    return restarts()
-
-
-def _peak_memory() -> int:
+def peak_memory() -> int:
+    """Bytes: the most memory that this process had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MEMORY_UNIT
-
-
-def _in_worker() -> bool:
-    return bool(_worker().mode == ray._private.worker.WORKER_MODE)
-
-
-def _worker() -> Any:
-    return ray._private.worker.global_worker

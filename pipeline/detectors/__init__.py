@@ -2,6 +2,8 @@
 
 `base` is their contract, and files that begin with an underscore are what several of them share.
 Others come from a file or module that the config names, or by name from packages that are installed.
+
+Array in, array out; may import learned, columns, errors and imports only.
 """
 
 from importlib import import_module

@@ -258,3 +258,17 @@ def _digest(module: nn.Module) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Give torch back, after the block, what loading in this process changes for all of it."""
+    threads = torch.get_num_threads()
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [each.allow_tf32 for each in flags]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for each, allowed in zip(flags, before, strict=True):
+            each.allow_tf32 = allowed

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cluster import session
+from pipeline.cluster.engine import Engine
 from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Bank
 from pipeline.stages.index import BankFiles
@@ -20,11 +20,17 @@ BATCH = 1024
 
 
 def build_bank(
-    cache: Cache, bank: Bank, table: tables.Table, identity: Mapping[str, Any], extras: Sequence[str] = ()
+    engine: Engine,
+    cache: Cache,
+    bank: Bank,
+    table: tables.Table,
+    identity: Mapping[str, Any],
+    extras: Sequence[str] = (),
 ) -> BankFiles:
-    """Vectors of training rows, written in pieces by Ray tasks.
+    """Vectors of training rows, written in pieces.
 
     Args:
+        engine: does the work.
         cache: where they are kept.
         bank: which vectors.
         table: training rows.
@@ -38,10 +44,10 @@ def build_bank(
             (bank, table, columns, start, stop, str(folder / f"bank-{number:05d}.npy"))
             for number, (start, stop) in enumerate(table.slices(SLICE))
         ]
-        counts, widths = zip(*session.in_order(_write_bank, arguments), strict=True)
+        counts, widths = zip(*engine.in_order(_write_bank, arguments), strict=True)
         record = {"kind": "bank", "identity": identity, "counts": list(counts), "width": widths[0]}
-        files.write_json(folder / artifacts.MANIFEST, record)
-    record = files.read_json(folder / artifacts.MANIFEST)
+        files.write_json(folder / artifacts.RECORD, record)
+    record = files.read_json(folder / artifacts.RECORD)
     return BankFiles(str(folder), tuple(record["counts"]), record["width"])
 
 

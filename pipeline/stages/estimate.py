@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import ray
 
-from pipeline.cluster import session
+from pipeline.cluster.engine import Engine
 from pipeline.columns import padded
 from pipeline.errors import UserError
 from pipeline.network import extras
@@ -82,40 +81,54 @@ class Probe:
     """Images per second of one model actor, by batch size."""
 
 
-def duration(ready: Prepared, found: Probe) -> tuple[float, int]:
+def duration(engine: Engine, ready: Prepared, found: Probe) -> tuple[float, int]:
     """About how many seconds all forward passes take once they are running, and on how many model actors."""
     plan, cost = ready.plan, Cost.of(ready)
-    images, actors = cost.images + cost.extra, extract.actor_count(plan)
+    images, actors = cost.images + cost.extra, extract.actor_count(engine, plan)
     forward = found.forward[plan.settings.batch_size]
     if not plan.separate:
         return images / actors * (1 / forward + 1 / found.decode), actors
-    cpus = ray.cluster_resources().get("CPU", 0) - actors * plan.settings.cpus_per_actor
+    cpus = engine.cpus() - actors * plan.settings.cpus_per_actor
     return images / min(actors * forward, cpus * found.decode), actors
 
 
-def probe(ready: Prepared, sizes: Sequence[int]) -> Probe:
-    """Decode and forward about `PROBE_IMAGES` images in a Ray task with the resources of a model actor.
+def probe(engine: Engine, ready: Prepared, sizes: Sequence[int]) -> Probe:
+    """Decode and forward about `PROBE_IMAGES` images in a worker like those of the run.
 
     Raises:
         UserError: if none of the images can be read, or the cluster has no room for a model actor.
     """
     settings = ready.config.extract
-    extract.actor_count(ready.plan)
+    extract.actor_count(engine, ready.plan)
     each = -(-PROBE_IMAGES // len(ready.jobs))
     tables = []
     for job in ready.jobs.values():
         rows = np.unique(np.linspace(0, job.manifest.rows - 1, each).astype(np.int64))
         tables.append(job.manifest.take(rows))
-    task = ray.remote(measure).options(
-        num_cpus=settings.cpus_per_actor, num_gpus=settings.gpus_per_actor, resources=settings.resources
-    )
-    found: Probe = session.get(task.remote(ready.plan, pa.concat_tables(tables), list(sizes)))
+    needs = settings.needs
+    worker = engine.start(Prober, needs, ready.plan, engine.threads(needs))
+    try:
+        found: Probe = worker.ask("measure", pa.concat_tables(tables), list(sizes))()
+    finally:
+        worker.stop()
     return found
 
 
-def measure(plan: shards.Plan, table: pa.Table, sizes: Sequence[int]) -> Probe:
+@dataclass(frozen=True)
+class Prober:
+    """Model worker that measures."""
+
+    plan: shards.Plan
+    threads: int
+
+    def measure(self, table: pa.Table, sizes: Sequence[int]) -> Probe:
+        """Rates of decoding, and of the forward pass at batch sizes up to the first that does not fit."""
+        return measure(self.plan, self.threads, table, sizes)
+
+
+def measure(plan: shards.Plan, threads: int, table: pa.Table, sizes: Sequence[int]) -> Probe:
     """Rates of decoding, and of the forward pass at some batch sizes up to the first that does not fit."""
-    classifier = extract.load_in_worker(plan, compiled=plan.settings.compile)
+    classifier = extract.load_in_worker(plan, threads, compiled=plan.settings.compile)
     extract.decode_rows(table.slice(0, 8), plan)  # warms up
     started = time.perf_counter()
     decoded = extract.decode_rows(table, plan)

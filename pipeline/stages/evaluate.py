@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from pipeline.cluster import session
+from pipeline.cluster.engine import Engine
 from pipeline.columns import LABEL, PREDICTION, Float
 from pipeline.metrics import comparisons, metrics
 from pipeline.workspace import files, tables
@@ -43,11 +43,12 @@ class Scores:
 
 
 def run(
-    scores: Scores, detectors: Sequence[str], progress: Callable[[int], None] = lambda _: None
+    engine: Engine, scores: Scores, detectors: Sequence[str], progress: Callable[[int], None] = lambda _: None
 ) -> tuple[pa.Table, dict[str, float]]:
     """Metrics of all detectors and their thresholds at 95 % ID acceptance.
 
     Args:
+        engine: does the work.
         scores: where the score tables lie.
         detectors: their labels.
         progress: called with 1 after each detector.
@@ -56,7 +57,7 @@ def run(
     thresholds = {}
     for label, (found, threshold) in zip(
         detectors,
-        session.in_order(_evaluate, [(scores, label) for label in detectors]),
+        engine.in_order(_evaluate, [(scores, label) for label in detectors]),
         strict=True,
     ):
         rows += found

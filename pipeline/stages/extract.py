@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,13 +22,13 @@ from typing import Any
 import numpy as np
 import PIL
 import pyarrow as pa
-import ray
 import torch
 from numpy.typing import NDArray
 
 from pipeline import __version__, columns
-from pipeline.cluster import attempts, session
+from pipeline.cluster import attempts
 from pipeline.cluster.attempts import FIRST, Attempt
+from pipeline.cluster.engine import Engine
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
 from pipeline.config import schema
 from pipeline.data import decode
@@ -43,6 +44,8 @@ from pipeline.workspace import files, tables
 
 _OTHERS = "rows and errors"
 """Column beside `pixels` that holds the rest of a `Decoded` on its way to a model actor, as JSON."""
+
+_log = logging.getLogger(__name__)
 
 ACCEPTED = "accepted"
 """Column of a manifest with the labels that are right, where there are several."""
@@ -111,40 +114,28 @@ class Decoded:
 
 
 def decode_shard(row: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """Ray Data function: add the decoded images of a shard to the row that describes it."""
+    """The decoded images of a shard as columns beside those that describe it."""
     shard = Shard(**row)
-
-    def work() -> dict[str, Any]:
-        with attempts.begun(shard.part, "decoding") as attempt:
-            found = decode_rows(shard.images(), plan, attempt)
-        return {"pixels": found.pixels, _OTHERS: json.dumps([found.rows, found.errors])}
-
-    return {**row, **session.receipt(work)}
+    with attempts.begun(shard.part, "decoding") as attempt:
+        found = decode_rows(shard.images(), plan, attempt)
+    return {"pixels": found.pixels, _OTHERS: json.dumps([found.rows, found.errors])}
 
 
 class Extractor:
-    """Model actor: takes shards, writes parts, returns receipts."""
+    """Model worker: takes shards, writes parts, returns receipts."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, threads: int) -> None:
+        self.plan, self.threads = plan, threads
 
     @cached_property
     def classifier(self) -> Classifier:
         """Loaded by the first shard: an error raised there keeps its type, one of `__init__` does not."""
-        return load_in_worker(self.plan, compiled=self.plan.settings.compile)
+        return load_in_worker(self.plan, self.threads, compiled=self.plan.settings.compile)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Extract one shard, given as a row of `Shard` fields, or what `decode_shard` made of it."""
         shard = Shard(**{field.name: row[field.name] for field in fields(Shard)})
-        if "failure" not in row:
-            return session.receipt(lambda: self.extract(shard))
-        if row["failure"]:
-            return {"costs": row["costs"], "failure": row["failure"]}
-        decoded = Decoded(row["pixels"], *json.loads(row[_OTHERS]))
-        return session.receipt(lambda: self.extract(shard, decoded), row["costs"])
-
-    def extract(self, shard: Shard, decoded: Decoded | None = None) -> dict[str, Any]:
-        """Extract one shard, decode it first if need be, write its part, and return the receipt."""
+        decoded = Decoded(row["pixels"], *json.loads(row[_OTHERS])) if _OTHERS in row else None
         with attempts.begun(shard.part, "extracting") as attempt:
             return self._extract(shard, decoded, attempt)
 
@@ -165,6 +156,8 @@ class Extractor:
             tables.write_table(files.at(shard.part), features.replace_schema_metadata(footer))
         for column, values in others.columns(keys):
             tables.write_table(shards.beside(files.at(shard.part), column), values)
+        seconds = time.perf_counter() - clock
+        _log.info("%s: %d images, %d errors, %.2f s", shard.part, shard.stop - shard.start, errors, seconds)
         return {
             "dataset": shard.dataset,
             "rows": shard.stop - shard.start,
@@ -172,7 +165,7 @@ class Extractor:
             "forwarded": forwarded,
             "extra_forwarded": json.dumps(others.forwarded),
             "started": started,
-            "seconds": time.perf_counter() - clock,
+            "seconds": seconds,
         }
 
     def _decode(self, shard: Shard, attempt: Attempt = FIRST) -> Iterator[Decoded]:
@@ -243,11 +236,11 @@ class Others:
             yield spec.column, table.cast(schema).replace_schema_metadata(footer)
 
 
-def load_in_worker(plan: Plan, compiled: bool = False) -> Classifier:
-    """Load the classifier on the actor's device and make sure that it is the one the driver saw."""
+def load_in_worker(plan: Plan, threads: int, compiled: bool = False) -> Classifier:
+    """Load the classifier on the worker's device and make sure that it is the one the driver saw."""
     settings = plan.settings
     _keep_freed_memory()
-    torch.set_num_threads(max(1, int(settings.cpus_per_actor)))
+    torch.set_num_threads(threads)
     where = device(settings.device, settings.gpus_per_actor)
     if where == "cuda" and not torch.cuda.is_available():
         raise UserError("extract.device: cuda is not available on a worker. Set extract.device to cpu.")
@@ -376,10 +369,13 @@ def _feature_table(
     return tables.arrow_columns(arrays).cast(schema)
 
 
-def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> dict[str, float]:
-    """Extract what is not in the cache, all datasets in one Ray Data execution and one actor pool.
+def run(
+    engine: Engine, jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], None]
+) -> dict[str, float]:
+    """Extract what is not in the cache, all datasets through one pool of model workers.
 
     Args:
+        engine: does the work.
         jobs: all datasets of the run.
         plan: the model and the settings.
         progress: called with the receipt of every finished shard.
@@ -395,7 +391,7 @@ def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], No
         shards.reopen(job, plan)
     unfinished = [job for job in jobs if not job.complete]
     todo = [shard for job in unfinished for shard in shards.missing(job, plan.shard_rows)]
-    receipts = list(_execute(todo, plan, progress)) if todo else []
+    receipts = list(_execute(engine, todo, plan, progress)) if todo else []
     for job in unfinished:
         if not job.featured:
             shards.finish(job, plan)
@@ -414,17 +410,17 @@ def run(jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], No
     }
 
 
-def actor_count(plan: Plan) -> int:
+def actor_count(engine: Engine, plan: Plan) -> int:
     """How many model actors there will be; where they do not decode, a CPU is left for the tasks that do.
 
     Raises:
         UserError: if the cluster has no room for as many as configured, or for one.
     """
     settings, spare = plan.settings, 1 if plan.separate else 0
-    fits = session.capacity(settings.needs, "extract", spare)
+    fits = engine.capacity(settings.needs, "extract", spare)
     if settings.actors == "auto":
         return fits
-    if settings.actors > fits:
+    if not engine.holds(settings.needs, settings.actors, spare):
         raise UserError(
             f"extract.actors: {settings.actors} asked for, the cluster has room for {fits}"
             f"{' beside a CPU that decodes' if spare else ''}. Lower it."
@@ -432,21 +428,18 @@ def actor_count(plan: Plan) -> int:
     return settings.actors
 
 
-def _execute(todo: list[Shard], plan: Plan, progress: Callable[[dict[str, Any]], None]) -> Any:
-    """Stream receipts out of one Ray Data execution."""
+def _execute(
+    engine: Engine, todo: list[Shard], plan: Plan, progress: Callable[[dict[str, Any]], None]
+) -> Iterator[dict[str, Any]]:
+    """Stream receipts out of the model workers."""
     settings = plan.settings
-    actors = min(actor_count(plan), len(todo))
-    rows = ray.data.from_items([asdict(shard) for shard in todo], override_num_blocks=len(todo))
-    if plan.separate:
-        rows = rows.map(decode_shard, fn_kwargs={"plan": plan}, num_cpus=1)
-    receipts = rows.map(
-        Extractor,
-        fn_constructor_kwargs={"plan": plan},
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=settings.cpus_per_actor,
-        num_gpus=settings.gpus_per_actor or None,
-        resources=settings.resources or None,
+    receipts = engine.stream(
+        [asdict(shard) for shard in todo],
+        decode=(decode_shard, (plan,)) if plan.separate else None,
+        worker=(Extractor, (plan, engine.threads(settings.needs))),
+        needs=settings.needs,
+        count=min(actor_count(engine, plan), len(todo)),
     )
-    for receipt in session.receipts(receipts):
+    for receipt in receipts:
         progress(receipt)
         yield receipt

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import detectors
+from pipeline.cluster.engine import Engine
 from pipeline.detectors.base import Detector, Scorer, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.stages.banks import build_bank
@@ -26,6 +27,7 @@ class Fitted:
 
 
 def fit_detectors(
+    engine: Engine,
     chosen: Mapping[str, Detector],
     training: Training,
     cache: Cache,
@@ -35,6 +37,7 @@ def fit_detectors(
     """Fit every detector and build the banks.
 
     Args:
+        engine: builds banks.
         chosen: detectors by label.
         training: all that `fit` may read.
         cache: where banks are kept.
@@ -62,7 +65,7 @@ def fit_detectors(
             table, identity = source
             parts = {"features": identity, "detector": detectors.identity(detector)}
             extras = [extra.column for extra in detector.extras()]
-            files = build_bank(cache, bank, table, parts, extras)
+            files = build_bank(engine, cache, bank, table, parts, extras)
             if files.rows < bank.k:
                 refuse(label, f"k is {bank.k} but only {files.rows} training rows enter the bank; lower k.")
                 continue

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
-from pipeline.cluster import session, usage
+from pipeline.cluster.engine import Actor, Engine
 from pipeline.columns import Float
 from pipeline.config import schema
 from pipeline.errors import UserError
@@ -33,9 +31,6 @@ except ModuleNotFoundError:
 
 AUTO_SHARD_BYTES = 8 * 2**30
 """With `shards: auto` a shard holds at most this much."""
-
-_STOPPING = 10.0
-"""Seconds that a shard has to say what it cost; one that is just being started again is not waited for."""
 
 Vectors = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -111,20 +106,22 @@ def exact_distance(queries: Vectors, vectors: Vectors, row: Ids) -> Float:
     return distance
 
 
-class Shard:
+class IndexShard:
     """One range of rows of every bank. Not an actor itself; `start` makes actors of it.
 
     An index is loaded from the workspace when it is first needed: an actor that was started again, perhaps
     on another node, goes on where the old one was.
     """
 
-    def __init__(self, number: int, of: int, settings: schema.Index, banks: Mapping[str, BankFiles]) -> None:
+    def __init__(
+        self, number: int, of: int, settings: schema.Index, banks: Mapping[str, BankFiles], threads: int = 1
+    ) -> None:
         self.number, self.of, self.settings, self.banks = number, of, settings, banks
         self.source: dict[str, Any] = {}
         self.indexes: dict[str, Any] = {}
         self.vectors: dict[str, Vectors] = {}
         self.offset: dict[str, int] = {}
-        faiss.omp_set_num_threads(max(1, int(settings.cpus_per_shard)))
+        faiss.omp_set_num_threads(threads)
 
     def load(self, label: str) -> None:
         """Build or read back the index of this shard's rows of a bank; nothing if it is there.
@@ -165,10 +162,6 @@ class Shard:
             row=np.where(found, row + self.offset[label], -1),
             distance=np.where(found, distance, np.inf),
         )
-
-    def costs(self) -> dict[str, Any]:
-        """What the process has cost since it was started."""
-        return usage.of_process()
 
     def _trained(self, bank: BankFiles, vectors: Vectors) -> Any:
         """An index by factory string, trained once and kept beside the bank."""
@@ -231,7 +224,7 @@ def device(settings: schema.Index) -> str:
 class Index:
     """Handles of the shard actors; travels to the tasks that search."""
 
-    shards: tuple[Any, ...]
+    shards: tuple[Actor, ...]
 
     def search(self, label: str, queries: Vectors, k: int, exact: bool = False) -> Neighbours:
         """The k nearest vectors of a bank.
@@ -246,42 +239,39 @@ class Index:
 
     def ask(self, label: str, queries: Vectors, k: int, exact: bool = False) -> Callable[[], Neighbours]:
         """Begin a search; what comes back waits for its result."""
-        found = [shard.search.remote(label, queries, k, exact) for shard in self.shards]
-        return lambda: merge([session.get(part) for part in found], k)
+        found = [shard.ask("search", label, queries, k, exact) for shard in self.shards]
+        return lambda: merge([part() for part in found], k)
 
     def stop(self) -> None:
         """End the actors and report what they cost."""
         for shard in self.shards:
-            with suppress(ray.exceptions.RayError):
-                usage.report(ray.get(shard.costs.remote(), timeout=_STOPPING))
-            ray.kill(shard)
+            shard.stop()
 
 
-def start(banks: Mapping[str, BankFiles], settings: schema.Index) -> Index:
+def start(engine: Engine, banks: Mapping[str, BankFiles], settings: schema.Index) -> Index:
     """Start the shard actors and load every bank into them."""
     size = sum(bank.rows * bank.width * 4 for bank in banks.values())
     count = max(1, -(-size // AUTO_SHARD_BYTES)) if settings.shards == "auto" else settings.shards
     smallest = min(bank.rows for bank in banks.values())
     if count > smallest:
         raise UserError(f"index.shards is {count} but the smallest bank has {smallest} rows; lower it.")
-    fits = session.capacity(settings.needs, "index")
-    spare = ray.cluster_resources().get("CPU", 0) - count * settings.cpus_per_shard
-    if count > fits or spare < 1:
+    engine.capacity(settings.needs, "index")
+    if not engine.holds(settings.needs, count, spare=1):
         raise UserError(
             f"index.shards: {count} shards of {settings.cpus_per_shard:g} CPU and "
             f"{settings.gpus_per_shard:g} GPU leave no CPU for scoring on this cluster. "
             "Lower shards or cpus_per_shard, or add nodes."
         )
+    needs, threads = settings.needs, engine.threads(settings.needs)
     index = Index(
         tuple(
-            session.actor(Shard, settings.needs, number, count, settings, dict(banks), spread=True)
+            engine.start(IndexShard, needs, number, count, settings, dict(banks), threads, spread=True)
             for number in range(count)
         )
     )
     for label in banks:
-        loading = [shard.load.remote(label) for shard in index.shards]
-        for reference in loading:
-            session.get(reference)
+        for loaded in [shard.ask("load", label) for shard in index.shards]:
+            loaded()
     return index
 
 

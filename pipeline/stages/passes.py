@@ -11,14 +11,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
-from ray.util import ActorPool
 from torchvision.transforms.functional import gaussian_blur
 
 from pipeline import columns
-from pipeline.cluster import session, usage
+from pipeline.cluster.engine import Engine, Pool
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LOGITS, Float, padded
 from pipeline.data import decode
 from pipeline.data.manifest import Manifest
@@ -35,21 +33,17 @@ Index = NDArray[np.int64]
 
 
 class Worker:
-    """Model actor of the pool."""
+    """Model worker of the pool."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, threads: int) -> None:
+        self.plan, self.threads = plan, threads
         self.size = plan.settings.batch_size
         self.seed = plan.seed
 
     @cached_property
     def classifier(self) -> Classifier:
         """Loaded by the first call: an error raised there keeps its type, one of `__init__` does not."""
-        return extract.load_in_worker(self.plan)
-
-    def metered(self, call: str, *arguments: Any) -> tuple[Any, dict[str, Any]]:
-        """Result of one of the methods below, and what it cost."""
-        return session.measured(getattr(self, call), *arguments)
+        return extract.load_in_worker(self.plan, self.threads)
 
     def _batches(self, train: Manifest, rows: Index) -> Iterator[tuple[columns.Pixels, Index]]:
         """Decodable images of some rows (ascending), at most `size` at once, and their rows."""
@@ -154,32 +148,29 @@ class Worker:
 class Runner:
     """Runs passes on a pool of model actors, started for the first pass and ended with the `with` block."""
 
-    def __init__(self, train: Manifest, plan: Plan, early: str | None, held_out: Sequence[Manifest]) -> None:
-        """Args: training images, the model, the block that `auto` means for mixing, and other ID images."""
-        self.train, self.plan, self.early, self.held_out = train, plan, early, held_out
-        self.actors: list[Any] = []
+    def __init__(
+        self, engine: Engine, train: Manifest, plan: Plan, early: str | None, held_out: Sequence[Manifest]
+    ) -> None:
+        """Args: engine, training images, the model, what `auto` means for mixing, and other ID images."""
+        self.engine, self.train, self.plan, self.early, self.held_out = engine, train, plan, early, held_out
+        self.workers: Pool | None = None
 
     def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
+        if self.workers is not None:
+            self.workers.stop()
 
-    def _pool(self) -> ActorPool:
-        if not self.actors:
-            needs, count = self.plan.settings.needs, extract.actor_count(self.plan)
-            self.actors = [session.actor(Worker, needs, self.plan) for _ in range(count)]
-        return ActorPool(self.actors)
+    def _pool(self) -> Pool:
+        if self.workers is None:
+            needs, count = self.plan.settings.needs, extract.actor_count(self.engine, self.plan)
+            self.workers = self.engine.pool(Worker, needs, count, self.plan, self.engine.threads(needs))
+        return self.workers
 
     def each(self, call: str, arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Results of a method of `Worker` on the pool, in the order of the arguments."""
-        with session.user_errors():
-            for result, costs in self._pool().map(
-                lambda worker, some: worker.metered.remote(call, *some), list(arguments)
-            ):
-                usage.report(costs)
-                yield result
+        return self._pool().each(call, arguments)
 
     def pieces(self, rows: Index) -> list[Index]:
         """Rows in pieces of one batch."""

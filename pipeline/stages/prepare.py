@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from pipeline import __version__, detectors
-from pipeline.cluster import session
 from pipeline.columns import BLOCK_NORM, LABEL
 from pipeline.config import published
 from pipeline.config.schema import Config, Dataset, Extract
@@ -100,9 +99,6 @@ def prepare(settings: Config) -> Prepared:
         UserError: the first thing found wrong, naming file, key or field and the fix.
     """
     chosen = settings.built()
-    for detector in chosen.values():
-        for part in detector.parts():
-            session.carry(type(part))
     _check_roles(settings)
     selection = Selection(chosen, settings.optional)
     selection.keep(lambda label, detector: check_data(label, detector, settings))

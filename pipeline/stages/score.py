@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import ray
 from numpy.typing import NDArray
 
-from pipeline.cluster import attempts, session
+from pipeline.cluster import attempts
+from pipeline.cluster.engine import Engine, Shared
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
 from pipeline.detectors.base import NEIGHBOURS, Scorer, bank_of
 from pipeline.errors import UserError
@@ -24,9 +25,11 @@ from pipeline.workspace.files import Place
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class Job:
+class ScoreJob:
     """One dataset to score."""
 
     dataset: str
@@ -38,13 +41,13 @@ class Job:
     @property
     def complete(self) -> bool:
         """Whether scores of exactly these inputs are there."""
-        done = files.at(self.folder) / artifacts.MANIFEST
+        done = files.at(self.folder) / artifacts.RECORD
         return done.is_file() and files.read_json(done)["inputs"] == self.inputs
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """All that scoring needs; put into the object store once."""
+    """All that scoring needs; sent once."""
 
     scorers: Mapping[str, Scorer]
     columns: tuple[str, ...]
@@ -83,27 +86,28 @@ def _one_ahead(items: Iterable[T]) -> Iterator[T]:
     yield from held
 
 
-def score_part(row: dict[str, Any], work: Any) -> dict[str, Any]:
-    """Ray Data function: score some rows of a dataset, write them, and return a receipt.
+def score_part(row: dict[str, Any], work: Shared[tuple[Scoring, Mapping[str, tables.Table]]]) -> int:
+    """Score some rows of a dataset and write them.
 
     Args:
         row: `dataset`, its rows `start` to `stop`, and the path of the `part` they become.
-        work: object reference of a `Scoring` and of the feature tables by dataset.
+        work: how to score, and the feature tables by dataset.
+
+    Returns:
+        How many rows.
     """
-    return session.receipt(lambda: _score_part(row, *ray.get(work)))
-
-
-def _score_part(row: dict[str, Any], work: Scoring, features: Mapping[str, tables.Table]) -> dict[str, Any]:
+    scoring, features = work.get()
     with attempts.begun(row["part"], "scoring"):
-        scores = work.table(features[row["dataset"]].read(row["start"], row["stop"], work.columns))
-        bad = _not_finite(scores, list(work.scorers))
+        scores = scoring.table(features[row["dataset"]].read(row["start"], row["stop"], scoring.columns))
+        bad = _not_finite(scores, list(scoring.scorers))
         if bad:
             raise UserError(
                 f"scores of {row['dataset']} are not finite: {'; '.join(bad)}. "
                 "Check these images, the detector's parameters, and index.kind if it is approximate."
             )
         tables.write_table(files.at(row["part"]), scores)
-    return {"dataset": row["dataset"], "rows": len(scores)}
+    _log.info("%s: %d rows", row["part"], len(scores))
+    return len(scores)
 
 
 def _not_finite(scores: pa.Table, labels: Sequence[str]) -> list[str]:
@@ -115,8 +119,14 @@ def _not_finite(scores: pa.Table, labels: Sequence[str]) -> list[str]:
     return found
 
 
-def run(jobs: Sequence[Job], scoring: Scoring, progress: Callable[[dict[str, Any]], None]) -> int:
-    """Score what is missing, all datasets in one Ray Data execution.
+def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, progress: Callable[[int], None]) -> int:
+    """Score what is missing, all datasets in one sequence of tasks.
+
+    Args:
+        engine: does the work.
+        jobs: all datasets.
+        scoring: how.
+        progress: called with the number of rows of every part that is done.
 
     Returns:
         How many rows were scored.
@@ -127,24 +137,21 @@ def run(jobs: Sequence[Job], scoring: Scoring, progress: Callable[[dict[str, Any
     todo = [row for job in jobs for row in _missing(job)]
     rows = 0
     if todo:
-        session.connect()
-        work = ray.put((scoring, {job.dataset: job.features for job in jobs}))
-        parts = ray.data.from_items(todo, override_num_blocks=len(todo))
-        receipts = parts.map(score_part, fn_kwargs={"work": work}, num_cpus=1)
-        for receipt in session.receipts(receipts):
-            rows += receipt["rows"]
-            progress(receipt)
+        work = engine.share((scoring, {job.dataset: job.features for job in jobs}))
+        for count in engine.in_order(score_part, ((row, work) for row in todo)):
+            rows += count
+            progress(count)
     for job in jobs:
         _finish(job)
     return rows
 
 
-def _missing(job: Job) -> list[dict[str, Any]]:
+def _missing(job: ScoreJob) -> list[dict[str, Any]]:
     """Parts still to score; those of other inputs are removed first."""
     folder = files.at(job.folder)
     plan, inputs = folder / "_plan.json", [job.inputs, list(job.features.part_rows)]
     if not plan.is_file() or files.read_json(plan) != inputs:
-        for stale in (folder / artifacts.MANIFEST, *folder.glob("part-*.parquet")):
+        for stale in (folder / artifacts.RECORD, *folder.glob("part-*.parquet")):
             stale.unlink(missing_ok=True)
         files.write_json(plan, inputs)
     attempts.forget(folder)
@@ -160,7 +167,7 @@ def _missing(job: Job) -> list[dict[str, Any]]:
     ]
 
 
-def _finish(job: Job) -> None:
+def _finish(job: ScoreJob) -> None:
     """Count the rows and mark the dataset as scored."""
     folder, slices = files.at(job.folder), job.features.slices(SLICE)
     parts = [folder / tables.part_name(number) for number in range(len(slices))]
@@ -168,13 +175,13 @@ def _finish(job: Job) -> None:
     if part_rows != [stop - start for start, stop in slices]:
         raise RuntimeError(f"{folder}: {sum(part_rows)} scores for {job.features.rows} feature rows")
     artifacts.remove_drafts(folder)
-    files.write_json(folder / artifacts.MANIFEST, {"inputs": job.inputs, "part_rows": part_rows})
+    files.write_json(folder / artifacts.RECORD, {"inputs": job.inputs, "part_rows": part_rows})
 
 
-def flag(folder: Place, thresholds: Mapping[str, float]) -> None:
+def flag(engine: Engine, folder: Place, thresholds: Mapping[str, float]) -> None:
     """Add the columns `is_ood.<detector>` (score above the threshold) to the scores of a dataset."""
     arguments = [(str(part), dict(thresholds)) for part in tables.Table.open(folder).parts()]
-    for _ in session.in_order(_flag_part, arguments):
+    for _ in engine.in_order(_flag_part, arguments):
         pass
     artifacts.remove_drafts(folder)
 

@@ -82,15 +82,15 @@ class Job:
     @property
     def featured(self) -> bool:
         """Whether the features of all rows are there."""
-        return (files.at(self.folder) / artifacts.MANIFEST).is_file()
+        return (files.at(self.folder) / artifacts.RECORD).is_file()
 
     def lacking(self) -> list[Extra]:
         """The extras that are not there for exactly the rows of the features."""
-        keys = files.read_json(files.at(self.folder) / artifacts.MANIFEST)["keys"] if self.featured else None
+        keys = files.read_json(files.at(self.folder) / artifacts.RECORD)["keys"] if self.featured else None
         return [extra for extra in self.extras if keys is None or self._keys(extra) != keys]
 
     def _keys(self, extra: Extra) -> str | None:
-        marker = files.at(self.folder) / extra.column / artifacts.MANIFEST
+        marker = files.at(self.folder) / extra.column / artifacts.RECORD
         return str(files.read_json(marker)["keys"]) if marker.is_file() else None
 
     def table(self) -> tables.Table:
@@ -166,7 +166,7 @@ def missing(job: Job, shard_rows: int) -> list[Shard]:
     files.write_json(plan, {"shard_rows": shard_rows})
     planned, done = cut(job, shard_rows), _digests(folder.glob("part-*.parquet"))
     for column in columns:
-        (folder / column / artifacts.MANIFEST).unlink(missing_ok=True)
+        (folder / column / artifacts.RECORD).unlink(missing_ok=True)
     extra = {column: _digests((folder / column).glob("part-*.parquet")) for column in columns}
     todo = []
     for shard in planned:
@@ -196,7 +196,7 @@ def _digests(parts: Iterable[Place]) -> dict[str, str]:
 
 def reopen(job: Job, plan: Plan) -> None:
     """Take the mark off a dataset that has more bad images than are allowed by now; `finish` then says so."""
-    marker = files.at(job.folder) / artifacts.MANIFEST
+    marker = files.at(job.folder) / artifacts.RECORD
     if (
         job.featured
         and files.read_json(marker)["errors"] > plan.settings.max_bad_fraction * job.manifest.rows
@@ -245,17 +245,17 @@ def finish(job: Job, plan: Plan) -> None:
         "keys": artifacts.digest(keys),
         "identity": job.identity,
     }
-    files.write_json(folder / artifacts.MANIFEST, record)
+    files.write_json(folder / artifacts.RECORD, record)
 
 
 def finish_extra(job: Job, extra: Extra) -> None:
     """Mark an extra of a dataset as complete, if it has the rows of the features."""
     folder = files.at(job.folder)
-    features = files.read_json(folder / artifacts.MANIFEST)
+    features = files.read_json(folder / artifacts.RECORD)
     names = [tables.part_name(number) for number in range(len(features["part_rows"]))]
     found = list(_digests(folder / extra.column / name for name in names).values())
     if artifacts.digest(found) != features["keys"]:
         raise RuntimeError(f"{folder / extra.column}: its rows are not those of the features")
     artifacts.remove_drafts(folder / extra.column)
     record = {"extra": extra.kind, **extra.model_dump(mode="json"), "keys": features["keys"]}
-    files.write_json(folder / extra.column / artifacts.MANIFEST, record)
+    files.write_json(folder / extra.column / artifacts.RECORD, record)

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from numpy.typing import NDArray
 
 from pipeline import imports
-from pipeline.cluster import session
+from pipeline.cluster.engine import Engine, Shared
 from pipeline.columns import Batch
 from pipeline.learned import statistics
 from pipeline.learned.statistics import Head, Part, Statistic, Statistics
@@ -29,7 +28,9 @@ class Rows:
     identities: Sequence[Mapping[str, Any]]
 
 
-def fit_statistics(cache: Cache, rows: Rows, wanted: Iterable[Statistic[Any]], head: Head) -> Statistics:
+def fit_statistics(
+    engine: Engine, cache: Cache, rows: Rows, wanted: Iterable[Statistic[Any]], head: Head
+) -> Statistics:
     """Statistics of all rows, merged slice by slice in order; only those not in the cache are computed.
 
     Raises:
@@ -41,7 +42,9 @@ def fit_statistics(cache: Cache, rows: Rows, wanted: Iterable[Statistic[Any]], h
             {"features": rows.identities, **each.identity, **imports.foreign(type(each))} for each in group
         ]
         found = cache.get_all(
-            "statistics", identities, lambda missing: _sweep(rows, [group[n] for n in missing], head, known)
+            "statistics",
+            identities,
+            lambda missing: _sweep(engine, rows, [group[n] for n in missing], head, known),
         )
         return [each.part(**arrays) for each, arrays in zip(group, found, strict=True)]
 
@@ -49,18 +52,17 @@ def fit_statistics(cache: Cache, rows: Rows, wanted: Iterable[Statistic[Any]], h
 
 
 def _sweep(
-    rows: Rows, group: Sequence[Statistic[Any]], head: Head, known: Statistics
+    engine: Engine, rows: Rows, group: Sequence[Statistic[Any]], head: Head, known: Statistics
 ) -> list[dict[str, NDArray[Any]]]:
     """Arrays of some statistics, from one pass over the columns they read."""
-    session.connect()
     columns = sorted({name for each in group for name in each.columns})
-    measures = ray.put([each.measure(head, known) for each in group])
+    measures = engine.share([each.measure(head, known) for each in group])
     slices = [
         (table, start, stop, columns, measures)
         for table in rows.tables
         for start, stop in table.slices(SLICE)
     ]
-    found = session.in_order(_slice_statistics, slices)
+    found = engine.in_order(_slice_statistics, slices)
     total = next(found)
     for parts in found:
         total = [one.merge(other) for one, other in zip(total, parts, strict=True)]
@@ -68,7 +70,11 @@ def _sweep(
 
 
 def _slice_statistics(
-    table: tables.Table, start: int, stop: int, columns: list[str], measures: list[Callable[[Batch], Part]]
+    table: tables.Table,
+    start: int,
+    stop: int,
+    columns: list[str],
+    measures: Shared[list[Callable[[Batch], Part]]],
 ) -> list[Part]:
     batch = table.read(start, stop, columns)
-    return [measure(batch) for measure in measures]
+    return [measure(batch) for measure in measures.get()]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -21,3 +22,17 @@ class Display(Protocol):
 
     def stage(self, name: str, total: int = 0) -> AbstractContextManager[Stage]:
         """A stage for the time of the block; `total` is what `advance` adds up to, 0 where nobody knows."""
+
+
+class Quiet:
+    """Shows nothing; also the one stage that it gives."""
+
+    note = ""
+
+    @contextmanager
+    def stage(self, name: str, total: int = 0) -> Iterator[Stage]:
+        """A stage that nobody sees."""
+        yield self
+
+    def advance(self, count: int) -> None:
+        """Nobody counts."""

@@ -5,6 +5,7 @@ Extract, fit, score, evaluate, report. A killed run is continued by running it a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,23 +15,26 @@ from typing import Any, Literal, TypeVar
 
 from numpy.typing import NDArray
 
-from pipeline.cluster import session, usage
+from pipeline.cluster import engine, usage
+from pipeline.cluster.engine import Engine
+from pipeline.cluster.logs import Logs
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.config import loading, schema
 from pipeline.detectors.base import Jigsaw, Pass, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Statistic, Statistics
+from pipeline.network.classifier import settings_kept
 from pipeline.results import report
+from pipeline.results.evaluation import Evaluation
 from pipeline.results.mlflow import tracking
 from pipeline.results.record import Record
 from pipeline.stages import evaluate, extract, index, passes, shards
 from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare, tracking_uri
-from pipeline.stages.score import Job as ScoreJob
-from pipeline.stages.score import Scoring, flag
+from pipeline.stages.score import ScoreJob, Scoring, flag
 from pipeline.stages.score import run as run_scores
 from pipeline.stages.statistics import Rows, fit_statistics
-from pipeline.workflows.progress import Display, Stage
+from pipeline.workflows.progress import Display, Quiet, Stage
 from pipeline.workspace import artifacts, files
 from pipeline.workspace.artifacts import Cache
 from pipeline.workspace.claims import alone
@@ -57,6 +61,11 @@ class Options:
     """Do everything again."""
     publish: Literal["as configured", "always", "never"] = "as configured"
     """Whether to send the results to MLflow."""
+    engine: engine.Name = "ray"
+    threads: int | None = None
+    """Of the inline engine; None = as many as there are CPUs."""
+    level: int = logging.WARNING
+    """What workers log."""
 
 
 @dataclass
@@ -82,10 +91,10 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
         if ready.not_applicable:
             stage.note += f", {len(ready.not_applicable)} more do not apply"
-    with alone(ready.workspace) as check, session.session(ready.workspace), ThreadPoolExecutor(1) as threads:
+    with alone(ready.workspace) as check, working(ready, options) as chosen, ThreadPoolExecutor(1) as threads:
         if options.fresh:
             _forget(ready)
-        run = Run(ready, options, display, threads)
+        run = Run(ready, options, display, threads, chosen)
         try:
             for name in STAGES[: STAGES.index(options.last) + 1]:
                 check()
@@ -98,6 +107,39 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
             run.record.close("partial")
         left_out = run.record.content["not_applicable"]
         return Outcome(ready.folder, *run.tracking.publish(display), not_applicable=left_out)
+
+
+def evaluated(
+    settings: schema.Config,
+    *,
+    engine: engine.Name = "ray",
+    threads: int | None = None,
+    fresh: bool = False,
+    display: Display | None = None,
+) -> Evaluation:
+    """Run a whole evaluation and open its results; one that was interrupted goes on where it stopped.
+
+    Args:
+        settings: as `pipeline.load_config` gives it.
+        engine: "ray", or "inline" for this process alone.
+        threads: of the inline engine; None = one per CPU, 1 = none but the caller's, for debuggers.
+        fresh: do everything again.
+        display: shows the stages; `pipeline.cli.progress.Display` draws bars. None shows nothing.
+
+    Raises:
+        UserError: anything the user can mend; earlier results stay as they are.
+    """
+    options = Options(fresh=fresh, engine=engine, threads=threads)
+    return Evaluation(execute(settings, options, display or Quiet()).folder)
+
+
+@contextmanager
+def working(ready: Prepared, options: Options) -> Iterator[Engine]:
+    """The engine that was asked for, with the code of all detectors, and torch as it was after the block."""
+    logs = Logs(ready.folder / "logs", options.level)
+    with settings_kept(), engine.opened(options.engine, ready.workspace, logs, options.threads) as chosen:
+        chosen.carry(type(part) for detector in ready.detectors.values() for part in detector.parts())
+        yield chosen
 
 
 def _forget(ready: Prepared) -> None:
@@ -114,6 +156,7 @@ class Run:
     options: Options
     display: Display
     threads: ThreadPoolExecutor
+    engine: Engine
     record: Record = field(init=False)
     tracking: Tracked = field(default_factory=lambda: Tracked(None))
     fitted: Fitted | None = None
@@ -157,7 +200,7 @@ class Run:
         if self.may_work(name):
             numbers = self.record.content["stages"].setdefault(name, {})
             numbers |= {"seconds": round(time.perf_counter() - started, 3), **used.numbers()}
-            nodes = session.nodes(dead=True)
+            nodes = self.engine.nodes(dead=True)
             self.record.content["nodes"] |= {node: nodes[node] for node in used.nodes & nodes.keys()}
             self.record.write()
 
@@ -193,12 +236,14 @@ class Run:
         unfinished = self._unfinished("extract", jobs)
         rows = sum(job.manifest.rows for job in unfinished)
         with self.stage("extract", rows) as shown:
-            numbers = extract.run(jobs, self.ready.plan, lambda receipt: shown.advance(receipt["rows"]))
+            numbers = extract.run(
+                self.engine, jobs, self.ready.plan, lambda receipt: shown.advance(receipt["rows"])
+            )
             if self.may_work("extract"):
                 self.record.content["stages"]["extract"] = numbers
             self._describe_extras()
             for job in jobs:
-                counted = files.read_json(files.at(job.folder) / artifacts.MANIFEST)
+                counted = files.read_json(files.at(job.folder) / artifacts.RECORD)
                 entry = self.record.content["datasets"][job.dataset]
                 entry |= {"features": counted["features"], "errors": counted["errors"]}
             shown.note = f"{numbers['forward_images']:,} of {numbers['images']:,} images forwarded"
@@ -225,7 +270,9 @@ class Run:
             training = self._training(cache)
             trains = self.ready.of_role("train")
             source = (trains[0].table(), self.ready.training) if trains else None
-            self.fitted = fit_detectors(detectors, training, cache, source, self.ready.config.optional)
+            self.fitted = fit_detectors(
+                self.engine, detectors, training, cache, source, self.ready.config.optional
+            )
             self.record.leave_out(self.fitted.not_applicable)
             done = [type(spec).__name__.lower() for spec in training.passes]
             count = len(self.fitted.scorers)
@@ -256,7 +303,7 @@ class Run:
     def _statistics(self, cache: Cache, role: str, wanted: list[Statistic[Any]], head: Head) -> Statistics:
         jobs = self.ready.of_role(role)
         rows = Rows([job.table() for job in jobs], [job.identity for job in jobs])
-        return fit_statistics(cache, rows, wanted, head)
+        return fit_statistics(self.engine, cache, rows, wanted, head)
 
     def _passes(self, cache: Cache, specs: list[Pass]) -> dict[Pass, passes.Result]:
         """Results of the extra passes; the model actors start only if one is not in the cache."""
@@ -266,7 +313,9 @@ class Run:
             [job.manifest for job in ready.of_role(role) or ready.of_role(other)]
             for role, other in (("train", "id_val"), ("id_val", "train"))
         )
-        with passes.Runner(trains[0], ready.plan, ready.classifier.taps.early, held_out) as runner:
+        with passes.Runner(
+            self.engine, trains[0], ready.plan, ready.classifier.taps.early, held_out
+        ) as runner:
             for spec in specs:
                 kind = type(spec).__name__.lower()
                 identity = {
@@ -299,17 +348,17 @@ class Run:
         rows = sum(job.features.rows for job in unfinished)
         with self.stage("score", rows) as shown:
             if unfinished:
-                self._score(unfinished, fitted, lambda receipt: shown.advance(receipt["rows"]))
+                self._score(unfinished, fitted, shown.advance)
             shown.note = f"{rows:,} rows"
             if self.may_work("score"):
                 self.record.content["stages"]["score"] = {"rows": rows}
 
-    def _score(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[Any], None]) -> None:
-        searched = index.start(fitted.banks, self.ready.config.index) if fitted.banks else None
+    def _score(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> None:
+        searched = index.start(self.engine, fitted.banks, self.ready.config.index) if fitted.banks else None
         try:
             if searched is not None:
                 self._describe_index(searched, fitted)
-            run_scores(jobs, Scoring(fitted.scorers, self._columns(), searched), progress)
+            run_scores(self.engine, jobs, Scoring(fitted.scorers, self._columns(), searched), progress)
         finally:
             if searched is not None:
                 searched.stop()
@@ -359,9 +408,9 @@ class Run:
                 for dataset in self.ready.config.datasets:
                     roles.setdefault(dataset.role, {})[dataset.name] = str(self._scores(dataset.name))
                 scores = evaluate.Scores(roles, self.ready.config.seed)
-                table, thresholds = evaluate.run(scores, labels, shown.advance)
+                table, thresholds = evaluate.run(self.engine, scores, labels, shown.advance)
                 for folder in scores.of("unlabelled").values():
-                    flag(files.at(folder), thresholds)
+                    flag(self.engine, files.at(folder), thresholds)
                 evaluate.write(self.ready.folder, table, thresholds)
                 files.write_json(self.ready.folder / _EVALUATED, self.ready.fingerprint)
             self._note_accuracy()

@@ -20,7 +20,6 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cluster import session
 from pipeline.config import loading
 from pipeline.config.grids import Tune
 from pipeline.config.schema import Config, Dataset, DetectorEntry
@@ -30,11 +29,11 @@ from pipeline.results.report.tables import METRICS
 from pipeline.stages import evaluate, index, passes, shards
 from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare
-from pipeline.stages.score import Job
+from pipeline.stages.score import ScoreJob
 from pipeline.stages.score import run as run_scores
 from pipeline.workflows.points import Points, holders
 from pipeline.workflows.progress import Display
-from pipeline.workflows.run import Options, Run
+from pipeline.workflows.run import Options, Run, working
 from pipeline.workspace import files, tables
 from pipeline.workspace.artifacts import Cache
 from pipeline.workspace.claims import alone
@@ -42,6 +41,9 @@ from pipeline.workspace.files import Place
 
 MOST = 1000
 """Points of one search: each is a column of 8 bytes a row on disk, and 64 KiB of memory in a scoring task."""
+
+FROM_FIT = Options(first="fit")
+"""Features must be there."""
 
 _DECIDING = ("id_val", "ood_val")
 _MEAN = "near_ood"
@@ -94,13 +96,14 @@ def target(source: str, output: str, force: bool) -> Path:
     return file
 
 
-def execute(settings: Config, output: Path, display: Display) -> Outcome:
+def execute(settings: Config, output: Path, display: Display, options: Options = FROM_FIT) -> Outcome:
     """Try every point of the grids and write the table and the config with the best ones.
 
     Args:
         settings: the config; its section `tune` has the grids.
         output: the file that the new config becomes.
         display: shows the stages.
+        options: engine and logs.
 
     Raises:
         UserError: anything the user can mend: no grids, no validation images, images that also train or
@@ -115,8 +118,8 @@ def execute(settings: Config, output: Path, display: Display) -> Outcome:
     with display.stage("prepare") as stage:
         ready = _prepared(settings, grids)
         stage.note = f"{len(ready.detectors)} points of {len(grids)} detectors"
-    with alone(ready.workspace) as check, session.session(ready.workspace), ThreadPoolExecutor(1) as threads:
-        search = Search(ready, Options(first="fit"), display, threads)
+    with alone(ready.workspace) as check, working(ready, options) as chosen, ThreadPoolExecutor(1) as threads:
+        search = Search(ready, options, display, threads, chosen)
         found = _chosen(grids, search.metrics(), wanted.metric)
         check()
         written = _write(ready, wanted.metric, found)
@@ -191,7 +194,7 @@ class Search(Run):
         rows = sum(job.features.rows for job in unfinished)
         with self.display.stage("score", rows) as shown:
             if unfinished:
-                self._score_points(unfinished, fitted, holder, lambda receipt: shown.advance(receipt["rows"]))
+                self._score_points(unfinished, fitted, holder, shown.advance)
             shown.note = f"{rows:,} rows"
         labels = list(self.ready.detectors)
         with self.display.stage("evaluate", len(labels)) as shown:
@@ -200,7 +203,7 @@ class Search(Run):
                 for role in _DECIDING
             )
             scores = evaluate.Scores({"id": inside, _MEAN: outside}, self.ready.config.seed)
-            return evaluate.run(scores, labels, shown.advance)[0]
+            return evaluate.run(self.engine, scores, labels, shown.advance)[0]
 
     def _require_features(self, jobs: list[shards.Job]) -> None:
         """All columns of the datasets must be there; here no image goes through the network."""
@@ -217,12 +220,12 @@ class Search(Run):
     def _fitted(self, cache: Cache) -> tuple[Fitted, dict[str, str]]:
         """The points, with as few banks as serve them all, and which bank serves which."""
         detectors, training = self.ready.detectors, self._training(cache)
-        scorers = fit_detectors(detectors, training, cache, None).scorers
+        scorers = fit_detectors(self.engine, detectors, training, cache, None).scorers
         holder = holders(detectors, scorers)
         holding = {label: detectors[label] for label in dict.fromkeys(holder.values())}
         trains = self.ready.of_role("train")
         source = (trains[0].table(), self.ready.training) if trains else None
-        return Fitted(scorers, fit_detectors(holding, training, cache, source).banks), holder
+        return Fitted(scorers, fit_detectors(self.engine, holding, training, cache, source).banks), holder
 
     def _passes(self, cache: Cache, specs: list[Pass]) -> dict[Pass, passes.Result]:
         """Results of extra passes, read back; here none goes through the network."""
@@ -242,11 +245,11 @@ class Search(Run):
         return found
 
     def _score_points(
-        self, jobs: list[Job], fitted: Fitted, holder: dict[str, str], progress: Callable[[Any], None]
+        self, jobs: list[ScoreJob], fitted: Fitted, holder: dict[str, str], progress: Callable[[int], None]
     ) -> None:
-        searched = index.start(fitted.banks, self.ready.config.index) if fitted.banks else None
+        searched = index.start(self.engine, fitted.banks, self.ready.config.index) if fitted.banks else None
         try:
-            run_scores(jobs, Points(fitted.scorers, self._columns(), searched, holder), progress)
+            run_scores(self.engine, jobs, Points(fitted.scorers, self._columns(), searched, holder), progress)
         finally:
             if searched is not None:
                 searched.stop()

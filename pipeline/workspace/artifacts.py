@@ -27,7 +27,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-MANIFEST = "_manifest.json"
+RECORD = "_manifest.json"
 
 
 def remove_folder(folder: Place) -> None:
@@ -40,7 +40,7 @@ def remove_folder(folder: Place) -> None:
 def _unmark(folder: Place) -> None:
     """Delete the completion markers of a folder and of those in it."""
     inside = [entry.uri for entry in storage.entries(str(folder)) if entry.folder]
-    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)
     for each in inside:
         _unmark(files.at(each))
 
@@ -94,7 +94,7 @@ class Cache:
             data = save({name: np.asarray(value, order="C") for name, value in found.items()})
             with files.atomic(folders[number] / _ARRAYS) as draft:
                 draft.write_bytes(data)
-            files.write_json(folders[number] / MANIFEST, {"kind": kind, "identity": identities[number]})
+            files.write_json(folders[number] / RECORD, {"kind": kind, "identity": identities[number]})
         return [self._read(folder) for folder in folders]
 
     @staticmethod
@@ -110,7 +110,7 @@ class Cache:
         """Whether an artefact is there to be used."""
         if self.mode == "fresh":
             remove_folder(folder)
-        found = (folder / MANIFEST).is_file()
+        found = (folder / RECORD).is_file()
         if self.mode == "frozen" and not found:
             raise UserError(f"fit: no {kind} in the workspace. Run `ood-pipeline fit` first.")
         return found

@@ -76,9 +76,7 @@ class Table:
     @classmethod
     def open(cls, folder: Place, beside: Iterable[str] = ()) -> Table:
         """Open a complete folder."""
-        return cls(
-            str(folder), tuple(files.read_json(folder / artifacts.MANIFEST)["part_rows"]), tuple(beside)
-        )
+        return cls(str(folder), tuple(files.read_json(folder / artifacts.RECORD)["part_rows"]), tuple(beside))
 
     @property
     def rows(self) -> int:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from pipeline import __version__, cli, detectors, imports
+from pipeline import __version__, detectors, imports
+from pipeline.cli import doctor, main
 
 COMMAND = Path(sys.executable).parent / "ood-pipeline"
 SUBCOMMANDS = (
@@ -135,7 +135,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         monkeypatch.setenv(imports.FOLDER, "")
         monkeypatch.setattr(sys, "argv", ["ood-pipeline", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main.main()
         captured = capsys.readouterr()
         return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
 
@@ -581,9 +581,9 @@ def test_the_help_lists_every_command(command):
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_the_help_of_every_command_has_an_example_that_works(name):
-    help_text = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    help_text = CliRunner().invoke(main.app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
     (example,) = re.findall(rf"Example: (ood-pipeline {name}[^│\n]*)", help_text)
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(main.app)
     assert sorted(group.commands) == sorted(SUBCOMMANDS)
     _, subcommand, *arguments = shlex.split(example)
     context = group.commands[subcommand].make_context(subcommand, arguments)
@@ -669,7 +669,7 @@ def test_the_doctor_finds_what_is_missing_or_there_twice(monkeypatch, command, i
             raise PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(import_module("pipeline.cli.doctor"), "version", told)
+    monkeypatch.setattr(doctor, "version", told)
     outcome = command("doctor")
     assert outcome.status == 1
     assert re.search(expected, outcome.out)

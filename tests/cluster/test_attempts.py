@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import re
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.cluster import attempts, usage
+from pipeline.cluster import attempts
 from pipeline.errors import UserError
 from pipeline.workspace import files
 
@@ -41,7 +42,7 @@ def test_the_first_start_leaves_no_trace(tmp_path) -> None:
 
 def test_work_that_dies_again_and_again_is_given_up_with_the_images_it_was_at(tmp_path, monkeypatch) -> None:
     part = str(tmp_path / "part-00001.parquet")
-    monkeypatch.setattr(usage, "restarts", lambda: 1)
+    monkeypatch.setattr(attempts, "_replaces", ContextVar("replaces", default=True))
     for number in range(1, attempts.LIMIT + 1):
         with pytest.raises(KeyboardInterrupt), attempts.begun(part, "extracting") as attempt:
             attempt.at(["a", "b", "c", f"d{number}"])
@@ -75,7 +76,7 @@ def test_an_image_that_kills_its_process_ends_the_run_and_is_named(
     settings["detectors"] = ["msp"]
     settings["extract"] |= {"batch_size": 16, "shard_rows": 64}
     with pytest.raises(UserError) as refusal:
-        execute(load(settings))
+        execute(load(settings), engine="ray")
     assert "extracting: the process died again and again" in str(refusal.value)
     assert re.search(r"the last time at 16 images: \S*64, \S*65, \S*66, \.\.\.", str(refusal.value)), (
         refusal.value
@@ -84,7 +85,7 @@ def test_an_image_that_kills_its_process_ends_the_run_and_is_named(
     assert not (features / "_manifest.json").exists()
 
     (tmp_path / "poison.py").write_text(POISON.format(once=True, died=died))
-    run = execute(load(settings)).folder
+    run = execute(load(settings), engine="ray").folder
     assert died.exists()
     record = files.read_json(run / "manifest.json")
     assert record["datasets"]["animals"] == record["datasets"]["animals"] | {"rows": 150, "features": 150}

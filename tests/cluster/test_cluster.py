@@ -2,7 +2,7 @@
 
 They are killed at seeded points of a run, which ends with the results of an undisturbed one.
 
-One run with several faults is tested always; one run for every fault with `make chaos`.
+One run with several faults is tested always; one run for every fault with `make test-slow`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 from tests.cluster.nodes import Results, Site, finished, kill, written
 from tests.servers import wait
 
-ACTORS = {"extract": "ray::MapWorker", "fit": "ray::Worker", "score": "ray::Shard"}
+ACTORS = {"extract": "ray::MapWorker", "fit": "ray::Worker", "score": "ray::IndexShard"}
 """Titles of the actors that work in a stage."""
 
 

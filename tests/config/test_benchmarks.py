@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 from torchvision.models import resnet18
 
-from pipeline import cli, imports
+from pipeline import imports
+from pipeline.cli import main
 from pipeline.config import loading
 from pipeline.errors import UserError
 from pipeline.network import zoo
@@ -36,7 +37,7 @@ def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         options = [part for override in overrides for part in ("--set", override)]
         monkeypatch.setattr(sys, "argv", ["ood-pipeline", "validate", name, *options])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main.main()
         assert stopped.value.code == 2
         return capsys.readouterr().err
 

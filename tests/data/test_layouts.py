@@ -38,7 +38,9 @@ def extracted() -> Callable[[Manifest], tuple[pa.Table, list[list[str]]]]:
     name, weights = "pipeline.quickstart.resnet:build", "package://pipeline.quickstart/resnet.safetensors"
     chosen = schema.Model(source="factory", name=name, weights=weights, transform=transform)
     classifier, settings = load_classifier(chosen, 0), schema.Extract(batch_size=4)
-    extractor = extract.Extractor(shards.Plan(chosen, settings, 0, classifier.digest, classifier.transform))
+    extractor = extract.Extractor(
+        shards.Plan(chosen, settings, 0, classifier.digest, classifier.transform), 1
+    )
 
     def extracted(manifest: Manifest) -> tuple[pa.Table, list[list[str]]]:
         shard = shards.Shard("set", manifest.path, 0, manifest.rows, "")

@@ -97,7 +97,7 @@ def test_the_document_has_fewer_than_60_lines() -> None:
     assert len(DOCUMENT.splitlines()) < 60
 
 
-def test_the_example_of_the_document_runs(ray_session, settings, load, execute, tmp_path) -> None:
+def test_the_example_of_the_document_runs(settings, load, execute, tmp_path) -> None:
     (tmp_path / "my_detector.py").write_text(block("python"), "utf-8")
     settings["detectors"] = yaml.safe_load(block("yaml"))["detectors"]
     loaded = load(settings)
@@ -112,9 +112,7 @@ def test_the_example_of_the_document_runs(ray_session, settings, load, execute, 
     assert "Centre (2026)" in (outcome.folder / "report" / "index.html").read_text("utf-8")
 
 
-def test_a_changed_file_never_meets_old_statistics_vectors_or_scores(
-    ray_session, settings, load, execute, own
-) -> None:
+def test_a_changed_file_never_meets_old_statistics_vectors_or_scores(settings, load, execute, own) -> None:
     settings["detectors"] = [{"mine": {"method": "./own.py:Own"}}]
     first = scores(execute(load(settings), last="score"), "mine")
     own.write_text(OWN.replace("FACTOR = 1.0", "FACTOR = 2.0"))
@@ -129,7 +127,7 @@ def test_a_module_beside_the_user_is_found_by_the_driver_alone(
     monkeypatch.setenv(imports.FOLDER, str(tmp_path))
     monkeypatch.setattr(sys, "path", sys.path.copy())
     settings["detectors"] = [{"mine": {"method": "module_of_mine:Own"}}]
-    assert np.isfinite(scores(execute(load(settings), last="score"), "mine")).all()
+    assert np.isfinite(scores(execute(load(settings), last="score", engine="ray"), "mine")).all()
 
 
 @pytest.fixture
@@ -240,7 +238,7 @@ def test_a_step_of_ones_own_travels_and_is_part_of_the_identity(
         {"mine": {"method": "energy", "steps": [{"half": {"method": "./halve.py:Halve"}}]}}
     ]
     found = []
-    for text in (STEP, STEP.replace("/ 2", "/ 4")):
+    for engine, text in {"ray": STEP, "inline": STEP.replace("/ 2", "/ 4")}.items():
         path.write_text(text)
-        found.append(scores(execute(load(settings), last="score"), "mine"))
+        found.append(scores(execute(load(settings), last="score", engine=engine), "mine"))
     assert (found[0] != found[1]).all()

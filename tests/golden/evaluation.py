@@ -117,5 +117,7 @@ def evaluate(folder: Path) -> schema.Config:
     np.savez(images, **arrays())
     file.write_text(yaml.safe_dump(settings(images)))
     loaded = loading.load(str(file), [f"workspace={folder / 'workspace'}"])
-    run.execute(loaded, run.Options(last="evaluate"), Display(Console(quiet=True)))
+    run.execute(
+        loaded, run.Options(last="evaluate", engine="inline", threads=1), Display(Console(quiet=True))
+    )
     return loaded

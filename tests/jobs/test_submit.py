@@ -342,6 +342,7 @@ def test_the_command_of_a_job_is_that_of_a_stage():
     assert submit.Order("a", []).entrypoint == "python -m pipeline.cli run config.yaml"
     assert submit.Order("a", [], fresh=True).entrypoint == "python -m pipeline.cli run config.yaml --fresh"
     assert submit.Order("a", [], "score").entrypoint == "python -m pipeline.cli score config.yaml"
+    assert submit.Order("a", [], verbose=2).entrypoint == "python -m pipeline.cli run config.yaml -v -v"
 
 
 class Scripted:

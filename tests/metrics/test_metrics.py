@@ -201,6 +201,7 @@ def slow_bootstrap(id_scores, ood_scores, resamples):
     return np.array(replicates).swapaxes(0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_id", "sizes"), [(2500, [1500, 200]), (150, [1000, 1000, 1000])], ids=["unequal sizes", "few ID rows"]
 )

@@ -92,7 +92,16 @@ TABLE = (
 )
 
 
-@pytest.fixture(scope="module", params=TABLE, ids=lambda row: row.name)
+QUICK = {"resnet18", "mobilenet_v3_small", "swin_t", "vit_tiny_patch16_224", "convnext_atto"}
+"""One of each kind; the others take minutes."""
+
+
+def parameters() -> list[Any]:
+    slow = pytest.mark.slow
+    return [pytest.param(row, id=row.name, marks=() if row.name in QUICK else slow) for row in TABLE]
+
+
+@pytest.fixture(scope="module", params=parameters())
 def made(request: pytest.FixtureRequest) -> tuple[Row, Classifier]:
     row = request.param
     pytest.importorskip(row.source)

@@ -20,13 +20,11 @@ from PIL import Image
 from pyarrow import fs
 from typer.testing import CliRunner
 
-from pipeline import cli
+from pipeline.cli import main
 from pipeline.detectors.base import Pooled
 from pipeline.errors import UserError
 from pipeline.results.verify import located
 from pipeline.workspace import files, storage, tables
-
-pytestmark = pytest.mark.usefixtures("ray_session")
 
 Damage = Callable[[Path], None]
 
@@ -80,7 +78,7 @@ def workspace(finished: Path, tmp_path: Path) -> Path:
 
 
 def verify(workspace: Path) -> Result:
-    return CliRunner().invoke(cli.app, ["verify", str(workspace / "runs" / "small")])
+    return CliRunner().invoke(main.app, ["verify", str(workspace / "runs" / "small")])
 
 
 def bad(result: Result) -> list[str]:
@@ -448,10 +446,10 @@ def test_a_run_in_an_object_store_is_counted_like_one_in_a_folder(finished: Path
     system, place = storage.located(str(remote))
     fs.copy_files(str(finished), place, destination_filesystem=system)
     run = str(remote / "runs" / "small")
-    result = CliRunner().invoke(cli.app, ["verify", run])
+    result = CliRunner().invoke(main.app, ["verify", run])
     assert result.exit_code == 0, result.output
     (remote / "runs" / "small" / "thresholds.json").unlink()
-    result = CliRunner().invoke(cli.app, ["verify", run])
+    result = CliRunner().invoke(main.app, ["verify", run])
     assert result.exit_code == 1
     assert re.search(r"thresholds +files: .*thresholds\.json\?.* is missing", result.output)
 

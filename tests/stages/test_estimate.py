@@ -28,7 +28,7 @@ def test_the_cost_counts_what_is_still_to_do(ready) -> None:
     assert cost.index_bytes == 2 * rows["train"] * 128 * 4
 
 
-def test_finished_datasets_and_small_features_cost_less(ray_session, ready, settings, load, execute) -> None:
+def test_finished_datasets_and_small_features_cost_less(ready, settings, load, execute) -> None:
     settings["detectors"] = ["msp"]
     settings["extract"]["feature_dtype"] = "float16"
     halved = prepare.prepare(load(settings))
@@ -38,28 +38,28 @@ def test_finished_datasets_and_small_features_cost_less(ray_session, ready, sett
     assert estimate.Cost.of(halved).images == 0
 
 
-def test_the_probe_measures_some_images_of_every_dataset(ray_session, ready) -> None:
-    found = estimate.probe(ready, [32, 64])
+def test_the_probe_measures_some_images_of_every_dataset(engine, ready) -> None:
+    found = estimate.probe(engine, ready, [32, 64])
     assert 100 <= found.images < 110
     assert found.errors == []
     assert list(found.forward) == [32, 64]
-    seconds, actors = estimate.duration(ready, found)
+    seconds, actors = estimate.duration(engine, ready, found)
     assert actors == 1
     cost = estimate.Cost.of(ready)
     images = cost.images + cost.extra
     assert seconds == pytest.approx(images / found.forward[64] + images / found.decode)
 
 
-def test_decoding_elsewhere_is_limited_by_the_slower_side(ray_session, ready) -> None:
+def test_decoding_elsewhere_is_limited_by_the_slower_side(on_ray, ready) -> None:
     given = estimate.Probe(100, [], decode=10.0, forward={64: 1000.0})
     settings = ready.config.extract.model_copy(update={"decode": "separate"})
     apart = replace(ready, config=ready.config.model_copy(update={"extract": settings}))
-    seconds, _ = estimate.duration(apart, given)
+    seconds, _ = estimate.duration(on_ray, apart, given)
     cost = estimate.Cost.of(apart)
     assert seconds == pytest.approx((cost.images + cost.extra) / (3 * 10))
 
 
-def test_images_that_cannot_be_read_are_named(ray_session, settings, load, tmp_path) -> None:
+def test_images_that_cannot_be_read_are_named(on_ray, settings, load, tmp_path) -> None:
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "one.png").write_bytes(b"no image")
@@ -68,7 +68,7 @@ def test_images_that_cannot_be_read_are_named(ray_session, settings, load, tmp_p
         {"name": "broken", "role": "far_ood", "format": "imagefolder", "path": str(folder)},
     ]
     settings["detectors"] = ["msp"]
-    found = estimate.probe(prepare.prepare(load(settings)), [64])
+    found = estimate.probe(on_ray, prepare.prepare(load(settings)), [64])
     assert [key for key, _ in found.errors] == ["one.png"]
 
 
@@ -76,7 +76,7 @@ def test_nothing_readable_is_an_error(ready) -> None:
     table = ready.jobs["test"].manifest.read(0, 3)
     short = [{**row, "bytes": b"short"} for row in table.to_pylist()]
     with pytest.raises(UserError, match="none of 3 sampled images can be read; the first is"):
-        estimate.measure(ready.plan, table.from_pylist(short, table.schema), [64])
+        estimate.measure(ready.plan, 1, table.from_pylist(short, table.schema), [64])
 
 
 def test_a_batch_that_does_not_fit_ends_the_search(ready, monkeypatch) -> None:
@@ -88,13 +88,13 @@ def test_a_batch_that_does_not_fit_ends_the_search(ready, monkeypatch) -> None:
     monkeypatch.setattr(estimate, "_SECONDS", 0.0)
     table = ready.jobs["test"].manifest.read(0, 10)
     limit = 32
-    assert list(estimate.measure(ready.plan, table, [16, 32, 64, 128]).forward) == [16, 32]
+    assert list(estimate.measure(ready.plan, 1, table, [16, 32, 64, 128]).forward) == [16, 32]
     limit = 8
     with pytest.raises(UserError, match=r"extract\.batch_size: 16 images do not fit"):
-        estimate.measure(ready.plan, table, [16])
+        estimate.measure(ready.plan, 1, table, [16])
 
 
-def test_a_configured_number_of_actors_that_does_not_fit_is_refused(ray_session, ready) -> None:
+def test_a_configured_number_of_actors_that_does_not_fit_is_refused(on_ray, ready) -> None:
     plan = replace(ready.plan, settings=schema.Extract(actors=99))
     with pytest.raises(UserError, match=r"extract\.actors: 99 asked for, the cluster has room for 4"):
-        estimate.extract.actor_count(plan)
+        estimate.extract.actor_count(on_ray, plan)

@@ -23,7 +23,7 @@ def score_table(folder: Path, scores: np.ndarray, correct: int = 0) -> str:
     )
     tables.write_table(folder / tables.part_name(0), table.slice(0, rows // 3))
     tables.write_table(folder / tables.part_name(1), table.slice(rows // 3))
-    files.write_json(folder / artifacts.MANIFEST, {"part_rows": [rows // 3, rows - rows // 3]})
+    files.write_json(folder / artifacts.RECORD, {"part_rows": [rows // 3, rows - rows // 3]})
     return str(folder)
 
 
@@ -35,7 +35,7 @@ def values() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def found(ray_session, tmp_path, values) -> tuple[dict, dict[str, float]]:
+def found(engine, tmp_path, values) -> tuple[dict, dict[str, float]]:
     folders = {name: score_table(tmp_path / name, scores, correct=90) for name, scores in values.items()}
     roles = {
         "id": ["id", "more_id"],
@@ -44,7 +44,7 @@ def found(ray_session, tmp_path, values) -> tuple[dict, dict[str, float]]:
         "far_ood": ["far"],
     }
     by_role = {role: {name: folders[name] for name in names} for role, names in roles.items()}
-    table, thresholds = evaluate.run(evaluate.Scores(by_role, seed=0), ["d"])
+    table, thresholds = evaluate.run(engine, evaluate.Scores(by_role, seed=0), ["d"])
     rows = {(row["dataset"], row["group"], row["metric"]): row for row in table.to_pylist()}
     assert len(rows) == table.num_rows
     return rows, thresholds
@@ -102,8 +102,8 @@ def test_the_three_files_hold_the_same_rows(found, tmp_path) -> None:
     assert pyarrow.csv.read_csv(tmp_path / "metrics.csv").to_pylist() == table.to_pylist()
 
 
-def test_without_ood_datasets_there_are_thresholds_and_accuracy_only(ray_session, tmp_path, values) -> None:
+def test_without_ood_datasets_there_are_thresholds_and_accuracy_only(engine, tmp_path, values) -> None:
     folder = score_table(tmp_path / "id", values["id"])
-    table, thresholds = evaluate.run(evaluate.Scores({"id": {"id": folder}}, seed=0), ["d"])
+    table, thresholds = evaluate.run(engine, evaluate.Scores({"id": {"id": folder}}, seed=0), ["d"])
     assert table["metric"].to_pylist() == ["id_accuracy"]
     assert set(thresholds) == {"d"}

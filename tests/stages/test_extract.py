@@ -53,9 +53,9 @@ def rows_of(
 
 
 def write_all(job: shards.Job, plan: shards.Plan) -> None:
-    extractor = extract.Extractor(plan)
+    extractor = extract.Extractor(plan, 1)
     for shard in shards.missing(job, plan.shard_rows):
-        assert extractor(asdict(shard))["failure"] == ""
+        extractor(asdict(shard))
 
 
 def test_features_are_those_of_a_plain_forward_pass(job, plan, classifier, images) -> None:
@@ -128,7 +128,7 @@ def test_a_dataset_is_complete_only_when_every_row_is_accounted_for(job, plan) -
     assert not job.complete
     shards.finish(job, plan)
     assert job.complete
-    record = files.read_json(Path(job.folder) / artifacts.MANIFEST)
+    record = files.read_json(Path(job.folder) / artifacts.RECORD)
     assert (record["rows"], record["features"], record["errors"]) == (300, 300, 0)
     assert record["part_rows"] == [90, 90, 90, 30]
     assert record["identity"]["weights"] == plan.digest
@@ -158,7 +158,7 @@ def test_parts_cut_to_another_size_are_not_mixed(job, plan) -> None:
 def test_a_worker_refuses_weights_the_driver_did_not_see(plan) -> None:
     changed = replace(plan, digest="0" * 64)
     with pytest.raises(UserError, match="is not what the driver loaded"):
-        extract.load_in_worker(changed)
+        extract.load_in_worker(changed, 1)
 
 
 def test_cuda_is_used_only_if_the_config_says_so() -> None:
@@ -171,7 +171,7 @@ def test_cuda_is_used_only_if_the_config_says_so() -> None:
 def test_a_missing_gpu_is_a_clear_error(plan) -> None:
     settings = plan.settings.model_copy(update={"gpus_per_actor": 1.0})
     with pytest.raises(UserError, match=r"extract\.device: cuda is not available"):
-        extract.load_in_worker(replace(plan, settings=settings))
+        extract.load_in_worker(replace(plan, settings=settings), 1)
 
 
 def variant(plan: shards.Plan, **changes: object) -> shards.Plan:
@@ -179,7 +179,7 @@ def variant(plan: shards.Plan, **changes: object) -> shards.Plan:
 
 
 def extracted(job: shards.Job, plan: shards.Plan, rows: int = 70) -> dict[str, NDArray[Any]]:
-    classifier = extract.load_in_worker(plan, compiled=plan.settings.compile)
+    classifier = extract.load_in_worker(plan, 1, compiled=plan.settings.compile)
     size = plan.settings.batch_size
     features, errors, _ = extract.extract_rows(classifier, rows_of(job, 0, rows, plan, size), plan.settings)
     assert not errors
@@ -196,14 +196,16 @@ def unreadable(job: shards.Job, folder: Path, *lost: int) -> shards.Job:
     return replace(job, manifest=replace(job.manifest, path=str(path)))
 
 
-def test_decoding_in_a_stage_of_its_own_changes_no_bit(ray_session, job, plan, tmp_path) -> None:
+def test_decoding_in_a_stage_of_its_own_changes_no_bit(engine, on_ray, job, plan, tmp_path) -> None:
     """Also where some images cannot be read, so that batches are cut differently."""
     fused, separate = (variant(plan, decode=mode, actors=1) for mode in ("fused", "separate"))
     found = []
-    for mode, chosen in {"fused": fused, "separate": separate}.items():
-        todo = replace(unreadable(job, tmp_path, 0, 3, 89, 200), folder=str(tmp_path / mode))
+    for where, chosen in ((engine, fused), (on_ray, separate)):
+        todo = replace(
+            unreadable(job, tmp_path, 0, 3, 89, 200), folder=str(tmp_path / chosen.settings.decode)
+        )
         todo, chosen = with_extras(todo, variant(chosen, max_bad_fraction=1.0), MOVED, POOLED)
-        numbers = extract.run([todo], chosen, lambda _: None)
+        numbers = extract.run(where, [todo], chosen, lambda _: None)
         assert numbers["forward_images"] == 296
         assert numbers["perturbed_passes"] == 3 * 296
         assert "pooled_passes" not in numbers
@@ -328,14 +330,14 @@ def test_a_decoder_that_is_not_installed_is_refused(job, plan, classifier, monke
         ),
     ],
 )
-def test_model_actors_leave_a_cpu_to_the_tasks_that_decode(ray_session, plan, changes, message) -> None:
-    assert extract.actor_count(variant(plan, decode="separate")) == 3
-    assert extract.actor_count(plan) == 4
+def test_model_actors_leave_a_cpu_to_the_tasks_that_decode(on_ray, plan, changes, message) -> None:
+    assert extract.actor_count(on_ray, variant(plan, decode="separate")) == 3
+    assert extract.actor_count(on_ray, plan) == 4
     with pytest.raises(UserError, match=message):
-        extract.actor_count(variant(plan, decode="separate", **changes))
+        extract.actor_count(on_ray, variant(plan, decode="separate", **changes))
 
 
-def test_a_stricter_limit_holds_for_features_that_are_there(job, plan) -> None:
+def test_a_stricter_limit_holds_for_features_that_are_there(engine, job, plan) -> None:
     write_all(job, plan)
     bad = Path(shards.cut(job, 90)[1].part)
     table = pq.read_table(bad)
@@ -344,7 +346,7 @@ def test_a_stricter_limit_holds_for_features_that_are_there(job, plan) -> None:
     shards.finish(job, variant(plan, max_bad_fraction=0.01))
     assert job.complete
     with pytest.raises(UserError, match="1 of 300 images are bad, more than"):
-        extract.run([job], variant(plan, max_bad_fraction=0.001), lambda _: None)
+        extract.run(engine, [job], variant(plan, max_bad_fraction=0.001), lambda _: None)
     assert not job.complete
     assert not bad.is_file()
 
@@ -361,7 +363,7 @@ def columns_of(job: shards.Job) -> dict[str, NDArray[Any]]:
     return table.read(0, table.rows, ["key", FEATURE, *(extra.column for extra in job.extras)])
 
 
-def test_extra_columns_are_the_same_with_the_features_and_later(job, plan, tmp_path) -> None:
+def test_extra_columns_are_the_same_with_the_features_and_later(engine, job, plan, tmp_path) -> None:
     """Also where some images cannot be read, one of them the first."""
     job, plan = unreadable(job, tmp_path, 0, 3, 89, 200), variant(plan, max_bad_fraction=0.1)
     at_once, asked = with_extras(replace(job, folder=f"{job.folder}-1"), plan, MOVED, POOLED)
@@ -375,7 +377,7 @@ def test_extra_columns_are_the_same_with_the_features_and_later(job, plan, tmp_p
     later = replace(job, extras=(MOVED, POOLED))
     assert not later.complete
     parts = [part.read_bytes() for part in sorted(Path(job.folder).glob("*.parquet"))]
-    numbers = extract.run([later], asked, lambda _: None)
+    numbers = extract.run(engine, [later], asked, lambda _: None)
     assert (numbers["forward_images"], numbers["perturbed_passes"], numbers["pooled_passes"]) == (0, 888, 296)
     assert parts == [part.read_bytes() for part in sorted(Path(job.folder).glob("*.parquet"))]
     assert later.complete and at_once.complete
@@ -397,7 +399,7 @@ def test_an_interrupted_extra_goes_on_where_it_was(job, plan) -> None:
     assert (shard.start, shard.featured, shard.extras) == (180, True, MOVED.column)
     with pytest.raises(FileNotFoundError):
         shards.finish_extra(job, MOVED)
-    assert extract.Extractor(plan)(asdict(shard))["forwarded"] == 0
+    assert extract.Extractor(plan, 1)(asdict(shard))["forwarded"] == 0
     shards.finish_extra(job, MOVED)
     assert job.complete
 
@@ -429,16 +431,16 @@ def test_an_image_that_is_gone_since_its_features_were_extracted_is_named(job, p
     shards.finish(job, plan)
     changed, plan = with_extras(unreadable(job, tmp_path, 95), plan, MOVED)
     shard = shards.missing(changed, 90)[1]
-    failure = extract.Extractor(plan)(asdict(shard))["failure"]
     key = job.manifest.read(95, 96)["key"][0].as_py()
-    assert failure.startswith(f"{key}: it was read when its features were extracted")
+    with pytest.raises(UserError, match=f"^{key}: it was read when its features were extracted"):
+        extract.Extractor(plan, 1)(asdict(shard))
 
 
-def test_rows_without_features_have_no_extras(ray_session, job, plan, monkeypatch) -> None:
+def test_rows_without_features_have_no_extras(engine, job, plan, monkeypatch) -> None:
     """An image whose output is not finite is an error, and is left out of every column; the others stay."""
     job, plan = with_extras(job, variant(plan, max_bad_fraction=0.1), MOVED, POOLED)
     expected = replace(job, folder=f"{job.folder}-whole")
-    extract.run([expected], plan, lambda _: None)
+    extract.run(engine, [expected], plan, lambda _: None)
     whole = Classifier.forward
 
     def broken(self: Classifier, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
@@ -467,6 +469,7 @@ def test_an_extra_that_is_not_finite_names_the_image(job, plan, monkeypatch) -> 
 
     monkeypatch.setattr(extract.extras, "measure", broken)
     job, plan = with_extras(job, plan, MOVED)
-    failure = extract.Extractor(plan)(asdict(shards.missing(job, 90)[0]))["failure"]
-    assert failure.startswith("test_x/0")
-    assert "5: perturbed is not finite. Remove the image, or drop the detector" in failure
+    with pytest.raises(
+        UserError, match=r"^test_x/0.*5: perturbed is not finite. Remove the image, or drop the"
+    ):
+        extract.Extractor(plan, 1)(asdict(shards.missing(job, 90)[0]))

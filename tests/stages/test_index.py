@@ -10,7 +10,7 @@ from scipy.spatial.distance import cdist
 from pipeline.config import schema
 from pipeline.errors import UserError
 from pipeline.stages import index
-from pipeline.stages.index import BankFiles, Neighbours, Shard
+from pipeline.stages.index import BankFiles, IndexShard, Neighbours
 
 
 def bank(folder: Path, vectors: np.ndarray, pieces: int = 3) -> BankFiles:
@@ -21,14 +21,14 @@ def bank(folder: Path, vectors: np.ndarray, pieces: int = 3) -> BankFiles:
     return BankFiles(str(folder), tuple(map(len, parts)), vectors.shape[1])
 
 
-def shards(files: BankFiles, of: int, **settings: object) -> list[Shard]:
-    found = [Shard(number, of, schema.Index(**settings), {"bank": files}) for number in range(of)]
+def shards(files: BankFiles, of: int, **settings: object) -> list[IndexShard]:
+    found = [IndexShard(number, of, schema.Index(**settings), {"bank": files}) for number in range(of)]
     for shard in found:
         shard.load("bank")
     return found
 
 
-def search(found: list[Shard], queries: np.ndarray, k: int, exact: bool = False) -> Neighbours:
+def search(found: list[IndexShard], queries: np.ndarray, k: int, exact: bool = False) -> Neighbours:
     return index.merge([shard.search("bank", queries, k, exact) for shard in found], k)
 
 
@@ -111,18 +111,18 @@ def test_a_gpu_that_this_faiss_does_not_see_is_a_clear_error(tmp_path, vectors) 
         shards(bank(tmp_path, vectors), 1, device="cuda")
 
 
-def test_faiss_uses_as_many_threads_as_the_shard_has_cpus(tmp_path, vectors) -> None:
-    Shard(0, 1, schema.Index(cpus_per_shard=3), {})
+def test_faiss_uses_as_many_threads_as_the_shard_is_given(tmp_path, vectors) -> None:
+    IndexShard(0, 1, schema.Index(), {}, 3)
     assert faiss.omp_get_max_threads() == 3
-    Shard(0, 1, schema.Index(cpus_per_shard=0.5), {})
+    IndexShard(0, 1, schema.Index(), {}, 1)
     assert faiss.omp_get_max_threads() == 1
 
 
-def test_actors_hold_every_bank_and_report_recall(ray_session, tmp_path, vectors, queries) -> None:
+def test_actors_hold_every_bank_and_report_recall(on_ray, tmp_path, vectors, queries) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     banks = {"a": bank(tmp_path / "a", vectors), "b": bank(tmp_path / "b", vectors[:100])}
-    searched = index.start(banks, schema.Index(shards=2, kind="IVF8,Flat"))
+    searched = index.start(on_ray, banks, schema.Index(shards=2, kind="IVF8,Flat"))
     try:
         measured = index.recall(searched, "a", queries)
         exact = searched.search("a", queries, 1, exact=True).distance[:, 0]
@@ -145,8 +145,6 @@ def test_actors_hold_every_bank_and_report_recall(ray_session, tmp_path, vectors
         ),
     ],
 )
-def test_shards_that_do_not_fit_the_cluster_are_refused(
-    ray_session, tmp_path, vectors, settings, message
-) -> None:
+def test_shards_that_do_not_fit_the_cluster_are_refused(on_ray, tmp_path, vectors, settings, message) -> None:
     with pytest.raises(UserError, match=message):
-        index.start({"bank": bank(tmp_path, vectors)}, schema.Index(**settings))
+        index.start(on_ray, {"bank": bank(tmp_path, vectors)}, schema.Index(**settings))

@@ -23,24 +23,6 @@ from pipeline.stages.shards import Plan
 SAMPLES = 40
 
 
-class Inline:
-    """A pool of one worker in this process: same calls, no Ray."""
-
-    def __init__(self, worker: passes.Worker) -> None:
-        self.worker = worker
-
-    def map(self, call, arguments):
-        class Remote:
-            def __init__(self, worker: passes.Worker) -> None:
-                self._worker = worker
-
-            def __getattr__(self, name: str):
-                method = getattr(self._worker, name)
-                return type("Method", (), {"remote": staticmethod(method)})
-
-        return [call(Remote(self.worker), argument) for argument in arguments]
-
-
 @pytest.fixture
 def plan(settings, load) -> Plan:
     loaded = load(settings)
@@ -55,10 +37,8 @@ def train(settings, tmp_path) -> manifest.Manifest:
 
 
 @pytest.fixture
-def runner(plan, train, monkeypatch) -> passes.Runner:
-    made = passes.Runner(train, plan, "layer3.0", held_out=[train])
-    monkeypatch.setattr(made, "_pool", lambda: Inline(passes.Worker(plan)))
-    return made
+def runner(engine, plan, train) -> passes.Runner:
+    return passes.Runner(engine, train, plan, "layer3.0", held_out=[train])
 
 
 @pytest.fixture
@@ -120,7 +100,7 @@ def test_tokens_are_mixed_as_maps_are(settings, load, train, pixels) -> None:
     loaded = load(settings)
     classifier = load_classifier(loaded.model, 3)
     extract = schema.Extract(batch_size=16)
-    worker = passes.Worker(Plan(loaded.model, extract, 3, classifier.digest, classifier.transform))
+    worker = passes.Worker(Plan(loaded.model, extract, 3, classifier.digest, classifier.transform), 1)
     assert classifier.taps.early == "blocks.2"
     network, rows = classifier.module, np.arange(20)
 
@@ -177,7 +157,7 @@ def test_jigsaw_gives_the_mean_ratio_and_its_standard_error_for_every_block(runn
 def test_noise_keeps_the_images_the_classifier_is_least_sure_about(runner, plan) -> None:
     spec = Noise(samples=50, keep=0.2)
     result = runner.run(spec)
-    worker = passes.Worker(plan)
+    worker = passes.Worker(plan, 1)
     pieces = [worker.noise(piece, min(16, 50 - 16 * piece)) for piece in range(4)]
     feature, energy = (np.concatenate(side) for side in zip(*pieces, strict=True))
     assert len(feature) == 50
@@ -187,7 +167,7 @@ def test_noise_keeps_the_images_the_classifier_is_least_sure_about(runner, plan)
 
 
 def test_the_network_is_left_without_hooks(plan, train) -> None:
-    worker = passes.Worker(plan)
+    worker = passes.Worker(plan, 1)
     worker.mean_map(train, np.arange(20), "layer3")
     worker.mixed_sum(train, np.arange(4), [np.zeros((64, 7, 7), np.float32)] * 4, Mixup(block="layer3"))
     for module in worker.classifier.module.modules():
@@ -221,12 +201,11 @@ def moved() -> Samples:
     return Samples(extra=Perturbed(objective="logit", step=0.2), samples=20)
 
 
-def test_features_of_samples_are_as_precise_as_stored_ones(plan, runner, moved, monkeypatch) -> None:
+def test_features_of_samples_are_as_precise_as_stored_ones(engine, plan, train, runner, moved) -> None:
     """Else a shift would be larger for stored rows than for the samples it is compared with."""
     precise = runner.run(moved)
     half = replace(plan, settings=plan.settings.model_copy(update={"feature_dtype": "float16"}))
-    monkeypatch.setattr(runner, "_pool", lambda: Inline(passes.Worker(half)))
-    found = runner.run(moved)
+    found = passes.Runner(engine, train, half, "layer3.0", held_out=[train]).run(moved)
     np.testing.assert_array_equal(found["feature"], precise["feature"].astype(np.float16))
     np.testing.assert_array_equal(found["extra"], precise["extra"])
 
@@ -271,18 +250,8 @@ def after(network: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return network.layer4(upto_layer3(network, batch))
 
 
-def test_a_pool_of_ray_actors_gives_the_same_bits(ray_session, runner, train, plan) -> None:
-    specs = [Mixup(samples=SAMPLES, class_samples=5), Jigsaw(samples=SAMPLES), Noise(samples=40)]
-    expected = [runner.run(spec) for spec in specs]
-    with passes.Runner(train, plan, "layer3.0", [train]) as pool:
-        found = [pool.run(spec) for spec in specs]
-    for left, right in zip(expected, found, strict=True):
-        for name, values in left.items():
-            np.testing.assert_array_equal(values, right[name])
-
-
 def test_unreadable_training_images_are_left_out(plan, settings, tmp_path) -> None:
-    worker = passes.Worker(plan)
+    worker = passes.Worker(plan, 1)
     rng = np.random.default_rng(0)
     folder = tmp_path / "class"
     folder.mkdir()

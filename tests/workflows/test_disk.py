@@ -12,8 +12,6 @@ import pytest
 
 from pipeline.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("ray_session")
-
 
 def mount(*arguments: str) -> bool:
     return subprocess.run(["mount", *arguments], check=False, capture_output=True).returncode == 0

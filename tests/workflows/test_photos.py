@@ -32,7 +32,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_photos_are_recognised_and_any_accepted_label_counts(ray_session, photos, tmp_path, execute) -> None:
+def test_photos_are_recognised_and_any_accepted_label_counts(photos, tmp_path, execute) -> None:
     loaded = loading.load("photos", [f"data={photos}", f"workspace={tmp_path}", "tracking.enabled=false"])
     outcome = execute(loaded)
     table = pq.read_table(outcome.folder / "scores" / "photos-id").to_pydict()

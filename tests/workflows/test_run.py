@@ -1,4 +1,4 @@
-"""Whole evaluations on a real local Ray."""
+"""Whole evaluations, in this process where they are not about Ray."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ from pipeline.results import verify
 from pipeline.stages import passes, prepare
 from pipeline.workflows.run import Outcome
 from pipeline.workspace import files
-
-pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def scores(folder: Path, dataset: str) -> dict[str, np.ndarray]:
@@ -106,14 +104,14 @@ def test_every_detector_runs_on_an_exported_vision_transformer(
         assert np.ptp(found[name]) > 0
 
 
-def test_results_do_not_depend_on_workers_shards_or_index_shards(
-    settings, images, load, execute, tmp_path
+def test_results_do_not_depend_on_the_engine_workers_shards_or_index_shards(
+    settings, images, load, execute, ray_session, tmp_path
 ) -> None:
     raw = everything(settings, images)
     first = execute(load(raw, "one"))
     raw["extract"] |= {"actors": 2, "shard_rows": 96}
     raw["index"] = {"shards": 3}
-    second = execute(load(raw, "two"))
+    second = execute(load(raw, "two"), engine="ray")
     for dataset in ("test", "animals", "textures", "shifted", "val", "production"):
         left, right = scores(first.folder, dataset), scores(second.folder, dataset)
         assert list(left) == list(right)
@@ -175,19 +173,19 @@ def check_left_out(outcome: Outcome, labels: list[str]) -> None:
     assert [finding for finding in verify.examine(outcome.folder) if not finding.good] == []
 
 
-def test_actors_that_hold_gpus_give_the_same_results(settings, load, execute) -> None:
+def test_actors_that_hold_gpus_give_the_same_results(settings, load, execute, ray_session) -> None:
     """Placement on Ray's logical GPUs, with decoding in tasks of its own; torch and FAISS stay on CPUs."""
     first = execute(load(settings, "one"), last="score")
     settings["extract"] |= {"actors": 2, "gpus_per_actor": 1, "device": "cpu"}
     settings["index"] = {"gpus_per_shard": 0.5, "shards": 2, "device": "cpu"}
-    second = execute(load(settings, "two"), last="score")
+    second = execute(load(settings, "two"), last="score", engine="ray")
     left, right = scores(first.folder, "animals"), scores(second.folder, "animals")
     assert list(left) == list(right)
     for name, values in left.items():
         np.testing.assert_array_equal(values, right[name])
     settings["extract"]["actors"] = 3
     with pytest.raises(UserError, match=r"extract\.actors: 3 asked for, the cluster has room for 2"):
-        execute(load(settings, "three"))
+        execute(load(settings, "three"), engine="ray")
 
 
 def features(workspace: Path, dataset: str) -> dict[str, np.ndarray]:
@@ -406,7 +404,7 @@ def test_a_killed_driver_is_continued_without_redoing_finished_shards(
     loaded = load(settings, "killed")
     path = tmp_path / "killed.yaml"
     path.write_text(loading.dump(loaded))
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "run", str(path)]
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(path)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     features = tmp_path / "killed" / "features"
     deadline = time.monotonic() + 120
@@ -486,17 +484,20 @@ def test_a_tracking_server_that_is_down_costs_no_result(settings, load, execute)
     assert (outcome.folder / "metrics.parquet").is_file()
 
 
-def test_a_mistake_that_only_a_worker_can_see_is_still_one_clear_error(settings, load, execute) -> None:
+def test_a_mistake_that_only_a_worker_can_see_is_still_one_clear_error(
+    settings, load, execute, ray_session
+) -> None:
     settings["extract"]["device"] = "cuda"
     with pytest.raises(UserError, match=r"^extract\.device: cuda is not available on a worker"):
-        execute(load(settings))
+        execute(load(settings), engine="ray")
 
 
 def test_the_command_prints_a_table_and_where_everything_lies(settings, load, tmp_path) -> None:
     settings["tracking"] = {"enabled": True}
     path = tmp_path / "run.yaml"
     path.write_text(loading.dump(load(settings)))
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "run", str(path)]
+    program = [sys.executable, "-m", "pipeline.cli", "run", str(path)]
+    command = [*program, "--engine", "inline"]
     found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stderr == ""
     for text in (

@@ -24,7 +24,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 from typer.testing import CliRunner
 
-from pipeline import cli
+from pipeline.cli import main
 from pipeline.cli.progress import Display
 from pipeline.config import loading, schema
 from pipeline.errors import UserError
@@ -34,9 +34,9 @@ from pipeline.workflows import run, tune
 from pipeline.workspace import files
 from tests.conftest import ARRAYS, small
 
-pytestmark = pytest.mark.usefixtures("ray_session")
-
 K, P = [1, 5, 30], [0, 50, 90.5]
+INLINE = ("--engine", "inline", "--threads", "1")
+OPTIONS = run.Options(first="fit", engine="inline", threads=1)
 VALIDATION = ("animals_val", "textures_val")
 
 
@@ -79,7 +79,7 @@ class Search:
 
 
 @pytest.fixture(scope="module")
-def searched(ray_session: None, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Search]:
+def searched(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Search]:
     """Features of all images, and then a search, in which no image may be forwarded."""
     folder = tmp_path_factory.mktemp("tune")
     raw = small(images)
@@ -100,14 +100,16 @@ def searched(ray_session: None, images: Path, tmp_path_factory: pytest.TempPathF
     raw |= {"workspace": str(folder / "workspace"), "tune": {"grids": {"knn": {"k": K}, "dice": {"p": P}}}}
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
-    run.execute(loading.load(str(path)), run.Options(last="extract"), quiet())
+    run.execute(loading.load(str(path)), run.Options(last="extract", engine="inline", threads=1), quiet())
     banks: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extract, "run", no_forward_pass)
         patch.setattr(passes.Runner, "run", no_forward_pass)
         start = index.start
-        patch.setattr(index, "start", lambda held, settings: banks.extend(held) or start(held, settings))
-        found = CliRunner().invoke(cli.app, ["tune", str(path)], catch_exceptions=False)
+        patch.setattr(
+            index, "start", lambda engine, held, *more: banks.extend(held) or start(engine, held, *more)
+        )
+        found = CliRunner().invoke(main.app, ["tune", str(path), *INLINE], catch_exceptions=False)
     assert found.exit_code == 0
     yield Search(folder, raw, found.output, banks)
 
@@ -191,7 +193,7 @@ def test_another_metric_decides_on_the_same_scores(searched, monkeypatch) -> Non
     raw["workspace"] = str(searched.workspace)
     before = {name: (searched.results / name).read_bytes() for name in ("tune.json", "tune.csv")}
     output = searched.folder / "other.yaml"
-    found = tune.execute(searched.load(raw), output, quiet())
+    found = tune.execute(searched.load(raw), output, quiet(), OPTIONS)
     for detector in ("knn", "dice"):
         mine = [point for point in found.points if point.detector == detector]
         assert [point.chosen for point in mine].count(True) == 1
@@ -203,7 +205,7 @@ def test_another_metric_decides_on_the_same_scores(searched, monkeypatch) -> Non
 
 def test_the_new_config_runs_on_the_cached_features_and_its_results_are_marked(searched) -> None:
     tuned = loading.load(str(searched.folder / "small.tuned.yaml"))
-    folder = run.execute(tuned, run.Options(), quiet()).folder
+    folder = run.execute(tuned, run.Options(engine="inline", threads=1), quiet()).folder
     assert folder.name == "small-tuned"
     for name in VALIDATION:
         tried, scored = (
@@ -279,5 +281,5 @@ def test_what_cannot_be_tuned_honestly_is_refused(searched, mistake) -> None:
     change(raw)
     output = searched.folder / "refused.yaml"
     with pytest.raises(UserError, match=expected):
-        tune.execute(searched.load(raw), output, quiet())
+        tune.execute(searched.load(raw), output, quiet(), OPTIONS)
     assert not output.exists()

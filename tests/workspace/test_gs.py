@@ -63,7 +63,7 @@ def test_folders_without_objects_of_their_own_are_found(folder: Place, tmp_path:
 def test_files_of_a_workspace_are_written_read_and_removed(folder: Place) -> None:
     table = tables.arrow_columns({"row": np.arange(3000)})
     tables.write_table(folder / "features" / "part-00000.parquet", table)
-    files.write_json(folder / "features" / artifacts.MANIFEST, {"part_rows": [3000]})
+    files.write_json(folder / "features" / artifacts.RECORD, {"part_rows": [3000]})
     found = tables.Table.open(folder / "features").read(1000, 1005, ["row"])
     assert found["row"].tolist() == [1000, 1001, 1002, 1003, 1004]
     assert [path.name for path in folder.glob("*")] == ["features"]

@@ -16,8 +16,6 @@ from pipeline.stages import prepare
 from pipeline.workspace import artifacts, files, tables
 from pipeline.workspace.files import Place
 
-pytestmark = pytest.mark.usefixtures("ray_session")
-
 SCORED = ("test", "animals", "textures", "production")
 
 
@@ -61,13 +59,14 @@ def test_an_object_store_gives_the_results_of_a_folder_and_is_resumed_like_one(
     load: Callable[..., schema.Config],
     execute: Callable[..., Any],
     bucket: str,
+    ray_session: None,
     tmp_path: Path,
 ) -> None:
     local = execute(load(raw)).folder
     raw["tracking"] = {"enabled": True, "uri": f"sqlite:///{tmp_path}/mlflow.db"}
     workspace = str(files.at(bucket) / "a prefix")
     loaded = load(raw, workspace)
-    outcome = execute(loaded)
+    outcome = execute(loaded, engine="ray")
     remote = outcome.folder
     assert str(remote / "report" / "index.html").startswith("s3://bucket-")
     assert (remote / "metrics.json").read_bytes() == (local / "metrics.json").read_bytes()
@@ -83,9 +82,9 @@ def test_an_object_store_gives_the_results_of_a_folder_and_is_resumed_like_one(
 
     parts = sorted(features(workspace, "train").glob("part-*"), key=str)
     parts[1].unlink()
-    (features(workspace, "train") / artifacts.MANIFEST).unlink()
+    (features(workspace, "train") / artifacts.RECORD).unlink()
     (remote / "scores" / "animals" / tables.part_name(0)).unlink()
-    for marker in (remote / "scores" / "animals" / artifacts.MANIFEST, remote / "_evaluated.json"):
+    for marker in (remote / "scores" / "animals" / artifacts.RECORD, remote / "_evaluated.json"):
         marker.unlink()
     execute(loaded)
     assert forwarded(remote) == 128

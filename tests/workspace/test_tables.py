@@ -22,7 +22,7 @@ def table(tmp_path: Path) -> tuple[tables.Table, dict[str, np.ndarray]]:
     whole = tables.arrow_columns(columns)
     for number, (start, stop) in enumerate([(0, 5), (5, 5), (5, 13)]):
         tables.write_table(tmp_path / tables.part_name(number), whole.slice(start, stop - start))
-    files.write_json(tmp_path / artifacts.MANIFEST, {"part_rows": [5, 0, 8]})
+    files.write_json(tmp_path / artifacts.RECORD, {"part_rows": [5, 0, 8]})
     return tables.Table.open(tmp_path), columns
 
 
@@ -69,12 +69,12 @@ def test_a_folder_whose_removal_is_interrupted_has_no_marker_left(tmp_path: Path
     folders = [tmp_path / "whole", tmp_path / "whole" / "column", tmp_path / "whole" / "scores" / "test"]
     for folder in folders:
         tables.write_table(folder / tables.part_name(0), tables.arrow_columns({"row": np.arange(3)}))
-        files.write_json(folder / artifacts.MANIFEST, {"part_rows": [3]})
+        files.write_json(folder / artifacts.RECORD, {"part_rows": [3]})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(artifacts.files, "remove_folder", Mock(side_effect=KeyboardInterrupt))
         artifacts.remove_folder(tmp_path / "whole")
     assert all((folder / tables.part_name(0)).is_file() for folder in folders)
-    assert not list(tmp_path.rglob(artifacts.MANIFEST))
+    assert not list(tmp_path.rglob(artifacts.RECORD))
     artifacts.remove_folder(tmp_path / "whole")
     assert not list(tmp_path.iterdir())
 

@@ -60,6 +60,8 @@ class Order:
     fresh: bool = False
     patterns: tuple[str, ...] = ()
     """Names of the environment variables that travel, or patterns."""
+    verbose: int = 0
+    """How much its workers log: the number of -v."""
 
     @property
     def entrypoint(self) -> str:
@@ -72,7 +74,8 @@ class Order:
             raise UserError(f"--stage: {unknown('stage', self.stage, STAGES)}")
         if self.fresh and self.stage != "run":
             raise UserError(f"--fresh: not for --stage {self.stage}; it does a whole run again.")
-        return f"python -m pipeline.cli {self.stage} {package.CONFIG}" + (" --fresh" if self.fresh else "")
+        options = " --fresh" * self.fresh + " -v" * self.verbose
+        return f"python -m pipeline.cli {self.stage} {package.CONFIG}{options}"
 
     @property
     def variables(self) -> dict[str, str]:

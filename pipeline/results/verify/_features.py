@@ -35,7 +35,7 @@ def examine(run: Run, name: str, listing: Listing, advance: Callable[[int], None
         advance: called with the number of rows of every piece that was read.
     """
     folder = run.features(name)
-    cached = read(folder / artifacts.MANIFEST, Cached)
+    cached = read(folder / artifacts.RECORD, Cached)
     yield from _identity(run, name, cached)
     yield recount(folder, cached.part_rows)
     yield from _rows(run, name, cached, listing, advance)

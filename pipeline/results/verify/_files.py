@@ -111,7 +111,7 @@ class Run:
         """The scores of a detector on some datasets, in pieces."""
         for name in names:
             for path in parts(
-                self.scores(name), read(self.scores(name) / artifacts.MANIFEST, Scored).part_rows
+                self.scores(name), read(self.scores(name) / artifacts.RECORD, Scored).part_rows
             ):
                 for rows in columns(path, [detector]):
                     yield rows[detector]

@@ -143,7 +143,7 @@ def _accuracies(run: Run, recorded: Mapping[Name, Numbers]) -> Iterator[Finding]
     for dataset in run.of("id"):
         right = total = 0
         folder = run.scores(dataset)
-        for path in parts(folder, read(folder / artifacts.MANIFEST, Scored).part_rows):
+        for path in parts(folder, read(folder / artifacts.RECORD, Scored).part_rows):
             for rows in columns(path, (LABEL, PREDICTION)):
                 right += int((rows[LABEL] == rows[PREDICTION]).sum())
                 total += len(rows[LABEL])

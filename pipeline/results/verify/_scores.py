@@ -34,8 +34,8 @@ def examine(run: Run, name: str, advance: Callable[[int], None]) -> Iterator[Fin
         name: the dataset.
         advance: called with the number of rows of every piece that was read.
     """
-    folder, scored = run.scores(name), read(run.scores(name) / artifacts.MANIFEST, Scored)
-    cached = read(run.features(name) / artifacts.MANIFEST, Cached)
+    folder, scored = run.scores(name), read(run.scores(name) / artifacts.RECORD, Scored)
+    cached = read(run.features(name) / artifacts.RECORD, Cached)
     yield recount(folder, scored.part_rows)
     yield same("score rows", cached.features, sum(scored.part_rows))
     types, known = _types(run, name), Known(list(run.record.detectors), _thresholds(run, name))

@@ -1,0 +1,50 @@
+"""Reads arguments, calls the package, turns errors into exit statuses.
+
+0 success, 2 a mistake of the user's (one message, no traceback), 1 anything else; the job's status where a
+command waited for one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline import __version__, imports
+from pipeline.cli import checks, detectors, jobs, running, validate  # noqa: F401 - their commands
+from pipeline.cli.app import app, console
+from pipeline.errors import UserError
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options of the command itself."""
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+def _end(number: int, _: object) -> None:
+    """Leave by an exception, so that whatever is held is given back."""
+    raise SystemExit(128 + number)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, _end)  # Ray, once started, has a handler that does the same
+    os.environ[imports.FOLDER] = str(Path.cwd())  # inherited by Ray's workers
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            "\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), markup=False
+        )
+        raise SystemExit(2) from None

@@ -1,0 +1,147 @@
+"""Commands that run an evaluation, a stage of it, or a search for parameters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.app import (
+    ConfigFile,
+    EngineName,
+    Overrides,
+    Threads,
+    Verbose,
+    Workspace,
+    app,
+    console,
+    level,
+    load,
+)
+from pipeline.cli.validate import show_left_out, show_plan
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
+    from pipeline.workflows.run import Options, StageName
+
+
+def _execute(settings: Config, options: Options) -> None:
+    """Run stages and show what came of them."""
+    from pipeline.cli.progress import Display
+    from pipeline.results import report
+    from pipeline.workflows import run
+
+    outcome = run.execute(settings, options, Display(console))
+    if options.last in ("evaluate", "report"):
+        console.print(report.console_table(outcome.folder))
+    lines: dict[str, object] = {"results": outcome.folder}
+    if options.last == "report":
+        lines["report"] = outcome.folder / "report" / "index.html"
+    lines |= {"mlflow": outcome.link, "warning": outcome.warning}
+    for name, text in lines.items():
+        if text:
+            console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)
+    show_left_out(outcome.not_applicable)
+
+
+@app.command()
+def run(
+    source: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006 - typer copies defaults
+    workspace: Workspace = "",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do everything again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show the plan; start nothing.")
+    ] = False,
+    engine: EngineName = "ray",
+    threads: Threads = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Run a whole evaluation; a run that was interrupted goes on where it stopped.
+
+    Example: `ood-pipeline run quickstart --set extract.batch_size=64 --workspace /tmp/ood`
+    """
+    from pipeline.stages.prepare import prepare
+    from pipeline.workflows.run import Options
+
+    settings = load(source, overrides, workspace)
+    if dry_run:
+        show_plan(prepare(settings))
+    else:
+        _execute(settings, Options(fresh=fresh, engine=engine, threads=threads or None, level=level(verbose)))
+
+
+def _stage(name: StageName, summary: str) -> None:
+    """Add the command of one stage."""
+
+    def command(
+        source: ConfigFile,
+        overrides: Overrides = [],  # noqa: B006 - typer copies defaults
+        workspace: Workspace = "",
+        engine: EngineName = "ray",
+        threads: Threads = 0,
+        verbose: Verbose = 0,
+    ) -> None:
+        from pipeline.workflows.run import Options
+
+        _execute(
+            load(source, overrides, workspace),
+            Options(name, name, engine=engine, threads=threads or None, level=level(verbose)),
+        )
+
+    command.__doc__ = f"{summary}\n\nExample: `ood-pipeline {name} quickstart`"
+    app.command(name)(command)
+
+
+_stage("extract", "Only the forward pass: features of every image, cached for all later runs.")
+_stage("fit", "Fit the detectors on cached features; refused before `extract`.")
+_stage("score", "Score cached rows with fitted detectors; refused before `fit`.")
+_stage("evaluate", "Metrics from score tables; refused before `score`.")
+
+
+@app.command()
+def report(
+    source: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006 - typer copies defaults
+    workspace: Workspace = "",
+    track: Annotated[bool, typer.Option("--track", help="Send the results to MLflow, too.")] = False,
+) -> None:
+    """Write the report of a finished evaluation again, and send it to MLflow with `--track`.
+
+    Example: `ood-pipeline report quickstart --track`
+    """
+    from pipeline.workflows.run import Options
+
+    _execute(load(source, overrides, workspace), Options("report", publish="always" if track else "never"))
+
+
+@app.command()
+def tune(
+    source: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006 - typer copies defaults
+    workspace: Workspace = "",
+    metric: Annotated[str, typer.Option(help="Decides instead of the config's `tune.metric`.")] = "",
+    output: Annotated[
+        str, typer.Option(metavar="FILE", help="The new config; default NAME.tuned.yaml.")
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace the new config if it exists.")] = False,
+    engine: EngineName = "ray",
+    threads: Threads = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Choose detector parameters from the grids of `tune`, on cached rows of `id_val` and `ood_val` images.
+
+    Example: `ood-pipeline tune quickstart --metric fpr95_id --output tuned.yaml`
+    """
+    from pipeline.cli.progress import Display
+    from pipeline.workflows import tune as search
+
+    chosen = [f"tune.metric={json.dumps(metric)}"] if metric else []
+    settings = load(source, [*overrides, *chosen], workspace)
+    options = replace(search.FROM_FIT, engine=engine, threads=threads or None, level=level(verbose))
+    outcome = search.execute(settings, search.target(source, output, force), Display(console), options)
+    console.print(search.console_table(outcome))
+    for name, text in {"table": outcome.table, "config": outcome.config}.items():
+        console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)

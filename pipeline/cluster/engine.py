@@ -1,0 +1,149 @@
+"""What stages ask of whatever runs their work: tasks, a pipeline into model workers, actors, a shared value.
+
+Two engines give it: `ray`, on this machine or a cluster, and `inline`, in this process. Results are the same
+to the bit. What a stage hands over must be picklable and must not be written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol, TypeVar
+
+from pipeline.cluster.logs import Logs
+from pipeline.workspace.files import Place
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+Name = Literal["ray", "inline"]
+Needs = Mapping[str, float]
+"""Amounts by resource: CPU, GPU, and resources of the cluster's own."""
+Row = dict[str, Any]
+Pending = Callable[[], Any]
+"""Waits for the result of a call that is under way."""
+
+
+class Shared(Protocol[T_co]):
+    """A value that is sent to each process once; travels to tasks and actors."""
+
+    def get(self) -> T_co:
+        """The value; read only."""
+
+
+class Actor(Protocol):
+    """An object that answers calls, one at a time, where its needs are met; travels to tasks."""
+
+    def ask(self, method: str, *arguments: Any) -> Pending:
+        """Begin a call of one of its methods."""
+
+    def stop(self) -> None:
+        """End it and report what it cost."""
+
+
+class Pool(Protocol):
+    """Equal actors that share the calls."""
+
+    def each(self, method: str, arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results of a method, in the order of the arguments."""
+
+    def stop(self) -> None:
+        """End the actors and report what they cost."""
+
+
+class Engine(Protocol):
+    """Runs the work of stages; nothing is started before something is asked of it."""
+
+    def carry(self, kinds: Iterable[type]) -> None:
+        """Take along the code of classes that are not of this package."""
+
+    def cpus(self) -> float:
+        """CPUs for all work together."""
+
+    def nodes(self, dead: bool = False) -> dict[str, dict[str, Any]]:
+        """The nodes that are alive, or also those that were, by id: address, host name and resources."""
+
+    def threads(self, needs: Needs) -> int:
+        """How many threads a worker with these needs may compute with."""
+
+    def capacity(self, needs: Needs, what: str, spare: int = 0) -> int:
+        """How many workers with these needs there is room for at once, beside `spare` CPUs for tasks.
+
+        Args:
+            needs: of each.
+            what: section of the config that asks.
+            spare: CPUs to be left over.
+
+        Raises:
+            UserError: if not even one fits.
+        """
+
+    def holds(self, needs: Needs, count: int, spare: int = 0) -> bool:
+        """Whether `count` workers with these needs fit at once, beside `spare` CPUs for tasks."""
+
+    def share(self, value: T) -> Shared[T]:
+        """Send a value once, for all tasks and actors that get what comes back."""
+
+    def in_order(self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        """Results of a function as tasks, in the order of the arguments; they do not pile up.
+
+        A task whose process or node died is begun again.
+
+        Raises:
+            UserError: one that a task raised, as it is; or the cluster failed.
+        """
+
+    def stream(
+        self,
+        rows: Sequence[Row],
+        decode: tuple[Callable[..., Row], tuple[Any, ...]] | None,
+        worker: tuple[Callable[..., Callable[[Row], Row]], tuple[Any, ...]],
+        needs: Needs,
+        count: int,
+    ) -> Iterator[Row]:
+        """Receipts of rows that go through model workers, as they come.
+
+        Args:
+            rows: what is to be done, each on its own; few: they are held by the driver.
+            decode: function of a row, and its further arguments, that gives more columns; it runs in tasks
+                of its own, no faster than the workers take them. None where the workers need nothing.
+            worker: class of a callable that makes a receipt of a row, and its arguments.
+            needs: of each worker.
+            count: how many workers.
+
+        Raises:
+            UserError: the first that a function raised; or the cluster failed.
+        """
+
+    def start(self, kind: type, needs: Needs, *arguments: Any, spread: bool = False) -> Actor:
+        """An object of a class as an actor; after the loss of its process it begins again from its arguments.
+
+        Args:
+            kind: the class.
+            needs: of the actor.
+            arguments: for the class.
+            spread: over the nodes, rather than where there is room first.
+        """
+
+    def pool(self, kind: type, needs: Needs, count: int, *arguments: Any) -> Pool:
+        """Objects of a class as actors that share the calls."""
+
+
+def opened(
+    name: Name, workspace: Place | None = None, logs: Logs | None = None, threads: int | None = None
+) -> AbstractContextManager[Engine]:
+    """An engine for the time of a block; whatever it started ends with it.
+
+    Args:
+        name: which.
+        workspace: what the work writes to; if it is a local folder, every node must see it.
+        logs: where workers log to.
+        threads: of the inline engine; None = as many as there are CPUs, 1 = no thread but the caller's.
+    """
+    if name == "inline":
+        from pipeline.cluster import inline
+
+        return inline.session(logs, threads)
+    from pipeline.cluster import on_ray
+
+    return on_ray.session(workspace, logs)

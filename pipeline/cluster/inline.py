@@ -1,0 +1,204 @@
+"""The engine in this process: no Ray, no second process; for debuggers, notebooks, tests and small data.
+
+With one thread all work is done in the caller's, so a breakpoint anywhere shows the whole evaluation. With
+more, tasks and model workers share them; each computes with one thread, as a worker with one CPU does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any, Generic, TypeVar
+
+from threadpoolctl import ThreadpoolController
+
+from pipeline.cluster import usage
+from pipeline.cluster.engine import Needs, Pending, Row
+from pipeline.cluster.logs import MERGED, Handler, Logs
+
+T = TypeVar("T")
+
+
+@contextmanager
+def session(logs: Logs | None, threads: int | None) -> Iterator[Inline]:
+    """The engine with its threads, which end with the block."""
+    count, controller = threads or _cpus(), ThreadpoolController()
+
+    def begin() -> None:
+        controller.limit(limits=1)  # OpenMP counts by thread
+
+    with (
+        _logging(logs),
+        controller.limit(limits=1),
+        ThreadPoolExecutor(count, "inline", begin) as pool,
+    ):
+        yield Inline(count, pool)
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _logging(logs: Logs | None) -> Iterator[None]:
+    """During the block, records of this process also go to the file of the run, if that is local."""
+    if logs is None or not isinstance(logs.folder, Path):
+        yield
+        return
+    handler, root = Handler(logs.folder / MERGED, logs.level), logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(min(level, logs.level))
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
+@dataclass(frozen=True)
+class Held(Generic[T]):
+    """A value of this process."""
+
+    value: T
+
+    def get(self) -> T:
+        """The value."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Object:
+    """An object that answers at once, in the thread that asks, one call at a time."""
+
+    target: Any
+    lock: Any = field(default_factory=Lock)
+
+    def ask(self, method: str, *arguments: Any) -> Pending:
+        """Call a method."""
+        with self.lock:
+            result = getattr(self.target, method)(*arguments)
+        _report()
+        return lambda: result
+
+    def stop(self) -> None:
+        """Nothing to end: what it cost, this process did."""
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Equal objects, each used by one thread at a time."""
+
+    engine: Inline
+    free: SimpleQueue[Any]
+
+    def each(self, method: str, arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results of a method, in the order of the arguments."""
+
+        def call(*given: Any) -> Any:
+            target = self.free.get()
+            try:
+                return getattr(target, method)(*given)
+            finally:
+                self.free.put(target)
+
+        return self.engine.in_order(call, arguments)
+
+    def stop(self) -> None:
+        """Nothing to end."""
+
+
+@dataclass(frozen=True)
+class Inline:
+    """The engine."""
+
+    count: int
+    """Threads."""
+    executor: ThreadPoolExecutor
+
+    def carry(self, kinds: Iterable[type]) -> None:
+        """All classes are here."""
+
+    def cpus(self) -> float:
+        """One for each thread."""
+        return self.count
+
+    def nodes(self, dead: bool = False) -> dict[str, dict[str, Any]]:
+        """None but this process."""
+        return {}
+
+    def threads(self, needs: Needs) -> int:
+        """One, whatever the needs: there are as many workers as CPUs."""
+        return 1
+
+    def capacity(self, needs: Needs, what: str, spare: int = 0) -> int:
+        """As many workers as threads."""
+        return self.count
+
+    def holds(self, needs: Needs, count: int, spare: int = 0) -> bool:
+        """More workers than threads do no harm: they are not made."""
+        return True
+
+    def share(self, value: T) -> Held[T]:
+        """The value itself."""
+        return Held(value)
+
+    def in_order(self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        """Results of a function, in the order of the arguments; at most two of each thread are waiting."""
+        if self.count == 1:
+            for given in arguments:
+                yield function(*given)
+                _report()
+            return
+        waiting: deque[Future[T]] = deque()
+        for given in arguments:
+            waiting.append(self.executor.submit(function, *given))
+            if len(waiting) >= 2 * self.count:
+                yield waiting.popleft().result()
+                _report()
+        while waiting:
+            yield waiting.popleft().result()
+            _report()
+
+    def stream(
+        self,
+        rows: Sequence[Row],
+        decode: tuple[Callable[..., Row], tuple[Any, ...]] | None,
+        worker: tuple[Callable[..., Callable[[Row], Row]], tuple[Any, ...]],
+        needs: Needs,
+        count: int,
+    ) -> Iterator[Row]:
+        """Receipts of rows that go through workers, in their order."""
+        kind, given = worker
+
+        def decoded(row: Row) -> Row:
+            return row if decode is None else {**row, **decode[0](row, *decode[1])}
+
+        pool = self.pool(kind, needs, count, *given)
+        return pool.each("__call__", ((decoded(row),) for row in rows))
+
+    def start(self, kind: type, needs: Needs, *arguments: Any, spread: bool = False) -> Object:
+        """An object."""
+        return Object(kind(*arguments))
+
+    def pool(self, kind: Callable[..., Any], needs: Needs, count: int, *arguments: Any) -> Objects:
+        """Objects, no more than threads."""
+        free: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(min(count, self.count)):
+            free.put(kind(*arguments))
+        return Objects(self, free)
+
+
+def _report() -> None:
+    """Count a task; its seconds are those of this process."""
+    usage.report({"tasks": 1, "peak_memory": usage.peak_memory()})

@@ -1,0 +1,388 @@
+"""The engine on Ray: a cluster is connected to, or started on this machine, when work comes.
+
+Tasks and actors for everything but extraction, which streams through Ray Data (`ray_data`). What work costs
+is metered where it runs and comes back with its result.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import tempfile
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read when ray is imported
+import ray
+from ray import cloudpickle, exceptions
+from ray.util import ActorPool
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from threadpoolctl import threadpool_limits
+
+from pipeline import imports
+from pipeline.cluster import ray_data, usage
+from pipeline.cluster.engine import Needs, Pending, Row
+from pipeline.cluster.logs import Logs
+from pipeline.cluster.ray_worker import hosted, measured
+from pipeline.errors import AGAIN, UserError
+from pipeline.workspace.files import Place
+
+T = TypeVar("T")
+
+RESTARTS = 8
+"""How often an actor is started again, and a call repeated, whose process or node died."""
+
+_STOPPING = 10.0
+"""Seconds that an actor has to say what it cost; one that is just being started again is not waited for."""
+
+_CURES = {
+    exceptions.OutOfDiskError: "Free space where Ray keeps its objects (/tmp/ray, or where `ray start "
+    "--object-spilling-directory` says)",
+    exceptions.ObjectStoreFullError: "Give Ray a larger --object-store-memory, or lower extract.shard_rows",
+    exceptions.OutOfMemoryError: "Lower extract.batch_size or the number of actors, or add memory",
+    exceptions.WorkerCrashedError: "Its logs lie in /tmp/ray/session_latest/logs; often memory ran out",
+    exceptions.ActorDiedError: "Its logs lie in /tmp/ray/session_latest/logs; often memory ran out",
+    exceptions.ActorUnavailableError: "Its node does not answer; look at the cluster with `ray status`",
+    exceptions.NodeDiedError: "Look at the cluster with `ray status`",
+}
+"""What to do about a failure of Ray's that is not the pipeline's."""
+
+
+@contextmanager
+def session(workspace: Place | None, logs: Logs | None) -> Iterator[OnRay]:
+    """The engine. A connection that it opened ends with the block; one that was open before stays open.
+
+    Libraries compute with one thread in the driver, too: what it fits has the same bits on any machine of a
+    kind, and with any engine.
+    """
+    ours = not ray.is_initialized()
+    try:
+        with threadpool_limits(limits=1):
+            yield OnRay(logs, [workspace] if isinstance(workspace, Path) else [])
+    finally:
+        if ours and ray.is_initialized():
+            ray.shutdown()
+        if logs is not None:
+            logs.merge()
+
+
+def connect() -> None:
+    """Connect to the cluster in RAY_ADDRESS, or start one here; nothing if there is a connection.
+
+    Raises:
+        UserError: if there is no such cluster.
+    """
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        local: dict[str, Any] = {"address": "local", "include_dashboard": False}
+        if (os.cpu_count() or 1) < 2:
+            local["num_cpus"] = 2  # one for an index actor, one for the tasks that ask it
+        where = {} if "RAY_ADDRESS" in os.environ else local
+        try:
+            with _without_greeting():
+                ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, exceptions.RayError) as error:
+            address = os.environ.get("RAY_ADDRESS", "local")
+            raise UserError(
+                f"RAY_ADDRESS: cannot connect to {address}: {_first_line(error)}. Check that it runs "
+                "and that this machine has its token (RAY_AUTH_TOKEN); or unset it to use this machine alone."
+            ) from None
+    ray_data.quiet()
+
+
+@contextmanager
+def _without_greeting() -> Iterator[None]:
+    """Keep the line in which Ray's core announces its log level off the screen; other lines come late."""
+    with tempfile.TemporaryFile() as held:
+        screen = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
+            held.seek(0)
+            for line in held:
+                if b"Set ray log level" not in line:
+                    os.write(2, line)
+
+
+def nodes(dead: bool = False) -> dict[str, dict[str, Any]]:
+    """The nodes that are alive, or also those that were, by Ray's id: address, host name and resources."""
+    return {
+        node["NodeID"]: {
+            "address": node["NodeManagerAddress"],
+            "host": node["NodeManagerHostname"],
+            "resources": {
+                name: amount
+                for name, amount in sorted(node["Resources"].items())
+                if not name.startswith(("node:", "object_store"))
+            },
+        }
+        for node in (ray.nodes() if ray.is_initialized() else ())
+        if node["Alive"] or dead
+    }
+
+
+@dataclass(frozen=True)
+class Put(Generic[T]):
+    """A value in Ray's object store."""
+
+    reference: Any
+
+    def get(self) -> T:
+        """The value; arrays are views of the store, which cannot be written to."""
+        return ray.get(self.reference)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A Ray actor."""
+
+    actor: Any
+
+    def ask(self, method: str, *arguments: Any) -> Pending:
+        """Begin a call of one of its methods."""
+        reference = self.actor.call.remote(method, *arguments)
+        return lambda: get(reference)
+
+    def stop(self) -> None:
+        """End it and report what it cost."""
+        with suppress(exceptions.RayError):
+            usage.report(ray.get(self.actor.costs.remote(), timeout=_STOPPING))
+        ray.kill(self.actor)
+
+
+@dataclass(frozen=True)
+class Handles:
+    """Ray actors that share the calls."""
+
+    members: tuple[Handle, ...]
+    logs: Logs | None
+
+    def each(self, method: str, arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results of a method, in the order of the arguments; whoever is free takes the next call."""
+        pool = ActorPool([member.actor for member in self.members])
+        with told(self.logs):
+            yield from pool.map(lambda actor, given: actor.call.remote(method, *given), list(arguments))
+
+    def stop(self) -> None:
+        """End the actors and report what they cost."""
+        for member in self.members:
+            member.stop()
+
+
+@dataclass(frozen=True)
+class OnRay:
+    """The engine."""
+
+    logs: Logs | None
+    unseen: list[Path] = field(default_factory=list)
+    """The folder still to be looked for on all nodes, as soon as there is a connection."""
+
+    def connect(self) -> None:
+        """Connect, and look whether all nodes see the workspace.
+
+        Raises:
+            UserError: if there is no cluster, or a node does not see the workspace.
+        """
+        connect()
+        while self.unseen:
+            _require_seen(self.unseen.pop())
+
+    def carry(self, kinds: Iterable[type]) -> None:
+        """Send foreign classes with their modules' code: workers need not be able to import it."""
+        for kind in kinds:
+            if imports.is_foreign(kind):
+                cloudpickle.register_pickle_by_value(sys.modules[kind.__module__])
+
+    def cpus(self) -> float:
+        """CPUs of the cluster."""
+        self.connect()
+        return float(ray.cluster_resources().get("CPU", 1))
+
+    def nodes(self, dead: bool = False) -> dict[str, dict[str, Any]]:
+        """The nodes of the cluster; none before there is a connection."""
+        return nodes(dead)
+
+    def threads(self, needs: Needs) -> int:
+        """As many as it has CPUs."""
+        return max(1, int(needs["CPU"]))
+
+    def capacity(self, needs: Needs, what: str, spare: int = 0) -> int:
+        """How many actors with these needs the cluster holds at once, beside `spare` CPUs for tasks.
+
+        Raises:
+            UserError: if not even one fits on any node.
+        """
+        fits = self._fits(needs, spare)
+        if fits < 1:
+            have = [node["resources"] for node in nodes().values()]
+            wanted = {name: amount for name, amount in needs.items() if amount}
+            beside = f" beside {spare} CPU for tasks" if spare else ""
+            offers = "; ".join(sorted({_amounts(node, {**needs, "GPU": 0}) for node in have}))
+            raise UserError(
+                f"{what}: one actor needs {_amounts(wanted, wanted)} on one node{beside}; the cluster's "
+                f"nodes have {offers}. Lower the resources in the config or add nodes."
+            )
+        return fits
+
+    def holds(self, needs: Needs, count: int, spare: int = 0) -> bool:
+        """Whether the cluster has room for that many actors beside CPUs for tasks."""
+        return count <= self._fits(needs, spare)
+
+    def _fits(self, needs: Needs, spare: int) -> int:
+        self.connect()
+        have = [node["resources"] for node in nodes().values()]
+        wanted = {name: amount for name, amount in needs.items() if amount}
+        fits = sum(
+            min(int(node.get(name, 0) / amount + 1e-9) for name, amount in wanted.items()) for node in have
+        )
+        cpus = sum(node.get("CPU", 0) for node in have)
+        return min(fits, int((cpus - spare) / needs["CPU"] + 1e-9))
+
+    def share(self, value: T) -> Put[T]:
+        """Put a value into the object store."""
+        self.connect()
+        return Put(ray.put(value))
+
+    def in_order(self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        """Results of a function as Ray tasks, in the order of the arguments.
+
+        Only about two tasks per CPU are under way at once, so results do not pile up.
+        """
+        self.connect()
+        task = ray.remote(measured).options(num_cpus=1, max_retries=RESTARTS, name=function.__name__)
+        width = 2 * max(1, int(self.cpus()))
+        waiting: deque[Any] = deque()
+        for given in arguments:
+            waiting.append(task.remote(self.logs, function, *given))
+            if len(waiting) >= width:
+                yield self._metered(waiting.popleft())
+        while waiting:
+            yield self._metered(waiting.popleft())
+
+    def _metered(self, reference: Any) -> Any:
+        """The result of a task; its costs are reported."""
+        with told(self.logs):
+            result, costs = ray.get(reference)
+        usage.report(costs)
+        return result
+
+    def stream(
+        self,
+        rows: Sequence[Row],
+        decode: tuple[Callable[..., Row], tuple[Any, ...]] | None,
+        worker: tuple[Callable[..., Callable[[Row], Row]], tuple[Any, ...]],
+        needs: Needs,
+        count: int,
+    ) -> Iterator[Row]:
+        """Receipts of rows that go through one execution of Ray Data, as they come."""
+        self.connect()
+        with told(self.logs):
+            yield from ray_data.stream(rows, decode, worker, needs, count, self.logs)
+
+    def start(self, kind: type, needs: Needs, *arguments: Any, spread: bool = False) -> Handle:
+        """An actor; it and its calls survive the loss of its process or node."""
+        self.connect()
+        own = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")}
+        remote = ray.remote(hosted(kind)).options(
+            num_cpus=needs["CPU"],
+            num_gpus=needs["GPU"],
+            resources=own,
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
+            scheduling_strategy="SPREAD" if spread else "DEFAULT",
+        )
+        return Handle(remote.remote(self.logs, *arguments))
+
+    def pool(self, kind: type, needs: Needs, count: int, *arguments: Any) -> Handles:
+        """Actors that share the calls."""
+        return Handles(tuple(self.start(kind, needs, *arguments) for _ in range(count)), self.logs)
+
+
+def _require_seen(folder: Path) -> None:
+    """Refuse a folder that is not the same one on every node."""
+    others = nodes()
+    others.pop(ray.get_runtime_context().get_node_id(), None)
+    if not others:
+        return
+    mark = folder / f".seen-{uuid.uuid4().hex}"
+    mark.touch()
+    try:
+        look = ray.remote(os.path.exists)
+        asked = {
+            node: look.options(
+                num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            ).remote(str(mark))
+            for node in others
+        }
+        blind = [others[node]["host"] for node, answer in asked.items() if not _answer(answer)]
+    finally:
+        mark.unlink()
+    if blind:
+        raise UserError(
+            f"workspace: {folder} is a folder of this machine that {len(blind)} of {len(others)} other nodes "
+            f"do not see ({', '.join(sorted(blind)[:3])}). On a cluster the workspace must be a folder that "
+            "all nodes share, or an object store (s3://bucket/prefix)."
+        )
+
+
+def _answer(reference: Any) -> bool:
+    """What a node says; one that died meanwhile does no harm."""
+    try:
+        return bool(ray.get(reference))
+    except exceptions.RayError:
+        return True
+
+
+def _amounts(resources: Mapping[str, float], names: Iterable[str]) -> str:
+    return " and ".join(f"{resources.get(name, 0):g} {name}" for name in names)
+
+
+def get(reference: Any) -> Any:
+    """`ray.get` that lets a `UserError` of the worker through as itself."""
+    with told(None):
+        return ray.get(reference)
+
+
+@contextmanager
+def told(logs: Logs | None) -> Iterator[None]:
+    """Inside the block, a `UserError` that a task or actor raised comes out as itself; others with their log.
+
+    Raises:
+        UserError: also where the cluster failed, which running again mends or continues.
+    """
+    try:
+        yield
+    except exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        _annotate(error, logs)
+        raise
+    except tuple(_CURES) as error:
+        cure = next(cure for kind, cure in _CURES.items() if isinstance(error, kind))
+        _annotate(error, logs)
+        found = UserError(f"Ray: {_first_line(error)}. {cure}. {AGAIN}")
+        for note in getattr(error, "__notes__", ()):
+            found.add_note(note)
+        raise found from None
+
+
+def _annotate(error: Exception, logs: Logs | None) -> None:
+    """Add the last lines of a log to an error: of the worker it names, or else of the last that wrote."""
+    named = re.search(r"\bpid=(\d+)", str(error))
+    with suppress(OSError):
+        if logs is not None and (lines := logs.tail(int(named[1]) if named else None)):
+            error.add_note(lines)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), repr(error))

@@ -1,0 +1,92 @@
+"""Rows through decoding tasks and model actors in one execution of Ray Data, with back-pressure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import ray
+
+from pipeline.cluster import usage
+from pipeline.cluster.engine import Needs, Row
+from pipeline.cluster.logs import Logs
+from pipeline.cluster.ray_worker import metered
+from pipeline.errors import UserError
+
+COSTS, FAILURE = "costs", "failure"
+"""Columns of a receipt beside those of the work: what it cost, and the text of a `UserError`."""
+
+
+def quiet() -> None:
+    """Keep Ray Data's own bars and log lines away from ours."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def stream(
+    rows: Sequence[Row],
+    decode: tuple[Callable[..., Row], tuple[Any, ...]] | None,
+    worker: tuple[Callable[..., Callable[[Row], Row]], tuple[Any, ...]],
+    needs: Needs,
+    count: int,
+    logs: Logs | None,
+) -> Iterator[Row]:
+    """Receipts of rows, as they come; see `engine.Engine.stream`."""
+    data = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+    if decode is not None:
+        data = data.map(_decoded, fn_kwargs={"decode": decode, "logs": logs}, num_cpus=1)
+    kind, given = worker
+    own = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")}
+    receipts = data.map(
+        type(kind.__name__, (Worker,), {}),  # the name that Ray shows
+        fn_constructor_kwargs={"kind": kind, "given": given, "logs": logs},
+        compute=ray.data.ActorPoolStrategy(size=count),
+        num_cpus=needs["CPU"],
+        num_gpus=needs["GPU"] or None,
+        resources=own or None,
+    )
+    for row in receipts.iter_rows():
+        if row[FAILURE]:
+            raise UserError(row[FAILURE])
+        for costs in row.pop(COSTS):
+            usage.report(costs)
+        yield row
+
+
+class Worker:
+    """Model actor around an object that makes receipts."""
+
+    def __init__(self, kind: Callable[..., Callable[[Row], Row]], given: Any, logs: Logs | None) -> None:
+        self.work, self.logs = kind(*given), logs
+
+    def __call__(self, row: Row) -> Row:
+        """Receipt of a row, or of what went wrong before."""
+        before = row.get(COSTS, [])
+        if row.get(FAILURE):
+            return {COSTS: before, FAILURE: row[FAILURE]}
+        return _receipt(lambda: self.work(row), self.logs, before)
+
+
+def _decoded(row: Row, decode: tuple[Callable[..., Row], tuple[Any, ...]], logs: Logs | None) -> Row:
+    """Ray Data function: a row with more columns."""
+    function, given = decode
+    return {**row, **_receipt(lambda: function(row, *given), logs)}
+
+
+def _receipt(work: Callable[[], Row], logs: Logs | None, before: Iterable[Any] = ()) -> Row:
+    """What a Ray Data function returns: its result with its costs and those of functions `before` it.
+
+    A `UserError` is returned as text, because Ray Data would bury it.
+    """
+    found: Row = {}
+    failure = ""
+    with metered(logs) as costs:
+        try:
+            found = work()
+        except UserError as error:
+            failure = str(error)
+    return {**found, COSTS: [*before, costs], FAILURE: failure}

@@ -1,0 +1,242 @@
+"""Both engines do the same: order, errors, shared values, actors, and a pipeline into workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from ray.exceptions import RayTaskError
+from threadpoolctl import threadpool_info
+
+from pipeline.cluster import usage
+from pipeline.cluster.engine import Engine, Shared, opened
+from pipeline.errors import UserError
+
+NEEDS = {"CPU": 0.5, "GPU": 0.0}
+
+
+@pytest.fixture(params=["inline-1", "inline-3", "ray"])
+def each(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Every engine in turn."""
+    if request.param == "ray":
+        yield request.getfixturevalue("on_ray")
+    else:
+        with opened("inline", threads=int(request.param[-1])) as engine:
+            yield engine
+
+
+def scaled(number: int, factor: Shared[int]) -> int:
+    return number * factor.get()
+
+
+def refused(number: int) -> int:
+    if number == 3:
+        raise UserError("three: not a number that is liked, got 3; expected another.")
+    return number
+
+
+def broken(number: int) -> float:
+    return 1 / number
+
+
+class Counter:
+    """An object with a state."""
+
+    def __init__(self, start: int) -> None:
+        self.count = start
+
+    def add(self, number: int) -> int:
+        self.count += number
+        return self.count
+
+    def square(self, number: int) -> int:
+        return number**2
+
+
+class Halver:
+    """A model worker: a callable that makes a receipt of a row."""
+
+    def __init__(self, divisor: float) -> None:
+        self.divisor = divisor
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["number"] == 99:
+            raise UserError("number: 99 is too large; expected less.")
+        total = row["values"].sum() if "values" in row else row["number"]
+        return {"number": row["number"], "half": float(total / self.divisor)}
+
+
+def decoded(row: dict[str, Any], length: int) -> dict[str, Any]:
+    return {"values": np.full(length, row["number"], np.int64)}
+
+
+def test_results_come_in_the_order_of_the_arguments_and_are_counted(each: Engine) -> None:
+    factor = each.share(7)
+    with usage.collect() as used:
+        found = list(each.in_order(scaled, ((number, factor) for number in range(40))))
+    assert found == [7 * number for number in range(40)]
+    assert used.tasks == 40
+    assert used.retries == 0
+
+
+def test_a_mistake_of_the_user_comes_out_as_it_is(each: Engine) -> None:
+    with pytest.raises(UserError, match=r"^three: not a number that is liked"):
+        list(each.in_order(refused, [(number,) for number in range(9)]))
+
+
+def test_another_error_keeps_its_type_and_message(each: Engine) -> None:
+    with pytest.raises(ZeroDivisionError, match="division by zero"):
+        list(each.in_order(broken, [(1,), (0,)]))
+
+
+def test_an_actor_keeps_its_state_and_answers_one_call_after_the_other(each: Engine) -> None:
+    actor = each.start(Counter, NEEDS, 10)
+    try:
+        assert [pending() for pending in [actor.ask("add", number) for number in (1, 2, 3)]] == [11, 13, 16]
+    finally:
+        with usage.collect() as used:
+            actor.stop()
+    assert used.tasks in (0, 3)  # of an object in this process they were counted when they were asked for
+
+
+def test_a_pool_gives_results_in_the_order_of_the_arguments(each: Engine) -> None:
+    pool = each.pool(Counter, NEEDS, 2, 0)
+    try:
+        assert list(pool.each("square", [(number,) for number in range(20)])) == [n**2 for n in range(20)]
+    finally:
+        pool.stop()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_go_through_decoding_and_workers_once_each(each: Engine, apart: bool) -> None:
+    rows = [{"number": number} for number in range(12)]
+    decode = (decoded, (4,)) if apart else None
+    found = list(each.stream(rows, decode, (Halver, (2.0,)), NEEDS, 2))
+    expected = {number: number * (4 if apart else 1) / 2 for number in range(12)}
+    assert {row["number"]: row["half"] for row in found} == expected
+    assert len(found) == 12
+    with pytest.raises(UserError, match=r"^number: 99 is too large"):
+        list(each.stream([{"number": 99}], decode, (Halver, (2.0,)), NEEDS, 1))
+
+
+def where(_: int) -> tuple[int, set[int], int]:
+    libraries = {library["num_threads"] for library in threadpool_info()}
+    return threading.get_ident(), libraries, torch.get_num_threads()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tasks_in_this_process_compute_with_one_thread_each(threads: int) -> None:
+    with opened("inline", threads=threads) as engine:
+        found = list(engine.in_order(where, [(number,) for number in range(30)]))
+    assert {one for _, libraries, _ in found for one in libraries} == {1}
+    assert len({ident for ident, _, _ in found}) <= threads
+    if threads == 1:
+        assert found[0][0] == threading.get_ident()
+
+
+def test_torch_is_given_back_as_it_was(settings, load, execute) -> None:
+    settings["detectors"] = ["msp"]
+    before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    torch.set_num_threads(before[0] + 1)
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        execute(load(settings), last="extract")
+        assert (torch.get_num_threads(), torch.backends.cudnn.allow_tf32) == (before[0] + 1, True)
+    finally:
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+SILENT = """
+import sys
+from pipeline.cli.main import main
+try:
+    main()
+finally:
+    assert "ray" not in sys.modules, "Ray was imported"
+"""
+
+
+def test_an_evaluation_in_this_process_imports_no_ray(settings, tmp_path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**settings, "workspace": str(tmp_path / "workspace")}))
+    command = [sys.executable, "-c", SILENT, "run", str(path), "--engine", "inline", "-v"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    log = (tmp_path / "workspace" / "runs" / "small" / "logs" / "workers.log").read_text("utf-8")
+    assert "INFO" in log
+    assert "part-00000.parquet: 128 images, 0 errors" in log
+
+
+NOISY = """
+import logging, sys, warnings
+from pipeline.quickstart import resnet
+
+def build():
+    print("built with love")
+    warnings.warn("a warning of mine")
+    logging.getLogger("mine").info("quiet word")
+    network = resnet.build()
+    inner = network.forward
+
+    def forward(images):
+        if images.shape[0] == 64 and "ray" in sys.modules and FAILS:
+            raise MemoryError("no room for this batch")
+        return inner(images)
+
+    network.forward = forward
+    return network
+"""
+
+
+@pytest.fixture
+def noisy(settings: dict[str, Any], tmp_path: Path) -> Callable[[bool], dict[str, Any]]:
+    """The small evaluation with a network that prints, warns, logs and maybe fails in a worker."""
+
+    def made(fails: bool) -> dict[str, Any]:
+        (tmp_path / "noisy.py").write_text(NOISY.replace("FAILS", str(fails)))
+        settings["model"]["name"] = "noisy.py:build"
+        return {**settings, "datasets": settings["datasets"][1:3], "detectors": ["msp"]}
+
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:a warning of mine")
+def test_what_workers_say_lies_in_one_file_of_the_run(noisy, load, execute, ray_session) -> None:
+    folder = execute(load(noisy(False)), engine="ray", level=logging.INFO, last="extract").folder
+    assert [file.name for file in (folder / "logs").iterdir()] == ["workers.log"]
+    lines = (folder / "logs" / "workers.log").read_text("utf-8").splitlines()
+    for text in (
+        "stdout: built with love",
+        "a warning of mine",
+        "mine: quiet word",
+        "part-00000.parquet: 128",
+    ):
+        assert any(text in line for line in lines), text
+    stamped = [line[:23] for line in lines if line[:2] == "20"]
+    assert stamped == sorted(stamped)
+    assert str(os.getpid()) not in {line.split()[2] for line in lines if line[:2] == "20"}
+    execute(load(noisy(False)), engine="ray", last="score")
+    later = (folder / "logs" / "workers.log").read_text("utf-8").splitlines()
+    assert later[: len(lines)] == lines
+
+
+@pytest.mark.filterwarnings("ignore:a warning of mine")
+def test_an_error_of_a_worker_comes_with_the_last_lines_of_its_log(noisy, load, execute, ray_session) -> None:
+    with pytest.raises(RayTaskError, match="MemoryError: no room for this batch") as failure:
+        execute(load(noisy(True)), engine="ray")
+    notes = "\n".join(failure.value.__notes__)
+    assert "The last lines of" in notes
+    assert "built with love" in notes
+    assert "quiet word" not in notes
