@@ -202,7 +202,7 @@ def execute() -> Callable[..., run.Outcome]:
     """Run an evaluation with the engine in this process, or the one that is named, without output."""
 
     def executed(loaded: schema.Config, **options: Any) -> run.Outcome:
-        chosen = {"engine": "inline", "threads": 1, **options}
+        chosen = options if "engine" in options else {"engine": "inline", "threads": 1, **options}
         return run.execute(loaded, run.Options(**chosen), Display(Console(quiet=True)))
 
     return executed

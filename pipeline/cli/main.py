@@ -15,11 +15,26 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer.models import CommandInfo
 
 from pipeline import __version__, imports
 from pipeline.cli import checks, detectors, jobs, running, validate  # noqa: F401 - their commands
 from pipeline.cli.app import app, console
 from pipeline.errors import UserError
+
+_ORDER = (
+    *("run", "extract", "fit", "score", "evaluate", "report", "tune"),
+    *("submit", "status", "stop"),
+    *("validate", "detectors", "doctor", "verify"),
+)
+"""Of the commands in the help."""
+
+
+def _place(command: CommandInfo) -> int:
+    return _ORDER.index(command.name or getattr(command.callback, "__name__", ""))
+
+
+app.registered_commands.sort(key=_place)
 
 
 @app.callback(invoke_without_command=True)

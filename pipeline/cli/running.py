@@ -114,7 +114,10 @@ def report(
     """
     from pipeline.workflows.run import Options
 
-    _execute(load(source, overrides, workspace), Options("report", publish="always" if track else "never"))
+    _execute(
+        load(source, overrides, workspace),
+        Options("report", publish="always" if track else "never", engine="inline"),
+    )
 
 
 @app.command()

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, TypeVar
 
 from pipeline.cluster.logs import Logs
+from pipeline.errors import UserError
 from pipeline.workspace.files import Place
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class Pool(Protocol):
         """Results of a method, in the order of the arguments."""
 
     def stop(self) -> None:
-        """End the actors and report what they cost."""
+        """End the actors."""
 
 
 class Engine(Protocol):
@@ -139,7 +140,14 @@ def opened(
         workspace: what the work writes to; if it is a local folder, every node must see it.
         logs: where workers log to.
         threads: of the inline engine; None = as many as there are CPUs, 1 = no thread but the caller's.
+
+    Raises:
+        UserError: threads for Ray.
     """
+    if name == "ray" and threads is not None:
+        raise UserError(
+            "--threads: only the inline engine has threads. Add --engine inline, or leave it out."
+        )
     if name == "inline":
         from pipeline.cluster import inline
 

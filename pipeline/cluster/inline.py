@@ -6,15 +6,16 @@ more, tasks and model workers share them; each computes with one thread, as a wo
 
 from __future__ import annotations
 
-import logging
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +23,9 @@ from threadpoolctl import ThreadpoolController
 
 from pipeline.cluster import usage
 from pipeline.cluster.engine import Needs, Pending, Row
-from pipeline.cluster.logs import MERGED, Handler, Logs
+from pipeline.cluster.logs import MERGED, Handler, Logs, attached
+from pipeline.errors import UserError
+from pipeline.workspace import files
 
 T = TypeVar("T")
 
@@ -37,6 +40,7 @@ def session(logs: Logs | None, threads: int | None) -> Iterator[Inline]:
 
     with (
         _logging(logs),
+        warnings.catch_warnings(),  # decoders of several threads change the filters in turns
         controller.limit(limits=1),
         ThreadPoolExecutor(count, "inline", begin) as pool,
     ):
@@ -50,20 +54,22 @@ def _cpus() -> int:
 
 @contextmanager
 def _logging(logs: Logs | None) -> Iterator[None]:
-    """During the block, records of this process also go to the file of the run, if that is local."""
-    if logs is None or not isinstance(logs.folder, Path):
+    """During the block, records of this process also go to the file of the run."""
+    if logs is None:
         yield
         return
-    handler, root = Handler(logs.folder / MERGED, logs.level), logging.getLogger()
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(min(level, logs.level))
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-        handler.close()
+    with TemporaryDirectory(prefix="ood-pipeline-") as scratch:
+        local = isinstance(logs.folder, Path)
+        file = Path(logs.folder if local else scratch, MERGED)  # type: ignore[arg-type]
+        handler = Handler(file, logs.level)
+        try:
+            with attached(handler):
+                yield
+        finally:
+            handler.close()
+            if not local and file.is_file():
+                with suppress(OSError, UserError):
+                    files.put(file, logs.folder / MERGED)
 
 
 @dataclass(frozen=True)
@@ -106,11 +112,8 @@ class Objects:
         """Results of a method, in the order of the arguments."""
 
         def call(*given: Any) -> Any:
-            target = self.free.get()
-            try:
+            with _borrowed(self.free) as target:
                 return getattr(target, method)(*given)
-            finally:
-                self.free.put(target)
 
         return self.engine.in_order(call, arguments)
 
@@ -142,8 +145,9 @@ class Inline:
         return 1
 
     def capacity(self, needs: Needs, what: str, spare: int = 0) -> int:
-        """As many workers as threads."""
-        return self.count
+        """As many workers as threads; where they need GPUs, as many as share one."""
+        gpus = needs.get("GPU", 0)
+        return min(self.count, max(1, int(1 / gpus))) if gpus else self.count
 
     def holds(self, needs: Needs, count: int, spare: int = 0) -> bool:
         """More workers than threads do no harm: they are not made."""
@@ -161,14 +165,18 @@ class Inline:
                 _report()
             return
         waiting: deque[Future[T]] = deque()
-        for given in arguments:
-            waiting.append(self.executor.submit(function, *given))
-            if len(waiting) >= 2 * self.count:
+        try:
+            for given in arguments:
+                waiting.append(self.executor.submit(function, *given))
+                if len(waiting) >= 2 * self.count:
+                    yield waiting.popleft().result()
+                    _report()
+            while waiting:
                 yield waiting.popleft().result()
                 _report()
-        while waiting:
-            yield waiting.popleft().result()
-            _report()
+        finally:
+            for future in waiting:
+                future.cancel()
 
     def stream(
         self,
@@ -180,12 +188,14 @@ class Inline:
     ) -> Iterator[Row]:
         """Receipts of rows that go through workers, in their order."""
         kind, given = worker
+        free = _free(kind, given, self._fitting(needs, count))
 
-        def decoded(row: Row) -> Row:
-            return row if decode is None else {**row, **decode[0](row, *decode[1])}
+        def work(row: Row) -> Row:
+            more = {} if decode is None else decode[0](row, *decode[1])
+            with _borrowed(free) as target:
+                return target({**row, **more})  # type: ignore[no-any-return]
 
-        pool = self.pool(kind, needs, count, *given)
-        return pool.each("__call__", ((decoded(row),) for row in rows))
+        return self.in_order(work, ((row,) for row in rows))
 
     def start(self, kind: type, needs: Needs, *arguments: Any, spread: bool = False) -> Object:
         """An object."""
@@ -193,10 +203,28 @@ class Inline:
 
     def pool(self, kind: Callable[..., Any], needs: Needs, count: int, *arguments: Any) -> Objects:
         """Objects, no more than threads."""
-        free: SimpleQueue[Any] = SimpleQueue()
-        for _ in range(min(count, self.count)):
-            free.put(kind(*arguments))
-        return Objects(self, free)
+        return Objects(self, _free(kind, arguments, self._fitting(needs, count)))
+
+    def _fitting(self, needs: Needs, count: int) -> int:
+        return min(count, self.capacity(needs, "inline"))
+
+
+def _free(kind: Callable[..., Any], arguments: tuple[Any, ...], count: int) -> SimpleQueue[Any]:
+    """Objects that nobody uses."""
+    free: SimpleQueue[Any] = SimpleQueue()
+    for _ in range(count):
+        free.put(kind(*arguments))
+    return free
+
+
+@contextmanager
+def _borrowed(free: SimpleQueue[Any]) -> Iterator[Any]:
+    """One of them for the block, as soon as there is one."""
+    target = free.get()
+    try:
+        yield target
+    finally:
+        free.put(target)
 
 
 def _report() -> None:

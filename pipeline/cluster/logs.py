@@ -1,7 +1,8 @@
 """Log files of workers, in a folder of the run: one for each process while it works, merged at the end.
 
-They hold what Python logs, warnings, what the user's own code prints, and the stack of a process that
-crashed. In an object store, which knows no appending, a file is put anew after each piece of work.
+They hold what Python logs, warnings, what the user's own code prints, and, on a local workspace, the stack
+of a process that crashed. In an object store, which knows no appending, a file is put anew after each piece
+of work. A log that cannot be written costs no work.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import logging
 import os
 import re
 import socket
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.workspace import files
 from pipeline.workspace.files import Place
 
@@ -40,10 +41,12 @@ class Logs:
 
     folder: Place
     level: int = logging.WARNING
+    session: str = ""
+    """Tells the files of one execution from those of the next in the same process."""
 
     def piece(self) -> Place:
         """The file of this process."""
-        return self.folder / f"worker-{socket.gethostname()}-{os.getpid()}.log"
+        return self.folder / f"worker-{self.session}-{socket.gethostname()}-{os.getpid()}.log"
 
     def tail(self, pid: int | None = None) -> str:
         """The last lines of a process' file; without its number, of the file that grew last."""
@@ -58,12 +61,19 @@ class Logs:
 
     def merge(self) -> None:
         """Make one file of all, in the order of time; what an interrupted run left goes in, too."""
-        target = self.folder / MERGED
-        records = [*_records(target.read_bytes())] if target.is_file() else []
+        try:
+            self._merge()
+        except (OSError, UserError) as error:
+            logging.getLogger(__name__).warning("%s: the logs of workers stay apart: %s", self.folder, error)
+
+    def _merge(self) -> None:
         pieces = _pieces(self.folder)
+        target = self.folder / MERGED
+        records = [*_records(target.read_bytes())] if pieces and target.is_file() else []
+        known = set(records)  # of files that were merged, but not deleted
         for piece in pieces:
-            records += _records(piece.read_bytes())
-        if records:
+            records += [record for record in _records(piece.read_bytes()) if record not in known]
+        if len(records) > len(known):
             with files.atomic(target) as draft:
                 draft.write_bytes(b"".join(_in_time(records)))
         for piece in pieces:
@@ -113,7 +123,7 @@ class _Lines(io.TextIOBase):
 
 
 class Handler(logging.FileHandler):
-    """Writes records to a file, each at once."""
+    """Writes records to a file, each at once; what cannot be written is lost."""
 
     def __init__(self, file: Path, level: int) -> None:
         super().__init__(file, encoding="utf-8", delay=True)
@@ -128,43 +138,75 @@ class Handler(logging.FileHandler):
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
         return super()._open()
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, if there is room for it."""
+        with suppress(OSError):
+            super().emit(record)
 
-_opened: dict[Logs, Path] = {}
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: it would be said to the stream that cannot be written."""
+
+
+@contextmanager
+def attached(handler: Handler) -> Iterator[None]:
+    """During the block, records of this process also go to a handler."""
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(min(level, handler.level))
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+_opened: dict[Logs, Handler] = {}
+_scratch: list[TemporaryDirectory[str]] = []
+"""Where files lie that are copied to an object store; deleted when the process ends."""
 
 
 @contextmanager
 def writing(logs: Logs | None) -> Iterator[None]:
-    """In a worker process: log to its file during the block, and afterwards until another takes over."""
+    """In a worker process: log to its file during the block, and put everything back afterwards."""
     if logs is None:
         yield
         return
     if logs not in _opened:
         _open(logs)
-    file, size = _opened[logs], _opened[logs].stat().st_size
+    handler = _opened[logs]
+    before = _size(handler)
+    logging.captureWarnings(True)
     try:
-        yield
+        with attached(handler), redirect_stdout(_Lines("stdout")), redirect_stderr(_Lines("stderr")):
+            yield
     finally:
-        if not isinstance(logs.folder, Path) and file.stat().st_size > size:
-            with suppress(OSError):
-                files.put(_copy(file), logs.piece())
+        logging.captureWarnings(False)
+        if not isinstance(logs.folder, Path) and _size(handler) > before:
+            with suppress(OSError, UserError):
+                files.put(_copy(Path(handler.baseFilename)), logs.piece())
 
 
 def _open(logs: Logs) -> None:
-    """Send all records of this process to the file of these logs."""
-    piece = logs.piece()
-    file = piece if isinstance(piece, Path) else Path(tempfile.mkdtemp(prefix="ood-pipeline-")) / piece.name
-    handler, root = Handler(file, logs.level), logging.getLogger()
-    for other in [each for each in root.handlers if isinstance(each, Handler)]:
-        root.removeHandler(other)
-        other.close()
-    root.addHandler(handler)
-    root.setLevel(min(logs.level, logging.WARNING))
-    logging.captureWarnings(True)
-    sys.stdout, sys.stderr = _Lines("stdout"), _Lines("stderr")
-    handler.stream = handler._open()
-    faulthandler.enable(handler.stream)
+    """Begin the file of these logs; it is this process' only one."""
+    for handler in _opened.values():
+        handler.close()
     _opened.clear()
-    _opened[logs] = file
+    piece = logs.piece()
+    if not isinstance(piece, Path):
+        _scratch[:] = [TemporaryDirectory(prefix="ood-pipeline-")]
+        piece = Path(_scratch[0].name, piece.name)
+    handler = Handler(piece, logs.level)
+    with suppress(OSError):
+        handler.stream = handler._open()
+        faulthandler.enable(handler.stream)
+    _opened[logs] = handler
+
+
+def _size(handler: Handler) -> int:
+    with suppress(OSError, ValueError):
+        return handler.stream.tell() if handler.stream else 0
+    return 0
 
 
 def _copy(file: Path) -> Path:

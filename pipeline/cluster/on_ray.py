@@ -15,7 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -63,6 +63,7 @@ def session(workspace: Place | None, logs: Logs | None) -> Iterator[OnRay]:
     kind, and with any engine.
     """
     ours = not ray.is_initialized()
+    logs = logs and replace(logs, session=uuid.uuid4().hex[:8])
     try:
         with threadpool_limits(limits=1):
             yield OnRay(logs, [workspace] if isinstance(workspace, Path) else [])
@@ -171,12 +172,16 @@ class Handles:
         """Results of a method, in the order of the arguments; whoever is free takes the next call."""
         pool = ActorPool([member.actor for member in self.members])
         with told(self.logs):
-            yield from pool.map(lambda actor, given: actor.call.remote(method, *given), list(arguments))
+            for result, costs in pool.map(
+                lambda actor, given: actor.measured.remote(method, *given), list(arguments)
+            ):
+                usage.report(costs)
+                yield result
 
     def stop(self) -> None:
-        """End the actors and report what they cost."""
+        """End the actors; what they cost came with their results."""
         for member in self.members:
-            member.stop()
+            ray.kill(member.actor)
 
 
 @dataclass(frozen=True)
@@ -262,12 +267,16 @@ class OnRay:
         task = ray.remote(measured).options(num_cpus=1, max_retries=RESTARTS, name=function.__name__)
         width = 2 * max(1, int(self.cpus()))
         waiting: deque[Any] = deque()
-        for given in arguments:
-            waiting.append(task.remote(self.logs, function, *given))
-            if len(waiting) >= width:
+        try:
+            for given in arguments:
+                waiting.append(task.remote(self.logs, function, *given))
+                if len(waiting) >= width:
+                    yield self._metered(waiting.popleft())
+            while waiting:
                 yield self._metered(waiting.popleft())
-        while waiting:
-            yield self._metered(waiting.popleft())
+        finally:
+            for reference in waiting:  # after an error: nobody waits for them
+                ray.cancel(reference)
 
     def _metered(self, reference: Any) -> Any:
         """The result of a task; its costs are reported."""
@@ -378,7 +387,7 @@ def told(logs: Logs | None) -> Iterator[None]:
 
 def _annotate(error: Exception, logs: Logs | None) -> None:
     """Add the last lines of a log to an error: of the worker it names, or else of the last that wrote."""
-    named = re.search(r"\bpid=(\d+)", str(error))
+    named = re.search(r"\bpid[=:]\s*(\d+)", str(error))
     with suppress(OSError):
         if logs is not None and (lines := logs.tail(int(named[1]) if named else None)):
             error.add_note(lines)

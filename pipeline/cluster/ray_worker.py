@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import ray
@@ -30,8 +31,9 @@ def hosted(kind: type) -> type:
     class Hosted:
         def __init__(self, where: Logs | None, *arguments: Any) -> None:
             self._where, self._costs = where, usage.Usage()
-            with metered(where):
+            with metered(where) as costs:
                 self._object = kind(*arguments)
+            self._costs.retries += costs["retries"]
 
         def call(self, method: str, *arguments: Any) -> Any:
             """Result of a method of the object."""
@@ -39,6 +41,14 @@ def hosted(kind: type) -> type:
                 result = getattr(self._object, method)(*arguments)
             self._costs.add(costs)
             return result
+
+        def measured(self, method: str, *arguments: Any) -> tuple[Any, dict[str, Any]]:
+            """Result of a method of the object, and what it cost, the start of this process included."""
+            with metered(self._where) as costs:
+                result = getattr(self._object, method)(*arguments)
+            costs["retries"] += self._costs.retries
+            self._costs.retries = 0
+            return result, costs
 
         def costs(self) -> dict[str, Any]:
             """What the process has cost since its start, all calls together."""
@@ -81,8 +91,14 @@ def restarts() -> int:
     """
     context = ray.get_runtime_context()
     if context.get_actor_id() is not None:
-        return int(context.was_current_actor_reconstructed)
+        return _reconstructed()
     return int(ray._private.worker.global_worker.core_worker.get_current_task_attempt_number())
+
+
+@cache
+def _reconstructed() -> int:
+    """Whether this actor's process stands in for a lost one; asking the cluster takes a while."""
+    return int(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def _is_told() -> bool:

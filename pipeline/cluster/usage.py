@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 _MEMORY_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -49,6 +50,7 @@ class Usage:
 
 
 _collecting: list[Usage] = []
+_adding = Lock()
 
 
 @contextmanager
@@ -66,8 +68,9 @@ def collect() -> Iterator[Usage]:
 
 def report(found: Mapping[str, Any]) -> None:
     """Add a task's costs to the blocks that collect them."""
-    for usage in _collecting:
-        usage.add(found)
+    with _adding:
+        for usage in _collecting:
+            usage.add(found)
 
 
 def peak_memory() -> int:

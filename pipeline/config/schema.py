@@ -78,7 +78,9 @@ class Transform(Frozen):
 class Model(Frozen):
     """The classifier."""
 
-    source: str = Field(description="torchvision, timm, exported or factory; a file of pipeline/sources")
+    source: str = Field(
+        description="torchvision, timm, exported or factory; a file of pipeline/network/sources"
+    )
     name: str = Field(
         description="torchvision or timm name; an exported program (.pt2); or 'package.module:function' or "
         "'./file.py:function'"

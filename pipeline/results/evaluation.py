@@ -61,13 +61,18 @@ class Evaluation:
         return pa.concat_tables(tables.read_columns(tables.Table.open(folder).parts(), names))
 
 
-def opened(run: str) -> Evaluation:
+def opened(run: str | Place) -> Evaluation:
     """A finished evaluation on disk or in an object store.
 
     Args:
         run: path or URI of its folder, `<workspace>/runs/<name>`.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or it is not finished.
     """
-    return Evaluation(located(run))
+    found = Evaluation(located(str(run)))
+    if found.record["status"] != "finished":
+        raise UserError(
+            f"{run}: the evaluation is {found.record['status']}, not finished. Run it again to go on."
+        )
+    return found

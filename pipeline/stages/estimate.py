@@ -88,7 +88,7 @@ def duration(engine: Engine, ready: Prepared, found: Probe) -> tuple[float, int]
     forward = found.forward[plan.settings.batch_size]
     if not plan.separate:
         return images / actors * (1 / forward + 1 / found.decode), actors
-    cpus = engine.cpus() - actors * plan.settings.cpus_per_actor
+    cpus = max(engine.cpus() - actors * plan.settings.cpus_per_actor, 1)
     return images / min(actors * forward, cpus * found.decode), actors
 
 
@@ -122,32 +122,33 @@ class Prober:
     threads: int
 
     def measure(self, table: pa.Table, sizes: Sequence[int]) -> Probe:
-        """Rates of decoding, and of the forward pass at batch sizes up to the first that does not fit."""
-        return measure(self.plan, self.threads, table, sizes)
+        """Rates of decoding, and of the forward pass at batch sizes up to the first that does not fit.
 
-
-def measure(plan: shards.Plan, threads: int, table: pa.Table, sizes: Sequence[int]) -> Probe:
-    """Rates of decoding, and of the forward pass at some batch sizes up to the first that does not fit."""
-    classifier = extract.load_in_worker(plan, threads, compiled=plan.settings.compile)
-    extract.decode_rows(table.slice(0, 8), plan)  # warms up
-    started = time.perf_counter()
-    decoded = extract.decode_rows(table, plan)
-    decode = len(table) / (time.perf_counter() - started)
-    if not decoded.rows:
-        key, reason = decoded.errors[0]
-        raise UserError(f"none of {len(table)} sampled images can be read; the first is {key}: {reason}.")
-    rates: dict[int, float] = {}
-    for size in sizes:
-        pixels = padded(decoded.pixels, size)
-        try:
-            classifier.forward(pixels)  # warms up
-            count, started = 0, time.perf_counter()
-            while count == 0 or time.perf_counter() - started < _SECONDS:
-                classifier.forward(pixels)
-                count += 1
-        except RuntimeError as error:  # what torch raises when memory is short
-            if not rates:
-                raise UserError(f"extract.batch_size: {size} images do not fit: {error}. Lower it.") from None
-            break
-        rates[size] = count * size / (time.perf_counter() - started)
-    return Probe(len(table), decoded.errors, decode, rates)
+        Raises:
+            UserError: if none of the images can be read, or the first batch does not fit.
+        """
+        classifier = extract.load_in_worker(self.plan, self.threads, compiled=self.plan.settings.compile)
+        extract.decode_rows(table.slice(0, 8), self.plan)  # warms up
+        started = time.perf_counter()
+        decoded = extract.decode_rows(table, self.plan)
+        decode = len(table) / (time.perf_counter() - started)
+        if not decoded.rows:
+            key, reason = decoded.errors[0]
+            raise UserError(f"none of {len(table)} sampled images can be read; the first is {key}: {reason}.")
+        rates: dict[int, float] = {}
+        for size in sizes:
+            pixels = padded(decoded.pixels, size)
+            try:
+                classifier.forward(pixels)  # warms up
+                count, started = 0, time.perf_counter()
+                while count == 0 or time.perf_counter() - started < _SECONDS:
+                    classifier.forward(pixels)
+                    count += 1
+            except RuntimeError as error:  # what torch raises when memory is short
+                if not rates:
+                    raise UserError(
+                        f"extract.batch_size: {size} images do not fit: {error}. Lower it."
+                    ) from None
+                break
+            rates[size] = count * size / (time.perf_counter() - started)
+        return Probe(len(table), decoded.errors, decode, rates)

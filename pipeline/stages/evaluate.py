@@ -1,4 +1,4 @@
-"""From score tables to metrics: one Ray task per detector reads its column and returns a few rows."""
+"""From score tables to metrics: one task per detector reads its column and returns a few rows."""
 
 from __future__ import annotations
 

@@ -14,16 +14,20 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from threading import Lock
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import PIL
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from pipeline import __version__, columns
 from pipeline.cluster import attempts
@@ -46,6 +50,9 @@ _OTHERS = "rows and errors"
 """Column beside `pixels` that holds the rest of a `Decoded` on its way to a model actor, as JSON."""
 
 _log = logging.getLogger(__name__)
+_loading = Lock()
+_loaded: WeakSet[nn.Module] = WeakSet()
+"""Networks of the workers of this process."""
 
 ACCEPTED = "accepted"
 """Column of a manifest with the labels that are right, where there are several."""
@@ -246,7 +253,11 @@ def load_in_worker(plan: Plan, threads: int, compiled: bool = False) -> Classifi
         raise UserError("extract.device: cuda is not available on a worker. Set extract.device to cpu.")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    classifier = load(plan.model, plan.seed, where)
+    with _loading:  # building draws from torch's generator, which all threads of a process share
+        classifier = load(plan.model, plan.seed, where)
+        if classifier.module in _loaded:  # a factory that gives one network to all: each worker taps its own
+            classifier = replace(classifier, module=deepcopy(classifier.module))
+        _loaded.add(classifier.module)
     if classifier.digest != plan.digest:
         raise UserError(f"model.weights: {plan.model.weights} is not what the driver loaded; it was changed.")
     return classifier.tuned(settings, compiled)

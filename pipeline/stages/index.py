@@ -1,4 +1,4 @@
-"""Nearest neighbours in banks of training vectors: FAISS in Ray actors, each holding a range of every bank.
+"""Nearest neighbours in banks of training vectors: FAISS in actors, each holding a range of every bank.
 
 Neighbours are merged in shard order, ties by row, so any number of shards gives the result of one index.
 Their distances are then computed again in float64 from the stored vectors: FAISS' own come from
@@ -269,9 +269,13 @@ def start(engine: Engine, banks: Mapping[str, BankFiles], settings: schema.Index
             for number in range(count)
         )
     )
-    for label in banks:
-        for loaded in [shard.ask("load", label) for shard in index.shards]:
-            loaded()
+    try:
+        for label in banks:
+            for loaded in [shard.ask("load", label) for shard in index.shards]:
+                loaded()
+    except BaseException:
+        index.stop()
+        raise
     return index
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -91,10 +92,14 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
         if ready.not_applicable:
             stage.note += f", {len(ready.not_applicable)} more do not apply"
-    with alone(ready.workspace) as check, working(ready, options) as chosen, ThreadPoolExecutor(1) as threads:
+    with (
+        alone(ready.workspace) as check,
+        working(ready, options) as chosen,
+        ThreadPoolExecutor(1) as background,
+    ):
         if options.fresh:
             _forget(ready)
-        run = Run(ready, options, display, threads, chosen)
+        run = Run(ready, options, display, background, chosen)
         try:
             for name in STAGES[: STAGES.index(options.last) + 1]:
                 check()
@@ -130,7 +135,10 @@ def evaluated(
         UserError: anything the user can mend; earlier results stay as they are.
     """
     options = Options(fresh=fresh, engine=engine, threads=threads)
-    return Evaluation(execute(settings, options, display or Quiet()).folder)
+    outcome = execute(settings, options, display or Quiet())
+    if outcome.warning:
+        warnings.warn(outcome.warning, stacklevel=2)
+    return Evaluation(outcome.folder)
 
 
 @contextmanager
@@ -155,7 +163,7 @@ class Run:
     ready: Prepared
     options: Options
     display: Display
-    threads: ThreadPoolExecutor
+    background: ThreadPoolExecutor
     engine: Engine
     record: Record = field(init=False)
     tracking: Tracked = field(default_factory=lambda: Tracked(None))
@@ -217,7 +225,7 @@ class Run:
         uri = tracking_uri(self.ready.config)
         name = self.ready.config.name
         folder = self.ready.folder
-        opening = self.threads.submit(
+        opening = self.background.submit(
             tracking.begin, folder, uri, settings.experiment, name, self.ready.fingerprint
         )
         return Tracked(opening)

@@ -118,8 +118,12 @@ def execute(settings: Config, output: Path, display: Display, options: Options =
     with display.stage("prepare") as stage:
         ready = _prepared(settings, grids)
         stage.note = f"{len(ready.detectors)} points of {len(grids)} detectors"
-    with alone(ready.workspace) as check, working(ready, options) as chosen, ThreadPoolExecutor(1) as threads:
-        search = Search(ready, options, display, threads, chosen)
+    with (
+        alone(ready.workspace) as check,
+        working(ready, options) as chosen,
+        ThreadPoolExecutor(1) as background,
+    ):
+        search = Search(ready, options, display, background, chosen)
         found = _chosen(grids, search.metrics(), wanted.metric)
         check()
         written = _write(ready, wanted.metric, found)

@@ -18,7 +18,7 @@ import yaml
 from ray.exceptions import RayTaskError
 from threadpoolctl import threadpool_info
 
-from pipeline.cluster import usage
+from pipeline.cluster import logs, usage
 from pipeline.cluster.engine import Engine, Shared, opened
 from pipeline.errors import UserError
 
@@ -26,10 +26,10 @@ NEEDS = {"CPU": 0.5, "GPU": 0.0}
 
 
 @pytest.fixture(params=["inline-1", "inline-3", "ray"])
-def each(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """Every engine in turn."""
+def each(request: pytest.FixtureRequest, on_ray: Engine) -> Iterator[Engine]:
+    """Every engine in turn; all in the process that has Ray."""
     if request.param == "ray":
-        yield request.getfixturevalue("on_ray")
+        yield on_ray
     else:
         with opened("inline", threads=int(request.param[-1])) as engine:
             yield engine
@@ -125,8 +125,42 @@ def test_rows_go_through_decoding_and_workers_once_each(each: Engine, apart: boo
     expected = {number: number * (4 if apart else 1) / 2 for number in range(12)}
     assert {row["number"]: row["half"] for row in found} == expected
     assert len(found) == 12
-    with pytest.raises(UserError, match=r"^number: 99 is too large"):
-        list(each.stream([{"number": 99}], decode, (Halver, (2.0,)), NEEDS, 1))
+    if apart:
+        with pytest.raises(UserError, match=r"^number: 99 is too large"):
+            list(each.stream([{"number": 99}], decode, (Halver, (2.0,)), NEEDS, 1))
+
+
+def test_a_log_that_cannot_be_written_costs_no_work(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file in the place of the folder")
+    full = logs.Logs(tmp_path / "logs")
+    with logs.writing(full):
+        sys.stdout.write("said to nobody\n")
+        logging.getLogger("mine").warning("lost")
+    full.merge()
+    assert (tmp_path / "logs").read_text() == "a file in the place of the folder"
+
+
+def test_logs_are_merged_once_even_if_they_could_not_be_deleted(tmp_path: Path, monkeypatch) -> None:
+    mine = logs.Logs(tmp_path, logging.INFO, "one")
+    with logs.writing(mine):
+        logging.getLogger("mine").info("first")
+        sys.stdout.write("second\nthird\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        mine.merge()
+    mine.merge()
+    merged = (tmp_path / "workers.log").read_text().splitlines()
+    assert [line.rpartition(": ")[2] for line in merged] == ["first", "second", "third"]
+    assert [file.name for file in tmp_path.iterdir()] == ["workers.log"]
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise PermissionError("not yours")
+
+
+def test_threads_are_the_inline_engines() -> None:
+    with pytest.raises(UserError, match=r"^--threads: only the inline engine has threads"):
+        opened("ray", threads=2)
 
 
 def where(_: int) -> tuple[int, set[int], int]:
@@ -227,9 +261,10 @@ def test_what_workers_say_lies_in_one_file_of_the_run(noisy, load, execute, ray_
     stamped = [line[:23] for line in lines if line[:2] == "20"]
     assert stamped == sorted(stamped)
     assert str(os.getpid()) not in {line.split()[2] for line in lines if line[:2] == "20"}
-    execute(load(noisy(False)), engine="ray", last="score")
+    execute(load(noisy(False)), engine="ray", level=logging.INFO, last="score")
     later = (folder / "logs" / "workers.log").read_text("utf-8").splitlines()
     assert later[: len(lines)] == lines
+    assert sum("part-00000.parquet: 150 rows" in line for line in later) == 1
 
 
 @pytest.mark.filterwarnings("ignore:a warning of mine")

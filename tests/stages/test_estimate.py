@@ -76,7 +76,7 @@ def test_nothing_readable_is_an_error(ready) -> None:
     table = ready.jobs["test"].manifest.read(0, 3)
     short = [{**row, "bytes": b"short"} for row in table.to_pylist()]
     with pytest.raises(UserError, match="none of 3 sampled images can be read; the first is"):
-        estimate.measure(ready.plan, 1, table.from_pylist(short, table.schema), [64])
+        estimate.Prober(ready.plan, 1).measure(table.from_pylist(short, table.schema), [64])
 
 
 def test_a_batch_that_does_not_fit_ends_the_search(ready, monkeypatch) -> None:
@@ -88,10 +88,10 @@ def test_a_batch_that_does_not_fit_ends_the_search(ready, monkeypatch) -> None:
     monkeypatch.setattr(estimate, "_SECONDS", 0.0)
     table = ready.jobs["test"].manifest.read(0, 10)
     limit = 32
-    assert list(estimate.measure(ready.plan, 1, table, [16, 32, 64, 128]).forward) == [16, 32]
+    assert list(estimate.Prober(ready.plan, 1).measure(table, [16, 32, 64, 128]).forward) == [16, 32]
     limit = 8
     with pytest.raises(UserError, match=r"extract\.batch_size: 16 images do not fit"):
-        estimate.measure(ready.plan, 1, table, [16])
+        estimate.Prober(ready.plan, 1).measure(table, [16])
 
 
 def test_a_configured_number_of_actors_that_does_not_fit_is_refused(on_ray, ready) -> None:

@@ -104,14 +104,46 @@ def test_every_detector_runs_on_an_exported_vision_transformer(
         assert np.ptp(found[name]) > 0
 
 
-def test_results_do_not_depend_on_the_engine_workers_shards_or_index_shards(
+DYING = """
+import os, sys
+from pathlib import Path
+from pipeline.quickstart import resnet
+
+def build():
+    network = resnet.build()
+    inner, work = network.forward, []
+
+    def forward(images):
+        work.append(images)
+        if "ray" in sys.modules and len(images) == 64 and len(work) > 5:
+            passing = "pipeline.stages.passes" in sys.modules
+            died = Path(__file__).with_name("died in a pass" if passing else "died in extraction")
+            if sys.argv[0].endswith("default_worker.py") and not died.exists():
+                died.touch()
+                os._exit(1)
+        return inner(images)
+
+    network.forward = forward
+    return network
+"""
+"""A classifier that ends the process of a Ray worker once in extraction and once in an extra pass."""
+
+
+def test_results_do_not_depend_on_the_engine_lost_workers_shards_or_index_shards(
     settings, images, load, execute, ray_session, tmp_path
 ) -> None:
     raw = everything(settings, images)
     first = execute(load(raw, "one"))
     raw["extract"] |= {"actors": 2, "shard_rows": 96}
     raw["index"] = {"shards": 3}
+    (tmp_path / "dying.py").write_text(DYING)
+    raw["model"]["name"] = "./dying.py:build"
     second = execute(load(raw, "two"), engine="ray")
+    record = files.read_json(second.folder / "manifest.json")
+    assert {name: record["stages"][name]["retries"] for name in ("extract", "fit")} == {
+        "extract": 1,
+        "fit": 1,
+    }
     for dataset in ("test", "animals", "textures", "shifted", "val", "production"):
         left, right = scores(first.folder, dataset), scores(second.folder, dataset)
         assert list(left) == list(right)
