@@ -48,6 +48,7 @@ def test_the_comparison_sees_order_and_size(fidelity: ModuleType) -> None:
     assert fidelity.spearman(ours, -ours) == pytest.approx(-1)
 
 
+@pytest.mark.slow
 def test_neighbours_are_looked_up_in_the_training_rows(fidelity: ModuleType) -> None:
     rows = fidelity.load()
     few = {column: values[:50] for column, values in rows.train.items()}
@@ -55,6 +56,7 @@ def test_neighbours_are_looked_up_in_the_training_rows(fidelity: ModuleType) -> 
     np.testing.assert_allclose(found, 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_columns_beyond_the_features_are_measured_on_the_images_behind_the_rows(fidelity: ModuleType) -> None:
     rows = fidelity.load()
     few = {column: values[:20] for column, values in rows.query.items()}

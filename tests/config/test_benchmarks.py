@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,11 @@ BENCHMARKS = sorted(path.stem for path in loading.bundled().glob("*.yaml") if pa
 TRAINED_BY_OPENOOD = ("cifar10-resnet18", "cifar100-resnet18", "imagenet200-resnet18")
 
 Refusal = Callable[..., str]
+
+
+def large(name: str) -> Any:
+    """The parameter; networks that take seconds to build are tested with the slow ones."""
+    return pytest.param(name, marks=pytest.mark.slow if "vit" in name or "swin" in name else ())
 
 
 @pytest.fixture
@@ -88,7 +94,7 @@ def test_weights_that_are_missing_are_named_with_the_folder_that_was_given(name,
     assert message.endswith("/s0/best.ckpt\n")
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [large(name) for name in BENCHMARKS])
 def test_data_that_are_missing_are_named_with_the_folder_that_was_given(name, refusal, tmp_path) -> None:
     message = refusal(name, "data=./mine", "model.weights=random")
     first = loading.load(name, [f"data={tmp_path}/mine"]).datasets[0]
@@ -145,7 +151,7 @@ def test_a_tree_with_too_few_images_is_refused_with_the_protocol(tmp_path) -> No
     assert "OpenOOD v1.5 CIFAR-10 expects 50,000." in str(caught.value)
 
 
-@pytest.mark.parametrize("model", ["resnet50", "vit-b-16", "swin-t"])
+@pytest.mark.parametrize("model", [large(name) for name in ("resnet50", "vit-b-16", "swin-t")])
 def test_samples_of_the_imagenet_tree_need_no_counts(tmp_path, model) -> None:
     name = f"imagenet1k-{model}"
     openood(tmp_path / "data", name, 1000)

@@ -138,7 +138,7 @@ def test_results_do_not_depend_on_the_engine_lost_workers_shards_or_index_shards
     raw["index"] = {"shards": 3}
     (tmp_path / "dying.py").write_text(DYING)
     raw["model"]["name"] = "./dying.py:build"
-    second = execute(load(raw, "two"), engine="ray")
+    second = execute(load(raw, "two"), engine="ray", last="evaluate")
     record = files.read_json(second.folder / "manifest.json")
     assert {name: record["stages"][name]["retries"] for name in ("extract", "fit")} == {
         "extract": 1,

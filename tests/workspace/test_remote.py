@@ -66,7 +66,8 @@ def test_an_object_store_gives_the_results_of_a_folder_and_is_resumed_like_one(
     raw["tracking"] = {"enabled": True, "uri": f"sqlite:///{tmp_path}/mlflow.db"}
     workspace = str(files.at(bucket) / "a prefix")
     loaded = load(raw, workspace)
-    outcome = execute(loaded, engine="ray")
+    execute(loaded, engine="ray", last="score")
+    outcome = execute(loaded)
     remote = outcome.folder
     assert str(remote / "report" / "index.html").startswith("s3://bucket-")
     assert (remote / "metrics.json").read_bytes() == (local / "metrics.json").read_bytes()
