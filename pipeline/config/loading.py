@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -75,9 +76,12 @@ def resolve(path: str) -> Path:
         return Path(path)
     module, _, name = path.removeprefix("package://").partition("/")
     try:
-        return Path(str(files(module))) / name
-    except (ModuleNotFoundError, TypeError, ValueError):
-        raise UserError(f"{path}: no package named {module!r} is installed.") from None
+        spec = find_spec(module)
+    except (ModuleNotFoundError, ValueError):
+        spec = None
+    if spec is None or spec.submodule_search_locations is None:
+        raise UserError(f"{path}: no package named {module!r} is installed.")
+    return Path(str(files(module))) / name
 
 
 def _labels_are_a_file(dataset: Dataset) -> bool:
