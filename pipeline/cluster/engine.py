@@ -21,6 +21,10 @@ Name = Literal["ray", "inline"]
 Needs = Mapping[str, float]
 """Amounts by resource: CPU, GPU, and resources of the cluster's own."""
 Row = dict[str, Any]
+Decode = tuple[Callable[..., Row], tuple[Any, ...]]
+"""A function of a row that gives more columns of it, and its further arguments."""
+Work = tuple[Callable[..., Callable[[Row], Row]], tuple[Any, ...]]
+"""A class whose objects make a receipt of a row, and its arguments."""
 Pending = Callable[[], Any]
 """Waits for the result of a call that is under way."""
 
@@ -97,8 +101,8 @@ class Engine(Protocol):
     def stream(
         self,
         rows: Sequence[Row],
-        decode: tuple[Callable[..., Row], tuple[Any, ...]] | None,
-        worker: tuple[Callable[..., Callable[[Row], Row]], tuple[Any, ...]],
+        decode: Decode | None,
+        worker: Work,
         needs: Needs,
         count: int,
     ) -> Iterator[Row]:

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 from threadpoolctl import ThreadpoolController
 
 from pipeline.cluster import usage
-from pipeline.cluster.engine import Needs, Pending, Row
+from pipeline.cluster.engine import Decode, Needs, Pending, Row, Work
 from pipeline.cluster.logs import MERGED, Handler, Logs, attached
 from pipeline.errors import UserError
 from pipeline.workspace import files
@@ -181,8 +181,8 @@ class Inline:
     def stream(
         self,
         rows: Sequence[Row],
-        decode: tuple[Callable[..., Row], tuple[Any, ...]] | None,
-        worker: tuple[Callable[..., Callable[[Row], Row]], tuple[Any, ...]],
+        decode: Decode | None,
+        worker: Work,
         needs: Needs,
         count: int,
     ) -> Iterator[Row]:

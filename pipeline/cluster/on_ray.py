@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 
 from pipeline import imports
 from pipeline.cluster import ray_data, usage
-from pipeline.cluster.engine import Needs, Pending, Row
+from pipeline.cluster.engine import Decode, Needs, Pending, Row, Work
 from pipeline.cluster.logs import Logs
 from pipeline.cluster.ray_worker import hosted, measured
 from pipeline.errors import AGAIN, UserError
@@ -288,8 +288,8 @@ class OnRay:
     def stream(
         self,
         rows: Sequence[Row],
-        decode: tuple[Callable[..., Row], tuple[Any, ...]] | None,
-        worker: tuple[Callable[..., Callable[[Row], Row]], tuple[Any, ...]],
+        decode: Decode | None,
+        worker: Work,
         needs: Needs,
         count: int,
     ) -> Iterator[Row]:

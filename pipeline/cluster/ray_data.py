@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from pipeline.cluster import usage
-from pipeline.cluster.engine import Needs, Row
+from pipeline.cluster.engine import Decode, Needs, Row, Work
 from pipeline.cluster.logs import Logs
 from pipeline.cluster.ray_worker import metered
 from pipeline.errors import UserError
@@ -29,8 +29,8 @@ def quiet() -> None:
 
 def stream(
     rows: Sequence[Row],
-    decode: tuple[Callable[..., Row], tuple[Any, ...]] | None,
-    worker: tuple[Callable[..., Callable[[Row], Row]], tuple[Any, ...]],
+    decode: Decode | None,
+    worker: Work,
     needs: Needs,
     count: int,
     logs: Logs | None,
@@ -71,7 +71,7 @@ class Worker:
         return _receipt(lambda: self.work(row), self.logs, before)
 
 
-def _decoded(row: Row, decode: tuple[Callable[..., Row], tuple[Any, ...]], logs: Logs | None) -> Row:
+def _decoded(row: Row, decode: Decode, logs: Logs | None) -> Row:
     """Ray Data function: a row with more columns."""
     function, given = decode
     return {**row, **_receipt(lambda: function(row, *given), logs)}
