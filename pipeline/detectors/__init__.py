@@ -6,6 +6,7 @@ Others come from a file or module that the config names, or by name from package
 Array in, array out; may import learned, columns, errors and imports only.
 """
 
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
@@ -25,15 +26,19 @@ _STORED = (KEY, LABEL, PREDICTION, FEATURE, LOGITS, BLOCK_NORM)
 
 def names() -> list[str]:
     """Names of the detectors that come with this package, sorted."""
-    return sorted(
-        module.name for module in iter_modules(__path__) if not module.name.startswith(("_", "base"))
-    )
+    return list(_names())
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    found = (module.name for module in iter_modules(__path__))
+    return tuple(sorted(name for name in found if not name.startswith(("_", "base"))))
 
 
 def installed() -> dict[str, EntryPoint]:
     """Detectors of other packages that are installed, by name; names of ours stay ours."""
     found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
-    return {entry.name: entry for entry in found if entry.name not in names()}
+    return {entry.name: entry for entry in found if entry.name not in _names()}
 
 
 def get(name: str) -> type[Detector]:
@@ -42,7 +47,7 @@ def get(name: str) -> type[Detector]:
     Raises:
         UserError: no such detector, with the closest one; or a class that is none or declares too little.
     """
-    if name in names():
+    if name in _names():
         module = import_module(f"{__name__}.{name}")
         return next(
             member

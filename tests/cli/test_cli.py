@@ -708,15 +708,15 @@ def test_a_command_that_is_terminated_leaves_in_order(case):
     assert running.returncode == 143
 
 
-def test_a_workspace_in_use_is_refused(case):
+def test_a_workspace_in_use_is_refused(case, command):
     case.workspace.mkdir()
     with FileLock(case.workspace / ".lock"):
-        done = process("run", case.config(), folder=case.folder)
-    assert done.returncode == 2
+        outcome = command("run", case.config())
+    assert outcome.status == 2
     assert re.match(
-        rf"error: workspace: {case.workspace} is in use by process .*Wait for it, or", done.stderr
+        rf"error: workspace: {case.workspace} is in use by process .*Wait for it, or", outcome.err
     )
-    assert len(done.stderr.splitlines()) == 1
+    assert len(outcome.err.splitlines()) == 1
     assert not (case.workspace / "runs").exists()
     assert not (case.workspace / "features").exists()
 

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from pipeline.cli.progress import Display
+from pipeline.config import loading
+from pipeline.workflows import run
 from tests.cluster.nodes import Results, Site, finished, written
 from tests.conftest import small
 
@@ -43,8 +47,26 @@ def everything(images: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(site: Site, everything: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What a run gives that nothing happens to."""
+def undisturbed(everything: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What a run in one process gives."""
     config = written(everything, tmp_path_factory.mktemp("undisturbed"))
-    finished(site.run(config))
+    run.execute(loading.load(str(config)), run.Options(engine="inline"), Display(Console(quiet=True)))
+    return Results.of(config)
+
+
+@pytest.fixture(scope="session")
+def placed(site: Site, everything: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What a run on the cluster gives that nothing happens to.
+
+    Its actors need logical GPUs and a resource of the cluster's own, which are on one node that is gone
+    afterwards; the device is the CPU by config.
+    """
+    name = site.add_node("--num-cpus=2", "--num-gpus=2", '--resources={"special": 2}')
+    extract = {**everything["extract"], "gpus_per_actor": 1, "device": "cpu", "resources": {"special": 1}}
+    index = {"shards": 3, "gpus_per_shard": 0.25, "cpus_per_shard": 0.25, "device": "cpu"}
+    config = written({**everything, "extract": extract, "index": index}, tmp_path_factory.mktemp("placed"))
+    try:
+        finished(site.run(config))
+    finally:
+        site.kill_node(name)
     return Results.of(config)

@@ -70,14 +70,14 @@ def strike(site: Site, fault: Fault, driver: Any, seconds: float) -> None:
 
 
 def survives(
-    faults: list[Fault], site: Site, undisturbed: Results, raw: dict[str, Any], folder: Path
+    faults: list[Fault], site: Site, undisturbed: Results, placed: Results, raw: dict[str, Any], folder: Path
 ) -> Results:
     """Run with some faults, one after the other, and compare every score and metric."""
     site.need_another()
     config = written(raw, folder)
     driver = site.run(config)
     for fault in faults:
-        usual = undisturbed.record["stages"][fault.stage]
+        usual = placed.record["stages"][fault.stage]
         wait_for(site, folder / "workspace", fault.stage, driver)
         strike(site, fault, driver, usual.get("steady_seconds", usual["seconds"]))
         if fault.victim == "driver":
@@ -91,10 +91,10 @@ def survives(
 
 
 def test_a_run_survives_the_loss_of_actors_and_of_a_node(
-    site: Site, undisturbed: Results, everything: dict[str, Any], tmp_path: Path
+    site: Site, undisturbed: Results, placed: Results, everything: dict[str, Any], tmp_path: Path
 ) -> None:
     faults = [Fault("extract", "actor", 2), Fault("extract", "node", 1), Fault("score", "actor", 0)]
-    found = survives(faults, site, undisturbed, everything, tmp_path)
+    found = survives(faults, site, undisturbed, placed, everything, tmp_path)
     assert found.record["stages"]["extract"]["cpu_seconds"] > 0
     assert len(found.record["nodes"]) > 1
     assert not list(tmp_path.rglob(".attempts-*"))
@@ -103,30 +103,23 @@ def test_a_run_survives_the_loss_of_actors_and_of_a_node(
 @pytest.mark.chaos
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.stage}-{fault.victim}-{fault.seed}")
 def test_a_run_survives(
-    fault: Fault, site: Site, undisturbed: Results, everything: dict[str, Any], tmp_path: Path
+    fault: Fault,
+    site: Site,
+    undisturbed: Results,
+    placed: Results,
+    everything: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    survives([fault], site, undisturbed, everything, tmp_path)
+    survives([fault], site, undisturbed, placed, everything, tmp_path)
     verified = site.command("verify", str(tmp_path / "workspace" / "runs" / "small"))
     finished(verified)
 
 
-def test_actors_go_to_the_nodes_that_have_what_they_need(
-    site: Site, undisturbed: Results, everything: dict[str, Any], tmp_path: Path
-) -> None:
-    """Logical GPUs and a resource of the cluster's own, on one node; the device is the CPU by config."""
-    name = site.add_node("--num-cpus=2", "--num-gpus=2", '--resources={"special": 2}')
-    extract = {**everything["extract"], "gpus_per_actor": 1, "device": "cpu", "resources": {"special": 1}}
-    index = {"shards": 3, "gpus_per_shard": 0.25, "cpus_per_shard": 0.25, "device": "cpu"}
-    config = written({**everything, "extract": extract, "index": index}, tmp_path)
-    try:
-        finished(site.run(config))
-    finally:
-        site.kill_node(name)
-    found = Results.of(config)
-    assert found.scores == undisturbed.scores
-    assert found.metrics == undisturbed.metrics
-    assert any(node["resources"].get("special") == 2 for node in found.record["nodes"].values())
-    assert found.record["stages"]["extract"]["gpu_seconds"] > 0
+def test_actors_go_to_the_nodes_that_have_what_they_need(undisturbed: Results, placed: Results) -> None:
+    assert placed.scores == undisturbed.scores
+    assert placed.metrics == undisturbed.metrics
+    assert any(node["resources"].get("special") == 2 for node in placed.record["nodes"].values())
+    assert placed.record["stages"]["extract"]["gpu_seconds"] > 0
     assert undisturbed.record["stages"]["extract"]["gpu_seconds"] == 0
 
 

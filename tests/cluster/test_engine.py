@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,12 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from ray.exceptions import RayTaskError
 from threadpoolctl import threadpool_info
 
 from pipeline.cluster import logs, usage
-from pipeline.cluster.engine import Engine, Shared, opened
+from pipeline.cluster.engine import Decode, Engine, Shared, opened
 from pipeline.errors import UserError
 
 NEEDS = {"CPU": 0.5, "GPU": 0.0}
@@ -117,17 +115,19 @@ def test_a_pool_gives_results_in_the_order_of_the_arguments(each: Engine) -> Non
         pool.stop()
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_rows_go_through_decoding_and_workers_once_each(each: Engine, apart: bool) -> None:
+def test_rows_go_through_decoding_and_workers_once_each(each: Engine) -> None:
     rows = [{"number": number} for number in range(12)]
-    decode = (decoded, (4,)) if apart else None
-    found = list(each.stream(rows, decode, (Halver, (2.0,)), NEEDS, 2))
-    expected = {number: number * (4 if apart else 1) / 2 for number in range(12)}
-    assert {row["number"]: row["half"] for row in found} == expected
+    found = list(each.stream(rows, (decoded, (4,)), (Halver, (2.0,)), NEEDS, 2))
+    assert {row["number"]: row["half"] for row in found} == {number: 2.0 * number for number in range(12)}
     assert len(found) == 12
-    if apart:
-        with pytest.raises(UserError, match=r"^number: 99 is too large"):
-            list(each.stream([{"number": 99}], decode, (Halver, (2.0,)), NEEDS, 1))
+
+
+@pytest.mark.parametrize("decode", [None, (decoded, (1,))])
+def test_a_mistake_that_a_worker_finds_comes_out_as_it_is(engine: Engine, decode: Decode | None) -> None:
+    stream = engine.stream([{"number": 6}, {"number": 99}], decode, (Halver, (2.0,)), NEEDS, 1)
+    assert next(stream) == {"number": 6, "half": 3.0}
+    with pytest.raises(UserError, match=r"^number: 99 is too large"):
+        next(stream)
 
 
 def test_a_log_that_cannot_be_written_costs_no_work(tmp_path: Path) -> None:
@@ -189,28 +189,6 @@ def test_torch_is_given_back_as_it_was(settings, load, execute) -> None:
     finally:
         torch.set_num_threads(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-SILENT = """
-import sys
-from pipeline.cli.main import main
-try:
-    main()
-finally:
-    assert "ray" not in sys.modules, "Ray was imported"
-"""
-
-
-def test_an_evaluation_in_this_process_imports_no_ray(settings, tmp_path) -> None:
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump({**settings, "workspace": str(tmp_path / "workspace")}))
-    command = [sys.executable, "-c", SILENT, "run", str(path), "--engine", "inline", "-v"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    log = (tmp_path / "workspace" / "runs" / "small" / "logs" / "workers.log").read_text("utf-8")
-    assert "INFO" in log
-    assert "part-00000.parquet: 128 images, 0 errors" in log
 
 
 NOISY = """

@@ -97,9 +97,10 @@ def read_only(batch: dict[str, NDArray]) -> Batch:
     return batch
 
 
-def default_extras() -> list[Extra]:
+@cache
+def default_extras() -> tuple[Extra, ...]:
     """What detectors look at with default parameters, beyond the feature table."""
-    return [extra for name in detectors.names() for extra in detectors.get(name)().extras()]
+    return tuple(extra for name in detectors.names() for extra in detectors.get(name)().extras())
 
 
 def with_extras(batch: dict[str, NDArray], seed: int = 0) -> Batch:
@@ -182,6 +183,7 @@ def classifier() -> Classifier:
     return load_classifier(loading.load("quickstart").model, 0)
 
 
+@cache
 def random_rows(rows: int = 200, classes: int = 7, dim: int = 16, seed: int = 0) -> Rows:
     """Rows of a random classifier with signed features; 70 % of the labels or more agree with it."""
     rng = np.random.default_rng(seed)

@@ -120,16 +120,6 @@ def test_a_changed_file_never_meets_old_statistics_vectors_or_scores(settings, l
     np.testing.assert_allclose(second, 2 * first, rtol=1e-6)
 
 
-def test_a_module_beside_the_user_is_found_by_the_driver_alone(
-    ray_session, settings, load, execute, own, tmp_path, monkeypatch
-) -> None:
-    own.rename(tmp_path / "module_of_mine.py")
-    monkeypatch.setenv(imports.FOLDER, str(tmp_path))
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    settings["detectors"] = [{"mine": {"method": "module_of_mine:Own"}}]
-    assert np.isfinite(scores(execute(load(settings), last="score", engine="ray"), "mine")).all()
-
-
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package with two files and entry points for a name of its own and for one of ours."""
@@ -230,15 +220,22 @@ def halve(feature):
 """
 
 
-def test_a_step_of_ones_own_travels_and_is_part_of_the_identity(
-    ray_session, settings, load, execute, tmp_path
+def test_what_the_driver_alone_can_import_travels_and_a_step_is_part_of_the_identity(
+    ray_session, settings, load, execute, own, tmp_path, monkeypatch
 ) -> None:
-    path = tmp_path / "halve.py"
+    own.rename(tmp_path / "module_of_mine.py")
+    monkeypatch.setenv(imports.FOLDER, str(tmp_path))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    step = {"half": {"method": "./halve.py:Halve"}}
     settings["detectors"] = [
-        {"mine": {"method": "energy", "steps": [{"half": {"method": "./halve.py:Halve"}}]}}
+        {"mine": {"method": "module_of_mine:Own"}},
+        {"halved": {"method": "energy", "steps": [step]}},
     ]
     found = []
     for engine, text in {"ray": STEP, "inline": STEP.replace("/ 2", "/ 4")}.items():
-        path.write_text(text)
-        found.append(scores(execute(load(settings), last="score", engine=engine), "mine"))
-    assert (found[0] != found[1]).all()
+        (tmp_path / "halve.py").write_text(text)
+        outcome = execute(load(settings), last="score", engine=engine)
+        found.append({name: scores(outcome, name) for name in ("mine", "halved")})
+    assert np.isfinite(found[0]["mine"]).all()
+    np.testing.assert_array_equal(found[0]["mine"], found[1]["mine"])
+    assert (found[0]["halved"] != found[1]["halved"]).all()

@@ -19,8 +19,8 @@ def slow_gen(logits, gamma, m):
 @pytest.mark.parametrize(("gamma", "m"), [(0.1, 100), (0.1, 3), (0.5, 1), (1, 2)])
 def test_the_score_is_the_generalised_entropy_of_the_largest_probabilities(rows, gamma, m):
     logits = rows.query[LOGITS].astype(np.float64).tolist()
-    expected = [slow_gen(row, gamma, m) for row in logits[:40]]
-    np.testing.assert_allclose(rows.score(Gen(gamma=gamma, m=m))[:40], expected, rtol=1e-9)
+    expected = [slow_gen(row, gamma, m) for row in logits[:10]]
+    np.testing.assert_allclose(rows.score(Gen(gamma=gamma, m=m))[:10], expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("gap", [1, 36, 37, 40, 100, 700])

@@ -65,7 +65,7 @@ def finished(kept, settings, images, load, execute, tmp_path) -> Path:
         ]
         entries[0]["labels"] = "shifted_y"
         settings["datasets"] += entries + pictures(tmp_path, images)
-        settings["detectors"] = ["msp", "energy", "mahalanobis_ensemble"]
+        settings["detectors"] = ["msp", "mahalanobis_ensemble"]
         settings["extract"]["max_bad_fraction"] = 0.5
         kept["workspace"] = execute(load(settings)).folder.parent.parent
     return kept["workspace"]
@@ -352,11 +352,11 @@ CASES: dict[str, tuple[Damage, str]] = {
         r"metrics +accuracy of test in manifest\.json: expected 0\.5; found 0\.",
     ),
     "threshold edited": (
-        document(of_run("thresholds.json"), "energy", value=-1.0),
-        r"thresholds +threshold of energy: expected -.*; found -1\.0",
+        document(of_run("thresholds.json"), "msp", value=-2.0),
+        r"thresholds +threshold of msp: expected -.*; found -2\.0",
     ),
     "threshold lost": (
-        text(of_run("thresholds.json"), "energy", "energie"),
+        text(of_run("thresholds.json"), "msp", "mps"),
         r"thresholds +detectors: ",
     ),
     "unfinished": (
@@ -429,7 +429,7 @@ def test_a_whole_run_has_status_0_and_every_check_is_told(finished: Path) -> Non
         r"ok +features/train +keys: expected each of 500 once",
         rf"ok +features/strange +{POOLED}: expected keys of the features, finite values; found no exception",
         r"ok +scores/production +flags: ",
-        r"ok +metrics +values of energy: expected 60 as computed from the scores; found no exception",
+        r"ok +metrics +values of msp: expected 60 as computed from the scores; found no exception",
         r"ok +thresholds +threshold of msp: ",
     ):
         assert re.search(line, result.output), line
@@ -445,13 +445,13 @@ def test_a_run_in_an_object_store_is_counted_like_one_in_a_folder(finished: Path
     remote = files.at(bucket) / "a prefix"
     system, place = storage.located(str(remote))
     fs.copy_files(str(finished), place, destination_filesystem=system)
-    run = str(remote / "runs" / "small")
-    result = CliRunner().invoke(main.app, ["verify", run])
-    assert result.exit_code == 0, result.output
     (remote / "runs" / "small" / "thresholds.json").unlink()
-    result = CliRunner().invoke(main.app, ["verify", run])
+    result = CliRunner().invoke(main.app, ["verify", str(remote / "runs" / "small")])
     assert result.exit_code == 1
-    assert re.search(r"thresholds +files: .*thresholds\.json\?.* is missing", result.output)
+    flags, thresholds = bad(result)
+    assert re.match(r"bad +scores/production +files: .*thresholds\.json\?.* is missing", flags)
+    assert re.match(r"bad +thresholds +files: .*thresholds\.json\?.* is missing", thresholds)
+    assert re.search(r"ok +metrics +values of msp: expected 60 as computed", result.output)
 
 
 def test_a_bucket_that_is_not_there_is_refused(bucket: str) -> None:

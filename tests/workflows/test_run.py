@@ -524,14 +524,25 @@ def test_a_mistake_that_only_a_worker_can_see_is_still_one_clear_error(
         execute(load(settings), engine="ray")
 
 
-def test_the_command_prints_a_table_and_where_everything_lies(settings, load, tmp_path) -> None:
+SILENT = """
+import sys
+from pipeline.cli.main import main
+try:
+    main()
+finally:
+    assert "ray" not in sys.modules, "Ray was imported"
+"""
+
+
+def test_the_command_prints_a_table_and_where_everything_lies_and_may_do_without_ray(
+    settings, load, tmp_path
+) -> None:
     settings["tracking"] = {"enabled": True}
     path = tmp_path / "run.yaml"
     path.write_text(loading.dump(load(settings)))
-    program = [sys.executable, "-m", "pipeline.cli", "run", str(path)]
-    command = [*program, "--engine", "inline"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert found.stderr == ""
+    command = [sys.executable, "-c", SILENT, "run", str(path), "--engine", "inline", "-v"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (found.returncode, found.stderr) == (0, "")
     for text in (
         "extract",
         "1,080 of 1,080 images forwarded",
@@ -542,3 +553,6 @@ def test_the_command_prints_a_table_and_where_everything_lies(settings, load, tm
     ):
         assert text in found.stdout
     assert (tmp_path / "workspace" / "mlflow.db").is_file()
+    log = (tmp_path / "workspace" / "runs" / "small" / "logs" / "workers.log").read_text("utf-8")
+    assert "INFO" in log
+    assert "part-00000.parquet: 128 images, 0 errors" in log
