@@ -32,19 +32,20 @@ S3_ENVIRONMENT = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with a cluster or a head of their own run after the others: `make test-cluster`.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark tests with a cluster or a head of their own, and those that several processes keep together.
 
-    With several processes, one runs all tests on Ray, first; the others run a file (or the detectors) at a
-    time, those with whole evaluations first, because they take longest.
+    Marks have to be there before pytest-xdist looks at them, which is before tests are sorted.
     """
+    item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    if {"site", "head"} & fixtures_of(item):
+        item.add_marker(pytest.mark.cluster)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on Ray come first, then files with whole evaluations: they take longest."""
     whole = {item.path for item in items if "execute" in fixtures_of(item)}
     items.sort(key=lambda item: (group_of(item) != "ray", item.path not in whole))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
-        if {"site", "head"} & fixtures_of(item):
-            item.add_marker(pytest.mark.cluster)
 
 
 def group_of(item: pytest.Item) -> str:
