@@ -68,14 +68,14 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """Ray with four logical CPUs and two logical GPUs, shared by all tests."""
+    """Ray with three logical CPUs and two logical GPUs, shared by all tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         for name, value in S3_ENVIRONMENT.items():  # inherited by the workers
             patch.setenv(name, value)
         ray.init(
             address="local",
-            num_cpus=4,
+            num_cpus=3,
             num_gpus=2,
             object_store_memory=300 * 2**20,
             include_dashboard=False,

@@ -1,4 +1,7 @@
-"""Commands that run an evaluation, a stage of it, or a search for parameters."""
+"""Commands that run an evaluation, a stage of it, or a search for parameters.
+
+They read the config before they import what takes seconds, so that a mistake in it is told at once.
+"""
 
 from __future__ import annotations
 
@@ -63,10 +66,10 @@ def run(
 
     Example: `ood-pipeline run quickstart --set extract.batch_size=64 --workspace /tmp/ood`
     """
+    settings = load(source, overrides, workspace)
     from pipeline.stages.prepare import prepare
     from pipeline.workflows.run import Options
 
-    settings = load(source, overrides, workspace)
     if dry_run:
         show_plan(prepare(settings))
     else:
@@ -84,12 +87,10 @@ def _stage(name: StageName, summary: str) -> None:
         threads: Threads = 0,
         verbose: Verbose = 0,
     ) -> None:
+        settings = load(source, overrides, workspace)
         from pipeline.workflows.run import Options
 
-        _execute(
-            load(source, overrides, workspace),
-            Options(name, name, engine=engine, threads=threads or None, level=level(verbose)),
-        )
+        _execute(settings, Options(name, name, engine=engine, threads=threads or None, level=level(verbose)))
 
     command.__doc__ = f"{summary}\n\nExample: `ood-pipeline {name} quickstart`"
     app.command(name)(command)
@@ -112,12 +113,10 @@ def report(
 
     Example: `ood-pipeline report quickstart --track`
     """
+    settings = load(source, overrides, workspace)
     from pipeline.workflows.run import Options
 
-    _execute(
-        load(source, overrides, workspace),
-        Options("report", publish="always" if track else "never", engine="inline"),
-    )
+    _execute(settings, Options("report", publish="always" if track else "never", engine="inline"))
 
 
 @app.command()
@@ -138,11 +137,11 @@ def tune(
 
     Example: `ood-pipeline tune quickstart --metric fpr95_id --output tuned.yaml`
     """
+    chosen = [f"tune.metric={json.dumps(metric)}"] if metric else []
+    settings = load(source, [*overrides, *chosen], workspace)
     from pipeline.cli.progress import Display
     from pipeline.workflows import tune as search
 
-    chosen = [f"tune.metric={json.dumps(metric)}"] if metric else []
-    settings = load(source, [*overrides, *chosen], workspace)
     options = replace(search.FROM_FIT, engine=engine, threads=threads or None, level=level(verbose))
     outcome = search.execute(settings, search.target(source, output, force), Display(console), options)
     console.print(search.console_table(outcome))

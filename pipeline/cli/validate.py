@@ -30,10 +30,11 @@ def validate(
 
     Example: `ood-pipeline validate quickstart --batch-sizes`
     """
+    settings = load(source, overrides, workspace)
     from pipeline.cluster.engine import opened
     from pipeline.stages.prepare import prepare
 
-    ready = prepare(load(source, overrides, workspace))
+    ready = prepare(settings)
     show_plan(ready)
     if probe:
         with opened(engine) as working:

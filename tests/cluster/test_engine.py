@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from ray.exceptions import RayTaskError
 from threadpoolctl import threadpool_info
 
 from pipeline.cluster import logs, usage
-from pipeline.cluster.engine import Decode, Engine, Shared, opened
+from pipeline.cluster.engine import Decode, Engine, opened
 from pipeline.errors import UserError
+from tests.cluster.work import Counter, Halver, broken, decoded, refused, scaled
 
 NEEDS = {"CPU": 0.5, "GPU": 0.0}
 
@@ -31,51 +31,6 @@ def each(request: pytest.FixtureRequest, on_ray: Engine) -> Iterator[Engine]:
     else:
         with opened("inline", threads=int(request.param[-1])) as engine:
             yield engine
-
-
-def scaled(number: int, factor: Shared[int]) -> int:
-    return number * factor.get()
-
-
-def refused(number: int) -> int:
-    if number == 3:
-        raise UserError("three: not a number that is liked, got 3; expected another.")
-    return number
-
-
-def broken(number: int) -> float:
-    return 1 / number
-
-
-class Counter:
-    """An object with a state."""
-
-    def __init__(self, start: int) -> None:
-        self.count = start
-
-    def add(self, number: int) -> int:
-        self.count += number
-        return self.count
-
-    def square(self, number: int) -> int:
-        return number**2
-
-
-class Halver:
-    """A model worker: a callable that makes a receipt of a row."""
-
-    def __init__(self, divisor: float) -> None:
-        self.divisor = divisor
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        if row["number"] == 99:
-            raise UserError("number: 99 is too large; expected less.")
-        total = row["values"].sum() if "values" in row else row["number"]
-        return {"number": row["number"], "half": float(total / self.divisor)}
-
-
-def decoded(row: dict[str, Any], length: int) -> dict[str, Any]:
-    return {"values": np.full(length, row["number"], np.int64)}
 
 
 def test_results_come_in_the_order_of_the_arguments_and_are_counted(each: Engine) -> None:

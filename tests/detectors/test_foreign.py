@@ -234,7 +234,8 @@ def test_what_the_driver_alone_can_import_travels_and_a_step_is_part_of_the_iden
     found = []
     for engine, text in {"ray": STEP, "inline": STEP.replace("/ 2", "/ 4")}.items():
         (tmp_path / "halve.py").write_text(text)
-        outcome = execute(load(settings), last="score", engine=engine)
+        execute(load(settings), last="extract")
+        outcome = execute(load(settings), first="fit", last="score", engine=engine)
         found.append({name: scores(outcome, name) for name in ("mine", "halved")})
     assert np.isfinite(found[0]["mine"]).all()
     np.testing.assert_array_equal(found[0]["mine"], found[1]["mine"])

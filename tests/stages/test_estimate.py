@@ -56,10 +56,10 @@ def test_decoding_elsewhere_is_limited_by_the_slower_side(on_ray, ready) -> None
     apart = replace(ready, config=ready.config.model_copy(update={"extract": settings}))
     seconds, _ = estimate.duration(on_ray, apart, given)
     cost = estimate.Cost.of(apart)
-    assert seconds == pytest.approx((cost.images + cost.extra) / (3 * 10))
+    assert seconds == pytest.approx((cost.images + cost.extra) / (2 * 10))
 
 
-def test_images_that_cannot_be_read_are_named(on_ray, settings, load, tmp_path) -> None:
+def test_images_that_cannot_be_read_are_named(engine, settings, load, tmp_path) -> None:
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "one.png").write_bytes(b"no image")
@@ -68,7 +68,7 @@ def test_images_that_cannot_be_read_are_named(on_ray, settings, load, tmp_path) 
         {"name": "broken", "role": "far_ood", "format": "imagefolder", "path": str(folder)},
     ]
     settings["detectors"] = ["msp"]
-    found = estimate.probe(on_ray, prepare.prepare(load(settings)), [64])
+    found = estimate.probe(engine, prepare.prepare(load(settings)), [64])
     assert [key for key, _ in found.errors] == ["one.png"]
 
 
@@ -96,5 +96,5 @@ def test_a_batch_that_does_not_fit_ends_the_search(ready, monkeypatch) -> None:
 
 def test_a_configured_number_of_actors_that_does_not_fit_is_refused(on_ray, ready) -> None:
     plan = replace(ready.plan, settings=schema.Extract(actors=99))
-    with pytest.raises(UserError, match=r"extract\.actors: 99 asked for, the cluster has room for 4"):
+    with pytest.raises(UserError, match=r"extract\.actors: 99 asked for, the cluster has room for 3"):
         estimate.extract.actor_count(on_ray, plan)

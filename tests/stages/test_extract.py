@@ -196,16 +196,16 @@ def unreadable(job: shards.Job, folder: Path, *lost: int) -> shards.Job:
     return replace(job, manifest=replace(job.manifest, path=str(path)))
 
 
-def test_decoding_in_a_stage_of_its_own_changes_no_bit(engine, on_ray, job, plan, tmp_path) -> None:
+def test_decoding_in_a_stage_of_its_own_changes_no_bit(engine, job, plan, tmp_path) -> None:
     """Also where some images cannot be read, so that batches are cut differently."""
     fused, separate = (variant(plan, decode=mode, actors=1) for mode in ("fused", "separate"))
     found = []
-    for where, chosen in ((engine, fused), (on_ray, separate)):
+    for chosen in (fused, separate):
         todo = replace(
             unreadable(job, tmp_path, 0, 3, 89, 200), folder=str(tmp_path / chosen.settings.decode)
         )
         todo, chosen = with_extras(todo, variant(chosen, max_bad_fraction=1.0), MOVED, POOLED)
-        numbers = extract.run(where, [todo], chosen, lambda _: None)
+        numbers = extract.run(engine, [todo], chosen, lambda _: None)
         assert numbers["forward_images"] == 296
         assert numbers["perturbed_passes"] == 3 * 296
         assert "pooled_passes" not in numbers
@@ -323,16 +323,16 @@ def test_a_decoder_that_is_not_installed_is_refused(job, plan, classifier, monke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"actors": 4}, "4 asked for, the cluster has room for 3 beside a CPU that decodes"),
+        ({"actors": 3}, "3 asked for, the cluster has room for 2 beside a CPU that decodes"),
         (
-            {"cpus_per_actor": 4.0},
-            "on one node beside 1 CPU for tasks; the cluster's nodes have 4 CPU and 2 GPU",
+            {"cpus_per_actor": 3.0},
+            "on one node beside 1 CPU for tasks; the cluster's nodes have 3 CPU and 2 GPU",
         ),
     ],
 )
 def test_model_actors_leave_a_cpu_to_the_tasks_that_decode(on_ray, plan, changes, message) -> None:
-    assert extract.actor_count(on_ray, variant(plan, decode="separate")) == 3
-    assert extract.actor_count(on_ray, plan) == 4
+    assert extract.actor_count(on_ray, variant(plan, decode="separate")) == 2
+    assert extract.actor_count(on_ray, plan) == 3
     with pytest.raises(UserError, match=message):
         extract.actor_count(on_ray, variant(plan, decode="separate", **changes))
 

@@ -137,11 +137,11 @@ def test_actors_hold_every_bank_and_report_recall(on_ray, tmp_path, vectors, que
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shards": 4}, "leave no CPU for scoring"),
+        ({"shards": 3}, "leave no CPU for scoring"),
         ({"shards": 1000}, "smallest bank has 450 rows"),
         (
             {"gpus_per_shard": 3, "device": "cpu"},
-            "one actor needs 1 CPU and 3 GPU on one node; the cluster's nodes have 4 CPU and 2 GPU",
+            "one actor needs 1 CPU and 3 GPU on one node; the cluster's nodes have 3 CPU and 2 GPU",
         ),
     ],
 )

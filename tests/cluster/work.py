@@ -1,0 +1,55 @@
+"""What the engines are given to do; their workers import this module, and so it imports little."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pipeline.cluster.engine import Shared
+from pipeline.errors import UserError
+
+
+def scaled(number: int, factor: Shared[int]) -> int:
+    return number * factor.get()
+
+
+def refused(number: int) -> int:
+    if number == 3:
+        raise UserError("three: not a number that is liked, got 3; expected another.")
+    return number
+
+
+def broken(number: int) -> float:
+    return 1 / number
+
+
+class Counter:
+    """An object with a state."""
+
+    def __init__(self, start: int) -> None:
+        self.count = start
+
+    def add(self, number: int) -> int:
+        self.count += number
+        return self.count
+
+    def square(self, number: int) -> int:
+        return number**2
+
+
+class Halver:
+    """A model worker: a callable that makes a receipt of a row."""
+
+    def __init__(self, divisor: float) -> None:
+        self.divisor = divisor
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["number"] == 99:
+            raise UserError("number: 99 is too large; expected less.")
+        total = row["values"].sum() if "values" in row else row["number"]
+        return {"number": row["number"], "half": float(total / self.divisor)}
+
+
+def decoded(row: dict[str, Any], length: int) -> dict[str, Any]:
+    return {"values": np.full(length, row["number"], np.int64)}
