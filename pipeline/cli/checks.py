@@ -41,10 +41,12 @@ def verify(
 
     Example: `ood-pipeline verify ./workspace/runs/quickstart`
     """
+    from pipeline.results.runs import located
+
+    place = located(folder)
     from pipeline.cli.progress import Display
     from pipeline.results import verify as recount
 
-    place = recount.located(folder)
     checks, fixes = 0, list[str]()
     with Display(console).stage("verify", recount.rows(place)) as stage:
         for finding in recount.examine(place, stage.advance):

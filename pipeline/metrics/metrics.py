@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
 
 from pipeline.columns import Float
 from pipeline.errors import UserError
@@ -89,6 +88,8 @@ def accuracy(correct: int, total: int, level: float = 0.95) -> Estimate:
     """
     if not 0 <= correct <= total or total < 1:
         raise ValueError(f"accuracy: got {correct} correct of {total}; expected 0 <= correct <= total > 0.")
+    from scipy.stats import binomtest  # takes a second to import
+
     interval = binomtest(correct, total).proportion_ci(level, method="wilson")
     value = correct / total
     return Estimate(value, min(float(interval.low), value), max(float(interval.high), value))

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import UserError, unknown
-from pipeline.results.verify import located
+from pipeline.results.runs import located
 from pipeline.workspace import files, tables
 from pipeline.workspace.files import Place
 

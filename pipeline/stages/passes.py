@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchvision.transforms.functional import gaussian_blur
 
 from pipeline import columns
 from pipeline.cluster.engine import Engine, Pool
@@ -135,6 +134,8 @@ class Worker:
 
     def noise(self, piece: int, count: int) -> tuple[NDArray[np.float32], Float]:
         """Penultimate features and logsumexp of the logits of blurred uniform noise, normalised."""
+        from torchvision.transforms.functional import gaussian_blur  # takes a second to import
+
         transform, rng = self.classifier.transform, np.random.default_rng([self.seed, piece])
         shape = (self.size, transform.channels, transform.crop, transform.crop)
         uniform = torch.tensor(rng.random(shape, dtype=np.float32))

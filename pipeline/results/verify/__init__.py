@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from pipeline.config import loading
-from pipeline.errors import UserError
 from pipeline.results.verify import _features, _metrics, _scores
 from pipeline.results.verify._files import Record, Run, read, reading
 from pipeline.results.verify._findings import Finding, Tally, Unreadable, same
@@ -21,40 +19,16 @@ from pipeline.results.verify._listing import Listing
 from pipeline.workspace import files, storage
 from pipeline.workspace.files import Place
 
-__all__ = ["Finding", "examine", "located", "rows"]
+__all__ = ["Finding", "examine", "rows"]
 
 _AGAIN = "run the evaluation again"
-
-
-def located(run: str) -> Place:
-    """The run folder at a path or URI.
-
-    Raises:
-        UserError: if there is none.
-    """
-    base, mark, query = run.partition("?") if storage.is_remote(run) else (_absolute(run), "", "")
-    folder = files.at(f"{base.rstrip('/')}{mark}{query}")
-    above = storage.name_of(storage.parent(str(folder)))
-    try:
-        found = any((folder / name).is_file() for name in ("manifest.json", "config.yaml"))
-    except OSError as error:
-        raise UserError(
-            f"{run}: cannot be read: {str(error).splitlines()[0]}. Check the credentials."
-        ) from None
-    if above != "runs" or not found:
-        raise UserError(f"{run}: no run folder. Give the path or URI of <workspace>/runs/<name>.")
-    return folder
-
-
-def _absolute(path: str) -> str:
-    return str(Path(storage.located(path)[1]).resolve())
 
 
 def examine(folder: Place, advance: Callable[[int], None] = lambda _: None) -> Iterator[Finding]:
     """Count and compute everything again.
 
     Args:
-        folder: the run folder, as `located` gives it.
+        folder: the run folder, as `runs.located` gives it.
         advance: called with the number of rows of every piece that was read.
     """
     try:
