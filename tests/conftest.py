@@ -20,6 +20,7 @@ from pipeline import quickstart
 from pipeline.cli.progress import Display
 from pipeline.cluster.engine import Engine, opened
 from pipeline.config import loading, schema
+from pipeline.results.report import plots
 from pipeline.workflows import run
 
 ARRAYS = Path(quickstart.__file__).parent / "images.npz"
@@ -199,8 +200,18 @@ def load(tmp_path: Path) -> Callable[..., schema.Config]:
 
 
 @pytest.fixture
-def execute() -> Callable[..., run.Outcome]:
-    """Run an evaluation with the engine in this process, or the one that is named, without output."""
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty pictures in reports: drawing takes most of the time of one."""
+    for name in ("histograms", "roc", "norm_ratio"):
+        monkeypatch.setattr(plots, name, lambda *_: bytes(16) + (2).to_bytes(4, "big"))
+
+
+@pytest.fixture
+def execute(undrawn: None) -> Callable[..., run.Outcome]:
+    """Run an evaluation with the engine in this process, or the one that is named, without output.
+
+    Its report has no pictures; tests/results and the whole command have.
+    """
 
     def executed(loaded: schema.Config, **options: Any) -> run.Outcome:
         chosen = options if "engine" in options else {"engine": "inline", "threads": 1, **options}

@@ -286,6 +286,7 @@ def test_the_page_asks_for_nothing_from_outside(finished, page):
     assert not re.search(r"@import|url\(|https?://", source)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_names_with_markup_are_shown_and_not_interpreted(tmp_path):
     odd = "<&>x$_y"
     setup = Setup(ood={f"set{odd}": "far_ood"}, detectors=(f"det{odd}", "knn"), unlabelled=(f"new{odd}",))
@@ -340,6 +341,7 @@ def test_figures_are_files_and_the_page_embeds_the_same_bytes(finished, page):
         (Setup(ood={}), "roc"),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_a_part_has_a_report_without_that_section(tmp_path, setup, absent):
     page = page_of(make_run(tmp_path, setup))
     sections = {value for tag, name, value in page.attributes if (tag, name) == ("section", "id")}
@@ -347,6 +349,7 @@ def test_a_run_without_a_part_has_a_report_without_that_section(tmp_path, setup,
     assert {"summary", "scores", "provenance"} <= sections
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_an_index_says_nothing_of_one(tmp_path, page):
     assert "Nearest-neighbour index" in page.text
     assert "Nearest-neighbour index" not in page_of(make_run(tmp_path, Setup(index=False))).text
@@ -355,18 +358,21 @@ def test_a_run_without_an_index_says_nothing_of_one(tmp_path, page):
 @pytest.mark.parametrize(
     ("ood", "shown", "hidden"), [(NEAR, "Near-OOD", "Far-OOD"), (FAR, "Far-OOD", "Near-OOD")]
 )
+@pytest.mark.usefixtures("undrawn")
 def test_only_the_group_that_exists_is_in_the_summary(tmp_path, ood, shown, hidden):
     cells = page_of(make_run(tmp_path, Setup(ood=ood))).cells["summary"]
     assert shown in cells
     assert hidden not in cells
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_full_spectrum_values_have_columns_of_their_own(tmp_path):
     page = page_of(make_run(tmp_path, Setup(full_spectrum=True)))
     assert page.cells["datasets"].count("Near-OOD, full spectrum") == len(METRICS)
     assert "Near-OOD, full spectrum" not in page.cells["summary"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_detector_below_chance_is_shown_and_explained(tmp_path):
     run = make_run(tmp_path, Setup(shift={"knn": -3.0}))
     page = page_of(run)
@@ -402,6 +408,7 @@ def test_the_share_of_flagged_images_is_that_of_the_score_files(finished, page):
         assert f"{100 * share:.1f}%" in page.cells["unlabelled"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_id_datasets_are_drawn_as_one(tmp_path):
     run = make_run(tmp_path, Setup(unlabelled=("more",)))
     manifest = json.loads((run / "manifest.json").read_text())
@@ -513,6 +520,7 @@ def compared(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs"), setup)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_published_number_that_the_run_has_a_counterpart_of_stands_beside_it(compared):
     rows = pq.read_table(compared / "metrics.parquet").to_pylist()
     ours = {(r["detector"], r["group"], r["dataset"], r["metric"]): r["value"] for r in rows}
@@ -537,6 +545,7 @@ def test_every_published_number_that_the_run_has_a_counterpart_of_stands_beside_
     assert {detector for detector, _, _ in shown} == {"classifier", "knn", "msp", "grood"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_method_under_two_labels_is_compared_under_each(tmp_path):
     run = make_run(tmp_path, Setup(CIFAR10, ("knn", "near"), published="cifar10-resnet18"))
     manifest = json.loads((run / "manifest.json").read_text())
@@ -546,6 +555,7 @@ def test_a_method_under_two_labels_is_compared_under_each(tmp_path):
     assert cells.count("knn") == cells.count("near") > 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_keeps_a_run_from_being_the_protocol_is_said_beside_the_published_numbers(compared):
     text = page_of(compared).text
     assert "Not the protocol as published" not in text
@@ -561,6 +571,7 @@ def test_what_keeps_a_run_from_being_the_protocol_is_said_beside_the_published_n
     ]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_mean_over_other_datasets_is_not_set_beside_the_published_one(tmp_path):
     fewer = {name: role for name, role in CIFAR10.items() if name != "texture"}
     page = page_of(make_run(tmp_path, Setup(fewer, ("knn", "msp"), published="cifar10-resnet18")))
@@ -571,6 +582,7 @@ def test_a_mean_over_other_datasets_is_not_set_beside_the_published_one(tmp_path
     assert "far_ood is no mean over the protocol's datasets (far_ood: mnist, places365, svhn)." in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_where_no_published_number_has_a_counterpart_no_empty_table_is_shown(tmp_path):
     run = make_run(tmp_path, Setup(SMALL, ("own",), published="cifar10-resnet18"))
     table = pq.read_table(run / "metrics.parquet")
@@ -583,6 +595,7 @@ def test_where_no_published_number_has_a_counterpart_no_empty_table_is_shown(tmp
     assert "no published value has a counterpart in this run" in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_detectors_that_do_not_apply_are_listed_with_the_reason_and_are_nowhere_else(tmp_path, page):
     reasons = {"featurenorm": "the model has no <block>.", "vim": "no dataset has role 'train'."}
     found = page_of(make_run(tmp_path, Setup(not_applicable=reasons)))
