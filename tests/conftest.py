@@ -1,27 +1,26 @@
-"""Both engines and a local S3 for the whole session, and a small real evaluation to run on them."""
+"""Both engines and a local S3 for the whole session, and a small real evaluation to run on them.
+
+What takes seconds to import is imported by the fixtures: the process that only hands out tests does not.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import boto3
 import numpy as np
 import pytest
-import ray
-import torch
 import yaml
-from moto.server import ThreadedMotoServer
-from rich.console import Console
 
 from pipeline import quickstart
-from pipeline.cli.progress import Display
 from pipeline.cluster.engine import Engine, opened
 from pipeline.config import loading, schema
-from pipeline.results.report import plots
-from pipeline.workflows import run
+
+if TYPE_CHECKING:
+    from pipeline.workflows import run
 
 ARRAYS = Path(quickstart.__file__).parent / "images.npz"
 
@@ -64,12 +63,16 @@ def fixtures_of(item: pytest.Item) -> set[str]:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Small networks gain nothing from more threads, and threads that wait for a busy core lose much."""
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Ray with three logical CPUs and two logical GPUs, shared by all tests."""
+    import ray
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         for name, value in S3_ENVIRONMENT.items():  # inherited by the workers
@@ -104,6 +107,10 @@ def on_ray(ray_session: None) -> Iterator[Engine]:
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
     """A local S3 with the bucket `data`; its address and credentials are in the environment."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # else a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -118,6 +125,8 @@ def endpoint() -> Iterator[str]:
 @pytest.fixture
 def bucket(endpoint: str) -> str:
     """URI of a new bucket, with the server's address: workers started earlier cannot see the environment."""
+    import boto3
+
     name = f"bucket-{uuid4().hex[:12]}"
     boto3.client("s3").create_bucket(Bucket=name)
     return f"s3://{name}?endpoint_override={endpoint}&scheme=http"
@@ -202,6 +211,8 @@ def load(tmp_path: Path) -> Callable[..., schema.Config]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Empty pictures in reports: drawing takes most of the time of one."""
+    from pipeline.results.report import plots
+
     for name in ("histograms", "roc", "norm_ratio"):
         monkeypatch.setattr(plots, name, lambda *_: bytes(16) + (2).to_bytes(4, "big"))
 
@@ -212,6 +223,10 @@ def execute(undrawn: None) -> Callable[..., run.Outcome]:
 
     Its report has no pictures; tests/results and the whole command have.
     """
+    from rich.console import Console
+
+    from pipeline.cli.progress import Display
+    from pipeline.workflows import run
 
     def executed(loaded: schema.Config, **options: Any) -> run.Outcome:
         chosen = options if "engine" in options else {"engine": "inline", "threads": 1, **options}

@@ -194,7 +194,7 @@ def test_what_workers_say_lies_in_one_file_of_the_run(noisy, load, execute, ray_
     stamped = [line[:23] for line in lines if line[:2] == "20"]
     assert stamped == sorted(stamped)
     assert str(os.getpid()) not in {line.split()[2] for line in lines if line[:2] == "20"}
-    execute(load(noisy(False)), engine="ray", level=logging.INFO, last="score")
+    execute(load(noisy(False)), level=logging.INFO, last="score")
     later = (folder / "logs" / "workers.log").read_text("utf-8").splitlines()
     assert later[: len(lines)] == lines
     assert sum("part-00000.parquet: 150 rows" in line for line in later) == 1

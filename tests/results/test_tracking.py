@@ -24,10 +24,11 @@ import pyarrow as pa
 import pytest
 import yaml
 from mlflow import MlflowClient
-from pyarrow import csv, parquet
+from pyarrow import csv, fs, parquet
 
 from pipeline.errors import UserError, redact
 from pipeline.results.mlflow import tracking
+from pipeline.workspace import files, storage
 from tests.servers import answers, free_port, wait
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a deprecated loader strategy in every query for a run.
@@ -102,15 +103,13 @@ def write_run(
 
 
 class Server:
-    """A real MLflow server that can be stopped and started again on the same port and files."""
+    """A real MLflow server of a local store, started by the command that is printed for it."""
 
     def __init__(self, folder: Path, link: str) -> None:
         self.folder = folder
         self.command, page = link.split("\n")
         self.uri = page.partition("/#/")[0]
-
-    def start(self) -> None:
-        with (self.folder / "server.log").open("a") as log:
+        with (folder / "server.log").open("a") as log:
             self.process = subprocess.Popen(
                 ["/bin/sh", "-c", self.command],
                 stdout=log,
@@ -124,9 +123,9 @@ class Server:
         except TimeoutError:
             raise AssertionError((self.folder / "server.log").read_text()) from None
 
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+    def tell(self, what: signal.Signals) -> None:
+        """Send a signal to all its processes."""
+        os.killpg(self.process.pid, what)
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +135,12 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, embedded: str) -> Iterator[Server]:
-    """The server of the local store, started by the command that is printed for it."""
     folder = Path(embedded.removeprefix("sqlite:///")).parent
     session = begin(tmp_path_factory.mktemp("server") / "quick", embedded, "served")
     server = Server(folder, tracking.link(session))
-    server.start()
     yield server
-    server.stop()
+    server.tell(signal.SIGKILL)
+    server.process.wait()
 
 
 @pytest.fixture(params=["embedded", "server"])
@@ -351,6 +349,21 @@ def test_children_the_record_does_not_know_are_found_again(tmp_path: Path, uri: 
     assert len(runs_of(session)) == 3
 
 
+def test_a_run_in_an_object_store_is_published_like_one_in_a_folder(
+    tmp_path: Path, embedded: str, experiment: str, bucket: str
+) -> None:
+    run = files.at(bucket) / "runs" / "quick"
+    system, place = storage.located(str(run))
+    fs.copy_files(str(write_run(tmp_path / "quick")), place, destination_filesystem=system)
+    session = tracking.begin(run, embedded, experiment, "quick", "f1")
+    tracking.publish(session)
+
+    assert files.read_json(run / "mlflow.json")["published"]
+    assert {found.info.status for found in runs_of(session).values()} == {"FINISHED"}
+    sent = MlflowClient(embedded).download_artifacts(session.run_id, "report/roc.png", str(tmp_path))
+    assert Path(sent).read_bytes() == bytes(range(256))
+
+
 def test_the_run_ends_when_the_evaluation_ended(tmp_path: Path, uri: str, experiment: str) -> None:
     run = write_run(tmp_path / "quick", finished="2100-01-01T00:00:00+00:00")
     session = begin(run, uri, experiment)
@@ -516,22 +529,24 @@ def test_a_silent_server_is_given_up_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert time.monotonic() - started < 20
 
 
-def test_what_a_dead_server_missed_is_sent_when_it_is_back(
+def test_what_a_silent_server_missed_is_sent_when_it_answers_again(
     tmp_path: Path, server: Server, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = write_run(tmp_path / "quick")
     session = begin(run, server.uri, experiment)
     before = snapshot(run)
-    server.stop()
+    server.tell(signal.SIGSTOP)
     try:
-        with pytest.raises(tracking.TrackingError, match="take the results"):
-            tracking.publish(session)
-        with pytest.raises(tracking.TrackingError, match="mark the run"):
-            tracking.fail(session, "x")
+        with monkeypatch.context() as patch:
+            patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+            patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+            with pytest.raises(tracking.TrackingError, match="take the results"):
+                tracking.publish(session)
+            with pytest.raises(tracking.TrackingError, match="mark the run"):
+                tracking.fail(session, "x")
         assert snapshot(run) == before
     finally:
-        server.start()
+        server.tell(signal.SIGCONT)
     again = begin(run, server.uri, experiment)
     tracking.publish(again)
 
@@ -556,13 +571,15 @@ def start_begin(run: Path, uri: str) -> subprocess.Popen[str]:
 
 
 def test_two_processes_may_open_one_new_store(tmp_path: Path) -> None:
+    """This one begins as soon as the other has begun to make the tables."""
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
-    processes = [start_begin(tmp_path / f"run{i}", uri) for i in range(2)]
-    answers = [process.communicate(timeout=120) for process in processes]
+    other = start_begin(tmp_path / "theirs", uri)
+    wait("a store", lambda: list(tmp_path.glob("new/.mlflow-*/mlflow.db")) or other.poll() is not None)
+    session = tracking.begin(tmp_path / "ours", uri, "shared", "ours", "f")
 
-    assert answers == [("1\n", "")] * 2
-    runs = MlflowClient(uri).search_runs(["1"])
-    assert sorted(run.info.run_name for run in runs) == ["run0", "run1"]
+    assert other.communicate(timeout=120) == ("1\n", "")
+    runs = MlflowClient(uri).search_runs([session.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["ours", "theirs"]
 
 
 def test_many_may_create_one_experiment_together(tmp_path: Path, uri: str, experiment: str) -> None:

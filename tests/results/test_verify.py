@@ -17,14 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
 from PIL import Image
-from pyarrow import fs
 from typer.testing import CliRunner
 
 from pipeline.cli import main
 from pipeline.detectors.base import Pooled
 from pipeline.errors import UserError
 from pipeline.results.runs import located
-from pipeline.workspace import files, storage, tables
+from pipeline.workspace import files, tables
 
 Damage = Callable[[Path], None]
 
@@ -468,19 +467,6 @@ def test_a_draft_that_a_killed_writer_left_behind_is_no_result(workspace: Path) 
     copied(scores("test"), of_run("scores/test/.part-00000.parquet.0123"))(workspace)
     copied(features("test"), features("test", ".part-00000.parquet.0123"))(workspace)
     assert verify(workspace).exit_code == 0
-
-
-def test_a_run_in_an_object_store_is_counted_like_one_in_a_folder(finished: Path, bucket: str) -> None:
-    remote = files.at(bucket) / "a prefix"
-    system, place = storage.located(str(remote))
-    fs.copy_files(str(finished), place, destination_filesystem=system)
-    (remote / "runs" / "small" / "thresholds.json").unlink()
-    result = CliRunner().invoke(main.app, ["verify", str(remote / "runs" / "small")])
-    assert result.exit_code == 1
-    flags, thresholds = bad(result)
-    assert re.match(r"bad +scores/production +files: .*thresholds\.json\?.* is missing", flags)
-    assert re.match(r"bad +thresholds +files: .*thresholds\.json\?.* is missing", thresholds)
-    assert re.search(r"ok +metrics +values of msp: expected 60 as computed", result.output)
 
 
 def test_a_bucket_that_is_not_there_is_refused(bucket: str) -> None:

