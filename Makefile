@@ -41,10 +41,11 @@ STAMP := $(VENV)/.installed-$(strip $(FAISS))-$(VERSION)
 
 install: $(STAMP)
 
-# An environment of another Python is made anew.
+# An environment of another Python is made anew. uv installs several GB in a fraction of pip's time.
 $(STAMP): pyproject.toml
 	test -e $(VENV)/bin/python$(VERSION) || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[$(strip $(FAISS)),dev]'
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[$(strip $(FAISS)),dev]'
 	touch $@
 
 clean:
