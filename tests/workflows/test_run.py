@@ -137,8 +137,7 @@ def test_results_do_not_depend_on_the_engine_lost_workers_shards_or_index_shards
 ) -> None:
     """On Ray with actors that hold logical GPUs, and so with decoding in tasks of its own."""
     raw = everything(settings, images)
-    loaded = load(raw, "one")
-    first = execute(loaded, last="score")
+    first = execute(load(raw, "one"), last="evaluate")
     raw["extract"] |= {"actors": 2, "shard_rows": 96, "gpus_per_actor": 1, "device": "cpu"}
     raw["index"] = {"shards": 3, "cpus_per_shard": 0.5, "gpus_per_shard": 0.5, "device": "cpu"}
     (tmp_path / "dying.py").write_text(DYING)
@@ -151,10 +150,9 @@ def test_results_do_not_depend_on_the_engine_lost_workers_shards_or_index_shards
     }
     for dataset in ("test", "animals", "textures", "shifted", "val", "production"):
         left, right = scores(first.folder, dataset), scores(second.folder, dataset)
-        assert list(left) == list(right)
-        for name, values in left.items():
-            np.testing.assert_array_equal(values, right[name], err_msg=f"{dataset} {name}")
-    execute(loaded, last="evaluate")
+        assert [name for name in left if not name.startswith("is_ood.")] == list(right)
+        for name, values in right.items():
+            np.testing.assert_array_equal(left[name], values, err_msg=f"{dataset} {name}")
     check_contract(first.folder)
     check_scores(first.folder, tmp_path / "one")
 
