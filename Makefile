@@ -45,7 +45,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml
 	test -e $(VENV)/bin/python$(VERSION) || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[$(strip $(FAISS)),dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[$(strip $(FAISS)),dev]'
 	touch $@
 
 clean:
