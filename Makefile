@@ -17,7 +17,7 @@ test: install
 	$(BIN)/python $(PYTEST)
 
 test-cluster: install
-	$(BIN)/python $(PYTEST) -m 'cluster and not chaos' tests/cluster tests/jobs
+	$(BIN)/python -m pytest -m 'cluster and not chaos' tests/cluster tests/jobs
 
 # Takes half an hour: the whole table of architectures, simulations, and every fault of a cluster.
 test-slow: install
