@@ -16,7 +16,7 @@ from ray.exceptions import RayTaskError
 from threadpoolctl import threadpool_info
 
 from pipeline.cluster import logs, usage
-from pipeline.cluster.engine import Decode, Engine, opened
+from pipeline.cluster.engine import Engine, opened
 from pipeline.errors import UserError
 from tests.cluster.work import Counter, Halver, broken, decoded, refused, scaled
 
@@ -75,11 +75,12 @@ def test_rows_go_through_decoding_and_workers_once_each(each: Engine) -> None:
     found = list(each.stream(rows, (decoded, (4,)), (Halver, (2.0,)), NEEDS, 2))
     assert {row["number"]: row["half"] for row in found} == {number: 2.0 * number for number in range(12)}
     assert len(found) == 12
+    with pytest.raises(UserError, match=r"^number: 99 is too large"):
+        list(each.stream([{"number": 99}], (decoded, (4,)), (Halver, (2.0,)), NEEDS, 1))
 
 
-@pytest.mark.parametrize("decode", [None, (decoded, (1,))])
-def test_a_mistake_that_a_worker_finds_comes_out_as_it_is(engine: Engine, decode: Decode | None) -> None:
-    stream = engine.stream([{"number": 6}, {"number": 99}], decode, (Halver, (2.0,)), NEEDS, 1)
+def test_rows_that_need_no_decoding_go_to_workers_in_their_order(engine: Engine) -> None:
+    stream = engine.stream([{"number": 6}, {"number": 99}], None, (Halver, (2.0,)), NEEDS, 1)
     assert next(stream) == {"number": 6, "half": 3.0}
     with pytest.raises(UserError, match=r"^number: 99 is too large"):
         next(stream)

@@ -286,7 +286,6 @@ def test_the_page_asks_for_nothing_from_outside(finished, page):
     assert not re.search(r"@import|url\(|https?://", source)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_names_with_markup_are_shown_and_not_interpreted(tmp_path):
     odd = "<&>x$_y"
     setup = Setup(ood={f"set{odd}": "far_ood"}, detectors=(f"det{odd}", "knn"), unlabelled=(f"new{odd}",))
@@ -341,7 +340,6 @@ def test_figures_are_files_and_the_page_embeds_the_same_bytes(finished, page):
         (Setup(ood={}), "roc"),
     ],
 )
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_a_part_has_a_report_without_that_section(tmp_path, setup, absent):
     page = page_of(make_run(tmp_path, setup))
     sections = {value for tag, name, value in page.attributes if (tag, name) == ("section", "id")}
@@ -408,7 +406,6 @@ def test_the_share_of_flagged_images_is_that_of_the_score_files(finished, page):
         assert f"{100 * share:.1f}%" in page.cells["unlabelled"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_several_id_datasets_are_drawn_as_one(tmp_path):
     run = make_run(tmp_path, Setup(unlabelled=("more",)))
     manifest = json.loads((run / "manifest.json").read_text())
