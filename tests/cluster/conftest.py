@@ -47,6 +47,14 @@ def everything(images: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def demanding(everything: dict[str, Any]) -> dict[str, Any]:
+    """The same with actors that need logical GPUs and the special resource; the device is the CPU."""
+    extract = {**everything["extract"], "gpus_per_actor": 1, "device": "cpu", "resources": {"special": 1}}
+    index = {"shards": 3, "gpus_per_shard": 0.25, "cpus_per_shard": 0.25, "device": "cpu"}
+    return {**everything, "extract": extract, "index": index}
+
+
+@pytest.fixture(scope="session")
 def undisturbed(everything: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What a run in one process gives."""
     config = written(everything, tmp_path_factory.mktemp("undisturbed"))
@@ -55,18 +63,9 @@ def undisturbed(everything: dict[str, Any], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def placed(site: Site, everything: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What a run on the cluster gives that nothing happens to.
-
-    Its actors need logical GPUs and a resource of the cluster's own, which are on one node that is gone
-    afterwards; the device is the CPU by config.
-    """
-    name = site.add_node("--num-cpus=2", "--num-gpus=2", '--resources={"special": 2}')
-    extract = {**everything["extract"], "gpus_per_actor": 1, "device": "cpu", "resources": {"special": 1}}
-    index = {"shards": 3, "gpus_per_shard": 0.25, "cpus_per_shard": 0.25, "device": "cpu"}
-    config = written({**everything, "extract": extract, "index": index}, tmp_path_factory.mktemp("placed"))
-    try:
-        finished(site.run(config))
-    finally:
-        site.kill_node(name)
+def calm(site: Site, everything: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What a run on the cluster gives that nothing happens to: the clock of the seeded faults."""
+    site.need_another()
+    config = written(everything, tmp_path_factory.mktemp("calm"))
+    finished(site.run(config))
     return Results.of(config)

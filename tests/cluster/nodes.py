@@ -18,6 +18,9 @@ import yaml
 from pipeline.workspace import files
 from tests.servers import free_port, wait
 
+SPECIAL = ("--num-cpus=1", "--num-gpus=1", '--resources={"special": 1}')
+"""A node with a logical GPU and a resource of the cluster's own."""
+
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -149,6 +152,10 @@ class Results:
     """Rows by dataset and key."""
     metrics: bytes
     record: dict[str, Any]
+
+    def same_as(self, other: Results) -> bool:
+        """Whether every score and metric is equal."""
+        return (self.scores, self.metrics) == (other.scores, other.metrics)
 
     @classmethod
     def of(cls, config: Path) -> Results:

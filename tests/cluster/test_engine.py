@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_info
 from pipeline.cluster import logs, usage
 from pipeline.cluster.engine import Engine, opened
 from pipeline.errors import UserError
-from tests.cluster.work import Counter, Halver, broken, decoded, refused, scaled
+from tests.cluster.work import Chatty, Counter, Deadly, Halver, broken, deadly, decoded, refused, scaled
 
 NEEDS = {"CPU": 0.5, "GPU": 0.0}
 
@@ -148,41 +148,28 @@ def test_torch_is_given_back_as_it_was(settings, load, execute) -> None:
 
 
 NOISY = """
-import logging, sys, warnings
+import logging, warnings
 from pipeline.quickstart import resnet
 
 def build():
     print("built with love")
     warnings.warn("a warning of mine")
     logging.getLogger("mine").info("quiet word")
-    network = resnet.build()
-    inner = network.forward
-
-    def forward(images):
-        if images.shape[0] == 64 and "ray" in sys.modules and FAILS:
-            raise MemoryError("no room for this batch")
-        return inner(images)
-
-    network.forward = forward
-    return network
+    return resnet.build()
 """
 
 
 @pytest.fixture
-def noisy(settings: dict[str, Any], tmp_path: Path) -> Callable[[bool], dict[str, Any]]:
-    """The small evaluation with a network that prints, warns, logs and maybe fails in a worker."""
-
-    def made(fails: bool) -> dict[str, Any]:
-        (tmp_path / "noisy.py").write_text(NOISY.replace("FAILS", str(fails)))
-        settings["model"]["name"] = "noisy.py:build"
-        return {**settings, "datasets": settings["datasets"][1:3], "detectors": ["msp"]}
-
-    return made
+def noisy(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The small evaluation with a network that prints, warns and logs."""
+    (tmp_path / "noisy.py").write_text(NOISY)
+    settings["model"]["name"] = "noisy.py:build"
+    return {**settings, "datasets": settings["datasets"][1:3], "detectors": ["msp"]}
 
 
 @pytest.mark.filterwarnings("ignore:a warning of mine")
 def test_what_workers_say_lies_in_one_file_of_the_run(noisy, load, execute, ray_session) -> None:
-    folder = execute(load(noisy(False)), engine="ray", level=logging.INFO, last="extract").folder
+    folder = execute(load(noisy), engine="ray", level=logging.INFO, last="extract").folder
     assert [file.name for file in (folder / "logs").iterdir()] == ["workers.log"]
     lines = (folder / "logs" / "workers.log").read_text("utf-8").splitlines()
     for text in (
@@ -195,17 +182,38 @@ def test_what_workers_say_lies_in_one_file_of_the_run(noisy, load, execute, ray_
     stamped = [line[:23] for line in lines if line[:2] == "20"]
     assert stamped == sorted(stamped)
     assert str(os.getpid()) not in {line.split()[2] for line in lines if line[:2] == "20"}
-    execute(load(noisy(False)), level=logging.INFO, last="score")
+    execute(load(noisy), level=logging.INFO, last="score")
     later = (folder / "logs" / "workers.log").read_text("utf-8").splitlines()
     assert later[: len(lines)] == lines
     assert sum("part-00000.parquet: 150 rows" in line for line in later) == 1
 
 
-@pytest.mark.filterwarnings("ignore:a warning of mine")
-def test_an_error_of_a_worker_comes_with_the_last_lines_of_its_log(noisy, load, execute, ray_session) -> None:
-    with pytest.raises(RayTaskError, match="MemoryError: no room for this batch") as failure:
-        execute(load(noisy(True)), engine="ray")
+def test_an_error_of_a_worker_comes_with_the_last_lines_of_its_log(ray_session: None, tmp_path: Path) -> None:
+    kept = logs.Logs(tmp_path, logging.WARNING)
+    with (
+        opened("ray", logs=kept) as engine,
+        pytest.raises(RayTaskError, match="MemoryError: no room for this batch") as failure,
+    ):
+        list(engine.stream([{"number": 2}], None, (Chatty, ()), NEEDS, 1))
     notes = "\n".join(failure.value.__notes__)
     assert "The last lines of" in notes
-    assert "built with love" in notes
+    assert "counted with love" in notes
     assert "quiet word" not in notes
+
+
+@pytest.mark.parametrize("work", ["tasks", "workers"])
+def test_work_that_kills_its_process_is_given_up_and_the_images_are_named(
+    on_ray: Engine, work: str, tmp_path: Path
+) -> None:
+    folder = str(tmp_path)
+    if work == "tasks":
+        found = on_ray.in_order(deadly, [(number, folder) for number in range(4)])
+    else:
+        found = on_ray.stream(
+            [{"number": number} for number in range(4)], None, (Deadly, (folder,)), NEEDS, 1
+        )
+    with pytest.raises(UserError) as refusal:
+        list(found)
+    assert "counting: the process died again and again" in str(refusal.value)
+    assert "3 times after a restart, the last time at 2 images: image 2, image 3." in str(refusal.value)
+    assert [file.name for file in tmp_path.iterdir()] == [".attempts-counting-part-2.json"]

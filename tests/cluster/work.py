@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from typing import Any
 
 import numpy as np
 
+from pipeline.cluster import attempts
 from pipeline.cluster.engine import Shared
 from pipeline.errors import UserError
 
@@ -53,3 +57,33 @@ class Halver:
 
 def decoded(row: dict[str, Any], length: int) -> dict[str, Any]:
     return {"values": np.full(length, row["number"], np.int64)}
+
+
+def deadly(number: int, folder: str) -> int:
+    """A task that ends its process over one number."""
+    with attempts.begun(f"{folder}/part-{number}", "counting") as attempt:
+        attempt.at([f"image {number}", f"image {number + 1}"])
+        if number == 2:
+            os._exit(1)
+    return number
+
+
+class Deadly:
+    """A model worker that does."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"number": deadly(row["number"], self.folder)}
+
+
+class Chatty:
+    """A model worker that prints, logs, and has no room for one number."""
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        sys.stdout.write("counted with love\n")
+        logging.getLogger("mine").info("quiet word")
+        if row["number"] == 2:
+            raise MemoryError("no room for this batch")
+        return row

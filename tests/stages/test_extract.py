@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from pipeline.cluster import attempts
 from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
 from pipeline.config import schema
 from pipeline.data import manifest
@@ -121,6 +123,32 @@ def test_of_several_accepted_labels_the_predicted_one_counts_else_the_first(job,
     found = extracted(rows)
     assert found["label"].to_pylist() == [*prediction[right], *label[wrong], *label[single]]
     assert found.drop_columns("label").equals(plain.drop_columns("label"))
+
+
+def test_a_batch_that_kills_its_process_again_and_again_is_named(job, plan, monkeypatch) -> None:
+    """Death is an interrupt here, in a process that stands in for a lost one; tests/cluster has real ones."""
+    monkeypatch.setattr(attempts, "_replaces", ContextVar("replaces", default=True))
+    forward, seen = Classifier.forward, []
+
+    def dying(self: Classifier, *arguments: Any) -> Any:
+        seen.append(arguments)
+        if len(seen) % 2 == 0:
+            raise KeyboardInterrupt
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Classifier, "forward", dying)
+    shard = asdict(shards.cut(job, 90)[1])
+    for _ in range(attempts.LIMIT):
+        with pytest.raises(KeyboardInterrupt):
+            extract.Extractor(plan, 1)(shard)
+    message = (
+        r"extracting: the process died .*, the last time at 26 images: \S*154, \S*155, \S*156, \.\.\.\. Look"
+    )
+    with pytest.raises(UserError, match=message):
+        extract.Extractor(plan, 1)(shard)
+    assert [file.name for file in Path(job.folder).iterdir()] == [
+        ".attempts-extracting-part-00001.parquet.json"
+    ]
 
 
 def test_a_dataset_is_complete_only_when_every_row_is_accounted_for(job, plan) -> None:

@@ -506,12 +506,10 @@ def test_a_tracking_server_that_is_down_costs_no_result(settings, load, execute)
     assert (outcome.folder / "metrics.parquet").is_file()
 
 
-def test_a_mistake_that_only_a_worker_can_see_is_still_one_clear_error(
-    settings, load, execute, ray_session
-) -> None:
+def test_a_mistake_that_only_a_worker_can_see_is_still_one_clear_error(settings, load, execute) -> None:
     settings["extract"]["device"] = "cuda"
     with pytest.raises(UserError, match=r"^extract\.device: cuda is not available on a worker"):
-        execute(load(settings), engine="ray")
+        execute(load(settings))
 
 
 SILENT = """
