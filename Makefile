@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 FAISS ?= cpu  # or gpu
 
+# Tests start many processes: what these import is compiled once, whatever the shell says.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart test test-cluster test-slow coverage check install clean
 
 PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
