@@ -178,6 +178,7 @@ def python(package: Path, current: Path, *arguments: str) -> str:
 def test_an_installed_package_sends_the_same_as_a_checkout_and_a_dry_run_says_what(fill, tmp_path):
     """The package has the layout of a wheel."""
     _, folder = fill(RAW)
+    sent = dict(package.contents(folder))  # running it leaves bytecode there
     shown = python(
         *(folder, tmp_path, "-m", "pipeline.cli", "submit", str(tmp_path / "laptop" / "small.yaml")),
         *("--address", "http://127.0.0.1:1", "--dry-run", "--env", "PATH", "--stage", "extract"),
@@ -186,7 +187,7 @@ def test_an_installed_package_sends_the_same_as_a_checkout_and_a_dry_run_says_wh
     listed = {name: int(size.replace(",", "")) for size, name in found}
     assert ".environment.json" in listed
     del listed[".environment.json"]
-    assert listed == dict(package.contents(folder))
+    assert listed == sent
     assert "command   python -m pipeline.cli extract config.yaml\nvariables PATH\n" in shown
     assert os.environ["PATH"] not in shown
 
