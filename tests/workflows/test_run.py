@@ -58,7 +58,7 @@ def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
         extra("production", "unlabelled"),
     ]
     for entry in raw["datasets"]:
-        entry["limit"] = 400 if entry["role"] == "train" else 100
+        entry["limit"] = {"train": 400, "id": 100, "id_val": 100}.get(entry["role"], 64)
     few = {"samples": 64, "class_samples": 10}
     changed = {
         "adascale": {"samples": 50},
@@ -139,7 +139,7 @@ def test_results_do_not_depend_on_the_engine_lost_workers_shards_or_index_shards
     raw = everything(settings, images)
     first = execute(load(raw, "one"), last="evaluate")
     raw["extract"] |= {"actors": 2, "shard_rows": 96, "gpus_per_actor": 1, "device": "cpu"}
-    raw["index"] = {"shards": 3, "cpus_per_shard": 0.5, "gpus_per_shard": 0.5, "device": "cpu"}
+    raw["index"] = {"shards": 2, "cpus_per_shard": 0.5, "gpus_per_shard": 0.5, "device": "cpu"}
     (tmp_path / "dying.py").write_text(DYING)
     raw["model"]["name"] = "./dying.py:build"
     second = execute(load(raw, "two"), engine="ray", last="score")

@@ -25,6 +25,8 @@ def raw(settings: dict[str, Any], images: Path) -> dict[str, Any]:
     """The small evaluation with statistics, extra columns, a trained index and flagged images."""
     production = {"name": "production", "role": "unlabelled", "format": "npz"}
     settings["datasets"].append({**production, "path": str(images), "images": "production_x"})
+    for entry in settings["datasets"]:
+        entry["limit"] = 256 if entry["role"] == "train" else 64
     settings["detectors"] = ["dice", "odin", "mahalanobis_ensemble", {"knn": {"k": 5}}]
     settings["index"] = {"kind": "IVF4,Flat"}
     return settings
