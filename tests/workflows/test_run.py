@@ -78,6 +78,7 @@ def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
     return raw
 
 
+@pytest.mark.slow
 def test_every_detector_runs_on_an_exported_vision_transformer(
     settings, images, load, execute, tmp_path
 ) -> None:
