@@ -81,15 +81,17 @@ def test_a_run_goes_where_its_resources_are_and_survives_the_loss_of_actors_and_
         assert driver.poll() is None, "the run was over before the fault"
         return len(list((tmp_path / "workspace").glob("features/*/part-*.parquet")))
 
-    wait("some features", lambda: parts() > 4, 120)
-    kill(site.workers(ACTORS["extract"])[0])
-    wait("half of them", lambda: parts() > 17, 120)
-    site.kill_node(names.pop())
-    names.append(site.add_node(*SPECIAL))
-    kill(wait("an index shard", lambda: parts() and site.workers(ACTORS["score"]), 120)[0])
-    finished(driver)
-    for name in names:
-        site.kill_node(name)
+    try:
+        wait("some features", lambda: parts() > 4, 120)
+        kill(site.workers(ACTORS["extract"])[0])
+        wait("half of them", lambda: parts() > 17, 120)
+        site.kill_node(names.pop())
+        names.append(site.add_node(*SPECIAL))
+        kill(wait("an index shard", lambda: parts() and site.workers(ACTORS["score"]), 120)[0])
+        finished(driver)
+    finally:
+        for name in names:
+            site.kill_node(name)
     found = Results.of(config)
     assert found.same_as(undisturbed)
     assert sum(node["resources"].get("special", 0) for node in found.record["nodes"].values()) > 1
