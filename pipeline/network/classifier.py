@@ -33,6 +33,14 @@ Traced = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+_FLAGS: tuple[tuple[Any, str, bool], ...] = (
+    (torch.backends.cuda.matmul, "allow_tf32", False),
+    (torch.backends.cudnn, "allow_tf32", False),
+    (torch.backends.cudnn, "deterministic", True),
+    (torch.backends.cudnn, "benchmark", False),
+)
+"""With these a GPU multiplies float32 as such, and always by the same algorithm: the bits can be repeated."""
+
 
 @dataclass(frozen=True)
 class Classifier:
@@ -71,13 +79,14 @@ class Classifier:
 
     def forward(self, pixels: Pixels, blocks: bool = True) -> dict[str, NDArray[np.float32]]:
         """Feature (N, D), logits (N, C) and, if there are blocks and `blocks` is set, FeatureNorm (N, B)."""
-        return self.forward_images(self.images(pixels), blocks)
+        with fitting(len(pixels)):
+            return self.forward_images(self.images(pixels), blocks)
 
     def forward_images(self, images: Tensor, blocks: bool = True) -> dict[str, NDArray[np.float32]]:
         """The same for normalised images (N, channels, H, W)."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode():
+        with fitting(len(images)), torch.inference_mode():
             feature, logits, norms = (self.compiled or partial(self._trace, blocks=blocks))(images)
             logits = self._precise(feature, logits)
         result = {FEATURE: feature.float().cpu().numpy(), LOGITS: logits.float().cpu().numpy()}
@@ -251,6 +260,23 @@ def _while(working: list[bool], hook: Any) -> Any:
     return call
 
 
+@contextmanager
+def fitting(images: int) -> Iterator[None]:
+    """In the block, a GPU without room for a batch of so many images is a mistake in the config.
+
+    Raises:
+        UserError: instead of `torch.OutOfMemoryError`.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(" Including")[0].rstrip(".;")
+        raise UserError(
+            f"extract.batch_size: {images} images do not fit into the memory of the GPU ({reason}). "
+            "Lower it; where actors share a GPU, raise extract.gpus_per_actor."
+        ) from None
+
+
 def _digest(module: nn.Module) -> str:
     sha = hashlib.sha256()
     tensors = {**module.state_dict(), **dict(module.named_buffers())}  # not all buffers are in the state
@@ -260,15 +286,21 @@ def _digest(module: nn.Module) -> str:
     return sha.hexdigest()
 
 
+def make_reproducible(threads: int) -> None:
+    """Set, for this process, what its bits depend on: the number of threads, and how a GPU computes."""
+    torch.set_num_threads(threads)
+    for where, name, value in _FLAGS:
+        setattr(where, name, value)
+
+
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """Give torch back, after the block, what loading in this process changes for all of it."""
+    """Give torch back, after the block, what `make_reproducible` changes."""
     threads = torch.get_num_threads()
-    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [each.allow_tf32 for each in flags]
+    before = [getattr(where, name) for where, name, _ in _FLAGS]
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        for each, allowed in zip(flags, before, strict=True):
-            each.allow_tf32 = allowed
+        for (where, name, _), value in zip(_FLAGS, before, strict=True):
+            setattr(where, name, value)

@@ -22,7 +22,7 @@ from pipeline.detectors.base import Dropped, Extra, ParameterGradient, Perturbed
 from pipeline.errors import UserError, unknown
 from pipeline.network import channels, gradients, taps
 from pipeline.network.channels import Layout
-from pipeline.network.classifier import WRONG_SIZE, Classifier
+from pipeline.network.classifier import WRONG_SIZE, Classifier, fitting
 
 GRADIENTS = 2**27
 """Most bytes of per-image parameter gradients at once."""
@@ -49,7 +49,7 @@ def measure(classifier: Classifier, spec: Extra, pixels: Pixels, keys: Sequence[
     Returns:
         (N, width) float32.
     """
-    with torch.no_grad():
+    with fitting(len(pixels)), torch.no_grad():
         found = _KINDS[type(spec)](classifier, spec, classifier.images(pixels), keys)
     return found.float().cpu().numpy()
 

@@ -144,11 +144,14 @@ class Prober:
                 while count == 0 or time.perf_counter() - started < _SECONDS:
                     classifier.forward(pixels)
                     count += 1
-            except RuntimeError as error:  # what torch raises when memory is short
-                if not rates:
-                    raise UserError(
-                        f"extract.batch_size: {size} images do not fit: {error}. Lower it."
-                    ) from None
-                break
+            except (
+                RuntimeError,
+                UserError,
+            ) as error:  # memory of the CPU or, by `fitting`, of a GPU is short
+                if rates:
+                    break
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(f"extract.batch_size: {size} images do not fit: {error}. Lower it.") from None
             rates[size] = count * size / (time.perf_counter() - started)
         return Probe(len(table), decoded.errors, decode, rates)

@@ -41,7 +41,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.detectors.base import Extra
 from pipeline.errors import UserError
 from pipeline.network import extras
-from pipeline.network.classifier import Classifier, load
+from pipeline.network.classifier import Classifier, load, make_reproducible
 from pipeline.stages import shards
 from pipeline.stages.shards import Job, Plan, Shard
 from pipeline.workspace import files, tables
@@ -247,12 +247,10 @@ def load_in_worker(plan: Plan, threads: int, compiled: bool = False) -> Classifi
     """Load the classifier on the worker's device and make sure that it is the one the driver saw."""
     settings = plan.settings
     _keep_freed_memory()
-    torch.set_num_threads(threads)
+    make_reproducible(threads)
     where = device(settings.device, settings.gpus_per_actor)
     if where == "cuda" and not torch.cuda.is_available():
         raise UserError("extract.device: cuda is not available on a worker. Set extract.device to cpu.")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     with _loading:  # building draws from torch's generator, which all threads of a process share
         classifier = load(plan.model, plan.seed, where)
         if classifier.module in _loaded:  # a factory that gives one network to all: each worker taps its own

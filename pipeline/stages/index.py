@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -193,8 +194,26 @@ class IndexShard:
                 "index.device: cuda was asked for, but this FAISS sees no GPU. "
                 "Install the extra `gpu` instead of `cpu` on a machine with one, or set index.device to cpu."
             )
-        self.resources = faiss.StandardGpuResources()
-        return faiss.index_cpu_to_gpu(self.resources, 0, index)
+        try:
+            return faiss.index_cpu_to_gpu(self._resources, 0, index)
+        except RuntimeError as error:
+            if "not implemented on GPU" in str(error):
+                raise UserError(
+                    f"index.kind: FAISS has no {self.settings.kind!r} on GPUs. Choose 'flat' or another, or "
+                    "set index.device to cpu."
+                ) from None
+            if "out of memory" not in str(error):
+                raise
+            raise UserError(
+                f"index.shards: {index.ntotal:,} vectors of {index.d} numbers do not fit into the memory of "
+                "the GPU. Raise it, or index.gpus_per_shard where shards share a GPU; or set index.device to "
+                "cpu."
+            ) from None
+
+    @cached_property
+    def _resources(self) -> Any:
+        """Of the GPU, for all indexes of the shard: each set of resources takes memory of its own."""
+        return faiss.StandardGpuResources()
 
 
 def made(kind: str, width: int) -> Any:

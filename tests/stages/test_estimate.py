@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.config import schema
 from pipeline.errors import UserError
+from pipeline.network.classifier import fitting
 from pipeline.stages import estimate, prepare
 
 
@@ -79,10 +81,12 @@ def test_nothing_readable_is_an_error(ready) -> None:
         estimate.Prober(ready.plan, 1).measure(table.from_pylist(short, table.schema), [64])
 
 
-def test_a_batch_that_does_not_fit_ends_the_search(ready, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_a_batch_that_does_not_fit_ends_the_search(ready, monkeypatch, kind) -> None:
     def forward(self: Any, pixels: Any) -> None:
-        if len(pixels) > limit:
-            raise RuntimeError("out of memory")
+        with fitting(len(pixels)):
+            if len(pixels) > limit:
+                raise kind("out of memory")
 
     monkeypatch.setattr(estimate.extract.Classifier, "forward", forward)
     monkeypatch.setattr(estimate, "_SECONDS", 0.0)

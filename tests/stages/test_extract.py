@@ -23,7 +23,8 @@ from pipeline.config import schema
 from pipeline.data import manifest
 from pipeline.detectors.base import ParameterGradient, Perturbed, Pooled, RankReduced
 from pipeline.errors import UserError
-from pipeline.network.classifier import Classifier
+from pipeline.network import extras
+from pipeline.network.classifier import Classifier, settings_kept
 from pipeline.network.classifier import load as load_classifier
 from pipeline.stages import extract, shards
 from pipeline.workspace import artifacts, files, tables
@@ -200,6 +201,49 @@ def test_a_missing_gpu_is_a_clear_error(plan) -> None:
     settings = plan.settings.model_copy(update={"gpus_per_actor": 1.0})
     with pytest.raises(UserError, match=r"extract\.device: cuda is not available"):
         extract.load_in_worker(replace(plan, settings=settings), 1)
+
+
+def test_a_worker_sets_what_the_bits_of_a_gpu_depend_on(plan) -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    with settings_kept():
+        matmul.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = True
+        cudnn.deterministic = False
+        with settings_kept():
+            extract.load_in_worker(plan, 1)
+            assert not (matmul.allow_tf32 or cudnn.allow_tf32 or cudnn.benchmark)
+            assert cudnn.deterministic
+        assert matmul.allow_tf32 and cudnn.allow_tf32 and cudnn.benchmark
+        assert not cudnn.deterministic
+
+
+def short_of_memory(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 8.00 GiB of which "
+        "7.50 GiB is free. Including non-PyTorch memory, this process has 0.50 GiB memory in use."
+    )
+
+
+SHORT = (
+    r"^extract\.batch_size: 64 images do not fit into the memory of the GPU \(CUDA out of memory\. Tried to "
+    r"allocate 9\.00 GiB\. GPU 0 has a total capacity of 8\.00 GiB of which 7\.50 GiB is free\)\. Lower it; "
+)
+
+
+@pytest.mark.parametrize("decode", ["fused", "separate"])
+def test_a_batch_that_does_not_fit_into_the_gpu_names_the_key_to_lower(
+    engine, job, plan, monkeypatch, decode
+) -> None:
+    monkeypatch.setattr(Classifier, "_trace", short_of_memory)
+    with pytest.raises(UserError, match=SHORT):
+        extract.run(engine, [job], variant(plan, decode=decode), lambda _: None)
+    assert not list(Path(job.folder).glob("part-*"))
+
+
+def test_gradients_that_do_not_fit_into_the_gpu_name_the_key_to_lower(job, plan, monkeypatch) -> None:
+    monkeypatch.setattr(extras.gradients, "per_image", short_of_memory)
+    job, plan = with_extras(job, plan, ParameterGradient(layers=("fc",)))
+    with pytest.raises(UserError, match=SHORT):
+        extract.Extractor(plan, 1)(asdict(shards.missing(job, 90)[0]))
 
 
 def variant(plan: shards.Plan, **changes: object) -> shards.Plan:

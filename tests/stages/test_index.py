@@ -106,8 +106,26 @@ def test_a_factory_string_that_faiss_refuses_is_a_clear_error(tmp_path, vectors)
         shards(bank(tmp_path, vectors), 1, kind="Nonsense7")
 
 
+@pytest.mark.skipif(faiss.get_num_gpus() > 0, reason="needs a machine without a GPU")
 def test_a_gpu_that_this_faiss_does_not_see_is_a_clear_error(tmp_path, vectors) -> None:
     with pytest.raises(UserError, match=r"index\.device: cuda was asked for.*Install the extra `gpu`"):
+        shards(bank(tmp_path, vectors), 1, device="cuda")
+
+
+def test_vectors_that_do_not_fit_into_a_gpu_are_a_clear_error(tmp_path, vectors, monkeypatch) -> None:
+    """A build of FAISS with GPUs stands in, whose message is this one."""
+
+    def full(*_: object) -> None:
+        raise RuntimeError("StandardGpuResources: alloc fail (cudaMalloc error out of memory [2])")
+
+    for name, stand_in in {
+        "StandardGpuResources": object,
+        "get_num_gpus": lambda: 1,
+        "index_cpu_to_gpu": full,
+    }.items():
+        monkeypatch.setattr(faiss, name, stand_in, raising=False)
+    message = r"index\.shards: 450 vectors of 24 numbers do not fit into the memory of the GPU"
+    with pytest.raises(UserError, match=message):
         shards(bank(tmp_path, vectors), 1, device="cuda")
 
 

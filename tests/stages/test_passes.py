@@ -16,6 +16,7 @@ from pipeline.data import decode, manifest
 from pipeline.detectors.base import Jigsaw, Mixup, Noise, Perturbed, Samples
 from pipeline.errors import UserError
 from pipeline.network import extras
+from pipeline.network.classifier import Classifier
 from pipeline.network.classifier import load as load_classifier
 from pipeline.stages import passes
 from pipeline.stages.shards import Plan
@@ -275,3 +276,13 @@ def test_stratified_draws_every_class_in_turns_without_replacement() -> None:
     assert counts[1] == 5
     assert abs(counts[0] - counts[2]) <= 1
     assert len(passes.stratified(labels, 1000, np.random.default_rng(0))) == 155
+
+
+def test_a_pass_that_does_not_fit_into_the_gpu_names_the_key_to_lower(runner, monkeypatch) -> None:
+    def short_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr(Classifier, "_trace", short_of_memory)
+    for spec in (Jigsaw(samples=20, grid=2), Mixup(samples=20), Noise(samples=20)):
+        with pytest.raises(UserError, match=r"^extract\.batch_size: 16 images do not fit into the memory of"):
+            runner.run(spec)
