@@ -9,7 +9,7 @@ FAISS ?= cpu  # or gpu
 # Tests start many processes: what these import is compiled once, whatever the shell says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-cluster test-slow coverage check install clean
+.PHONY: quickstart test test-cluster test-slow test-gpu coverage check install clean
 
 PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
@@ -26,6 +26,10 @@ test-cluster: install
 test-slow: install
 	$(BIN)/python $(PYTEST) -m 'slow and not cluster'
 	$(BIN)/python -m pytest -m chaos tests/cluster
+
+# Needs an NVIDIA GPU, and the FAISS that runs on it: make test-gpu FAISS=gpu.
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 coverage: install
 	$(BIN)/coverage erase
