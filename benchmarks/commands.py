@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from memory import Watch
 
-PROGRAM = Path(sys.executable).with_name("ood-pipeline")
+PROGRAM = (sys.executable, "-m", "pipeline.cli")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def run(command: str, settings: dict[str, Any], folder: Path, watch: float | Non
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    arguments = [str(PROGRAM), command, "config.yaml", "--workspace", str(folder / "workspace")]
+    arguments = [*PROGRAM, command, "config.yaml", "--workspace", str(folder / "workspace")]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     log = folder / "log.txt"
     started = time.perf_counter()

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline import __version__
 
-PACKAGES = ("ray", "torch", "faiss-cpu", "numpy", "pyarrow")
+PACKAGES = ("ray", "torch", "faiss-cpu", "faiss-gpu", "numpy", "pyarrow", "pillow")
 
 VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables that change how fast the libraries compute."""
-
-
-def _versioned(name: str) -> str:
-    return f"{name} {version(name)}"
 
 
 def describe() -> dict[str, str]:
@@ -29,12 +28,37 @@ def describe() -> dict[str, str]:
         "memory": f"{_memory() / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "packages": ", ".join(
-            [f"ood-pipeline {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]
+            [f"ood-pipeline {__version__}", *(f"{name} {found}" for name, found in _versions())]
         ),
         "libraries": ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
         or "-",
         "other load": busy,
     }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Of the packages that are installed: there is one FAISS or the other."""
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
+
+
+def gpu() -> dict[str, str]:
+    """The GPU, its driver, and the libraries that torch brings for it; nothing where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    asked = "--query-gpu=name,memory.total,driver_version"
+    command = ["nvidia-smi", asked, "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        found = f"{torch.cuda.device_count()} of unknown name"
+    libraries = (
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    )
+    return {"GPU": "; ".join(found.strip().splitlines()) + " (name, memory, driver)", "for it": libraries}
 
 
 def _processor() -> str:

@@ -88,7 +88,7 @@ def page(command: str, machine: Mapping[str, str], sections: Iterable[Section]) 
         facts,
         table(("", "measured", "target", ""), [_row(check) for check in checks]),
         *(f"* **{check.name}**: {reason(check)}" for check in checks if not check.met),
-        *(_section(section) for section in sections),
+        *(shown(section) for section in sections),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -109,5 +109,11 @@ def _row(check: Check) -> tuple[str, str, str, str]:
     return check.name, check.measured, check.target, "met" if check.met else "**missed**"
 
 
-def _section(section: Section) -> str:
-    return f"## {section.title}\n\n{section.text}\n\n{table(section.header, section.rows)}"
+def shown(section: Section) -> str:
+    """A section as Markdown; without a table if it has no rows."""
+    parts = [
+        f"## {section.title}",
+        section.text,
+        *([table(section.header, section.rows)] if section.rows else []),
+    ]
+    return "\n\n".join(parts)

@@ -1,0 +1,144 @@
+"""(c) Exact neighbours in as many vectors as ImageNet has training images: FAISS alone, our index, a CPU."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from gpu_bench import Bench, number, tried
+from numpy.typing import NDArray
+from processes import fresh
+from results import Section
+
+from pipeline.config import schema
+from pipeline.stages import index
+from pipeline.stages.banks import BATCH
+from pipeline.stages.index import BankFiles, IndexShard
+
+NEIGHBOURS = (50, 1000)
+PIECE = 65_536
+
+
+def measure(bench: Bench) -> Section:
+    """Queries per second."""
+    rows, width = bench.size(1_281_167, 5000), bench.size(2048, 64)
+    queries, few = bench.size(10_000, 200), bench.size(128, 50)
+    folder = bench.scratch / "bank"
+    folder.mkdir()
+    found = fresh(_search, folder, rows, width, queries, few, bench.device)
+    for piece in folder.iterdir():
+        piece.unlink()
+    return Section(
+        title="(c) Exact neighbours",
+        text=f"{rows:,} x {width:,} float32, random unit vectors; {queries:,} queries like them. FAISS "
+        "alone: one search of all queries in its flat index, and `knn_gpu`, which brings the vectors to the "
+        f"GPU first. Ours: `IndexShard` of one shard, {BATCH:,} queries at a time as in scoring, which "
+        "computes every distance again in float64 on one thread of the CPU. CPU: FAISS' flat index on all "
+        f"cores. The index is built from {len(_pieces(rows))} files of the workspace and brought to the "
+        "device.",
+        header=("", "device", "k", "queries", "seconds", "queries/s"),
+        rows=found,
+        checks=[],
+    )
+
+
+def _pieces(rows: int) -> list[int]:
+    return [min(PIECE, rows - start) for start in range(0, rows, PIECE)]
+
+
+def _vectors(rows: int, width: int, device: str, seed: int) -> NDArray[np.float32]:
+    generator = torch.Generator(device).manual_seed(seed)
+    vectors = torch.randn(rows, width, device=device, generator=generator)
+    vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    found: NDArray[np.float32] = vectors.cpu().numpy()
+    return found
+
+
+def _search(
+    folder: Path, rows: int, width: int, queries: int, few: int, device: str
+) -> list[tuple[str, ...]]:
+    """Rows of the table; each is printed as soon as it is known."""
+    counts = _pieces(rows)
+    for piece, count in enumerate(counts):
+        np.save(folder / f"bank-{piece:05d}.npy", _vectors(count, width, device, seed=piece))
+    asked = _vectors(queries, width, device, seed=len(counts))
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    found = []
+    shard = IndexShard(
+        0, 1, schema.Index(device=device), {"bank": BankFiles(str(folder), tuple(counts), width)}
+    )
+    found += _row("our index: built", device, 0, rows, lambda: shard.load("bank"))
+    for part in _parts(shard, asked, few, device):
+        found += _row(*part)
+    agreement = tried("neighbours that GPU and CPU agree on", lambda: _agreement(shard, asked[:few]))
+    found.append(
+        ("neighbours that both agree on", "", f"{NEIGHBOURS[0]}", f"{few:,}", "", _percent(agreement))
+    )
+    return found
+
+
+def _parts(
+    shard: IndexShard, asked: NDArray[np.float32], few: int, device: str
+) -> Iterator[tuple[str, str, int, int, Callable[[], Any]]]:
+    """What is timed: its name, device, k, number of queries, and the call."""
+    plain, vectors = shard.indexes["bank"], shard.vectors["bank"]
+    plain.search(asked[:few], 10)  # warms up
+    for k in NEIGHBOURS:
+        yield "FAISS alone, flat index", device, k, len(asked), lambda k=k: plain.search(asked, k)
+    for k, count in zip(NEIGHBOURS, (len(asked), min(len(asked), BATCH)), strict=True):
+        yield "our index", device, k, count, lambda k=k, count=count: _ours(shard, asked[:count], k)
+    if device == "cuda":
+        resources = faiss.StandardGpuResources()
+        yield (
+            "FAISS alone, knn_gpu",
+            device,
+            NEIGHBOURS[0],
+            len(asked),
+            lambda: faiss.knn_gpu(resources, asked, vectors, NEIGHBOURS[0]),
+        )
+    faiss.omp_set_num_threads(os.cpu_count() or 1)
+    for k in NEIGHBOURS:
+        yield (
+            "FAISS alone, flat index",
+            "cpu",
+            k,
+            few,
+            lambda k=k: shard.source["bank"].search(asked[:few], k),
+        )
+
+
+def _ours(shard: IndexShard, asked: NDArray[np.float32], k: int) -> None:
+    for start in range(0, len(asked), BATCH):
+        index.merge([shard.search("bank", asked[start : start + BATCH], k)], k)
+
+
+def _row(what: str, device: str, k: int, count: int, call: Callable[[], Any]) -> list[tuple[str, ...]]:
+    """The row of one call; k is 0 where there is none."""
+    seconds = tried(f"{what}, {device}, k = {k}, seconds for {count:,}", lambda: _seconds(call))
+    rate = None if seconds is None else count / seconds
+    return [(what, device, f"{k:,}" if k else "", f"{count:,}", number(seconds, "{:.2f}"), number(rate))]
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _agreement(shard: IndexShard, asked: NDArray[np.float32]) -> float:
+    """Share of equal neighbours at equal places."""
+    k = NEIGHBOURS[0]
+    _, one = shard.indexes["bank"].search(asked, k)
+    _, other = shard.source["bank"].search(asked, k)
+    return float((one == other).mean())
+
+
+def _percent(value: float | None) -> str:
+    return number(None if value is None else 100 * value, "{:.2f} %")
