@@ -16,6 +16,8 @@ from pipeline.config.schema import Transform
 from pipeline.data import decode
 
 DECODERS = ("pillow", "simplejpeg")
+WAIT = 120
+"""Seconds that a process waits for the others to begin."""
 
 
 def measure(bench: Bench) -> Section:
@@ -53,21 +55,19 @@ def _tried(bench: Bench, paths: list[Path], decoder: str, count: int) -> float |
 
 def _rate(bench: Bench, paths: list[Path], decoder: str, count: int) -> float:
     """Images per second of so many processes over the same seconds."""
-    start = time.time() + bench.size(8, 4)  # until all of them have begun
-    stop = start + bench.size(5, 1)
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        calls = [pool.submit(_decoded, paths, decoder, start, stop) for _ in range(count)]
+    context = get_context("spawn")
+    begun = context.Barrier(count)  # none works before all are there
+    with ProcessPoolExecutor(count, context, begun.wait, (WAIT,)) as pool:
+        calls = [pool.submit(_decoded, paths, decoder, bench.size(5, 1)) for _ in range(count)]
         return sum(call.result() for call in calls)
 
 
-def _decoded(paths: list[Path], decoder: str, start: float, stop: float) -> float:
-    """Images per second between two times."""
+def _decoded(paths: list[Path], decoder: str, seconds: float) -> float:
+    """Images per second of this process."""
     transform = Transform.model_validate(TRANSFORM)
     contents = [path.read_bytes() for path in paths]
-    while time.time() < start:
-        decode.decode(contents[0], None, transform, decoder)
-    began, count = time.perf_counter(), 0
-    while time.time() < stop:
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
         decode.decode(contents[count % len(contents)], None, transform, decoder)
         count += 1
-    return count / (time.perf_counter() - began)
+    return count / (time.perf_counter() - started)

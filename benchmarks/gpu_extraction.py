@@ -65,7 +65,8 @@ def measure(bench: Bench, name: str, precision: str = "fp32") -> Section:
 
 
 def _settings(bench: Bench, name: str, precision: str) -> dict[str, Any]:
-    classes = bench.size(1000, 10)
+    classes, side = bench.size(1000, 10), bench.size(224, 32)
+    sized = {"image_size": side} if name == "vit_b_16" else {}
     numerics = {} if precision == "fp32" else {"precision": precision, "channels_last": True}
     small = {"batch_size": 4, "shard_rows": 8} if bench.quick else {"batch_size": 256}
     return {
@@ -74,8 +75,8 @@ def _settings(bench: Bench, name: str, precision: str) -> dict[str, Any]:
             "source": "torchvision",
             "name": name,
             "weights": "random",
-            "options": {"num_classes": classes},
-            "transform": TRANSFORM,
+            "options": {"num_classes": classes, **sized},
+            "transform": {**TRANSFORM, "crop": side},
         },
         "datasets": [],
         "detectors": ["msp"],
@@ -92,8 +93,9 @@ def _settings(bench: Bench, name: str, precision: str) -> dict[str, Any]:
 
 def _plan(settings: dict[str, Any], digest: str = "") -> shards.Plan:
     model = schema.Model.model_validate(settings["model"])
-    transform = schema.Transform.model_validate(TRANSFORM)
-    return shards.Plan(model, schema.Extract.model_validate(settings["extract"]), 0, digest, transform)
+    assert isinstance(model.transform, schema.Transform)
+    chosen = schema.Extract.model_validate(settings["extract"])
+    return shards.Plan(model, chosen, 0, digest, model.transform)
 
 
 def _plan_rows(settings: dict[str, Any]) -> int:
@@ -107,7 +109,8 @@ def _profile(settings: dict[str, Any], scratch: Path, seconds: float) -> dict[st
     """Images per second of one process for more and more of what a model actor does."""
     plan = _plan(settings, load(_plan(settings).model, 0).digest)
     classifier, size = extract.load_in_worker(plan, 1), plan.settings.batch_size
-    pixels = np.random.default_rng(0).integers(0, 256, (size, 224, 224, 3), np.uint8)
+    side = plan.transform.crop
+    pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
     images = classifier.images(pixels)
     plain = images.contiguous()
     rows = [{KEY: f"{row}", LABEL: 0, extract.ACCEPTED: None} for row in range(size)]

@@ -32,12 +32,12 @@ class Work:
 
 
 class Files(Dataset[Tensor]):
-    """Pixels of image files, (3, 224, 224) uint8."""
+    """Pixels of image files, (3, side, side) uint8."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], resize: int, side: int) -> None:
         self.paths = paths
         self.transform = transforms.Compose(
-            [transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()]
+            [transforms.Resize(resize), transforms.CenterCrop(side), transforms.PILToTensor()]
         )
 
     def __len__(self) -> int:
@@ -54,9 +54,9 @@ def rate(work: Work) -> float:
     make_reproducible(1)
     wanted = work.settings["extract"]
     paths, on_gpu = sorted(work.photos.glob("*/*.jpg")), work.device == "cuda"
-    loader = DataLoader(
-        Files(paths), batch_size=wanted["batch_size"], num_workers=work.workers, pin_memory=on_gpu
-    )
+    transform = work.settings["model"]["transform"]
+    files = Files(paths, transform["resize"], transform["crop"])
+    loader = DataLoader(files, batch_size=wanted["batch_size"], num_workers=work.workers, pin_memory=on_gpu)
     batches = iter(loader)  # begins its workers before this process has used the GPU
     torch.manual_seed(0)
     module = models.get_model(work.name, weights=None, **work.settings["model"]["options"])
@@ -67,8 +67,7 @@ def rate(work: Work) -> float:
     seen: list[Tensor] = []
     module.get_submodule(HEADS[work.name]).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     mean, std = (
-        torch.tensor(work.settings["model"]["transform"][name], device=work.device).view(1, 3, 1, 1)
-        for name in ("mean", "std")
+        torch.tensor(transform[name], device=work.device).view(1, 3, 1, 1) for name in ("mean", "std")
     )
     kept, counted, started = [], 0, time.perf_counter()
     for turn, pixels in enumerate(batches):

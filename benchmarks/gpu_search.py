@@ -92,6 +92,8 @@ def _parts(
     plain.search(asked[:few], 10)  # warms up
     for k in NEIGHBOURS:
         yield "FAISS alone, flat index", device, k, len(asked), lambda k=k: plain.search(asked, k)
+    for k in NEIGHBOURS:
+        yield f"the same, {BATCH:,} at a time", device, k, len(asked), lambda k=k: _in_turns(plain, asked, k)
     for k, count in zip(NEIGHBOURS, (len(asked), min(len(asked), BATCH)), strict=True):
         yield "our index", device, k, count, lambda k=k, count=count: _ours(shard, asked[:count], k)
     if device == "cuda":
@@ -112,6 +114,11 @@ def _parts(
             few,
             lambda k=k: shard.source["bank"].search(asked[:few], k),
         )
+
+
+def _in_turns(plain: Any, asked: NDArray[np.float32], k: int) -> None:
+    for start in range(0, len(asked), BATCH):
+        plain.search(asked[start : start + BATCH], k)
 
 
 def _ours(shard: IndexShard, asked: NDArray[np.float32], k: int) -> None:

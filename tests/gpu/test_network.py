@@ -38,8 +38,9 @@ TOLERANCES = {
     BLOCK_NORM: ROUNDING,
     "pooled": ROUNDING,
     "dropped": ROUNDING,
-    # A sign of a gradient, or a pixel among those with small ones, may be another where it is all but zero.
-    "perturbed": 1e-3,
+    # A sign of a gradient, or a pixel among those with small ones, may be another where it is all but zero:
+    # weights that differ by 3e-7 of themselves gave 2e-4.
+    "perturbed": 5e-3,
     # What is left without the largest singular value is small beside the maps whose rounding it has.
     "rank_reduced": 1e-3,
     # A ReLU whose input is all but zero may be on its other side, and takes its share of the gradient along.
