@@ -123,7 +123,7 @@ def _write_images(folder: Path, classes: int, each: int) -> dict[str, int]:
     patterns = {"train": known[train], "test": known[test], "near": mixed[some], "far": strange[some]}
     arrays: dict[str, NDArray[Any]] = {f"{name}_x": _noisy(rng, found) for name, found in patterns.items()}
     np.savez(folder / "images.npz", train_y=train, test_y=test, **arrays)
-    np.save(folder / "patterns.npy", known)
+    np.save(folder / "patterns.npy", _noisy(rng, known))
     return {name: len(found) for name, found in patterns.items()}
 
 
@@ -140,7 +140,7 @@ def _noisy(rng: np.random.Generator, images: NDArray[np.uint8]) -> NDArray[np.ui
 
 
 def _write_weights(folder: Path, device: str) -> None:
-    """A random ResNet-50 whose last layer tells the classes apart: by the feature of each one's pattern."""
+    """A random ResNet-50 whose last layer tells the classes apart: by the feature of an image of each."""
     make_reproducible(torch.get_num_threads())
     torch.manual_seed(0)
     patterns = np.load(folder / "patterns.npy")
@@ -166,7 +166,7 @@ def _text(counts: dict[str, int], classes: int, device: str, busy: float | None)
     seen = "" if busy is None else f" The GPU ran a kernel in {busy:.0%} of the command's time."
     return (
         f"`ood-pipeline run` in an empty workspace: synthetic images of {SIDE} x {SIDE} pixels ({sizes}), a "
-        f"ResNet-50 with random weights and a last layer by class means (D = 2,048, C = {classes:,}), the "
-        f"quickstart's detectors, the neighbour index on {device}. Seconds as the run's record has them; "
-        f"those of CPU and GPU are summed over all processes.{seen}"
+        "ResNet-50 with random weights and a last layer that knows the classes (D = 2,048, "
+        f"C = {classes:,}), the quickstart's detectors, the neighbour index on {device}. Seconds as the run's "
+        f"record has them; those of CPU and GPU are summed over all processes.{seen}"
     )
