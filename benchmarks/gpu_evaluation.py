@@ -167,6 +167,6 @@ def _text(counts: dict[str, int], classes: int, device: str, busy: float | None)
     return (
         f"`ood-pipeline run` in an empty workspace: synthetic images of {SIDE} x {SIDE} pixels ({sizes}), a "
         "ResNet-50 with random weights and a last layer that knows the classes (D = 2,048, "
-        f"C = {classes:,}), the quickstart's detectors, the neighbour index on {device}. Seconds as the run's "
-        f"record has them; those of CPU and GPU are summed over all processes.{seen}"
+        f"C = {classes:,}), the quickstart's detectors, the neighbour index on {device}. Seconds as the "
+        f"run's record has them; those of CPU and GPU are summed over all processes.{seen}"
     )
