@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 from memory import Watch
 
+from pipeline.workspace.runs import located
+
 PROGRAM = (sys.executable, "-m", "pipeline.cli")
 
 
@@ -65,7 +67,7 @@ def run(command: str, settings: dict[str, Any], folder: Path, watch: float | Non
         raise SystemExit(f"ood-pipeline {command} failed:\n{said[-2000:]}")
     prepare = re.search(r"^prepare +([\d.]+) s", said, re.MULTILINE)
     assert prepare is not None
-    record = folder / "workspace" / "runs" / settings["name"] / "manifest.json"
+    record = located(str(folder / "workspace" / "runs" / settings["name"])) / "manifest.json"
     return Done(seconds, float(prepare[1]), json.loads(record.read_text()), peaks)
 
 

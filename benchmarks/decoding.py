@@ -21,6 +21,7 @@ from sklearn.datasets import load_sample_images
 from pipeline.columns import FEATURE
 from pipeline.config import loading, schema
 from pipeline.data import decode
+from pipeline.workspace.runs import located
 
 DECODERS = ("pillow", "simplejpeg")
 
@@ -115,7 +116,7 @@ def _evaluate(session: Session, photos: Path, decoder: str) -> tuple[NDArray[np.
     workspace = folder / "workspace"
     parts = sorted((workspace / "features").glob("*/part-*.parquet"), key=lambda part: part.parts[-2:])
     found = [row for part in parts for row in pq.read_table(part, columns=[FEATURE])[FEATURE].to_pylist()]
-    rows = pq.read_table(workspace / "runs" / decoder / "metrics.parquet").to_pylist()
+    rows = pq.read_table(located(str(workspace / "runs" / decoder)) / "metrics.parquet").to_pylist()
     aurocs = {
         row["detector"]: row["value"]
         for row in rows

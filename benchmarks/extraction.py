@@ -56,7 +56,9 @@ def _profile(pixels: NDArray[np.uint8], scratch: Path) -> dict[str, float]:
     """Images per second of one thread for more and more of what a model actor does, the best of three."""
     settings = loading.load("quickstart")
     model = load(settings.model, settings.seed)
-    plan = shards.Plan(settings.model, settings.extract, settings.seed, model.digest, model.transform)
+    plan = shards.Plan(
+        settings.model, settings.extract, settings.seed, model.digest, model.transform, model.probe
+    )
     classifier, size = extract.load_in_worker(plan, 1), settings.extract.batch_size
     shapes = [list(pixels.shape[1:])] * len(pixels)
     columns = {

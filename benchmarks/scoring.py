@@ -89,14 +89,15 @@ def _score(folder: Path, rows: int, neighbours: bool) -> Scored:
     source = _table(folder / "features", rows, seed=1)
     with Watch(os.getpid()) as watch, opened("ray") as engine:
         engine.cpus()  # connects; that is not scoring
-        cache = artifacts.Cache(folder / "fits")
+        store = artifacts.Store(folder / "fits")
         fitted = fit.fit_detectors(
-            engine, chosen, _training(bank_table), cache, (bank_table, {"synthetic": BANK_ROWS})
+            engine, chosen, _training(bank_table), store, (bank_table, {"synthetic": BANK_ROWS})
         )
-        searched = index.start(engine, fitted.banks, schema.Index()) if fitted.banks else None
+        banks = {label: bank.folder for label, bank in fitted.banks.items()}
+        searched = index.start(engine, fitted.banks.values(), schema.Index()) if banks else None
         started = time.perf_counter()
         job = score.ScoreJob("synthetic", source, str(folder / "scores"), "synthetic")
-        score.run(engine, [job], score.Scoring(fitted.scorers, COLUMNS, searched), lambda _: None)
+        score.run(engine, [job], score.Scoring(fitted.scorers, COLUMNS, banks, searched), lambda _: None)
         seconds = time.perf_counter() - started
     parts = tables.Table.open(folder / "scores")
     finished = sorted(part.stat().st_mtime for part in parts.parts())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipeline.results.evaluation import opened as open_run
     from pipeline.workflows.run import evaluated as run
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Evaluation", "__version__", "load_config", "open_run", "run"]
 
 _PLACES = {

@@ -41,7 +41,7 @@ def verify(
 
     Example: `ood-pipeline verify ./workspace/runs/quickstart`
     """
-    from pipeline.results.runs import located
+    from pipeline.workspace.runs import located
 
     place = located(folder)
     from pipeline.cli.progress import Display

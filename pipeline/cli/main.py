@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.models import CommandInfo
 
 from pipeline import __version__, imports
-from pipeline.cli import checks, detectors, jobs, running, validate  # noqa: F401 - their commands
+from pipeline.cli import checks, detectors, jobs, running, validate, workspace  # noqa: F401 - their commands
 from pipeline.cli.app import app, console
 from pipeline.errors import UserError
 
@@ -26,6 +26,7 @@ _ORDER = (
     *("run", "extract", "fit", "score", "evaluate", "report", "tune"),
     *("submit", "status", "stop"),
     *("validate", "detectors", "doctor", "verify"),
+    *("runs", "clean"),
 )
 """Of the commands in the help."""
 

@@ -43,6 +43,10 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
 
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        self.console.print(text, markup=False)
+
     @contextmanager
     def stage(self, name: str, total: int = 0) -> Iterator[Stage]:
         """Show a stage for the time of the block and close it with its time and note."""

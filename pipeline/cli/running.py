@@ -55,6 +55,9 @@ def run(
     overrides: Overrides = [],  # noqa: B006 - typer copies defaults
     workspace: Workspace = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Do everything again.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="If the same evaluation is under way, wait for its end.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and show the plan; start nothing.")
     ] = False,
@@ -73,7 +76,8 @@ def run(
     if dry_run:
         show_plan(prepare(settings))
     else:
-        _execute(settings, Options(fresh=fresh, engine=engine, threads=threads or None, level=level(verbose)))
+        chosen = Options(fresh=fresh, wait=wait, engine=engine, threads=threads or None, level=level(verbose))
+        _execute(settings, chosen)
 
 
 def _stage(name: StageName, summary: str) -> None:

@@ -26,6 +26,9 @@ Content = bytes | Exception
 def fetch(table: pa.Table) -> Iterator[Content]:
     """The stored bytes of each row of a manifest, in order, or the exception that reading it raised.
 
+    A file that was changed after it was listed ends it with `storage.Changed`: what comes of it must not be
+    kept under the name of what was listed.
+
     Streams: holds a few rows and at most one row group of a Parquet file, whatever the size of the table.
     Rows of Parquet files are best asked for in one table, in order: each row group is then read once.
     """
@@ -39,7 +42,7 @@ def fetch(table: pa.Table) -> Iterator[Content]:
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    table = table.select(["uri", "offset", "length", "column", "bytes"])
+    table = table.select(["uri", "offset", "length", "column", "bytes", "identity"])
     for batch in table.to_batches(max_chunksize=BATCH):
         yield from batch.to_pylist()
 
@@ -57,7 +60,9 @@ def _content(row: dict[str, Any]) -> Content:
     if row["uri"] is None:
         return EOFError("the archive does not hold all of this image")
     try:
-        return storage.read(row["uri"], row["offset"], row["length"])
+        return storage.read(row["uri"], row["offset"], row["length"], row["identity"])
+    except storage.Changed:
+        raise
     except Exception as error:  # a server may answer anything; the row is counted as an error
         return error
 
@@ -66,8 +71,11 @@ def _values(path: str, rows: list[dict[str, Any]]) -> Iterator[Content]:
     """Values of a column of one Parquet file; reads only the row groups that the rows lie in."""
     with ExitStack() as stack:
         try:
+            storage.require_unchanged(path, _listed(rows[0]))
             stream = stack.enter_context(storage.open_input(path))
             file = stack.enter_context(pq.ParquetFile(stream))
+        except storage.Changed:
+            raise
         except Exception as error:  # as above
             yield from [error] * len(rows)
             return
@@ -77,21 +85,33 @@ def _values(path: str, rows: list[dict[str, Any]]) -> Iterator[Content]:
         groups = np.searchsorted(starts[1:-1], numbers, side="right")
         for group in np.unique(groups).tolist():
             wanted = (numbers[groups == group] - starts[group]).tolist()
-            yield from _picked(file, group, rows[0]["column"], wanted)
+            yield from _picked(file, group, rows[0], wanted)
 
 
-def _picked(file: pq.ParquetFile, group: int, column: str, wanted: list[int]) -> Iterator[Content]:
+def _listed(row: dict[str, Any]) -> str:
+    """The identity that a Parquet file had when it was listed."""
+    identity: str = row["identity"]
+    return identity.rpartition("#")[0]
+
+
+def _picked(
+    file: pq.ParquetFile, group: int, manifest_row: dict[str, Any], wanted: list[int]
+) -> Iterator[Content]:
     """Values of some rows (ascending) of a row group, read in small batches."""
+    path, identity = manifest_row["uri"], _listed(manifest_row)
     done, start, values = 0, 0, pa.array([])
     try:
-        batches = file.iter_batches(BATCH, row_groups=[group], columns=[column])
+        batches = file.iter_batches(BATCH, row_groups=[group], columns=[manifest_row["column"]])
         for row in wanted:
             while row >= start + len(values):
                 start += len(values)
                 values = _bytes(next(batches, None))
+                storage.require_unchanged(path, identity)
             value = values[row - start].as_py()
             yield ValueError("the row has no image bytes") if value is None else value
             done += 1
+    except storage.Changed:
+        raise
     except Exception as error:  # as above; what follows in the row group is lost with it
         yield from [error] * (len(wanted) - done)
 

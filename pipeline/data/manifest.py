@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from pipeline.config.schema import ID_ROLES, LABELLED_ROLES, Dataset
 from pipeline.data import filters, formats
 from pipeline.errors import UserError, unknown
-from pipeline.workspace import files, tables
+from pipeline.workspace import files, storage, tables
+from pipeline.workspace.artifacts import name_of
 from pipeline.workspace.files import Place
 from pipeline.workspace.tables import ROW_GROUP
 
@@ -57,6 +58,11 @@ class Manifest:
     """SHA-256 over all rows: the identity of the dataset."""
     class_count: dict[int, int]
     """Rows that accept each label; -1 is unlabelled, 0 a label of which the filters left no row."""
+
+    @property
+    def name(self) -> str:
+        """Its place in the workspace."""
+        return name_of(files.at(storage.parent(self.path)))
 
     def read(self, start: int, stop: int) -> pa.Table:
         """Rows [start, stop), reading no more than the row groups they lie in."""

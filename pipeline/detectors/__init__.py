@@ -1,11 +1,13 @@
 """The detectors. A file here is a detector; its name is the name used in the config.
 
-`base` is their contract, and files that begin with an underscore are what several of them share.
+`base` is their contract, `plain` how fitted ones are kept, and files that begin with an underscore are what
+several of them share.
 Others come from a file or module that the config names, or by name from packages that are installed.
 
 Array in, array out; may import learned, columns, errors and imports only.
 """
 
+from collections.abc import Collection
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -20,6 +22,7 @@ from pipeline.errors import UserError, unknown
 GROUP = "ood_pipeline.detectors"
 """Entry points of installed packages: the name in the config = "package.module:Class"."""
 
+_SHARED = ("base", "plain")
 _DECLARED = ("title", "paper", "formula", "columns")
 _STORED = (KEY, LABEL, PREDICTION, FEATURE, LOGITS, BLOCK_NORM)
 
@@ -32,7 +35,7 @@ def names() -> list[str]:
 @cache
 def _names() -> tuple[str, ...]:
     found = (module.name for module in iter_modules(__path__))
-    return tuple(sorted(name for name in found if not name.startswith(("_", "base"))))
+    return tuple(sorted(name for name in found if not name.startswith("_") and name not in _SHARED))
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -65,10 +68,17 @@ def get(name: str) -> type[Detector]:
     return _checked(imports.load_class(reference, f"entry point {name}", Detector), reference)
 
 
-def identity(detector: Detector) -> list[Any]:
-    """What scores depend on besides data: class, parameters, and the code of what is not ours."""
+def identity(detector: Detector, without: Collection[str] = ()) -> list[Any]:
+    """What scores depend on besides data: class and version, parameters, and the code of what is not ours.
+
+    Args:
+        detector: whose.
+        without: parameters that do not count.
+    """
+    versions = [part.version for part in detector.parts()]
     foreign = [imports.foreign(type(part)) for part in detector.parts()]
-    return [type(detector).__name__, detector.model_dump(mode="json"), *(part for part in foreign if part)]
+    parameters = detector.model_dump(mode="json", exclude=set(without))
+    return [type(detector).__name__, versions, parameters, *(part for part in foreign if part)]
 
 
 def _checked(kind: type[Detector], reference: str) -> type[Detector]:

@@ -29,6 +29,8 @@ class Pass(BaseModel):
 
     held_out: ClassVar[bool] = False
     """Whether it takes images of role `id_val` where there are any."""
+    version: ClassVar[int] = 1
+    """Goes up when the bits of its result change: it is then run again."""
 
     def forwards(self, classes: int, rows: int) -> int:
         """Most images it forwards, for a head of so many classes and so many training rows."""
@@ -93,6 +95,8 @@ class Extra(BaseModel):
     """What the network must give, in a few words."""
     tapped: ClassVar[bool] = False
     """Whether the forward pass for the features brings it along."""
+    version: ClassVar[int] = 1
+    """Goes up when the bits of its values change: they are then computed again."""
 
     @property
     def kind(self) -> str:
@@ -102,7 +106,7 @@ class Extra(BaseModel):
     @property
     def column(self) -> str:
         """Name of the column, and of the folder it is kept in."""
-        text = f"{type(self).__qualname__} {self.model_dump_json()}"
+        text = f"{type(self).__qualname__} {self.version} {self.model_dump_json()}"
         return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
@@ -289,6 +293,8 @@ class Detector(BaseModel):
     """Columns of the feature table that the scorer reads, besides those of `extras`."""
     neighbours: ClassVar[bool] = False
     """Whether the scorer has a bank of training rows."""
+    version: ClassVar[int] = 1
+    """Goes up when the bits of its scores change: they are then computed again."""
 
     @property
     def name(self) -> str:

@@ -53,6 +53,8 @@ class Statistic(Generic[P]):
 
     part: ClassVar[type[Part]]
     """What it gives."""
+    version: ClassVar[int] = 1
+    """Goes up when the bits of its result change: what is kept of it is then computed again."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -75,7 +77,9 @@ class Statistic(Generic[P]):
     @property
     def identity(self) -> dict[str, Any]:
         """What distinguishes its result from that of any other statistic of the same rows."""
-        return {"statistic": f"{type(self).__module__}.{type(self).__qualname__}", **asdict(self)}
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        after = {"after": [each.identity for each in self.after()]} if self.after() else {}
+        return {"statistic": name, "version": self.version, **asdict(self), **after}
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,17 @@ def compute(
         sweep: one pass; gives the results for some statistics, given those of earlier passes.
     """
     found: dict[Statistic[Any], Part] = {}
-    for group in _passes(wanted):
+    for group in in_passes(wanted):
         found |= zip(group, sweep(group, Statistics(dict(found))), strict=True)
     return Statistics(found)
 
 
 def columns(wanted: Iterable[Statistic[Any]]) -> set[str]:
     """Columns of the rows that statistics, and those that they build on, read."""
-    return {name for group in _passes(wanted) for statistic in group for name in statistic.columns}
+    return {name for group in in_passes(wanted) for statistic in group for name in statistic.columns}
 
 
-def _passes(wanted: Iterable[Statistic[Any]]) -> list[list[Statistic[Any]]]:
+def in_passes(wanted: Iterable[Statistic[Any]]) -> list[list[Statistic[Any]]]:
     """Statistics in groups of which each builds only on earlier ones."""
     number: dict[Statistic[Any], int] = {}
 

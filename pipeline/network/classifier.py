@@ -52,7 +52,9 @@ class Classifier:
     digest: str
     """SHA-256 of the state dict."""
     architecture: str
-    """SHA-256 of the module tree, of the source that built it, and of what it answers to fixed images."""
+    """SHA-256 of the module tree and of the source that built it."""
+    probe: NDArray[np.float32]
+    """(n, C) what it answers to fixed noise, on the CPU: tells what the source does not show."""
     device: str = "cpu"
     precision: str = "fp32"
     channels_last: bool = False
@@ -210,17 +212,17 @@ def load(model: schema.Model, seed: int, device: str = "cpu") -> Classifier:
             f"model: it does not run on {transform.channels} x {transform.crop} x {transform.crop} images: "
             f"{error}. Check model.transform."
         ) from error
-    code = repr(module).encode() + built.code + _sources(module) + _behaviour(module, probe.shape)
-    architecture = hashlib.sha256(code).hexdigest()
-    return Classifier(module.to(device), transform, found, _digest(module), architecture, device)
+    code = repr(module).encode() + built.code + _sources(module)
+    architecture, answers = hashlib.sha256(code).hexdigest(), _answers(module, probe.shape)
+    return Classifier(module.to(device), transform, found, _digest(module), architecture, answers, device)
 
 
-def _behaviour(module: nn.Module, shape: torch.Size) -> bytes:
-    """Logits of fixed noise to four digits: what the source does not show, such as functions it imports."""
+def _answers(module: nn.Module, shape: torch.Size) -> NDArray[np.float32]:
+    """Logits of fixed noise: they change with functions that a network's source imports."""
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        logits = module(noise)
-    return ",".join(f"{value:.3e}" for value in logits.flatten().tolist()).encode()
+        logits: NDArray[np.float32] = module(noise).float().numpy()
+    return logits
 
 
 def _sources(module: nn.Module) -> bytes:

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import UserError, unknown
-from pipeline.results.runs import located
 from pipeline.workspace import files, tables
 from pipeline.workspace.files import Place
+from pipeline.workspace.runs import located
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Evaluation:
             if label not in labels:
                 raise UserError(unknown("detector", label, labels))
         names = ["key", "label", "prediction", *(labels if detectors is None else detectors)]
-        return pa.concat_tables(tables.read_columns(tables.Table.open(folder).parts(), names))
+        return pa.concat_tables(tables.Table.open(folder).columns(names))
 
 
 def opened(run: str | Place) -> Evaluation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import socket
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -15,22 +16,24 @@ from pipeline.config import schema
 from pipeline.network import extras
 from pipeline.stages.prepare import Prepared
 from pipeline.workspace import files
+from pipeline.workspace.runs import MANIFEST
 
 
 class Record:
-    """The record of one run; rewritten after every stage."""
+    """The record of one run; rewritten after every stage.
 
-    def __init__(self, ready: Prepared, keep_stages: bool = False) -> None:
-        """Start a record; nothing is written before it is `open`.
+    Costs and dates are those of the executions that did the work. One that finds everything done is added to
+    the list of executions and changes nothing else.
+    """
 
-        Of an earlier run of the same evaluation it keeps what was found in the index and, if asked, how long
-        the stages took.
-        """
+    def __init__(self, ready: Prepared) -> None:
+        """Start a record; nothing is written before it is `open`."""
         self.open = False
         classifier, settings = ready.classifier, ready.config
-        self.path = ready.folder / "manifest.json"
+        self.path = ready.folder / MANIFEST
         self.content: dict[str, Any] = {
             "name": settings.name,
+            "id": ready.folder.name,
             "fingerprint": ready.fingerprint,
             "status": "running",
             "started": now(),
@@ -55,27 +58,74 @@ class Record:
             "index": {},
             "stages": {},
             "nodes": {},
+            "artifacts": [],
         }
-        earlier = files.read_json(self.path) if self.path.is_file() else {}
-        if earlier.get("fingerprint") == ready.fingerprint:
-            for part in ("index", "stages", "nodes") if keep_stages else ("index",):
-                self.content[part] = earlier.get(part, {})
+        self.earlier = files.read_json(self.path) if self.path.is_file() else {}
+        self.worked = self.earlier.get("status") != "finished"
+        """Whether there is something new to say."""
+        for part in ("protocol", "published") if self.earlier else ():
+            self.worked |= self.earlier[part] != self.content[part]
+        for part, what in (("detectors", "uses_ood"), ("datasets", "expected")) if self.earlier else ():
+            for name, entry in self.earlier[part].items():
+                self.worked |= entry[what] != self.content[part].get(name, entry)[what]
+        for part in (
+            ("started", "index", "stages", "nodes", "artifacts") if self.earlier and not ready.fresh else ()
+        ):
+            self.content[part] = self.earlier[part]
+        self.execution: dict[str, Any] = {
+            "started": now(),
+            "finished": None,
+            "status": "running",
+            "version": __version__,
+            "host": socket.gethostname(),
+            "stages": {},
+        }
 
     def write(self) -> None:
         """Write the record as it stands."""
         if self.open:
-            files.write_json(self.path, self.content)
+            executions = [*self.earlier.get("executions", ()), self.execution]
+            shown = self.content if self.worked else self.earlier
+            files.write_json(self.path, {**shown, "executions": executions})
+
+    def spend(self, stage: str, numbers: Mapping[str, Any], worked: bool) -> None:
+        """Note what a stage took.
+
+        Args:
+            stage: its name.
+            numbers: what it took.
+            worked: whether it did anything that earlier executions had not done.
+        """
+        self.execution["stages"][stage] = dict(numbers)
+        known = self.content["stages"].get(stage)
+        if known is None:
+            self.content["stages"][stage] = dict(numbers)
+        elif worked:
+            self.content["stages"][stage] = added(known, numbers)
+        self.worked |= worked
 
     def leave_out(self, not_applicable: Mapping[str, str]) -> None:
         """Move detectors to those that do not apply, by label and with the reason."""
         for label, reason in not_applicable.items():
-            del self.content["detectors"][label]
+            self.content["detectors"].pop(label, None)
             self.content["not_applicable"][label] = reason
 
     def close(self, status: str) -> None:
         """Write the record for the last time."""
-        self.content |= {"status": status, "finished": now()}
+        closed = {"status": status, "finished": now()}
+        self.execution |= closed
+        self.content |= closed
         self.write()
+
+
+def added(known: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """What two executions of a stage took together."""
+    total = {name: known.get(name, 0) + value for name, value in more.items()}
+    for name in {"peak_memory_mib", "images", "rows"} & more.keys():
+        total[name] = max(known.get(name, 0), more[name])
+    if total.get("steady_seconds"):
+        total["images_per_second"] = total["forward_images"] / total["steady_seconds"]
+    return {**known, **total}
 
 
 def _dataset(ready: Prepared, dataset: schema.Dataset) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,49 +14,61 @@ from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Bank
 from pipeline.stages.index import BankFiles
 from pipeline.stages.statistics import SLICE
-from pipeline.workspace import artifacts, files, tables
-from pipeline.workspace.artifacts import Cache
+from pipeline.workspace import files, tables
+from pipeline.workspace.artifacts import File, Store, write_part
 
 BATCH = 1024
 """Rows per matrix product when bank vectors and scores are computed."""
 
+FORMAT = "bank 1"
+"""Kind and version: the number goes up when the bits of vectors change though no detector's did."""
+
 
 def build_bank(
     engine: Engine,
-    cache: Cache,
+    store: Store,
     bank: Bank,
     table: tables.Table,
     identity: Mapping[str, Any],
+    inputs: Mapping[str, str],
     extras: Sequence[str] = (),
 ) -> BankFiles:
-    """Vectors of training rows, written in pieces.
+    """Vectors of training rows, written in pieces; pieces that are there are kept.
 
     Args:
         engine: does the work.
-        cache: where they are kept.
+        store: where they are kept.
         bank: which vectors.
         table: training rows.
         identity: what the vectors depend on.
+        inputs: content digests, by name, of what they are made of.
         extras: columns beyond those of the feature table that they are made of.
+
+    Raises:
+        UserError: if it is not there and this command may not make it.
     """
     columns = [KEY, LABEL, PREDICTION, FEATURE, LOGITS, *extras]
-    folder = cache.place("bank", identity)
-    if not cache.has(folder, "bank"):
+    artifact = store.artifact(FORMAT, identity, inputs)
+
+    def make(_: set[str]) -> None:
+        done = artifact.begin()
+        pieces = {f"bank-{number:05d}.npy": cut for number, cut in enumerate(table.slices(SLICE))}
+        todo = {name: cut for name, cut in pieces.items() if name not in done}
         arguments = [
-            (bank, table, columns, start, stop, str(folder / f"bank-{number:05d}.npy"))
-            for number, (start, stop) in enumerate(table.slices(SLICE))
+            (bank, table, columns, start, stop, str(artifact.folder / name))
+            for name, (start, stop) in todo.items()
         ]
-        counts, widths = zip(*engine.in_order(_write_bank, arguments), strict=True)
-        record = {"kind": "bank", "identity": identity, "counts": list(counts), "width": widths[0]}
-        files.write_json(folder / artifacts.RECORD, record)
-    record = files.read_json(folder / artifacts.RECORD)
-    return BankFiles(str(folder), tuple(record["counts"]), record["width"])
+        done |= zip(todo, engine.in_order(_write_bank, arguments), strict=True)
+        artifact.finish({name: done[name] for name in pieces})
+
+    (record,) = store.shared([artifact], make)
+    return BankFiles.of(artifact, record)
 
 
 def _write_bank(
     bank: Bank, table: tables.Table, columns: Sequence[str], start: int, stop: int, path: str
-) -> tuple[int, int]:
-    """One piece of a bank; returns its rows and width."""
+) -> File:
+    """One piece of a bank."""
     rows = table.read(start, stop, columns)
     pieces = [
         bank.embed(batch)[:count][bank.keep(batch)[:count]]
@@ -63,6 +77,10 @@ def _write_bank(
     vectors = np.concatenate(pieces).astype(np.float32)
     if not np.isfinite(vectors).all():
         raise RuntimeError(f"{path}: bank vectors of rows {start} to {stop} are not finite")
-    with files.atomic(files.at(path)) as draft, draft.open("wb") as stream:
+    rows_kept, width = vectors.shape
+    return write_part(files.at(path), partial(_save, vectors), rows=rows_kept, width=width)
+
+
+def _save(vectors: np.ndarray[Any, Any], path: Path) -> None:
+    with path.open("wb") as stream:
         np.save(stream, vectors)
-    return len(vectors), vectors.shape[1]

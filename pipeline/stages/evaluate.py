@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ import pyarrow.csv
 from pipeline.cluster.engine import Engine
 from pipeline.columns import LABEL, PREDICTION, Float
 from pipeline.metrics import comparisons, metrics
-from pipeline.workspace import files, tables
+from pipeline.stages.score import SCORE, ScoreJob
+from pipeline.workspace import artifacts, files, tables
+from pipeline.workspace.artifacts import File
 from pipeline.workspace.files import Place
 
 SCHEMA = pa.schema(
@@ -24,6 +28,9 @@ SCHEMA = pa.schema(
     ]
 )
 
+FORMAT = "results 1"
+"""Kind and version: the number goes up when metrics of the same scores change."""
+
 CLASSIFIER = "classifier"
 """What stands in the column `detector` of the row with the classifier's accuracy."""
 
@@ -32,32 +39,44 @@ _OOD_GROUPS = ("near_ood", "far_ood")
 
 @dataclass(frozen=True)
 class Scores:
-    """Folders of the score tables of a run, by role and dataset."""
+    """The scores of one detector, by role and dataset."""
 
-    by_role: Mapping[str, Mapping[str, str]]
+    by_role: Mapping[str, Mapping[str, tables.Table]]
     seed: int
 
-    def of(self, *roles: str) -> dict[str, str]:
-        """Dataset -> folder of the datasets with these roles."""
-        return {name: folder for role in roles for name, folder in self.by_role.get(role, {}).items()}
+    def of(self, *roles: str) -> dict[str, tables.Table]:
+        """Scores of the datasets with these roles, by name."""
+        return {name: table for role in roles for name, table in self.by_role.get(role, {}).items()}
 
 
 def run(
-    engine: Engine, scores: Scores, detectors: Sequence[str], progress: Callable[[int], None] = lambda _: None
+    engine: Engine,
+    jobs: Mapping[str, Sequence[ScoreJob]],
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[pa.Table, dict[str, float]]:
     """Metrics of all detectors and their thresholds at 95 % ID acceptance.
 
     Args:
         engine: does the work.
-        scores: where the score tables lie.
-        detectors: their labels.
+        jobs: the datasets, scored, by role.
+        seed: of the bootstrap.
         progress: called with 1 after each detector.
     """
-    rows = [row for name, folder in scores.of("id").items() for row in _accuracy(name, folder)]
+    rows = [row for job in jobs.get("id", ()) for row in _accuracy(job.dataset, job.features)]
+    scored = {role: {job.dataset: job.tables() for job in members} for role, members in jobs.items()}
+    detectors = list(jobs["id"][0].scores)
+    of_each = (
+        Scores(
+            {role: {name: each[label] for name, each in found.items()} for role, found in scored.items()},
+            seed,
+        )
+        for label in detectors
+    )
     thresholds = {}
     for label, (found, threshold) in zip(
         detectors,
-        engine.in_order(_evaluate, [(scores, label) for label in detectors]),
+        engine.in_order(_evaluate, zip(of_each, detectors, strict=True)),
         strict=True,
     ):
         rows += found
@@ -66,21 +85,23 @@ def run(
     return pa.Table.from_pylist(rows, SCHEMA), thresholds
 
 
-def write(folder: Place, table: pa.Table, thresholds: Mapping[str, float]) -> None:
-    """Write metrics.parquet, .csv and .json and thresholds.json."""
-    tables.write_table(folder / "metrics.parquet", table)
-    files.write_json(folder / "metrics.json", table.to_pylist())
-    with files.atomic(folder / "metrics.csv") as draft:
-        pyarrow.csv.write_csv(table, draft)
-    files.write_json(folder / "thresholds.json", dict(thresholds))
+def write(folder: Place, table: pa.Table, thresholds: Mapping[str, float]) -> dict[str, File]:
+    """Write metrics.parquet, .csv and .json and thresholds.json; returns what was written, by name."""
+    documents = {"metrics.json": table.to_pylist(), "thresholds.json": dict(thresholds)}
+    fills: dict[str, Callable[[Path], None]] = {
+        "metrics.parquet": tables.written(table),
+        "metrics.csv": lambda path: pyarrow.csv.write_csv(table, path),
+        **{name: partial(files.dump_json, value) for name, value in documents.items()},
+    }
+    return {name: artifacts.write(folder / name, fill) for name, fill in fills.items()}
 
 
 def _evaluate(scores: Scores, label: str) -> tuple[list[dict[str, Any]], float]:
     """All metric rows of one detector; with covariate-shifted ID data also the full-spectrum ones."""
-    inside = _column(scores.of("id").values(), label)
+    inside = _column(scores.of("id").values())
     rows = _compare(scores, label, inside, prefix="")
     if scores.of("shifted_id"):
-        spectrum = np.concatenate([inside, _column(scores.of("shifted_id").values(), label)])
+        spectrum = np.concatenate([inside, _column(scores.of("shifted_id").values())])
         rows += _compare(scores, label, spectrum, prefix="fs_")
     return rows, metrics.threshold(inside)
 
@@ -90,7 +111,7 @@ def _compare(scores: Scores, label: str, inside: Float, prefix: str) -> list[dic
     members = {prefix + role: list(scores.of(role)) for role in _OOD_GROUPS if scores.of(role)}
     if not members:
         return []
-    outside = {name: _column([folder], label) for name, folder in scores.of(*_OOD_GROUPS).items()}
+    outside = {name: _column([table]) for name, table in scores.of(*_OOD_GROUPS).items()}
     group_of = {name: group for group, names in members.items() for name in names}
     found = comparisons.compare(inside, outside, members, comparisons.Bootstrap(seed=scores.seed))
     return [
@@ -99,18 +120,16 @@ def _compare(scores: Scores, label: str, inside: Float, prefix: str) -> list[dic
     ]
 
 
-def _column(folders: Iterable[str], label: str) -> Float:
+def _column(scores: Iterable[tables.Table]) -> Float:
     """One detector's scores of some datasets."""
-    parts = [part for folder in folders for part in tables.Table.open(files.at(folder)).parts()]
-    columns = [table[label].to_numpy() for table in tables.read_columns(parts, [label])]
+    columns = [part[SCORE].to_numpy() for table in scores for part in table.columns([SCORE])]
     return np.concatenate(columns) if columns else np.empty(0)
 
 
-def _accuracy(dataset: str, folder: str) -> list[dict[str, Any]]:
+def _accuracy(dataset: str, features: tables.Table) -> list[dict[str, Any]]:
     """The row with the classifier's accuracy on an ID dataset; its own argmax, not a detector's."""
     correct = total = 0
-    parts = tables.Table.open(files.at(folder)).parts()
-    for table in tables.read_columns(parts, [LABEL, PREDICTION]):
+    for table in features.columns([LABEL, PREDICTION]):
         correct += int((table[LABEL].to_numpy() == table[PREDICTION].to_numpy()).sum())
         total += len(table)
     estimate = metrics.accuracy(correct, total)

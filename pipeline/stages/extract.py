@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,13 +24,12 @@ from typing import Any
 from weakref import WeakSet
 
 import numpy as np
-import PIL
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline import __version__, columns
+from pipeline import columns
 from pipeline.cluster import attempts
 from pipeline.cluster.attempts import FIRST, Attempt
 from pipeline.cluster.engine import Engine
@@ -45,6 +45,7 @@ from pipeline.network.classifier import Classifier, load, make_reproducible
 from pipeline.stages import shards
 from pipeline.stages.shards import Job, Plan, Shard
 from pipeline.workspace import files, tables
+from pipeline.workspace.artifacts import Damaged, write_part
 
 _OTHERS = "rows and errors"
 """Column beside `pixels` that holds the rest of a `Decoded` on its way to a model actor, as JSON."""
@@ -59,15 +60,11 @@ ACCEPTED = "accepted"
 
 
 def identity(classifier: Classifier, manifest: Manifest, settings: schema.Extract) -> dict[str, Any]:
-    """What the features of a dataset depend on; equal identities have bit-equal features."""
+    """What the features of a dataset depend on; on machines of a kind, equal ones have bit-equal features."""
     return {
-        "weights": classifier.digest,
-        "versions": {"ood-pipeline": __version__, "torch": torch.__version__},
-        "architecture": classifier.architecture,
-        "head": classifier.taps.head,
-        "blocks": list(classifier.taps.blocks),
+        **network(classifier),
         "transform": classifier.transform.model_dump(mode="json"),
-        "decoder": _decoder(settings.decoder),
+        "decoder": settings.decoder,
         "images": manifest.digest,
         "numerics": {
             **settings.model_dump(include={"batch_size", "precision", "channels_last", "compile"}),
@@ -77,21 +74,39 @@ def identity(classifier: Classifier, manifest: Manifest, settings: schema.Extrac
     }
 
 
-def _decoder(name: str) -> str:
-    """Decoder and version; Pillow's is always part of it, because it reads what others do not.
+def network(classifier: Classifier) -> dict[str, Any]:
+    """What a network is, and where it is tapped."""
+    return {
+        "weights": classifier.digest,
+        "architecture": classifier.architecture,
+        "head": classifier.taps.head,
+        "blocks": list(classifier.taps.blocks),
+    }
+
+
+def require_decoder(name: str) -> None:
+    """Refuse a decoder that is not installed.
 
     Raises:
-        UserError: if the decoder is not installed.
+        UserError: what to install.
     """
-    pillow = f"pillow {PIL.__version__}"
-    if name == "pillow":
-        return pillow
     try:
-        return f"{name} {version(name)}, {pillow}"
+        version(name)
     except PackageNotFoundError:
         raise UserError(
             f"extract.decoder: {name} is not installed. `pip install {name}`, or set it to pillow."
         ) from None
+
+
+def machine(settings: schema.Extract) -> str:
+    """The kind of machine this process computes features on: they have the same bits on all of a kind."""
+    if device(settings.device, settings.gpus_per_actor) == "cuda":
+        computes = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    else:
+        computes = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    decoders = dict.fromkeys(("pillow", settings.decoder))
+    packages = [f"{name} {version(name)}" for name in ("torch", *decoders)]
+    return ", ".join([computes, *packages])
 
 
 def device(configured: str, gpus: float) -> str:
@@ -152,17 +167,27 @@ class Extractor:
         others = Others(self.classifier, [self.plan.extras[name] for name in shard.extras.split()])
         errors, forwarded = 0, 0
         if shard.featured:
-            keys = next(tables.read_columns([shard.part], [KEY]))[KEY].to_pylist()
+            keys = _keys_of(shard)
             others.follow(batches, keys, self.plan.settings.batch_size, attempt)
         else:
             features, found, forwarded = extract_rows(
                 self.classifier, batches, self.plan.settings, attempt, others
             )
             keys, errors = features[KEY].to_pylist(), len(found)
-            footer = {shards.ERRORS: json.dumps(found), shards.KEYS: shards.digest(keys)}
-            tables.write_table(files.at(shard.part), features.replace_schema_metadata(footer))
+            part = features.replace_schema_metadata({shards.ERRORS: json.dumps(found)})
+            write_part(
+                files.at(shard.part),
+                tables.written(part),
+                start=shard.start,
+                stop=shard.stop,
+                rows=len(keys),
+                errors=errors,
+                keys=shards.digest(keys),
+                machine=machine(self.plan.settings),
+            )
         for column, values in others.columns(keys):
-            tables.write_table(shards.beside(files.at(shard.part), column), values)
+            path = shards.beside(files.at(shard.part), column)
+            write_part(path, tables.written(values), rows=len(keys), keys=shards.digest(keys))
         seconds = time.perf_counter() - clock
         _log.info("%s: %d images, %d errors, %.2f s", shard.part, shard.stop - shard.start, errors, seconds)
         return {
@@ -180,6 +205,22 @@ class Extractor:
         contents = fetch(table)
         for start in range(0, len(table), size):
             yield decode_rows(table.slice(start, size), self.plan, attempt, contents)
+
+
+def _keys_of(shard: Shard) -> list[str]:
+    """Keys of the features of a shard that are there.
+
+    Raises:
+        Damaged: they are others than were written.
+    """
+    try:
+        with tables.parquet(shard.part) as file:
+            keys: list[str] = file.read(columns=[KEY])[KEY].to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise Damaged(shard.part, str(error).splitlines()[0]) from None
+    if shards.digest(keys) != shard.featured:
+        raise Damaged(shard.part, "other keys than were written")
+    return keys
 
 
 class Others:
@@ -234,13 +275,12 @@ class Others:
 
     def columns(self, keys: list[str]) -> Iterator[tuple[str, pa.Table]]:
         """Name and table of each."""
-        footer = {shards.KEYS: shards.digest(keys)}
         for spec, parts in self.parts.items():
             empty = np.zeros((0, extras.width(spec, self.classifier)), np.float32)
             values = np.concatenate([empty, *parts])
             table = tables.arrow_columns({KEY: np.array(keys, dtype=object), spec.column: values})
             schema = pa.schema([(KEY, pa.string()), table.schema.field(spec.column)])
-            yield spec.column, table.cast(schema).replace_schema_metadata(footer)
+            yield spec.column, table.cast(schema)
 
 
 def load_in_worker(plan: Plan, threads: int, compiled: bool = False) -> Classifier:
@@ -258,6 +298,11 @@ def load_in_worker(plan: Plan, threads: int, compiled: bool = False) -> Classifi
         _loaded.add(classifier.module)
     if classifier.digest != plan.digest:
         raise UserError(f"model.weights: {plan.model.weights} is not what the driver loaded; it was changed.")
+    if not shards.same_network(plan.probe, classifier.probe):
+        raise UserError(
+            "model: the network answers otherwise on a worker than in the driver, though its weights are the "
+            "same. Have the same code and the same packages on all nodes."
+        )
     return classifier.tuned(settings, compiled)
 
 
@@ -396,10 +441,8 @@ def run(
     Raises:
         UserError: too many unreadable images.
     """
-    for job in jobs:
-        shards.reopen(job, plan)
     unfinished = [job for job in jobs if not job.complete]
-    todo = [shard for job in unfinished for shard in shards.missing(job, plan.shard_rows)]
+    todo = [shard for job in unfinished for shard in shards.missing(job, plan)]
     receipts = list(_execute(engine, todo, plan, progress)) if todo else []
     for job in unfinished:
         if not job.featured:
@@ -417,6 +460,12 @@ def run(
         "steady_seconds": ended - began,
         "images_per_second": forwarded / (ended - began) if receipts else 0.0,
     }
+
+
+def nothing(jobs: Iterable[Job]) -> dict[str, float]:
+    """The numbers of an extraction that had nothing to do."""
+    images = sum(job.manifest.rows for job in jobs)
+    return {"images": images, "forward_images": 0, "steady_seconds": 0.0, "images_per_second": 0.0}
 
 
 def actor_count(engine: Engine, plan: Plan) -> int:

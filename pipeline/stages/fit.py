@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import json
+import logging
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from pipeline import detectors
+from safetensors.numpy import load_file
+
+from pipeline import imports
 from pipeline.cluster.engine import Engine
+from pipeline.detectors import plain
 from pipeline.detectors.base import Detector, Scorer, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.stages.banks import build_bank
 from pipeline.stages.index import BankFiles
-from pipeline.workspace import tables
-from pipeline.workspace.artifacts import Cache
+from pipeline.workspace import files, tables
+from pipeline.workspace.artifacts import Artifact, Damaged, Record, Store, opened, saved, write
+
+FORMAT = "detector 1"
+"""Kind and version of what fitted detectors are kept as."""
+
+MadeOf = Callable[[Detector, Collection[str]], tuple[Mapping[str, Any], Mapping[str, str]]]
+"""What a detector is fitted to, but for some of its parameters: identity, and content digests by name."""
+
+_SCORER, _ARRAYS = "scorer.json", "arrays.safetensors"
+_REFUSED, _UNKEPT = "refused.json", "not-plain.json"
+"""Files with the reason why a detector does not apply, and why its scorer cannot be kept."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,8 +48,9 @@ def fit_detectors(
     engine: Engine,
     chosen: Mapping[str, Detector],
     training: Training,
-    cache: Cache,
-    source: tuple[tables.Table, Any] | None,
+    store: Store,
+    source: tables.Table | None,
+    made_of: MadeOf,
     optional: Container[str] = (),
 ) -> Fitted:
     """Fit every detector and build the banks.
@@ -40,12 +59,13 @@ def fit_detectors(
         engine: builds banks.
         chosen: detectors by label.
         training: all that `fit` may read.
-        cache: where banks are kept.
-        source: feature table of the training rows and its identity; None if the run has none.
+        store: where banks are kept.
+        source: feature table of the training rows; None if the run has none.
+        made_of: what each is fitted to.
         optional: labels of detectors that are left out if the training rows do not have what they need.
 
     Raises:
-        UserError: if another detector cannot be fitted, or a bank is not there and the cache is frozen.
+        UserError: if another detector cannot be fitted, or a bank is not there and is not to be made.
     """
     fitted = Fitted({}, {})
 
@@ -55,20 +75,79 @@ def fit_detectors(
         fitted.not_applicable[label] = reason
 
     for label, detector in chosen.items():
-        try:
-            scorer = detector.fit(training)
-        except UserError as error:
-            refuse(label, str(error))
+        scorer = _fitted(detector, training, store, *made_of(detector, ()))
+        if isinstance(scorer, UserError):
+            refuse(label, str(scorer))
             continue
         bank = bank_of(scorer)
         if bank is not None and source is not None:
-            table, identity = source
-            parts = {"features": identity, "detector": detectors.identity(detector)}
+            counted = getattr(detector, "k", None) == bank.k  # then the vectors do not depend on it
+            identity, inputs = made_of(detector, {"k"} if counted else ())
             extras = [extra.column for extra in detector.extras()]
-            files = build_bank(engine, cache, bank, table, parts, extras)
-            if files.rows < bank.k:
-                refuse(label, f"k is {bank.k} but only {files.rows} training rows enter the bank; lower k.")
+            bank_files = build_bank(engine, store, bank, source, identity, inputs, extras)
+            if bank_files.rows < bank.k:
+                refuse(
+                    label, f"k is {bank.k} but only {bank_files.rows} training rows enter the bank; lower k."
+                )
                 continue
-            fitted.banks[label] = files
+            fitted.banks[label] = bank_files
         fitted.scorers[label] = scorer
     return fitted
+
+
+def _fitted(
+    detector: Detector,
+    training: Training,
+    store: Store,
+    identity: Mapping[str, Any],
+    inputs: Mapping[str, str],
+) -> Scorer | UserError:
+    """The scorer of a detector, from the workspace or fitted; or why it cannot be fitted."""
+    artifact = store.artifact(FORMAT, identity, inputs)
+
+    def make(_: set[str]) -> None:
+        try:
+            scorer = detector.fit(training)
+        except Damaged:
+            raise
+        except UserError as error:
+            artifact.finish(
+                {_REFUSED: write(artifact.folder / _REFUSED, partial(files.dump_json, str(error)))}
+            )
+            return
+        try:
+            document, arrays = plain.encode(scorer)
+        except TypeError as error:
+            _log.info("%s is fitted again in each run: %s", detector.name, error)
+            reason = partial(files.dump_json, str(error))
+            artifact.finish({_UNKEPT: write(artifact.folder / _UNKEPT, reason)})
+            return
+        artifact.finish(
+            {
+                _SCORER: write(artifact.folder / _SCORER, partial(files.dump_json, document)),
+                _ARRAYS: write(artifact.folder / _ARRAYS, saved(arrays)),
+            }
+        )
+
+    (record,) = store.shared([artifact], make)
+    if _UNKEPT in record.files:
+        return detector.fit(training)
+    return _read(artifact, record, detector)
+
+
+def _read(artifact: Artifact, record: Record, detector: Detector) -> Scorer | UserError:
+    """What is kept: always read back, so that the first run computes with what later ones read."""
+
+    def file(name: str) -> Any:
+        return opened(artifact.folder / name, record.files[name].sha256)
+
+    if _REFUSED in record.files:
+        with file(_REFUSED) as path:
+            return UserError(json.loads(path.read_text(encoding="utf-8")))
+    with file(_SCORER) as path:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    with file(_ARRAYS) as path:
+        arrays = load_file(path)
+    theirs = [type(part).__module__ for part in detector.parts() if imports.is_foreign(type(part))]
+    scorer: Scorer = plain.decode(document, arrays, (*plain.OURS, *theirs))
+    return scorer

@@ -7,8 +7,7 @@ Their distances are then computed again in float64 from the stored vectors: FAIS
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +19,8 @@ from pipeline.cluster.engine import Actor, Engine
 from pipeline.columns import Float
 from pipeline.config import schema
 from pipeline.errors import UserError
-from pipeline.workspace import artifacts, files
+from pipeline.workspace import files, storage
+from pipeline.workspace.artifacts import Artifact, Damaged, Record, Store, mend, name_of, opened, write
 
 try:
     import faiss
@@ -29,6 +29,11 @@ except ModuleNotFoundError:
         "FAISS is not installed. Install exactly one build of it: pip install 'ood-pipeline[cpu]' or, on a "
         "machine with a GPU, 'ood-pipeline[gpu]'."
     ) from None
+
+FORMAT = "index 1"
+"""Kind and version of what trained indexes are kept as."""
+
+_FILE = "index.faiss"
 
 AUTO_SHARD_BYTES = 8 * 2**30
 """With `shards: auto` a shard holds at most this much."""
@@ -42,21 +47,35 @@ class BankFiles:
     """A bank in the workspace: .npy pieces in row order."""
 
     folder: str
-    counts: tuple[int, ...]
+    content: str
+    """Digest of all bytes."""
+    pieces: tuple[tuple[str, int, str], ...]
+    """Name, vectors and SHA-256 of each."""
     width: int
+
+    @classmethod
+    def of(cls, artifact: Artifact, record: Record) -> BankFiles:
+        """The files of a complete bank."""
+        pieces = [(name, file.facts["rows"], file.sha256) for name, file in record.files.items()]
+        width = next(iter(record.files.values())).facts["width"]
+        return cls(str(artifact.folder), record.content, tuple(pieces), width)
 
     @property
     def rows(self) -> int:
         """Vectors in the bank."""
-        return sum(self.counts)
+        return sum(count for _, count, _ in self.pieces)
 
     def ranges(self, start: int, stop: int) -> Iterator[Vectors]:
-        """Vectors [start, stop), memory-mapped, in the pieces they lie in; only these are opened."""
+        """Vectors [start, stop), memory-mapped, in the pieces they lie in; only these are opened.
+
+        Raises:
+            Damaged: a piece that is not what was written.
+        """
         folder, offset = files.at(self.folder), 0
-        for number, count in enumerate(self.counts):
+        for name, count, sha256 in self.pieces:
             first, last = max(start - offset, 0), min(stop - offset, count)
             if first < last:
-                with files.local(folder / f"bank-{number:05d}.npy") as file:
+                with opened(folder / name, sha256) as file:
                     piece = np.load(file, mmap_mode="r")
                 yield piece[first:last]
             offset += count
@@ -117,63 +136,65 @@ class IndexShard:
     def __init__(
         self, number: int, of: int, settings: schema.Index, banks: Mapping[str, BankFiles], threads: int = 1
     ) -> None:
-        self.number, self.of, self.settings, self.banks = number, of, settings, banks
+        self.number, self.of, self.settings = number, of, settings
+        self.banks = banks
+        """By folder, which is what they are asked for by."""
         self.source: dict[str, Any] = {}
         self.indexes: dict[str, Any] = {}
         self.vectors: dict[str, Vectors] = {}
         self.offset: dict[str, int] = {}
         faiss.omp_set_num_threads(threads)
 
-    def load(self, label: str) -> None:
+    def load(self, folder: str) -> None:
         """Build or read back the index of this shard's rows of a bank; nothing if it is there.
 
         Raises:
             UserError: GPU asked for but not in this build of FAISS, or a factory string it refuses.
         """
-        if label in self.indexes:
+        if folder in self.indexes:
             return
-        bank = self.banks[label]
+        bank = self.banks[folder]
         start = bank.rows * self.number // self.of
         stop = bank.rows * (self.number + 1) // self.of
-        self.offset[label] = start
+        self.offset[folder] = start
         if self.settings.kind == "flat":
             index = faiss.IndexFlatL2(bank.width)
             for piece in bank.ranges(start, stop):
                 index.add(np.ascontiguousarray(piece))
             stored = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * bank.width)
-            self.vectors[label] = stored.reshape(index.ntotal, bank.width)
+            self.vectors[folder] = stored.reshape(index.ntotal, bank.width)
         else:
-            self.vectors[label] = np.concatenate(list(bank.ranges(start, stop)))
-            index = self._trained(bank, self.vectors[label])
-        self.source[label] = index
-        self.indexes[label] = self._on_device(index)
+            self.vectors[folder] = np.concatenate(list(bank.ranges(start, stop)))
+            index = self._trained(bank, self.vectors[folder])
+        self.source[folder] = index
+        self.indexes[folder] = self._on_device(index)
 
-    def search(self, label: str, queries: Vectors, k: int, exact: bool = False) -> Neighbours:
+    def search(self, folder: str, queries: Vectors, k: int, exact: bool = False) -> Neighbours:
         """The k nearest vectors of this shard for (N, width) float32 queries."""
-        self.load(label)
-        vectors = self.vectors[label]
+        self.load(folder)
+        vectors = self.vectors[folder]
         if exact:
             rank, row = faiss.knn(queries, vectors, min(k, len(vectors)))
         else:
-            rank, row = self.indexes[label].search(queries, min(k, len(vectors)))
+            rank, row = self.indexes[folder].search(queries, min(k, len(vectors)))
         found = row >= 0
         distance = exact_distance(queries, vectors, np.where(found, row, 0))
         return Neighbours(
             rank=np.where(found, rank, np.inf).astype(np.float32),
-            row=np.where(found, row + self.offset[label], -1),
+            row=np.where(found, row + self.offset[folder], -1),
             distance=np.where(found, distance, np.inf),
         )
 
     def _trained(self, bank: BankFiles, vectors: Vectors) -> Any:
-        """An index by factory string, trained once and kept beside the bank."""
-        name = artifacts.digest([self.settings.kind, self.number, self.of])[:16]
-        path = files.at(bank.folder) / f"index-{name}.faiss"
-        if path.is_file():
+        """An index by factory string, trained once and kept in the workspace."""
+        artifact = kept(bank, self.settings.kind, self.number, self.of)
+        record = Store(files.at(storage.parent(bank.folder))).ready(artifact)
+        if record is not None:
             try:
-                with files.local(path) as file:
+                with opened(artifact.folder / _FILE, record.files[_FILE].sha256) as file:
                     return faiss.read_index(str(file))
-            except RuntimeError as error:
-                logging.getLogger(__name__).warning("%s is damaged (%s); building it again", path, error)
+            except Damaged as damaged:
+                mend(damaged)
         index = made(self.settings.kind, bank.width)
         try:
             index.train(vectors)
@@ -182,8 +203,8 @@ class IndexShard:
             raise UserError(
                 f"index.kind: {self.settings.kind!r} cannot be trained: {_reason(error)}"
             ) from None
-        with files.atomic(path) as draft:
-            faiss.write_index(index, str(draft))
+        written = write(artifact.folder / _FILE, lambda path: faiss.write_index(index, str(path)))
+        artifact.finish({_FILE: written}, alone=False)  # another run may be at the same
         return index
 
     def _on_device(self, index: Any) -> Any:
@@ -216,6 +237,13 @@ class IndexShard:
         return faiss.StandardGpuResources()
 
 
+def kept(bank: BankFiles, kind: str, number: int, of: int) -> Artifact:
+    """The artifact of a shard's trained index of a bank."""
+    name = name_of(files.at(bank.folder))
+    identity = {"bank": name, "kind": kind, "shard": [number, of]}
+    return Store(files.at(storage.parent(bank.folder))).artifact(FORMAT, identity, {name: bank.content})
+
+
 def made(kind: str, width: int) -> Any:
     """An empty index by FAISS factory string.
 
@@ -244,21 +272,23 @@ class Index:
     """Handles of the shard actors; travels to the tasks that search."""
 
     shards: tuple[Actor, ...]
+    flat: bool
+    """Whether every search is exhaustive; the first of k neighbours are then those of a smaller k."""
 
-    def search(self, label: str, queries: Vectors, k: int, exact: bool = False) -> Neighbours:
+    def search(self, folder: str, queries: Vectors, k: int, exact: bool = False) -> Neighbours:
         """The k nearest vectors of a bank.
 
         Args:
-            label: detector whose bank is searched.
+            folder: of the bank that is searched.
             queries: (N, width) float32; keep N fixed for reproducible bits.
             k: how many.
             exact: by exhaustive search, whatever the index is.
         """
-        return self.ask(label, queries, k, exact)()
+        return self.ask(folder, queries, k, exact)()
 
-    def ask(self, label: str, queries: Vectors, k: int, exact: bool = False) -> Callable[[], Neighbours]:
+    def ask(self, folder: str, queries: Vectors, k: int, exact: bool = False) -> Callable[[], Neighbours]:
         """Begin a search; what comes back waits for its result."""
-        found = [shard.ask("search", label, queries, k, exact) for shard in self.shards]
+        found = [shard.ask("search", folder, queries, k, exact) for shard in self.shards]
         return lambda: merge([part() for part in found], k)
 
     def stop(self) -> None:
@@ -267,9 +297,22 @@ class Index:
             shard.stop()
 
 
-def start(engine: Engine, banks: Mapping[str, BankFiles], settings: schema.Index) -> Index:
-    """Start the shard actors and load every bank into them."""
-    size = sum(bank.rows * bank.width * 4 for bank in banks.values())
+def start(
+    engine: Engine, files: Iterable[BankFiles], settings: schema.Index, others: Iterable[BankFiles] = ()
+) -> Index:
+    """Start the shard actors and load every bank into them, once however many detectors search it.
+
+    Args:
+        engine: does the work.
+        files: the banks that are searched.
+        settings: of the index.
+        others: banks of the run that need not be searched now, but count where shards are sized.
+    """
+    banks = {bank.folder: bank for bank in files}
+    size = sum(
+        bank.rows * bank.width * 4
+        for bank in {bank.folder: bank for bank in others}.values() or banks.values()
+    )
     count = max(1, -(-size // AUTO_SHARD_BYTES)) if settings.shards == "auto" else settings.shards
     smallest = min(bank.rows for bank in banks.values())
     if count > smallest:
@@ -284,13 +327,14 @@ def start(engine: Engine, banks: Mapping[str, BankFiles], settings: schema.Index
     needs, threads = settings.needs, engine.threads(settings.needs)
     index = Index(
         tuple(
-            engine.start(IndexShard, needs, number, count, settings, dict(banks), threads, spread=True)
+            engine.start(IndexShard, needs, number, count, settings, banks, threads, spread=True)
             for number in range(count)
-        )
+        ),
+        settings.kind == "flat",
     )
     try:
-        for label in banks:
-            for loaded in [shard.ask("load", label) for shard in index.shards]:
+        for folder in banks:
+            for loaded in [shard.ask("load", folder) for shard in index.shards]:
                 loaded()
     except BaseException:
         index.stop()
@@ -298,8 +342,8 @@ def start(engine: Engine, banks: Mapping[str, BankFiles], settings: schema.Index
     return index
 
 
-def recall(index: Index, label: str, queries: Vectors) -> float:
+def recall(index: Index, folder: str, queries: Vectors) -> float:
     """Share of queries whose nearest neighbour is the exact one (equal distances count)."""
-    found = index.search(label, queries, 1).distance[:, 0]
-    exact = index.search(label, queries, 1, exact=True).distance[:, 0]
+    found = index.search(folder, queries, 1).distance[:, 0]
+    exact = index.search(folder, queries, 1, exact=True).distance[:, 0]
     return float(np.mean(found <= exact))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from pipeline import __version__, detectors
+from pipeline import detectors
 from pipeline.columns import BLOCK_NORM, LABEL
 from pipeline.config import published
 from pipeline.config.schema import Config, Dataset, Extract
@@ -22,7 +23,7 @@ from pipeline.learned import statistics
 from pipeline.network import extras
 from pipeline.network.classifier import WRONG_SIZE, Classifier, load
 from pipeline.stages import extract, index, shards
-from pipeline.workspace import artifacts, files
+from pipeline.workspace import artifacts, files, runs
 from pipeline.workspace.files import Place
 
 
@@ -38,6 +39,8 @@ class Prepared:
     """Extraction jobs by dataset name."""
     not_applicable: dict[str, str] = field(default_factory=dict)
     """Why optional detectors were left out, by label."""
+    fresh: bool = False
+    """Whether everything is to be made again."""
 
     @property
     def plan(self) -> shards.Plan:
@@ -49,13 +52,14 @@ class Prepared:
             settings.seed,
             self.classifier.digest,
             self.classifier.transform,
+            self.classifier.probe,
             {extra.column: extra for job in self.jobs.values() for extra in job.extras},
         )
 
-    @property
+    @cached_property
     def folder(self) -> Place:
         """The run folder."""
-        return self.workspace / "runs" / self.config.name
+        return runs.folder_of(self.workspace, self.config.name, self.fingerprint, self.fresh)
 
     def of_role(self, *roles: str) -> list[shards.Job]:
         """Jobs of the datasets with these roles."""
@@ -66,30 +70,64 @@ class Prepared:
         tuned = any(entry.tuned_on_ood for entry in self.config.detectors if entry.label == label)
         return tuned or self.detectors[label].uses_ood()
 
-    @property
-    def training(self) -> dict[str, Any]:
-        """What fitted detectors depend on besides their own parameters."""
-        return {
-            "train": [job.identity for job in self.of_role("train")],
-            "id_val": [job.identity for job in self.of_role("id_val")],
-            "ood_val": [job.identity for job in self.of_role("ood_val")],
-            "seed": self.config.seed,
-        }
+    def names(self, *roles: str) -> list[str]:
+        """Names of the features of the datasets with these roles."""
+        return [job.name for job in self.of_role(*roles)]
 
-    @property
-    def scoring(self) -> str:
-        """Digest of what scores depend on besides the rows that are scored."""
-        entries = {label: detectors.identity(detector) for label, detector in self.detectors.items()}
-        kind, shards = self.config.index.kind, self.config.index.shards
-        cut = [kind] if kind == "flat" else [kind, shards]  # approximate ones depend on the cut
-        return artifacts.digest([entries, self.training, cut, __version__])
+    def learned(self, detector: Detector, without: Collection[str] = ()) -> dict[str, Any]:
+        """What a fitted detector depends on: itself, the network, and the rows that it learns from.
+
+        Args:
+            detector: which.
+            without: parameters that do not count.
+        """
+        parts: dict[str, Any] = {"detector": detectors.identity(detector, without)}
+        parts["network"] = extract.network(self.classifier)
+        if detector.needs_train():
+            parts["train"] = self.names("train")
+        if detector.calibrates():
+            parts["held out"] = self.names("id_val") or self.names("train")
+        if detector.uses_ood():
+            parts["ood_val"] = self.names("ood_val")
+        if detector.passes():
+            parts["seed"] = self.config.seed
+        wanted = [*detector.statistics(), *detector.calibration(), *detector.ood_statistics()]
+        made = [each.identity for each in wanted]
+        made += [{"pass": type(each).__name__, "version": each.version} for each in detector.passes()]
+        made += [{"extra": each.kind, "version": each.version} for each in detector.extras()]
+        return parts | {"made of": made}
+
+    def made_of(
+        self, detector: Detector, without: Collection[str] = ()
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """What a detector is fitted to, and the content digests, by name, of the features among it."""
+        learned, contents = self.learned(detector, without), dict[str, str]()
+        names = {name for part in ("train", "held out", "ood_val") for name in learned.get(part, ())}
+        for job in self.jobs.values():
+            if job.name in names:
+                contents |= job.table().contents(job.name, (extra.column for extra in detector.extras()))
+        return learned, contents
+
+    def scoring(self, label: str) -> dict[str, Any]:
+        """What the scores of a detector depend on besides the rows that are scored."""
+        detector, settings = self.detectors[label], self.config.index
+        approximate = detector.neighbours and settings.kind != "flat"
+        if not approximate:
+            return self.learned(detector)
+        cut: list[Any] = [settings.kind, settings.shards]  # they depend on it
+        if settings.shards == "auto":  # which the sizes of all banks decide
+            others = [other for other in self.detectors.values() if other.neighbours]
+            cut += sorted({artifacts.digest(self.learned(other, {"k"})) for other in others})
+        return self.learned(detector) | {"index": cut}
 
     @property
     def fingerprint(self) -> str:
         """Digest of what the results depend on."""
-        roles = [(dataset.role, self.jobs[dataset.name].identity) for dataset in self.config.datasets]
-        names = [dataset.name for dataset in self.config.datasets]
-        return artifacts.digest([self.scoring, roles, names])
+        roles = [
+            (dataset.role, dataset.name, self.jobs[dataset.name].name) for dataset in self.config.datasets
+        ]
+        scored = {label: self.scoring(label) for label in self.detectors}
+        return artifacts.digest([scored, roles, self.config.seed])
 
 
 def prepare(settings: Config) -> Prepared:
@@ -107,6 +145,7 @@ def prepare(settings: Config) -> Prepared:
         tracking_uri(settings)
     files.require_writable(settings.workspace, "workspace")
     workspace = files.at(settings.workspace)
+    extract.require_decoder(settings.extract.decoder)
     classifier = load(settings.model, settings.seed)
     _check_precision(settings.extract, classifier)
     selection.keep(lambda label, detector: check_applies(label, detector, classifier))
@@ -128,7 +167,7 @@ def prepare(settings: Config) -> Prepared:
         manifest = manifests[dataset.name]
         parts = extract.identity(classifier, manifest, settings.extract)
         wanted = _extras(dataset.role, selection.detectors.values())
-        jobs[dataset.name] = shards.job(dataset, manifest, parts, workspace, wanted)
+        jobs[dataset.name] = shards.job(dataset, manifest, parts, workspace, classifier.probe, wanted)
     return Prepared(settings, workspace, classifier, selection.detectors, jobs, selection.not_applicable)
 
 

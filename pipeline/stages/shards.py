@@ -1,26 +1,32 @@
 """What extraction has done and has still to do: datasets in numbered shards, a file for each and column.
 
-A part that is there is complete. A dataset is complete when every row of its manifest is counted in a part,
-as features or as an error; an extra column, when its parts have the rows of the features. Markers say so, and
-are written last.
+A part with a receipt is complete. A dataset is complete when every row of its manifest is counted in a part,
+as features or as an error; an extra column, when its parts have the rows of the features.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from pipeline.cluster import attempts
 from pipeline.config import schema
 from pipeline.data.manifest import Manifest
 from pipeline.detectors.base import Extra
-from pipeline.errors import UserError
+from pipeline.errors import AGAIN, UserError
 from pipeline.workspace import artifacts, files, storage, tables
+from pipeline.workspace.artifacts import Artifact, Damaged, File, Record, saved, write_part
 from pipeline.workspace.files import Place
 
 SHARD_ROWS, SHARD_PIXELS = 2048, 2**27
@@ -29,8 +35,18 @@ SHARD_ROWS, SHARD_PIXELS = 2048, 2**27
 ERRORS = b"errors"
 """Key of the Parquet footer under which a part lists its bad rows as JSON [[key, reason], ...]."""
 
-KEYS = b"keys"
-"""Key of the Parquet footer with the digest of a part's keys: equal in features and extras of equal rows."""
+FORMAT = "features 1"
+"""Kind and version: the number goes up when the bits of features change though their identity does not."""
+
+PROBE = "probe.safetensors"
+"""File beside the features with what the network answered to fixed noise."""
+
+TOLERANCE = 1e-3
+"""Difference of answers, as a share of the largest, that is put down to how machines round."""
+
+Probe = NDArray[np.float32]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,8 @@ class Plan:
     seed: int
     digest: str
     transform: schema.Transform
+    probe: Probe
+    """What the network answers to fixed noise."""
     extras: Mapping[str, Extra] = field(default_factory=dict)
     """All that a dataset of the run needs, by column."""
 
@@ -64,15 +82,24 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """One dataset to extract, with its place in the cache."""
+    """One dataset to extract, with its place in the workspace."""
 
     dataset: str
     manifest: Manifest
-    folder: str
-    identity: dict[str, Any]
-    """Everything the features depend on; its digest is part of the folder's name."""
+    artifact: Artifact
+    """The features; its identity is everything they depend on."""
     extras: tuple[Extra, ...] = ()
     """Columns beyond the features."""
+
+    @property
+    def folder(self) -> str:
+        """Where the features lie, and the other columns in folders in it."""
+        return str(self.artifact.folder)
+
+    @property
+    def name(self) -> str:
+        """What the features are called in the identity of what is made of them."""
+        return self.artifact.name
 
     @property
     def complete(self) -> bool:
@@ -82,32 +109,94 @@ class Job:
     @property
     def featured(self) -> bool:
         """Whether the features of all rows are there."""
-        return (files.at(self.folder) / artifacts.RECORD).is_file()
+        return self.record() is not None
+
+    def record(self) -> Record | None:
+        """The record of the features if they are complete; damaged ones are not."""
+        return self.artifact.intact()
+
+    def column(self, extra: Extra, features: Record) -> Artifact:
+        """The artifact of a column beside some features."""
+        identity = {"features": self.name, "extra": {"kind": extra.kind, **extra.model_dump(mode="json")}}
+        folder = self.artifact.folder / extra.column
+        return Artifact(folder, f"column {extra.version}", identity, {self.name: _keys(features)})
 
     def lacking(self) -> list[Extra]:
         """The extras that are not there for exactly the rows of the features."""
-        keys = files.read_json(files.at(self.folder) / artifacts.RECORD)["keys"] if self.featured else None
-        return [extra for extra in self.extras if keys is None or self._keys(extra) != keys]
-
-    def _keys(self, extra: Extra) -> str | None:
-        marker = files.at(self.folder) / extra.column / artifacts.RECORD
-        return str(files.read_json(marker)["keys"]) if marker.is_file() else None
+        features = self.record()
+        return [
+            extra
+            for extra in self.extras
+            if features is None or self.column(extra, features).intact() is None
+        ]
 
     def table(self) -> tables.Table:
-        """All columns of a dataset that is complete."""
-        return tables.Table.open(files.at(self.folder), [extra.column for extra in self.extras])
+        """All columns of a dataset that is complete.
+
+        Raises:
+            Damaged: a file that is not what was written.
+        """
+        features = self.artifact.require()
+        found = {extra.column: self.column(extra, features).record() for extra in self.extras}
+        beside = {name: record for name, record in found.items() if record is not None}
+        return tables.Table.of(self.artifact.folder, features, beside)
+
+
+def _keys(features: Record) -> str:
+    """Digest of the keys of all rows, part by part: what columns beside them must have, too."""
+    return artifacts.digest([file.facts.get("keys") for _, file in sorted(features.files.items())])
 
 
 def job(
     dataset: schema.Dataset,
     manifest: Manifest,
-    parts: dict[str, Any],
+    identity: dict[str, Any],
     workspace: Place,
+    probe: Probe,
     wanted: Iterable[Extra] = (),
 ) -> Job:
-    """The job of one dataset; its folder is named by the digest of its identity."""
-    folder = workspace / "features" / f"{dataset.name}-{artifacts.digest(parts)[:16]}"
-    return Job(dataset.name, manifest, str(folder), parts, tuple(wanted))
+    """The job of one dataset.
+
+    Args:
+        dataset: its config.
+        manifest: its images.
+        identity: what features depend on.
+        workspace: where they are kept.
+        probe: what the network answers; features of one that answers otherwise are left alone, these become
+            another variant.
+        wanted: columns beyond the features.
+    """
+    base = f"{dataset.name}-{artifacts.digest([FORMAT, identity])[:16]}"
+    for number in count():
+        folder = workspace / "features" / (f"{base}.{number}" if number else base)
+        known = _probe_of(folder)
+        if known is None or same_network(known, probe):
+            variant = {"variant": number} if number else {}
+            return Job(dataset.name, manifest, Artifact(folder, FORMAT, identity | variant), tuple(wanted))
+        _log.warning(
+            "%s: the network answers otherwise than the one whose features lie in %s, though weights and "
+            "sources are the same: something that its source imports was changed. Its features become %s.%d",
+            *(dataset.name, folder, base, number + 1),
+        )
+    raise AssertionError
+
+
+def _probe_of(folder: Place) -> Probe | None:
+    """What the network answered whose features lie in a folder; None if nobody knows."""
+    written = artifacts.receipt_of(folder / PROBE)
+    if written is None:
+        return None
+    try:
+        with artifacts.opened(folder / PROBE, written.sha256) as file:
+            return load_file(file)["logits"]
+    except Damaged as damaged:
+        artifacts.mend(damaged)
+        return None
+
+
+def same_network(one: Probe, other: Probe) -> bool:
+    """Whether two answers to the probe differ no more than by how machines round."""
+    return one.shape == other.shape and bool(abs(one - other).max() <= TOLERANCE * abs(one).max())
 
 
 @dataclass(frozen=True)
@@ -119,8 +208,8 @@ class Shard:
     start: int
     stop: int
     part: str
-    featured: bool = False
-    """Whether the part is there, and only extras are missing."""
+    featured: str = ""
+    """Digest of the keys of the part if it is there, and only extras are missing."""
     extras: str = ""
     """Columns beyond the features that are to be computed, separated by spaces."""
 
@@ -141,121 +230,161 @@ def beside(part: Place, column: str) -> Place:
 
 def cut(job: Job, shard_rows: int) -> list[Shard]:
     """All shards of a dataset, in manifest order."""
-    return [
-        Shard(
-            dataset=job.dataset,
-            manifest=job.manifest.path,
-            start=start,
-            stop=min(start + shard_rows, job.manifest.rows),
-            part=str(files.at(job.folder) / tables.part_name(number)),
-        )
-        for number, start in enumerate(range(0, job.manifest.rows, shard_rows))
-    ]
+    starts = range(0, job.manifest.rows, shard_rows)
+    return [_shard(job, number, start, start + shard_rows) for number, start in enumerate(starts)]
 
 
-def missing(job: Job, shard_rows: int) -> list[Shard]:
-    """The shards still to do; parts that were cut differently by an interrupted run are removed."""
-    folder = files.at(job.folder)
-    plan, columns = folder / "_plan.json", [extra.column for extra in job.lacking()]
-    if job.featured:
-        shard_rows = files.read_json(plan)["shard_rows"]
-    elif not plan.is_file() or files.read_json(plan) != {"shard_rows": shard_rows}:
-        for part in (*folder.glob("part-*.parquet"), *_parts(folder, columns)):
-            part.unlink()
-    attempts.forget(folder)
-    files.write_json(plan, {"shard_rows": shard_rows})
-    planned, done = cut(job, shard_rows), _digests(folder.glob("part-*.parquet"))
-    for column in columns:
-        (folder / column / artifacts.RECORD).unlink(missing_ok=True)
-    extra = {column: _digests((folder / column).glob("part-*.parquet")) for column in columns}
+def _shard(job: Job, number: int, start: int, stop: int) -> Shard:
+    return Shard(
+        dataset=job.dataset,
+        manifest=job.manifest.path,
+        start=start,
+        stop=min(stop, job.manifest.rows),
+        part=str(job.artifact.folder / tables.part_name(number)),
+    )
+
+
+def missing(job: Job, plan: Plan) -> list[Shard]:
+    """The shards still to do; of an interrupted run that cut them differently nothing is kept."""
+    features = job.record()
+    attempts.forget(job.artifact.folder)
+    if features is None:
+        planned, done = cut(job, plan.shard_rows), _begun(job, plan)
+    else:
+        parts = sorted((name, file) for name, file in features.files.items() if name.startswith("part-"))
+        cuts = [(file.facts["start"], file.facts["stop"]) for _, file in parts]
+        planned = [_shard(job, number, *rows) for number, rows in enumerate(cuts)]
+        done = dict(parts)
+    columns = {extra.column: _column_begun(job, extra, done) for extra in job.lacking()}
     todo = []
     for shard in planned:
-        keys, name = done.get(shard.part), storage.name_of(shard.part)
-        lacking = [
-            column
-            for column in columns
-            if keys is None or extra[column].get(str(folder / column / name)) != keys
-        ]
-        if keys is None or lacking:
-            todo.append(replace(shard, featured=keys is not None, extras=" ".join(lacking)))
+        name = storage.name_of(shard.part)
+        lacking = [column for column, there in columns.items() if name not in there]
+        if name not in done:
+            todo.append(replace(shard, extras=" ".join(columns)))
+        elif lacking:
+            todo.append(replace(shard, featured=done[name].facts["keys"], extras=" ".join(lacking)))
     return todo
 
 
-def _parts(folder: Place, columns: Iterable[str]) -> Iterator[Place]:
-    for column in columns:
-        yield from (folder / column).glob("part-*.parquet")
+def _begun(job: Job, plan: Plan) -> dict[str, File]:
+    """Parts of features that are there, cut as they are to be; the others are deleted, and the record."""
+    artifact = job.artifact
+    (artifact.folder / artifacts.RECORD).unlink(missing_ok=True)
+    planned = {storage.name_of(shard.part): shard for shard in cut(job, plan.shard_rows)}
+    found = artifact.done()
+    require_same_network(job, plan)
+    if PROBE not in found:
+        write_part(artifact.folder / PROBE, saved({"logits": plan.probe}))
+    kept = {}
+    for name, file in found.items():
+        shard = planned.get(name)
+        if shard is not None and (file.facts["start"], file.facts["stop"]) == (shard.start, shard.stop):
+            kept[name] = file
+        elif name != PROBE:
+            artifacts.remove(artifact.folder / name)
+    return kept
 
 
-def _digests(parts: Iterable[Place]) -> dict[str, str]:
-    """Digest of the keys of every part that is there, by its path."""
-    paths = sorted(map(str, parts))
+def _column_begun(job: Job, extra: Extra, features: Mapping[str, File]) -> dict[str, File]:
+    """Parts of a column that are there for the rows of features; its record is deleted."""
+    folder = job.artifact.folder / extra.column
+    (folder / artifacts.RECORD).unlink(missing_ok=True)
+    found = Artifact(folder, "", {}).done()
     return {
-        path: found.metadata[KEYS].decode() for path, found in zip(paths, tables.metadata(paths), strict=True)
+        name: file
+        for name, file in found.items()
+        if name in features and file.facts["keys"] == features[name].facts["keys"]
     }
 
 
-def reopen(job: Job, plan: Plan) -> None:
-    """Take the mark off a dataset that has more bad images than are allowed by now; `finish` then says so."""
-    marker = files.at(job.folder) / artifacts.RECORD
-    if (
-        job.featured
-        and files.read_json(marker)["errors"] > plan.settings.max_bad_fraction * job.manifest.rows
-    ):
-        marker.unlink()
+def require_same_network(job: Job, plan: Plan) -> None:
+    """Refuse features that another network made since the run began.
+
+    Raises:
+        UserError: they are not this network's.
+    """
+    known = _probe_of(job.artifact.folder)
+    if known is not None and not same_network(known, plan.probe):
+        raise UserError(
+            f"{job.folder}: another run began these features with a network that answers otherwise. {AGAIN}"
+        )
 
 
-def finish(job: Job, plan: Plan) -> None:
+def require_few_bad(job: Job, plan: Plan) -> None:
+    """Refuse a dataset that has more bad images than are allowed by now.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    features, limit = job.record(), plan.settings.max_bad_fraction
+    if features is not None and features.facts["errors"] > limit * job.manifest.rows:
+        with tables.parquet(job.artifact.folder / "errors.parquet") as file:
+            listed = file.read().to_pylist()
+        raise _too_many(job, [[row["key"], row["reason"]] for row in listed], limit)
+
+
+def _too_many(job: Job, errors: list[list[str]], limit: float) -> UserError:
+    first = "; ".join(f"{key} ({reason})" for key, reason in errors[:3])
+    return UserError(
+        f"datasets.{job.dataset}: {len(errors)} of {job.manifest.rows} images are bad, more than "
+        f"extract.max_bad_fraction = {limit:g}. First: {first}. "
+        "Mend or remove them, or raise the limit."
+    )
+
+
+def finish(job: Job, plan: Plan) -> Record:
     """Count every row, write `errors.parquet`, and mark the dataset complete.
 
     Raises:
         UserError: if more than `max_bad_fraction` of the images are bad; names the first of them.
     """
-    folder, limit = files.at(job.folder), plan.settings.max_bad_fraction
-    part_rows, keys, errors, bad_parts = [], list[str](), list[list[str]](), list[Place]()
-    planned = cut(job, plan.shard_rows)
-    for shard, metadata in zip(planned, tables.metadata(shard.part for shard in planned), strict=True):
-        part_rows.append(metadata.num_rows)
-        keys.append(metadata.metadata[KEYS].decode())
-        found = json.loads(metadata.metadata[ERRORS])
+    folder, limit, done = job.artifact.folder, plan.settings.max_bad_fraction, job.artifact.done()
+    parts, errors, bad_parts = dict[str, File](), list[list[str]](), list[Place]()
+    for shard in cut(job, plan.shard_rows):
+        name = storage.name_of(shard.part)
+        parts[name] = done[name]
+        found = _errors(folder / name) if done[name].facts["errors"] else []
         errors += found
-        bad_parts += [files.at(shard.part)] if found else []
-        if metadata.num_rows + len(found) != shard.stop - shard.start:
+        bad_parts += [folder / name] if found else []
+        if done[name].facts["rows"] + len(found) != shard.stop - shard.start:
             raise RuntimeError(
-                f"{shard.part}: {metadata.num_rows} features and {len(found)} errors do not add up"
+                f"{shard.part}: {done[name].facts['rows']} features and {len(found)} errors do not add up"
             )
     if len(errors) > limit * job.manifest.rows:
         for part in bad_parts:  # so that mended files are read again
-            part.unlink()
-        first = "; ".join(f"{key} ({reason})" for key, reason in errors[:3])
-        raise UserError(
-            f"datasets.{job.dataset}: {len(errors)} of {job.manifest.rows} images are bad, more than "
-            f"extract.max_bad_fraction = {limit:g}. First: {first}. "
-            "Mend or remove them, or raise the limit."
-        )
+            artifacts.remove(part)
+        raise _too_many(job, errors, limit)
     columns = [[error[position] for error in errors] for position in (0, 1)]
     schema = pa.schema([("key", pa.string()), ("reason", pa.string())])
-    tables.write_table(folder / "errors.parquet", pa.table(columns, schema))
-    artifacts.remove_drafts(folder)
-    record = {
-        "dataset": job.dataset,
-        "rows": job.manifest.rows,
-        "features": sum(part_rows),
-        "errors": len(errors),
-        "part_rows": part_rows,
-        "keys": artifacts.digest(keys),
-        "identity": job.identity,
-    }
-    files.write_json(folder / artifacts.RECORD, record)
+    listed = artifacts.write(folder / "errors.parquet", tables.written(pa.table(columns, schema)))
+    return job.artifact.finish(
+        {**parts, PROBE: done[PROBE], "errors.parquet": listed},
+        aside=[PROBE],
+        dataset=job.dataset,
+        rows=job.manifest.rows,
+        features=sum(file.facts["rows"] for file in parts.values()),
+        errors=len(errors),
+        machines=dict(Counter(file.facts["machine"] for file in parts.values())),
+    )
 
 
-def finish_extra(job: Job, extra: Extra) -> None:
+def _errors(part: Place) -> list[list[str]]:
+    """[key, reason] of the bad rows of a part."""
+    with tables.parquet(part) as file:
+        found: list[list[str]] = json.loads(file.metadata.metadata[ERRORS])
+    return found
+
+
+def finish_extra(job: Job, extra: Extra) -> Record:
     """Mark an extra of a dataset as complete, if it has the rows of the features."""
-    folder = files.at(job.folder)
-    features = files.read_json(folder / artifacts.RECORD)
-    names = [tables.part_name(number) for number in range(len(features["part_rows"]))]
-    found = list(_digests(folder / extra.column / name for name in names).values())
-    if artifacts.digest(found) != features["keys"]:
-        raise RuntimeError(f"{folder / extra.column}: its rows are not those of the features")
-    artifacts.remove_drafts(folder / extra.column)
-    record = {"extra": extra.kind, **extra.model_dump(mode="json"), "keys": features["keys"]}
-    files.write_json(folder / extra.column / artifacts.RECORD, record)
+    features = job.artifact.record()
+    assert features is not None
+    column = job.column(extra, features)
+    parts = {name: file for name, file in features.files.items() if name.startswith("part-")}
+    done = column.done()
+    if any(
+        name not in done or done[name].facts["keys"] != file.facts["keys"] for name, file in parts.items()
+    ):
+        raise RuntimeError(f"{column.folder}: its rows are not those of the features")
+    return column.finish({name: done[name] for name in parts})

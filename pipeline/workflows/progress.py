@@ -23,6 +23,9 @@ class Display(Protocol):
     def stage(self, name: str, total: int = 0) -> AbstractContextManager[Stage]:
         """A stage for the time of the block; `total` is what `advance` adds up to, 0 where nobody knows."""
 
+    def say(self, text: str) -> None:
+        """A line of its own, such as whom a run waits for."""
+
 
 class Quiet:
     """Shows nothing; also the one stage that it gives."""
@@ -36,3 +39,6 @@ class Quiet:
 
     def advance(self, count: int) -> None:
         """Nobody counts."""
+
+    def say(self, text: str) -> None:
+        """Nobody reads."""

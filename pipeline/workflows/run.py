@@ -6,39 +6,39 @@ Extract, fit, score, evaluate, report. A killed run is continued by running it a
 from __future__ import annotations
 
 import logging
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, TypeVar
-
-from numpy.typing import NDArray
 
 from pipeline.cluster import engine, usage
 from pipeline.cluster.engine import Engine
 from pipeline.cluster.logs import Logs
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.config import loading, schema
-from pipeline.detectors.base import Jigsaw, Pass, Training, bank_of
+from pipeline.detectors.base import Jigsaw, Pass, Scorer, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Statistic, Statistics
 from pipeline.network.classifier import settings_kept
 from pipeline.results import report
 from pipeline.results.evaluation import Evaluation
 from pipeline.results.mlflow import tracking
-from pipeline.results.record import Record
+from pipeline.results.record import Record, added
 from pipeline.stages import evaluate, extract, index, passes, shards
 from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare, tracking_uri
-from pipeline.stages.score import ScoreJob, Scoring, flag
+from pipeline.stages.score import FORMAT, ScoreJob, Scoring, assemble
 from pipeline.stages.score import run as run_scores
 from pipeline.stages.statistics import Rows, fit_statistics
 from pipeline.workflows.progress import Display, Quiet, Stage
-from pipeline.workspace import artifacts, files
-from pipeline.workspace.artifacts import Cache
-from pipeline.workspace.claims import alone
+from pipeline.workspace import artifacts, files, runs, storage, tables
+from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Store
+from pipeline.workspace.claims import Claims, opened
 from pipeline.workspace.files import Place
 
 StageName = Literal["extract", "fit", "score", "evaluate", "report"]
@@ -46,8 +46,6 @@ STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report"
 
 J = TypeVar("J", shards.Job, ScoreJob)
 
-_EVALUATED = "_evaluated.json"
-_RESULTS = ("metrics.parquet", "metrics.csv", "metrics.json", "thresholds.json")
 _RECALL_QUERIES = 1024
 
 
@@ -60,6 +58,8 @@ class Options:
     last: StageName = "report"
     fresh: bool = False
     """Do everything again."""
+    wait: bool = False
+    """For a run of the same evaluation that is under way, rather than refuse."""
     publish: Literal["as configured", "always", "never"] = "as configured"
     """Whether to send the results to MLflow."""
     engine: engine.Name = "ray"
@@ -87,23 +87,20 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         UserError: anything the user can mend; earlier results stay as they are.
     """
     with display.stage("prepare") as stage:
-        ready = prepare(settings)
+        ready = replace(prepare(settings), fresh=options.fresh)
         images = sum(job.manifest.rows for job in ready.jobs.values())
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
         if ready.not_applicable:
             stage.note += f", {len(ready.not_applicable)} more do not apply"
     with (
-        alone(ready.workspace) as check,
+        opened(ready.workspace, display.say) as claims,
+        claims.alone(f"runs/{ready.config.name}/{ready.folder.name}", options.wait),
         working(ready, options) as chosen,
         ThreadPoolExecutor(1) as background,
     ):
-        if options.fresh:
-            _forget(ready)
-        run = Run(ready, options, display, background, chosen)
+        run = Run(ready, options, display, background, chosen, claims)
         try:
-            for name in STAGES[: STAGES.index(options.last) + 1]:
-                check()
-                getattr(run, name)()
+            run.all()
         except BaseException as error:
             run.record.close("failed")
             run.tracking.fail(error)
@@ -150,12 +147,6 @@ def working(ready: Prepared, options: Options) -> Iterator[Engine]:
         yield chosen
 
 
-def _forget(ready: Prepared) -> None:
-    """Drop the run folder and the features of its datasets."""
-    for folder in (ready.folder, *(files.at(job.folder) for job in ready.jobs.values())):
-        artifacts.remove_folder(folder)
-
-
 @dataclass
 class Run:
     """The stages of one evaluation; each leaves its results in the workspace and the record."""
@@ -165,52 +156,101 @@ class Run:
     display: Display
     background: ThreadPoolExecutor
     engine: Engine
+    claims: Claims
     record: Record = field(init=False)
     tracking: Tracked = field(default_factory=lambda: Tracked(None))
     fitted: Fitted | None = None
+    costs: dict[str, Any] = field(default_factory=dict)
+    """What the stage under way says of itself."""
+    worked: bool = False
+    """Whether it did anything."""
+    _afresh: set[str] = field(default_factory=set)
+    _indexes: list[str] = field(default_factory=list)
+    """Names of the trained indexes that were searched."""
 
     def __post_init__(self) -> None:
-        self.record = Record(self.ready, keep_stages=self.options.first == "report")
+        self.record = Record(self.ready)
+
+    def all(self) -> None:
+        """Every stage that was asked for; what turns out to be damaged is made again, each file once.
+
+        A damaged file is found when it is read. It is taken away, and the stage that makes it comes again.
+        """
+        names, mended = STAGES[: STAGES.index(self.options.last) + 1], set[str]()
+        while names:
+            try:
+                getattr(self, names[0])()
+                names = names[1:]
+            except Damaged as damaged:
+                maker = self._maker(damaged)
+                if damaged.path in mended or not self.may_work(maker):
+                    raise
+                mended.add(damaged.path)
+                artifacts.mend(damaged)
+                names = STAGES[STAGES.index(maker) : STAGES.index(self.options.last) + 1]
+
+    def _maker(self, damaged: Damaged) -> StageName:
+        """The stage that makes a file of the workspace."""
+        (_, path), (_, workspace) = (storage.located(str(p)) for p in (damaged.path, self.ready.workspace))
+        place = path.removeprefix(workspace).lstrip("/").partition("/")[0]
+        makers: dict[str, StageName] = {"features": "extract", "fits": "fit"}
+        return makers.get(place, "score")
 
     def begin(self) -> None:
-        """Make the run folder this run's; a command that is refused never comes here.
-
-        Results of another evaluation under the same name go, the marker that they are complete first.
-        """
-        folder, stale = self.ready.folder, not self.evaluated
-        if not self.record.open:
-            for name in (_EVALUATED, *_RESULTS) if stale else ():
-                (folder / name).unlink(missing_ok=True)
-            if stale:
-                files.remove_folder(folder / "report")
-            for scores in (folder / "scores").glob("*"):
-                if scores.name not in self.ready.jobs:  # a dataset that is no longer in the config
-                    files.remove_folder(scores)
+        """Make the run folder this run's; a command that is refused never comes here."""
+        if self.record.open or (self.options.first == "report" and not self.record.worked):
+            self.tracking = self.tracking if self.tracking.opening else self._tracked()
+            return
+        folder = self.ready.folder
+        if self.record.worked:
             files.write_text(folder / "config.yaml", loading.dump(self.ready.config))
-            self.record.open = True
-            self.record.write()
-            self.tracking = self._tracked()
+        self.record.open = True
+        self._refer()
+        self.record.write()
+        runs.mark_latest(folder)
+        self.tracking = self._tracked()
 
-    @property
-    def evaluated(self) -> bool:
-        """Whether the metrics of exactly this evaluation are there."""
-        marker = self.ready.folder / _EVALUATED
-        return marker.is_file() and files.read_json(marker) == self.ready.fingerprint
+    def _refer(self) -> None:
+        """Record what this run refers to, so that nobody cleans it away."""
+        content = self.record.content
+        content["artifacts"] = sorted({*content["artifacts"], *self.refers_to()})
+
+    def _old(self, artifact: Artifact) -> bool:
+        """With --fresh: whether it is still to be made again."""
+        return self.options.fresh and artifact.name not in self._afresh
+
+    def _renew(self, artifacts: Iterable[Artifact]) -> None:
+        """Delete what is to be made again, each once; it must be claimed."""
+        for artifact in artifacts:
+            if self._old(artifact):
+                self._afresh.add(artifact.name)
+                artifact.discard()
 
     @contextmanager
     def stage(self, name: StageName, total: int = 0) -> Iterator[Stage]:
         """Show a stage and record what it took."""
         if self.may_work(name):
             self.begin()
-        started = time.perf_counter()
+        started, self.costs, self.worked = time.perf_counter(), {}, False
         with self.display.stage(name, total) as shown, usage.collect() as used:
             yield shown
         if self.may_work(name):
-            numbers = self.record.content["stages"].setdefault(name, {})
-            numbers |= {"seconds": round(time.perf_counter() - started, 3), **used.numbers()}
+            seconds = round(time.perf_counter() - started, 3)
+            self.record.spend(name, {**self.costs, "seconds": seconds, **used.numbers()}, self.worked)
             nodes = self.engine.nodes(dead=True)
             self.record.content["nodes"] |= {node: nodes[node] for node in used.nodes & nodes.keys()}
+            self._refer()
             self.record.write()
+
+    def refers_to(self) -> list[str]:
+        """Folders in the workspace of all that this run refers to so far."""
+        jobs = self.ready.jobs.values()
+        names = {job.name for job in jobs} | {job.manifest.name for job in jobs}
+        names |= self.fits.used
+        if self.fitted is not None:
+            scored = self._score_jobs(self.fitted.scorers)
+            names |= {f"scores/{artifact.name}" for job in scored for artifact in job.scores.values()}
+        return sorted(names | set(self._indexes))
 
     def may_work(self, name: StageName) -> bool:
         """Whether this stage may compute what is missing."""
@@ -244,16 +284,30 @@ class Run:
         unfinished = self._unfinished("extract", jobs)
         rows = sum(job.manifest.rows for job in unfinished)
         with self.stage("extract", rows) as shown:
-            numbers = extract.run(
-                self.engine, jobs, self.ready.plan, lambda receipt: shown.advance(receipt["rows"])
+            self.costs = extract.nothing(jobs)
+
+            def make(names: set[str]) -> None:
+                self.worked = True
+                ours = [job for job in jobs if job.name in names]
+                self._renew(job.artifact for job in ours)
+                numbers = extract.run(
+                    self.engine, ours, self.ready.plan, lambda receipt: shown.advance(receipt["rows"])
+                )
+                self.costs = added(self.costs, numbers)
+
+            self.claims.share(
+                lambda: [job.name for job in jobs if self._old(job.artifact) or not job.complete], make
             )
-            if self.may_work("extract"):
-                self.record.content["stages"]["extract"] = numbers
+            for job in jobs:
+                shards.require_same_network(job, self.ready.plan)
+                shards.require_few_bad(job, self.ready.plan)
+            numbers = self.costs
             self._describe_extras()
             for job in jobs:
-                counted = files.read_json(files.at(job.folder) / artifacts.RECORD)
-                entry = self.record.content["datasets"][job.dataset]
-                entry |= {"features": counted["features"], "errors": counted["errors"]}
+                features = job.artifact.record()
+                assert features is not None
+                counted = {name: features.facts[name] for name in ("features", "errors", "machines")}
+                self.record.content["datasets"][job.dataset] |= counted
             shown.note = f"{numbers['forward_images']:,} of {numbers['images']:,} images forwarded"
             passes = sum(count for name, count in numbers.items() if name.endswith("_passes"))
             shown.note += f", {passes:,} passes for extra columns" * bool(passes)
@@ -267,26 +321,39 @@ class Run:
                 jobs = self.ready.jobs.values()
                 images = sum(job.manifest.rows for job in jobs if extra in job.extras)
                 entry = {"kind": extra.kind, "spec": extra.model_dump(mode="json"), "samples": images}
-                self.record.content["passes"].append(entry)
+                self._note_pass(entry)
+
+    def _note_pass(self, entry: dict[str, Any]) -> None:
+        """Record a pass through the network beyond that for the features, once."""
+        if entry not in self.record.content["passes"]:
+            self.record.content["passes"].append(entry)
 
     def fit(self) -> None:
         """Statistics, extra passes and banks; nothing is fitted that no detector needs."""
         detectors = self.ready.detectors
-        mode: Literal["reuse", "frozen", "fresh"] = "fresh" if self.options.fresh else "reuse"
-        cache = Cache(self.ready.workspace / "fits", mode if self.may_work("fit") else "frozen")
         with self.stage("fit") as shown:
-            training = self._training(cache)
+            training = self._training()
             trains = self.ready.of_role("train")
-            source = (trains[0].table(), self.ready.training) if trains else None
+            source = trains[0].table() if trains else None
             self.fitted = fit_detectors(
-                self.engine, detectors, training, cache, source, self.ready.config.optional
+                *(self.engine, detectors, training, self.fits, source),
+                self.ready.made_of,
+                self.ready.config.optional,
             )
             self.record.leave_out(self.fitted.not_applicable)
+            self.worked = bool(self.fits.made_now)
             done = [type(spec).__name__.lower() for spec in training.passes]
             count = len(self.fitted.scorers)
             shown.note = ", ".join([f"{count} detectors", *(f"{name} pass" for name in done)])
 
-    def _training(self, cache: Cache) -> Training:
+    @cached_property
+    def fits(self) -> Store:
+        """What is learned from rows and by extra passes."""
+        mode: Literal["reuse", "frozen", "fresh"] = "fresh" if self.options.fresh else "reuse"
+        mode = mode if self.may_work("fit") else "frozen"
+        return Store(self.ready.workspace / "fits", mode, claims=self.claims)
+
+    def _training(self) -> Training:
         """All that detectors may learn from, as far as one of them needs it."""
         detectors = self.ready.detectors.values()
         stages = self.ready.classifier.taps.stages
@@ -296,24 +363,24 @@ class Run:
         calibrating = [wanted for detector in detectors for wanted in detector.calibration()]
         ood = [wanted for detector in detectors for wanted in detector.ood_statistics()]
         held_out = bool(self.ready.of_role("id_val"))
-        train = self._statistics(cache, "train", learned + ([] if held_out else calibrating), head)
+        train = self._statistics("train", learned + ([] if held_out else calibrating), head)
         return Training(
             head.weight,
             head.bias,
             self.ready.classifier.taps.blocks,
             stages,
             train=train,
-            id_val=self._statistics(cache, "id_val", calibrating, head) if held_out else train,
-            ood_val=self._statistics(cache, "ood_val", ood, head),
-            passes=self._passes(cache, specs) if specs else {},
+            id_val=self._statistics("id_val", calibrating, head) if held_out else train,
+            ood_val=self._statistics("ood_val", ood, head),
+            passes=self._passes(specs, self.fits) if specs else {},
         )
 
-    def _statistics(self, cache: Cache, role: str, wanted: list[Statistic[Any]], head: Head) -> Statistics:
+    def _statistics(self, role: str, wanted: list[Statistic[Any]], head: Head) -> Statistics:
         jobs = self.ready.of_role(role)
-        rows = Rows([job.table() for job in jobs], [job.identity for job in jobs])
-        return fit_statistics(self.engine, cache, rows, wanted, head)
+        rows = Rows([job.table() for job in jobs], [job.name for job in jobs])
+        return fit_statistics(self.engine, self.fits, rows, wanted, head)
 
-    def _passes(self, cache: Cache, specs: list[Pass]) -> dict[Pass, passes.Result]:
+    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, passes.Result]:
         """Results of the extra passes; the model actors start only if one is not in the cache."""
         ready = self.ready
         results: dict[Pass, passes.Result] = {}
@@ -328,16 +395,17 @@ class Run:
                 kind = type(spec).__name__.lower()
                 identity = {
                     "pass": spec.model_dump(),
-                    "train": ready.training["train"],
-                    "held out": ready.training["id_val"] if spec.held_out else None,
+                    "train": ready.names("train"),
+                    "held out": ready.names("id_val") if spec.held_out else None,
                     "seed": ready.config.seed,
                 }
 
-                def compute(spec: Pass = spec) -> Mapping[str, NDArray[Any]]:
-                    return runner.run(spec)
+                def compute(_: Any, spec: Pass = spec) -> list[Arrays]:
+                    return [runner.run(spec)]
 
-                results[spec] = cache.get(f"{kind} pass", identity, compute)
-                self.record.content["passes"].append(self._describe(kind, spec, results[spec]))
+                artifact = store.artifact(f"{kind} pass {spec.version}", identity)
+                (results[spec],) = store.arrays([artifact], compute)
+                self._note_pass(self._describe(kind, spec, results[spec]))
         return results
 
     def _describe(self, kind: str, spec: Pass, result: passes.Result) -> dict[str, Any]:
@@ -351,32 +419,71 @@ class Run:
         """Scores of every row of every dataset but the training one."""
         fitted = self.fitted
         assert fitted is not None
-        jobs = self._score_jobs()
+        jobs = self._score_jobs(fitted.scorers)
         unfinished = self._unfinished("score", jobs)
         rows = sum(job.features.rows for job in unfinished)
         with self.stage("score", rows) as shown:
-            if unfinished:
-                self._score(unfinished, fitted, shown.advance)
+            self._score(jobs, fitted, shown.advance)
+            for job in jobs if self.may_work("score") else ():
+                assemble(self.engine, job, self._scores(job.dataset), self._flagging(jobs, job.dataset))
             shown.note = f"{rows:,} rows"
-            if self.may_work("score"):
-                self.record.content["stages"]["score"] = {"rows": rows}
+            self.costs = {"rows": rows}
+
+    def _flagging(self, jobs: Sequence[ScoreJob], dataset: str) -> dict[str, float]:
+        """Thresholds for the flags in a table of scores: on unlabelled data, once there are some."""
+        unlabelled = self.ready.of_role("unlabelled")
+        if dataset not in [job.dataset for job in unlabelled] or self._results(jobs).checked() is None:
+            return {}
+        return dict(files.read_json(self.ready.folder / "thresholds.json"))
 
     def _score(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> None:
-        searched = index.start(self.engine, fitted.banks, self.ready.config.index) if fitted.banks else None
+        """Have all scores made that are lacking."""
+
+        def make(names: set[str]) -> None:
+            self.worked = True
+            ours = [job.only(names) for job in jobs]
+            self._renew(artifact for job in ours for artifact in job.scores.values())
+            self._score_ours(ours, fitted, progress)
+
+        def lacking() -> list[str]:
+            old = [each.name for job in jobs for each in job.scores.values() if self._old(each)]
+            return old + [name for job in jobs for name in job.lacking_names()]
+
+        self.claims.share(lambda: set(lacking()), make)
+
+    def _score_ours(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> None:
+        """Scores that nobody else makes."""
+        lacking = {label for job in jobs for label in job.lacking()}
+        banks = {label: bank for label, bank in fitted.banks.items() if label in lacking}
+        settings = self.ready.config.index
+        searched = (
+            index.start(self.engine, banks.values(), settings, fitted.banks.values()) if banks else None
+        )
         try:
             if searched is not None:
-                self._describe_index(searched, fitted)
-            run_scores(self.engine, jobs, Scoring(fitted.scorers, self._columns(), searched), progress)
+                self._note_indexes(searched, banks.values())
+                self._describe_index(searched, fitted.scorers, banks)
+            folders = {label: bank.folder for label, bank in banks.items()}
+            scoring = Scoring(fitted.scorers, self._columns(), folders, searched)
+            run_scores(self.engine, jobs, scoring, progress)
         finally:
             if searched is not None:
                 searched.stop()
 
-    def _describe_index(self, searched: index.Index, fitted: Fitted) -> None:
+    def _note_indexes(self, searched: index.Index, banks: Iterable[index.BankFiles]) -> None:
+        """Remember the trained indexes of banks."""
+        kind, count = self.ready.config.index.kind, len(searched.shards)
+        for bank in banks if kind != "flat" else ():
+            self._indexes += [index.kept(bank, kind, number, count).name for number in range(count)]
+
+    def _describe_index(
+        self, searched: index.Index, scorers: Mapping[str, Scorer], banks: Mapping[str, index.BankFiles]
+    ) -> None:
         """Record the banks, and for approximate ones how often the true neighbour is found."""
         kind = self.ready.config.index.kind
         rows = self.ready.of_role("id")[0].table().read(0, _RECALL_QUERIES, self._columns())
-        for label, bank_files in fitted.banks.items():
-            bank = bank_of(fitted.scorers[label])
+        for label, bank_files in banks.items():
+            bank = bank_of(scorers[label])
             assert bank is not None
             exact = kind == "flat"
             self.record.content["index"][label] = {
@@ -384,22 +491,36 @@ class Run:
                 "dim": bank_files.width,
                 "kind": kind,
                 "shards": len(searched.shards),
-                "recall_at_1": 1.0 if exact else index.recall(searched, label, bank.queries(rows)),
+                "recall_at_1": 1.0
+                if exact
+                else index.recall(searched, bank_files.folder, bank.queries(rows)),
             }
 
     def _columns(self) -> tuple[str, ...]:
         norms = (BLOCK_NORM,) if self.ready.classifier.taps.blocks else ()
         return (KEY, LABEL, PREDICTION, FEATURE, LOGITS, *norms, *self.ready.plan.extras)
 
-    def _score_jobs(self) -> list[ScoreJob]:
+    def _score_jobs(self, labels: Iterable[str]) -> list[ScoreJob]:
+        """All datasets but the training one, and where the scores of some detectors on them are kept."""
         jobs = []
         for dataset in self.ready.config.datasets:
             if dataset.role != "train":
                 job = self.ready.jobs[dataset.name]
-                inputs = artifacts.digest([self.ready.scoring, job.identity])
-                folder = str(self._scores(dataset.name))
-                jobs.append(ScoreJob(dataset.name, job.table(), folder, inputs))
+                table = job.table()
+                scores = {label: self._score_artifact(label, job, table) for label in labels}
+                jobs.append(ScoreJob(dataset.name, table, scores))
         return jobs
+
+    def _score_artifact(self, label: str, job: shards.Job, table: tables.Table) -> Artifact:
+        """Where the scores of a detector on a dataset are kept."""
+        identity = {"features": job.name, **self.ready.scoring(label)}
+        method = re.sub(r"\W+", "-", self.ready.detectors[label].name)
+        name = f"{method}-{artifacts.digest([FORMAT, identity])[:16]}"
+        folder = self.ready.workspace / "scores" / job.artifact.folder.name / name
+        detector = self.ready.detectors[label]
+        _, contents = self.ready.made_of(detector)
+        own = table.contents(job.name, (extra.column for extra in detector.extras()))
+        return Artifact(folder, FORMAT, identity, contents | own)
 
     def _scores(self, dataset: str) -> Place:
         return self.ready.folder / "scores" / dataset
@@ -407,22 +528,35 @@ class Run:
     def evaluate(self) -> None:
         """Metrics, thresholds, and flags on unlabelled data."""
         assert self.fitted is not None
-        done, labels = self.evaluated, list(self.fitted.scorers)
+        labels = list(self.fitted.scorers)
+        scored = self._score_jobs(labels)
+        results = self._results(scored)
+        done = results.checked() is not None
         if not done and not self.may_work("evaluate"):
             raise UserError("evaluate: not done for this run. Run `ood-pipeline evaluate` first.")
         with self.stage("evaluate", 0 if done else len(labels)) as shown:
             if not done:
-                roles: dict[str, dict[str, str]] = {}
+                self.worked = True
+                jobs = {job.dataset: job for job in scored}
+                roles: dict[str, list[ScoreJob]] = {}
                 for dataset in self.ready.config.datasets:
-                    roles.setdefault(dataset.role, {})[dataset.name] = str(self._scores(dataset.name))
-                scores = evaluate.Scores(roles, self.ready.config.seed)
-                table, thresholds = evaluate.run(self.engine, scores, labels, shown.advance)
-                for folder in scores.of("unlabelled").values():
-                    flag(self.engine, files.at(folder), thresholds)
-                evaluate.write(self.ready.folder, table, thresholds)
-                files.write_json(self.ready.folder / _EVALUATED, self.ready.fingerprint)
+                    if dataset.name in jobs:
+                        roles.setdefault(dataset.role, []).append(jobs[dataset.name])
+                seed = self.ready.config.seed
+                table, thresholds = evaluate.run(self.engine, roles, seed, shown.advance)
+                for job in roles.get("unlabelled", ()):
+                    assemble(self.engine, job, self._scores(job.dataset), thresholds)
+                results.finish(evaluate.write(self.ready.folder, table, thresholds), alone=False)
             self._note_accuracy()
             shown.note = self._accuracy_note()
+
+    def _results(self, jobs: Iterable[ScoreJob]) -> Artifact:
+        """The artifact of metrics and thresholds, in the run folder beside what is none."""
+        contents = {
+            f"{job.dataset}/{label}": table.content for job in jobs for label, table in job.tables().items()
+        }
+        identity = {"fingerprint": self.ready.fingerprint}
+        return Artifact(self.ready.folder, evaluate.FORMAT, identity, contents)
 
     def _note_accuracy(self) -> None:
         for row in files.read_json(self.ready.folder / "metrics.json"):
@@ -440,6 +574,7 @@ class Run:
         self.record.close("finished")
         with self.stage("report") as shown:
             shown.note = str(report.write(self.ready.folder))
+        self.record.close("finished")
 
 
 @dataclass

@@ -8,7 +8,7 @@ their scores are the result. No image goes through the network here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,20 +23,17 @@ from rich.text import Text
 from pipeline.config import loading
 from pipeline.config.grids import Tune
 from pipeline.config.schema import Config, Dataset, DetectorEntry
-from pipeline.detectors.base import Pass
+from pipeline.detectors.base import Pass, Scorer
 from pipeline.errors import UserError
 from pipeline.results.report.tables import METRICS
 from pipeline.stages import evaluate, index, passes, shards
-from pipeline.stages.fit import Fitted, fit_detectors
+from pipeline.stages.fit import fit_detectors
 from pipeline.stages.prepare import Prepared, prepare
-from pipeline.stages.score import ScoreJob
-from pipeline.stages.score import run as run_scores
-from pipeline.workflows.points import Points, holders
 from pipeline.workflows.progress import Display
 from pipeline.workflows.run import Options, Run, working
 from pipeline.workspace import files, tables
-from pipeline.workspace.artifacts import Cache
-from pipeline.workspace.claims import alone
+from pipeline.workspace.artifacts import Damaged, Store, mend
+from pipeline.workspace.claims import opened
 from pipeline.workspace.files import Place
 
 MOST = 1000
@@ -119,14 +116,14 @@ def execute(settings: Config, output: Path, display: Display, options: Options =
         ready = _prepared(settings, grids)
         stage.note = f"{len(ready.detectors)} points of {len(grids)} detectors"
     with (
-        alone(ready.workspace) as check,
+        opened(ready.workspace, display.say) as claims,
+        claims.alone(f"runs/{ready.config.name}/{ready.folder.name}", options.wait),
         working(ready, options) as chosen,
         ThreadPoolExecutor(1) as background,
     ):
-        search = Search(ready, options, display, background, chosen)
+        search = Search(ready, options, display, background, chosen, claims)
         found = _chosen(grids, search.metrics(), wanted.metric)
-        check()
-        written = _write(ready, wanted.metric, found)
+        written = _write(ready, wanted.metric, found, search.refers_to())
         files.write_text(output, _text(_tuned(settings, grids, found), wanted.metric, written))
     return Outcome(wanted.metric, found, written, output)
 
@@ -185,6 +182,18 @@ class Search(Run):
     """The stages that the points go through: those of a run, without its record and results."""
 
     def metrics(self) -> pa.Table:
+        """The same, with what is damaged of it made again, each file once."""
+        mended = set[str]()
+        while True:
+            try:
+                return self._metrics()
+            except Damaged as damaged:
+                if damaged.path in mended or self._maker(damaged) == "extract":
+                    raise
+                mended.add(damaged.path)
+                mend(damaged)
+
+    def _metrics(self) -> pa.Table:
         """Metrics of all points, with the OOD validation sets as one group.
 
         Raises:
@@ -192,22 +201,25 @@ class Search(Run):
         """
         self._require_features(self.ready.of_role("train", *_DECIDING))
         with self.display.stage("fit") as shown:
-            fitted, holder = self._fitted(Cache(self.ready.workspace / "fits"))
-            shown.note = f"{len(fitted.scorers)} points, {len(fitted.banks)} banks"
-        unfinished = [job for job in self._score_jobs() if not job.complete]
+            trains = self.ready.of_role("train")
+            source = trains[0].table() if trains else None
+            detectors, made_of = self.ready.detectors, self.ready.made_of
+            fitted = fit_detectors(self.engine, detectors, self._training(), self.fits, source, made_of)
+            self.fitted = fitted
+            banks = {bank.folder for bank in fitted.banks.values()}
+            shown.note = f"{len(fitted.scorers)} points, {len(banks)} banks"
+        unfinished = [job for job in self._score_jobs(fitted.scorers) if not job.complete]
         rows = sum(job.features.rows for job in unfinished)
         with self.display.stage("score", rows) as shown:
-            if unfinished:
-                self._score_points(unfinished, fitted, holder, shown.advance)
+            self._score(self._score_jobs(fitted.scorers), fitted, shown.advance)
             shown.note = f"{rows:,} rows"
-        labels = list(self.ready.detectors)
-        with self.display.stage("evaluate", len(labels)) as shown:
+        jobs = {job.dataset: job for job in self._score_jobs(fitted.scorers)}
+        with self.display.stage("evaluate", len(self.ready.detectors)) as shown:
             inside, outside = (
-                {dataset.name: str(self._scores(dataset.name)) for dataset in self.ready.config.of_role(role)}
-                for role in _DECIDING
+                [jobs[dataset.name] for dataset in self.ready.config.of_role(role)] for role in _DECIDING
             )
-            scores = evaluate.Scores({"id": inside, _MEAN: outside}, self.ready.config.seed)
-            return evaluate.run(self.engine, scores, labels, shown.advance)[0]
+            scored = {"id": inside, _MEAN: outside}
+            return evaluate.run(self.engine, scored, self.ready.config.seed, shown.advance)[0]
 
     def _require_features(self, jobs: list[shards.Job]) -> None:
         """All columns of the datasets must be there; here no image goes through the network."""
@@ -221,22 +233,12 @@ class Search(Run):
                 )
         self._unfinished("extract", jobs)
 
-    def _fitted(self, cache: Cache) -> tuple[Fitted, dict[str, str]]:
-        """The points, with as few banks as serve them all, and which bank serves which."""
-        detectors, training = self.ready.detectors, self._training(cache)
-        scorers = fit_detectors(self.engine, detectors, training, cache, None).scorers
-        holder = holders(detectors, scorers)
-        holding = {label: detectors[label] for label in dict.fromkeys(holder.values())}
-        trains = self.ready.of_role("train")
-        source = (trains[0].table(), self.ready.training) if trains else None
-        return Fitted(scorers, fit_detectors(self.engine, holding, training, cache, source).banks), holder
-
-    def _passes(self, cache: Cache, specs: list[Pass]) -> dict[Pass, passes.Result]:
+    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, passes.Result]:
         """Results of extra passes, read back; here none goes through the network."""
         found: dict[Pass, passes.Result] = {}
         for spec in specs:
             try:
-                found |= super()._passes(replace(cache, mode="frozen"), [spec])
+                found |= super()._passes([spec], replace(store, mode="frozen"))
             except UserError:
                 detectors = self.ready.detectors.items()
                 label = next(label for label, detector in detectors if spec in detector.passes())
@@ -248,18 +250,10 @@ class Search(Run):
                 ) from None
         return found
 
-    def _score_points(
-        self, jobs: list[ScoreJob], fitted: Fitted, holder: dict[str, str], progress: Callable[[int], None]
+    def _describe_index(
+        self, searched: index.Index, scorers: Mapping[str, Scorer], banks: Mapping[str, index.BankFiles]
     ) -> None:
-        searched = index.start(self.engine, fitted.banks, self.ready.config.index) if fitted.banks else None
-        try:
-            run_scores(self.engine, jobs, Points(fitted.scorers, self._columns(), searched, holder), progress)
-        finally:
-            if searched is not None:
-                searched.stop()
-
-    def _scores(self, dataset: str) -> Place:
-        return self.ready.folder / "tune" / dataset
+        """Not for the record of a run."""
 
 
 def _chosen(grids: Grids, table: pa.Table, metric: str) -> tuple[Point, ...]:
@@ -285,10 +279,15 @@ def _point(detector: str, entry: DetectorEntry, rows: dict[str, dict[str, Any]])
     )
 
 
-def _write(ready: Prepared, metric: str, points: tuple[Point, ...]) -> Place:
+def _write(ready: Prepared, metric: str, points: tuple[Point, ...], artifacts: list[str]) -> Place:
     """Write tune.json and tune.csv into the run folder; returns the path of the latter."""
     datasets = {dataset.name: dataset.role for dataset in ready.config.datasets}
-    record = {"name": ready.config.name, "fingerprint": ready.fingerprint, "datasets": datasets}
+    record = {
+        "name": ready.config.name,
+        "fingerprint": ready.fingerprint,
+        "datasets": datasets,
+        "artifacts": artifacts,
+    }
     rows = [asdict(point) for point in points]
     files.write_json(ready.folder / "tune.json", {**record, "metric": metric, "points": rows})
     for row in rows:

@@ -1,24 +1,37 @@
-"""What a workspace keeps under a digest of everything it depends on, and how one sees that it is complete.
+"""What a workspace keeps: folders named by what their files were made of, complete when a record says so.
 
-A folder of parts is complete when its `_manifest.json` exists; that file is always written last.
+The record, `_manifest.json`, is written last and holds size and SHA-256 of every file. A file that is one of
+many has a receipt beside it, written after it: what was killed goes on with the parts that have one.
+docs/workspace.md tells the whole story.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file, save_file
 
-from pipeline import __version__
-from pipeline.errors import UserError
+from pipeline.errors import AGAIN, UserError
 from pipeline.workspace import files, storage
+from pipeline.workspace.claims import Claims
 from pipeline.workspace.files import Place
+
+RECORD = "_manifest.json"
+
+Arrays = Mapping[str, NDArray[Any]]
+
+_ARRAYS, _INPUTS = "arrays.safetensors", "_inputs.json"
+_log = logging.getLogger(__name__)
 
 
 def digest(value: Any) -> str:
@@ -27,7 +40,440 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-RECORD = "_manifest.json"
+class Damaged(UserError):
+    """A file of an artifact is not what was written; `mend` lets it be made again."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path} is damaged: {reason}. Run the whole evaluation again: it is made anew.")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Damaged, (self.path, self.reason)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was written."""
+
+    size: int
+    sha256: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What whoever wrote it says of it, such as its rows."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a complete artifact says of itself."""
+
+    kind: str
+    identity: dict[str, Any]
+    inputs: dict[str, str]
+    """Content digests of the artifacts it was made of, by name."""
+    files: dict[str, File]
+    facts: dict[str, Any]
+
+    @property
+    def content(self) -> str:
+        """Digest of all bytes that others are made of: names and digests of the files, but those `aside`."""
+        aside = self.facts.get("aside", ())
+        return digest({name: file.sha256 for name, file in self.files.items() if name not in aside})
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder of files that were made of something."""
+
+    folder: Place
+    kind: str
+    identity: Mapping[str, Any]
+    """What it was made of and how; its digest names the folder."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Content digests, by name, of what it is to be made of: if they differ, it is made again."""
+
+    @property
+    def name(self) -> str:
+        """Its place in the workspace: what others that are made of it have in their identity."""
+        return name_of(self.folder)
+
+    def record(self) -> Record | None:
+        """Its record if it is complete.
+
+        Raises:
+            Damaged: a record, or a file of the wrong size.
+        """
+        path = self.folder / RECORD
+        if not path.is_file():
+            return None
+        found = read_record(self.folder)
+        if digest([found.kind, found.identity]) != digest([self.kind, self.identity]):
+            raise Damaged(str(path), "it is the record of something else")
+        sizes = {entry.name: entry.size for entry in storage.entries(str(self.folder))}
+        for name, file in found.files.items():
+            if sizes.get(name) != file.size:
+                there = "it is missing" if name not in sizes else f"it has {sizes[name]:,} bytes"
+                raise Damaged(str(self.folder / name), f"{there}, {file.size:,} were written")
+        return found
+
+    def require(self) -> Record:
+        """Its record; it was complete before.
+
+        Raises:
+            Damaged: it is not any more.
+        """
+        found = self.record()
+        if found is None:
+            raise Damaged(str(self.folder / RECORD), "it is missing")
+        return found
+
+    def intact(self) -> Record | None:
+        """Its record if it is complete, of the written sizes, and made of what it is to be made of."""
+        try:
+            found = self.record()
+        except Damaged as damaged:
+            _log.warning("%s is damaged: %s", damaged.path, damaged.reason)
+            return None
+        return found if found is not None and found.inputs == dict(self.inputs) else None
+
+    def done(self) -> dict[str, File]:
+        """The parts that are there, by name; those whose writer was killed are not."""
+        if not self.folder.is_dir():
+            return {}
+        entries = storage.entries(str(self.folder))
+        sizes = {entry.name: entry.size for entry in entries}
+        names = [_part_of(entry.name) for entry in entries if _is_receipt(entry.name)]
+        receipts = storage.ahead(receipt_of, [self.folder / name for name in names], 8)
+        found = zip(names, receipts, strict=True)
+        return {name: file for name, file in found if file is not None and sizes.get(name) == file.size}
+
+    def begin(self) -> dict[str, File]:
+        """The parts that are there and were made of the same inputs; others are deleted, and the record."""
+        wanted = digest(dict(self.inputs))
+        note = self.folder / _INPUTS
+        if self.inputs and not (note.is_file() and files.read_json(note) == wanted):
+            self.discard()
+            files.write_json(note, wanted)
+        (self.folder / RECORD).unlink(missing_ok=True)
+        return self.done()
+
+    def finish(self, made: Mapping[str, File], alone: bool = True, **facts: Any) -> Record:
+        """Mark it as complete.
+
+        Args:
+            made: all its files.
+            alone: whether what else lies in its folder, such as drafts, is deleted.
+            facts: what else is to be known about it; under `aside`, the files that nothing is made of.
+        """
+        for entry in storage.entries(str(self.folder)) if alone else ():
+            name = _part_of(entry.name) if _is_receipt(entry.name) else entry.name
+            if not entry.folder and name not in (*made, _INPUTS):
+                files.at(entry.uri).unlink(missing_ok=True)
+        record = Record(self.kind, dict(self.identity), dict(self.inputs), dict(made), facts)
+        _seal(self.folder / RECORD, asdict(record))
+        return record
+
+    def checked(self) -> Record | None:
+        """The same, and all its files have the bytes that were written; for small ones."""
+        found = self.intact()
+        try:
+            for name, file in found.files.items() if found is not None else ():
+                with opened(self.folder / name, file.sha256):
+                    pass
+        except Damaged as damaged:
+            mend(damaged)
+            return None
+        return found
+
+    def discard(self) -> None:
+        """Delete its files, the record first: what a kill leaves then never looks complete."""
+        if self.folder.is_dir():
+            (self.folder / RECORD).unlink(missing_ok=True)
+            for entry in storage.entries(str(self.folder)):
+                if not entry.folder:
+                    files.at(entry.uri).unlink(missing_ok=True)
+
+    def arrays(self, record: Record) -> dict[str, NDArray[Any]]:
+        """The arrays of one that holds arrays.
+
+        Raises:
+            Damaged: other bytes than were written.
+        """
+        with opened(self.folder / _ARRAYS, record.files[_ARRAYS].sha256) as file:
+            return load_file(file)
+
+    def keep(self, arrays: Arrays, **facts: Any) -> Record:
+        """Make it of arrays."""
+        return self.finish({_ARRAYS: write(self.folder / _ARRAYS, saved(arrays))}, **facts)
+
+
+def read_record(folder: Place) -> Record:
+    """The record of whatever artifact is complete in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Damaged: other bytes than were written.
+    """
+    content = _unsealed(folder / RECORD)
+    listed = {name: File(**file) for name, file in content.pop("files").items()}
+    return Record(files=listed, **content)
+
+
+@lru_cache(maxsize=256)
+def digests(folder: str, content: str) -> dict[str, str]:
+    """SHA-256 of every file of an artifact of some content, by name; read once in a process.
+
+    Raises:
+        UserError: if it has another content by now.
+    """
+    try:
+        record = read_record(files.at(folder))
+    except FileNotFoundError:
+        raise Damaged(str(files.at(folder) / RECORD), "it is missing") from None
+    if record.content != content:
+        raise UserError(f"{folder}: its files were made again by another run meanwhile. {AGAIN}")
+    return {name: file.sha256 for name, file in record.files.items()}
+
+
+def name_of(folder: Place) -> str:
+    """Name of the artifact in a folder, as in `fits/1f2e3d4c5b6a7988`."""
+    return f"{storage.name_of(storage.parent(str(folder)))}/{folder.name}"
+
+
+def saved(arrays: Arrays) -> Callable[[Path], None]:
+    """A function that writes arrays to a path."""
+    whole = {name: np.asarray(value, order="C") for name, value in arrays.items()}
+    return lambda path: save_file(whole, path)
+
+
+def write(path: Place, fill: Callable[[Path], None], **facts: Any) -> File:
+    """Write a file; it appears when it is complete.
+
+    Args:
+        path: the file.
+        fill: writes a draft of it at a local path.
+        facts: what is to be known about it.
+    """
+    with files.atomic(path) as draft:
+        fill(draft)
+        return File(draft.stat().st_size, _sha256(draft), facts)
+
+
+def write_part(path: Place, fill: Callable[[Path], None], **facts: Any) -> File:
+    """The same for a file that need not be written again if the work is interrupted later."""
+    file = write(path, fill, **facts)
+    _seal(_receipt(path), asdict(file))
+    return file
+
+
+def remove(path: Place) -> None:
+    """Delete a file, its receipt first."""
+    _receipt(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def mend(damaged: Damaged) -> None:
+    """Take away a damaged file, the record of its artifact first: it is then to be made again."""
+    _log.warning("%s is damaged: %s; it is made again", damaged.path, damaged.reason)
+    path = files.at(damaged.path)
+    (files.at(storage.parent(damaged.path)) / RECORD).unlink(missing_ok=True)
+    if path.name != RECORD:
+        remove(path)
+
+
+@contextmanager
+def opened(path: Place, sha256: str) -> Iterator[Path]:
+    """A file as a local one, as `files.local` gives it, whose bytes are those that were written.
+
+    Raises:
+        Damaged: if they are not, or there is no such file.
+    """
+    try:
+        with files.local(path) as file:
+            stat = file.stat()
+            if _found(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino) != sha256:
+                raise Damaged(str(path), "other bytes than were written")
+            yield file
+    except FileNotFoundError:
+        raise Damaged(str(path), "it is missing") from None
+
+
+@lru_cache(maxsize=2**16)
+def _found(path: str, *_: int) -> str:
+    """Digest of a file; once in a process as long as it stays the same."""
+    return _sha256(Path(path))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _receipt(path: Place) -> Place:
+    return files.at(storage.join(storage.parent(str(path)), f".{path.name}.json"))
+
+
+def _is_receipt(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".json")
+
+
+def _part_of(receipt: str) -> str:
+    return receipt[1 : -len(".json")]
+
+
+def receipt_of(path: Place) -> File | None:
+    """What the receipt of a file says; nothing if there is none, or it is damaged."""
+    try:
+        return File(**_unsealed(_receipt(path)))
+    except (Damaged, FileNotFoundError):
+        return None
+
+
+def _seal(path: Place, content: Mapping[str, Any]) -> None:
+    """Write a JSON document that holds its own digest."""
+    files.write_json(path, {"sha256 of the rest": digest(content), **content})
+
+
+def _unsealed(path: Place) -> dict[str, Any]:
+    """What `_seal` wrote.
+
+    Raises:
+        Damaged: something else.
+    """
+    try:
+        content = dict(files.read_json(path))
+    except (ValueError, TypeError):
+        raise Damaged(str(path), "no JSON") from None
+    if content.pop("sha256 of the rest", None) != digest(content):
+        raise Damaged(str(path), "other bytes than were written")
+    return content
+
+
+@dataclass
+class Store:
+    """Artifacts of one folder of a workspace, and whether what is lacking may be made."""
+
+    folder: Place
+    mode: Literal["reuse", "frozen", "fresh"] = "reuse"
+    """Make what is not there; or refuse to; or make everything again, once."""
+    afresh: set[str] = field(default_factory=set)
+    """Names of what was made again."""
+    used: set[str] = field(default_factory=set)
+    """Names of all that was asked for."""
+    made_now: set[str] = field(default_factory=set)
+    """Names of what was made."""
+    claims: Claims | None = None
+    """Who makes what, where others may make the same."""
+
+    def artifact(
+        self, kind: str, identity: Mapping[str, Any], inputs: Mapping[str, str] | None = None
+    ) -> Artifact:
+        """The artifact of a kind and an identity.
+
+        Args:
+            kind: what it is, with the format of its files, as in `bank 1`.
+            identity: what it is made of and how.
+            inputs: content digests, by name, of what it is made of.
+        """
+        return Artifact(self.folder / digest([kind, identity])[:16], kind, dict(identity), inputs or {})
+
+    def ready(self, artifact: Artifact) -> Record | None:
+        """The record of an artifact that can be used; None if it has to be made.
+
+        What is damaged of it is taken away; the rest of it stays.
+
+        Raises:
+            UserError: if it has to be made and that is not for this command.
+        """
+        self.used.add(artifact.name)
+        if self.mode == "fresh" and artifact.name not in self.afresh:
+            return None
+        try:
+            found = artifact.record()
+            if found is not None and found.inputs != dict(artifact.inputs):
+                self._refuse(artifact)
+                _log.warning("%s was made of files that are others by now; it is made again", artifact.name)
+                found = None
+        except Damaged as damaged:
+            if self.mode == "frozen":
+                raise
+            mend(damaged)
+            found = None
+        if found is None:
+            self._refuse(artifact)
+        return found
+
+    def _refuse(self, artifact: Artifact) -> None:
+        if self.mode == "frozen":
+            kind = artifact.kind.rpartition(" ")[0]
+            raise UserError(f"fit: no {kind} in the workspace. Run `ood-pipeline fit` first.")
+
+    def made(
+        self, artifacts: Sequence[Artifact], compute: Callable[[list[int]], Iterable[Arrays]]
+    ) -> list[Record]:
+        """Records of artifacts that hold arrays; those that are lacking are computed together.
+
+        Args:
+            artifacts: what is wanted.
+            compute: gives the arrays of those at some positions.
+
+        Raises:
+            UserError: if one is lacking and that is not for this command.
+        """
+
+        def make(names: set[str]) -> None:
+            lacking = [number for number, artifact in enumerate(artifacts) if artifact.name in names]
+            for number, arrays in zip(lacking, compute(lacking), strict=True):
+                artifacts[number].keep(arrays)
+
+        return self.shared(artifacts, make)
+
+    def shared(self, artifacts: Sequence[Artifact], make: Callable[[set[str]], None]) -> list[Record]:
+        """Records of artifacts; those that are lacking are made, by us or by whoever has claimed them.
+
+        Args:
+            artifacts: what is wanted.
+            make: makes those of some names.
+
+        Raises:
+            UserError: if one is lacking and that is not for this command.
+        """
+        records: dict[str, Record] = {}
+
+        def lacking() -> list[str]:
+            for artifact in artifacts:
+                if artifact.name not in records and (found := self.ready(artifact)) is not None:
+                    records[artifact.name] = found
+            return [artifact.name for artifact in artifacts if artifact.name not in records]
+
+        def noted(names: set[str]) -> None:
+            self._note([artifact for artifact in artifacts if artifact.name in names])
+            make(names)
+
+        if self.claims is not None:
+            self.claims.share(lacking, noted)
+        elif names := set(lacking()):
+            noted(names)
+            lacking()
+        return [records[artifact.name] for artifact in artifacts]
+
+    def arrays(
+        self, artifacts: Sequence[Artifact], compute: Callable[[list[int]], Iterable[Arrays]]
+    ) -> list[dict[str, NDArray[Any]]]:
+        """The arrays themselves.
+
+        Raises:
+            UserError: if one is lacking and that is not for this command.
+            Damaged: bytes that are not those that were written.
+        """
+        records = self.made(artifacts, compute)
+        return [artifact.arrays(record) for artifact, record in zip(artifacts, records, strict=True)]
+
+    def _note(self, made: Iterable[Artifact]) -> None:
+        """Remember what is made; of what is made afresh, the old is deleted."""
+        for artifact in made:
+            self.made_now.add(artifact.name)
+            if self.mode == "fresh" and artifact.name not in self.afresh:
+                artifact.discard()
+                self.afresh.add(artifact.name)
 
 
 def remove_folder(folder: Place) -> None:
@@ -43,74 +489,3 @@ def _unmark(folder: Place) -> None:
     (folder / RECORD).unlink(missing_ok=True)
     for each in inside:
         _unmark(files.at(each))
-
-
-def remove_drafts(folder: Place) -> None:
-    """Delete what writers that were killed left behind."""
-    for draft in folder.glob(".part-*"):
-        draft.unlink(missing_ok=True)
-
-
-_ARRAYS = "arrays.safetensors"
-
-
-@dataclass(frozen=True)
-class Cache:
-    """The artefacts of a workspace."""
-
-    folder: Place
-    mode: Literal["reuse", "frozen", "fresh"] = "reuse"
-    """Compute what is not there; or refuse to; or compute everything again."""
-
-    def get(
-        self, kind: str, identity: Mapping[str, Any], compute: Callable[[], Mapping[str, NDArray[Any]]]
-    ) -> dict[str, NDArray[Any]]:
-        """Arrays of an artefact: read back, or computed and stored.
-
-        Raises:
-            UserError: if it is not there and the cache is frozen.
-        """
-        return self.get_all(kind, [identity], lambda _: [compute()])[0]
-
-    def get_all(
-        self,
-        kind: str,
-        identities: Sequence[Mapping[str, Any]],
-        compute: Callable[[list[int]], Iterable[Mapping[str, NDArray[Any]]]],
-    ) -> list[dict[str, NDArray[Any]]]:
-        """Arrays of several artefacts; those that are missing are computed together.
-
-        Args:
-            kind: what they are.
-            identities: what each depends on.
-            compute: gives the arrays of those at some positions.
-
-        Raises:
-            UserError: if one is not there and the cache is frozen.
-        """
-        folders = [self.place(kind, identity) for identity in identities]
-        missing = [number for number, folder in enumerate(folders) if not self.has(folder, kind)]
-        for number, found in zip(missing, compute(missing) if missing else (), strict=True):
-            data = save({name: np.asarray(value, order="C") for name, value in found.items()})
-            with files.atomic(folders[number] / _ARRAYS) as draft:
-                draft.write_bytes(data)
-            files.write_json(folders[number] / RECORD, {"kind": kind, "identity": identities[number]})
-        return [self._read(folder) for folder in folders]
-
-    @staticmethod
-    def _read(folder: Place) -> dict[str, NDArray[Any]]:
-        with files.local(folder / _ARRAYS) as file:
-            return load_file(file)
-
-    def place(self, kind: str, identity: Mapping[str, Any]) -> Place:
-        """Folder of an artefact."""
-        return self.folder / digest({"kind": kind, "version": __version__, **identity})[:16]
-
-    def has(self, folder: Place, kind: str) -> bool:
-        """Whether an artefact is there to be used."""
-        if self.mode == "fresh":
-            remove_folder(folder)
-        found = (folder / RECORD).is_file()
-        if self.mode == "frozen" and not found:
-            raise UserError(f"fit: no {kind} in the workspace. Run `ood-pipeline fit` first.")
-        return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import tempfile
 import uuid
@@ -94,7 +95,7 @@ def at(path: str) -> Place:
 
 
 def put(file: Path, to: Place) -> None:
-    """Make a local file, which is complete, appear at a place; its folder is made if need be.
+    """Make a local file, which is complete, appear at a place, on the disk; its folder is made if need be.
 
     Raises:
         OSError: no access, or no room. What was at the place is then still there.
@@ -103,7 +104,18 @@ def put(file: Path, to: Place) -> None:
         storage.upload(file, to.uri)
     else:
         to.parent.mkdir(parents=True, exist_ok=True)
+        _sync(file)
         file.replace(to)
+        _sync(to.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk: power loss then takes nothing."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -249,7 +261,13 @@ def write_text(path: Place, text: str) -> None:
 
 def write_json(path: Place, value: Any) -> None:
     """Write a JSON document atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    with atomic(path) as draft:
+        dump_json(value, draft)
+
+
+def dump_json(value: Any, path: Path) -> None:
+    """Write a JSON document to the local disk."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Place) -> Any:

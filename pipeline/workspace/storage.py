@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -46,6 +47,8 @@ class Entry:
     folder: bool
     identity: str
     """Size and time stamp of a file; `missing` for a link to nowhere."""
+    size: int = 0
+    """Bytes."""
 
 
 def is_remote(path: str) -> bool:
@@ -117,23 +120,73 @@ def open_input(path: str) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(system.open_input_file(place), BUFFER))
 
 
-def read(path: str, offset: int | None = None, length: int | None = None) -> bytes:
+class Changed(UserError):
+    """A file is another one than was listed."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path} was changed after it was listed. Run again: it is listed anew.")
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Changed, (self.path,)
+
+
+def read(
+    path: str, offset: int | None = None, length: int | None = None, identity: str | None = None
+) -> bytes:
     """Content of a file, or `length` bytes of it from `offset` on.
 
+    Args:
+        path: of the file.
+        offset: where to begin; None = all of it.
+        length: how many bytes; None = to the end.
+        identity: what the file had when it was listed; None = whatever it is.
+
     Raises:
+        Changed: it has another identity.
         UserError: a URI that names no usable storage.
         OSError: no such file, or no access.
         EOFError: a file that ends earlier.
     """
     system, place = located(path)
     with Path(place).open("rb") if system is None else system.open_input_file(place) as file:
-        if offset is None:
-            return cast(bytes, file.read())
-        file.seek(offset)
-        content = cast(bytes, file.read(length))
+        if offset is not None:
+            file.seek(offset)
+        content = cast(bytes, file.read(length) if offset is not None else file.read())
+        if identity is not None and identity != _identity_of(file, system, place):
+            raise Changed(path)
     if length is not None and len(content) < length:
         raise EOFError(f"the file ends {length - len(content)} bytes too early")
     return content
+
+
+def require_unchanged(path: str, identity: str) -> None:
+    """Refuse a file that has another identity than when it was listed.
+
+    Raises:
+        Changed: it has.
+        FileNotFoundError: it is not there any more.
+    """
+    found = find(path)
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, "no such file", path)
+    if found.identity != identity:
+        raise Changed(path)
+
+
+def _identity_of(file: Any, system: Any, place: str) -> str:
+    """The identity of an open file, as a listing gives it."""
+    if system is None:
+        return _identity(os.fstat(file.fileno()))
+    modified = file.metadata().get("Last-Modified") if system.type_name == "s3" else None
+    if modified is None:
+        return _remote_entry(place, system.get_file_info(place)).identity
+    seconds = round(datetime.fromisoformat(modified.decode()).timestamp())
+    return f"{file.size()}-{seconds * 10**9}"
+
+
+def _identity(stat: os.stat_result) -> str:
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def upload(file: Path, uri: str) -> None:
@@ -251,7 +304,7 @@ def _local_entry(entry: Path | os.DirEntry[str]) -> Entry:
         stat = entry.stat()
     except OSError:  # a dangling link
         return Entry(uri, entry.name, folder, "missing")
-    return Entry(uri, entry.name, folder, f"{stat.st_size}-{stat.st_mtime_ns}")
+    return Entry(uri, entry.name, folder, _identity(stat), stat.st_size)
 
 
 def _children(system: Any, place: str) -> Iterator[fs.FileInfo]:
@@ -272,4 +325,4 @@ def _children(system: Any, place: str) -> Iterator[fs.FileInfo]:
 
 def _remote_entry(uri: str, info: Any) -> Entry:
     folder = info.type == fs.FileType.Directory
-    return Entry(uri, info.base_name, folder, f"{info.size}-{info.mtime_ns}")
+    return Entry(uri, info.base_name, folder, f"{info.size}-{info.mtime_ns}", info.size or 0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.columns import padded
 from pipeline.workspace import artifacts, files, storage
+from pipeline.workspace.artifacts import Record
 from pipeline.workspace.files import Place
 
 AHEAD = 8
@@ -20,16 +24,21 @@ AHEAD = 8
 
 
 def write_table(path: Place, table: pa.Table) -> None:
-    """Write a Parquet file atomically, with checksums that `parquet` compares."""
+    """Write a Parquet file that belongs to no artifact; it appears when it is complete."""
     with files.atomic(path) as draft:
-        pq.write_table(
-            table,
-            draft,
-            compression="lz4",
-            row_group_size=ROW_GROUP,
-            use_dictionary=False,
-            write_page_checksum=True,
-        )
+        written(table)(draft)
+
+
+def written(table: pa.Table) -> Callable[[Path], None]:
+    """A function that writes a table to a path, with checksums that `parquet` compares."""
+    return partial(
+        pq.write_table,
+        table,
+        compression="lz4",
+        row_group_size=ROW_GROUP,
+        use_dictionary=False,
+        write_page_checksum=True,
+    )
 
 
 def part_name(number: int) -> str:
@@ -66,17 +75,29 @@ def _numpy(column: pa.Array) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class Table:
-    """A complete folder of Parquet parts, addressed by row number."""
+    """A complete artifact of Parquet parts, addressed by row number.
+
+    What reads rows of it raises `Damaged` for a part that is not what was written.
+    """
 
     folder: str
+    content: str
+    """Digest of all bytes."""
     part_rows: tuple[int, ...]
-    beside: tuple[str, ...] = ()
-    """Columns that have folders of their own in it, with equal parts."""
+    beside: tuple[tuple[str, str], ...] = ()
+    """Columns that are artifacts of their own in its folder, with equal parts, and their content digests."""
 
     @classmethod
-    def open(cls, folder: Place, beside: Iterable[str] = ()) -> Table:
-        """Open a complete folder."""
-        return cls(str(folder), tuple(files.read_json(folder / artifacts.RECORD)["part_rows"]), tuple(beside))
+    def of(cls, folder: Place, record: Record, beside: Mapping[str, Record] | None = None) -> Table:
+        """The rows of an artifact, and of columns beside it by name."""
+        rows = [file.facts["rows"] for name, file in sorted(record.files.items()) if name.startswith("part-")]
+        columns = {name: column.content for name, column in (beside or {}).items()}
+        return cls(str(folder), record.content, tuple(rows), tuple(columns.items()))
+
+    @classmethod
+    def open(cls, folder: Place) -> Table:
+        """The rows of whatever artifact is complete in a folder."""
+        return cls.of(folder, artifacts.read_record(folder))
 
     @property
     def rows(self) -> int:
@@ -94,41 +115,43 @@ class Table:
 
     def read(self, start: int, stop: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Columns of rows [start, stop), at least one."""
-        own = [name for name in names if name not in self.beside]
+        beside = dict(self.beside)
+        own = [name for name in names if name not in beside]
         found = self._read(start, stop, own) if own else {}
         for name in names:
-            if name in self.beside:
-                found |= replace(self, folder=str(files.at(self.folder) / name))._read(start, stop, [name])
+            if name in beside:
+                other = replace(self, folder=str(files.at(self.folder) / name), content=beside[name])
+                found |= other._read(start, stop, [name])
         return found
+
+    def contents(self, name: str, columns: Iterable[str]) -> dict[str, str]:
+        """Content digests of this artifact, which has a name, and of some of the columns beside it."""
+        beside = dict(self.beside)
+        return {name: self.content} | {
+            f"{name}/{column}": beside[column] for column in columns if column in beside
+        }
+
+    def columns(self, names: Sequence[str]) -> Iterator[pa.Table]:
+        """Some columns, part by part in order."""
+
+        def read(path: Place) -> pa.Table:
+            with self._opened(path) as file:
+                return pq.read_table(file, columns=list(names), page_checksum_verification=True)
+
+        return storage.ahead(read, self.parts(), AHEAD)
+
+    def _opened(self, path: Place) -> AbstractContextManager[Path]:
+        return artifacts.opened(path, artifacts.digests(self.folder, self.content)[path.name])
 
     def _read(self, start: int, stop: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         tables, offset = [], 0
         for path, rows in zip(self.parts(), self.part_rows, strict=True):
             first, last = max(start - offset, 0), min(stop - offset, rows)
             if first < last:
-                tables.append(read_rows(path, first, last, names))
+                with self._opened(path) as file:
+                    tables.append(read_rows(file, first, last, names))
             offset += rows
         return numpy_columns(pa.concat_tables(tables), names)
-
-
-def read_columns(paths: Iterable[Place | str], names: Sequence[str]) -> Iterator[pa.Table]:
-    """Some columns of Parquet files, file by file in order."""
-
-    def read(path: Place | str) -> pa.Table:
-        with parquet(path) as file:
-            return file.read(columns=list(names))
-
-    return storage.ahead(read, paths, AHEAD)
-
-
-def metadata(paths: Iterable[Place | str]) -> Iterator[pq.FileMetaData]:
-    """What the footers of Parquet files say, in order."""
-
-    def read(path: Place | str) -> pq.FileMetaData:
-        with parquet(path) as file:
-            return file.metadata
-
-    return storage.ahead(read, paths, AHEAD)
 
 
 def fixed_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import re
 import shlex
 import socketserver
@@ -23,18 +24,20 @@ import pytest
 import torch
 import typer
 import yaml
-from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from pipeline import __version__, detectors, imports
 from pipeline.cli import doctor, main
+from pipeline.config import loading
+from pipeline.stages.prepare import prepare
+from pipeline.workspace import claims
 
 COMMAND = Path(sys.executable).parent / "ood-pipeline"
 SUBCOMMANDS = (
     *("run", "extract", "fit", "score", "evaluate", "report", "validate", "detectors", "doctor"),
-    *("submit", "status", "stop", "tune", "verify"),
+    *("submit", "status", "stop", "tune", "verify", "runs", "clean"),
 )
 
 NET = """
@@ -708,36 +711,40 @@ def test_a_command_that_is_terminated_leaves_in_order(case):
     assert running.returncode == 143
 
 
-def test_a_workspace_in_use_is_refused(case, command):
-    case.workspace.mkdir()
-    with FileLock(case.workspace / ".lock"):
+def test_an_evaluation_that_is_under_way_is_refused(case, command):
+    name = prepare(loading.load(case.config())).folder.name
+    with claims.opened(case.workspace) as ours, ours.alone(f"runs/{case.raw['name']}/{name}"):
         outcome = command("run", case.config())
     assert outcome.status == 2
     assert re.match(
-        rf"error: workspace: {case.workspace} is in use by process .*Wait for it, or", outcome.err
+        rf"error: {case.workspace}/runs/.* is being made by process {os.getpid()} .*--wait", outcome.err
     )
     assert len(outcome.err.splitlines()) == 1
     assert not (case.workspace / "runs").exists()
     assert not (case.workspace / "features").exists()
 
 
-@pytest.mark.parametrize("name", ["", "runs", "runs/small/report"])
+@pytest.mark.parametrize("name", ["", "runs", "runs/small", "runs/small/0123/report", "runs/old"])
 def test_what_is_no_run_folder_cannot_be_verified(tmp_path, command, name):
-    (tmp_path / "runs" / "small" / "report").mkdir(parents=True)
-    (tmp_path / "runs" / "small" / "config.yaml").touch()
+    (tmp_path / "runs" / "small" / "0123" / "report").mkdir(parents=True)
+    (tmp_path / "runs" / "old").mkdir()
+    for folder in ("small/0123", "old"):
+        (tmp_path / "runs" / folder / "config.yaml").touch()
     outcome = command("verify", str(tmp_path / name))
     assert (outcome.status, outcome.out) == (2, "")
     assert re.fullmatch(
-        r"error: .*: no run folder\. Give the path or URI of <workspace>/runs/<name>\.\n", outcome.err
+        r"error: .*: no run folder\. Give the path or URI of <workspace>/runs/<name> or one of its ids; "
+        r"`ood-pipeline runs` lists them\.\n",
+        outcome.err,
     )
 
 
 def test_a_run_that_never_came_far_has_status_1_and_no_traceback(tmp_path, command):
-    (tmp_path / "runs" / "small").mkdir(parents=True)
-    (tmp_path / "runs" / "small" / "config.yaml").touch()
+    (tmp_path / "runs" / "small" / "0123").mkdir(parents=True)
+    (tmp_path / "runs" / "small" / "0123" / "config.yaml").touch()
+    (tmp_path / "runs" / "small" / "latest").write_text("0123\n")
     outcome = command("verify", str(tmp_path / "runs" / "small"))
     assert (outcome.status, outcome.err) == (1, "")
-    assert re.match(r"bad +manifest\.json +files: .*/runs/small/manifest\.json is missing\n", outcome.out)
-    assert re.search(
-        r"\nfix  run the evaluation again, which writes .*/runs/small/manifest\.json anew\n$", outcome.out
-    )
+    path = r".*/runs/small/0123/manifest\.json"
+    assert re.match(rf"bad +manifest\.json +files: {path} is missing\n", outcome.out)
+    assert re.search(rf"\nfix  run the evaluation again, which writes {path} anew\n$", outcome.out)

@@ -17,6 +17,7 @@ import yaml
 
 from pipeline.workspace import files
 from tests.servers import free_port, wait
+from tests.stored import newest
 
 SPECIAL = ("--num-cpus=1", "--num-gpus=1", '--resources={"special": 1}')
 """A node with a logical GPU and a resource of the cluster's own."""
@@ -159,7 +160,7 @@ class Results:
 
     @classmethod
     def of(cls, config: Path) -> Results:
-        run = config.parent / "workspace" / "runs" / "small"
+        run = newest(config.parent / "workspace")
         scores = {}
         for folder in (run / "scores").iterdir():
             table = pq.read_table(folder)

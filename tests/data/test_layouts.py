@@ -39,7 +39,7 @@ def extracted() -> Callable[[Manifest], tuple[pa.Table, list[list[str]]]]:
     chosen = schema.Model(source="factory", name=name, weights=weights, transform=transform)
     classifier, settings = load_classifier(chosen, 0), schema.Extract(batch_size=4)
     extractor = extract.Extractor(
-        shards.Plan(chosen, settings, 0, classifier.digest, classifier.transform), 1
+        shards.Plan(chosen, settings, 0, classifier.digest, classifier.transform, classifier.probe), 1
     )
 
     def extracted(manifest: Manifest) -> tuple[pa.Table, list[list[str]]]:

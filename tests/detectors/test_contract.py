@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from dataclasses import replace
@@ -10,11 +11,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from safetensors.numpy import load_file, save_file
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from pipeline import columns, detectors
 from pipeline.columns import BLOCK_NORM, FEATURE, LABEL, LOGITS, PREDICTION
+from pipeline.detectors import plain
 from pipeline.detectors.base import Detector, bank_of
 
 FEATURE_TABLE = {columns.KEY, columns.LABEL, columns.PREDICTION, FEATURE, LOGITS, BLOCK_NORM}
@@ -114,6 +117,18 @@ def test_a_pickled_scorer_gives_identical_bits(detector, rows):
         assert copied_bank.embed(rows.query).tobytes() == bank.embed(rows.query).tobytes()
         assert copied_bank.queries(rows.query).tobytes() == bank.queries(rows.query).tobytes()
         assert copied_bank.keep(rows.train).tobytes() == bank.keep(rows.train).tobytes()
+
+
+def test_a_scorer_that_is_kept_as_plain_data_gives_identical_bits(detector, rows, tmp_path):
+    document, arrays = plain.encode(detector.fit(rows.training(detector)))
+    save_file(arrays, tmp_path / "arrays.safetensors")
+    text, stored = json.dumps(document), load_file(tmp_path / "arrays.safetensors")
+    scorer = plain.decode(json.loads(text), stored)
+    again, others = plain.encode(scorer)
+    assert (json.dumps(again), others.keys()) == (text, arrays.keys())
+    assert all(others[name].tobytes() == arrays[name].tobytes() for name in arrays)
+    batch = rows.with_neighbours(scorer, rows.query)
+    np.testing.assert_allclose(scorer(batch), rows.score(detector), rtol=1e-12, atol=1e-12)
 
 
 def test_a_bank_keeps_some_training_rows(detector, rows):

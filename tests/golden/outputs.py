@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from pipeline.config import schema
+from tests.stored import newest
 
 Arrays = Mapping[str, NDArray[Any]]
 
-_NOT_OWN = ("features", "statistic", "pass", "train", "held out", "detector", "code")
+_NOT_OWN = ("features", "statistic", "version", "after", "pass", "train", "held out", "detector", "code")
 """Parts of an artefact's identity that say what it is made of, or what kind it is."""
 
 
@@ -43,7 +44,7 @@ class Outputs:
 def read(loaded: schema.Config) -> Outputs:
     """What lies in the workspace of a config after its run."""
     workspace = Path(loaded.workspace)
-    folder = workspace / "runs" / loaded.name
+    folder = newest(workspace, loaded.name)
     features = {dataset.name: _features(workspace, dataset.name, loaded) for dataset in loaded.datasets}
     statistics = dict(_statistics(workspace))
     found = zip(KINDS, (features, statistics, _scores(folder, loaded)), strict=True)
@@ -91,26 +92,28 @@ def _statistics(workspace: Path) -> Iterator[tuple[str, Arrays]]:
     """Name and arrays of every artefact."""
     datasets = {}
     for marker in workspace.glob("features/*/_manifest.json"):
-        record = json.loads(marker.read_text())
-        datasets[record["identity"]["images"]] = record["dataset"]
+        datasets[f"features/{marker.parent.name}"] = json.loads(marker.read_text())["facts"]["dataset"]
     for folder in sorted(workspace.glob("fits/*")):
         record = json.loads((folder / "_manifest.json").read_text())
+        if record["kind"].startswith(("detector ", "index ")):
+            continue
         pieces = sorted(folder.glob("bank-*.npy"))
         vectors = {"vectors": np.concatenate([np.load(piece) for piece in pieces])} if pieces else {}
         yield _name(record, datasets), vectors or load_file(folder / "arrays.safetensors")
 
 
 def _name(record: dict[str, Any], datasets: Mapping[str, str]) -> str:
-    """What an artefact is: kind or class, its parameters, and the rows of a statistic."""
+    """What an artefact is: kind or class, its version, its parameters, and the rows of a statistic."""
     kind, identity = record["kind"], record["identity"]
-    if kind == "bank":
-        name, parameters = identity["detector"][:2]
-        return f"{name} bank {_shown(parameters)}"
-    if kind != "statistics":
+    if kind.startswith("bank "):
+        name, _, parameters = identity["detector"][:3]
+        return f"{name} {kind} {_shown(parameters)}"
+    if not kind.startswith("statistic "):
         return f"{kind} {_shown(identity['pass'])}"
-    rows = ", ".join(datasets[part["images"]] for part in identity["features"])
+    rows = ", ".join(datasets[name] for name in identity["features"])
     own = {name: value for name, value in identity.items() if name not in _NOT_OWN}
-    return f"{identity['statistic'].rpartition('.')[2]} of {rows} {_shown(own)}"
+    version = kind.rpartition(" ")[2]
+    return f"{identity['statistic'].rpartition('.')[2]} {version} of {rows} {_shown(own)}"
 
 
 def _shown(parameters: Mapping[str, Any]) -> str:

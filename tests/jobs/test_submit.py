@@ -21,15 +21,16 @@ from typing import Any
 
 import pytest
 import yaml
-from filelock import FileLock
 from packaging.requirements import Requirement
 from ray.job_submission import JobStatus
 from rich.console import Console
 
 from pipeline.cluster.remote import submit
 from pipeline.errors import UserError
+from pipeline.workspace import claims
 from tests.jobs.conftest import Head
 from tests.servers import wait
+from tests.stored import newest
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -118,16 +119,16 @@ def story(head: Head, evaluation: tuple[str, str, Path]) -> Story:
     arguments = ("submit", source, "--workspace", str(workspace), "--env", "OOD_TEST_*")
     slow, fast = ({"OOD_TEST_SECRET": secret, "OOD_TEST_NAP": nap} for nap in ("1.5", "0"))
     waiting = head.start(*arguments, **slow)
-    wait("an owner", (workspace / ".owner.json").is_file, 90)
+    wait("a run", lambda: any(workspace.glob("runs/small/latest")), 90)
     waiting.send_signal(signal.SIGINT)
     interrupted = head.finish(waiting)
     first = submission(interrupted)
     refused = head.command(*arguments, **fast)
     wait("features", lambda: any(workspace.glob("features/*/part-*")))
     stopped = head.command("stop", first)
-    after_stop = json.loads((workspace / "runs" / "small" / "manifest.json").read_text())
-    with FileLock(workspace / ".lock", timeout=0):
-        after_stop["owner"] = (workspace / ".owner.json").exists()
+    after_stop = json.loads((newest(workspace) / "manifest.json").read_text())
+    with claims.opened(workspace) as ours:
+        after_stop["busy"] = ours.kind.busy()
     last = head.command(*arguments, "--no-wait", **fast)
     resumed = head.command("status", submission(last), "--follow")
     undisturbed = workspace.with_name("undisturbed")
@@ -147,11 +148,12 @@ def submission(done: subprocess.CompletedProcess[str]) -> str:
 
 def outcome(workspace: Path) -> tuple[int, list[bytes]]:
     """Images forwarded, and results as they are on disk."""
-    run = workspace / "runs" / "small"
+    run = newest(workspace)
     record = json.loads((run / "manifest.json").read_text())
     assert record["status"] == "finished"
     files = [run / "metrics.json", run / "thresholds.json", *sorted(run.glob("scores/*/*.parquet"))]
-    return record["stages"]["extract"]["forward_images"], [path.read_bytes() for path in files]
+    forwarded = record["executions"][-1]["stages"]["extract"]["forward_images"]
+    return forwarded, [path.read_bytes() for path in files]
 
 
 def test_a_command_that_is_interrupted_leaves_the_job_running_and_says_how_to_go_on(story, head):
@@ -165,14 +167,16 @@ def test_a_command_that_is_interrupted_leaves_the_job_running_and_says_how_to_go
 
 def test_a_workspace_in_use_is_refused_by_the_job_with_the_owners_name(story):
     assert story.refused.returncode == 2
-    assert re.search(r"error: workspace: .* is in use by process \d+ on .* since", story.refused.stdout)
+    assert re.search(
+        r"error: .*/runs/small/\w+ is being made by process \d+ on .* \(since", story.refused.stdout
+    )
     assert "state     FAILED\nexit      2\nmessage   Job entrypoint" in story.refused.stdout
 
 
 def test_a_job_that_is_stopped_gives_its_workspace_back_and_marks_its_run_as_failed(story, head):
     assert story.stopped.returncode == 0
     assert "state     STOPPED" in story.stopped.stdout
-    assert (story.after_stop["status"], story.after_stop["owner"]) == ("failed", False)
+    assert (story.after_stop["status"], story.after_stop["busy"]) == ("failed", False)
     told = head.command("status", story.first)
     assert told.returncode == 0
     assert re.search(r"state +STOPPED\nstarted +20.*\nended +20.*\nexit +1\nmessage +Job was", told.stdout)

@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.network import taps
 from pipeline.network.classifier import Classifier, feature_norm, load
 from pipeline.quickstart.resnet import build
+from pipeline.stages import shards
 
 FOLDER = Path(quickstart.__file__).parent
 GREY = Transform(crop=28, mean=(0.286,), std=(0.353,), channels=1)
@@ -383,7 +384,7 @@ class Clamped(ResNet10):
         load(model(name=f"{tmp_path}/clamped.py:Clamped", weights=weights), seed=0)
 
 
-def test_features_of_other_behaviour_have_another_cache(tmp_path):
+def test_other_behaviour_shows_in_the_answer_to_the_probe(tmp_path):
     """A buffer that is not saved, and a function that the model's file imports."""
     code = """
 import torch
@@ -408,6 +409,8 @@ class Net(ResNet10):
             weights = str(FOLDER / "resnet.safetensors")
             classifier = load(model(name=f"{folder}/net.py:Net", weights=weights), seed=0)
             del sys.modules["changer"]
-        found.append((classifier.digest, classifier.architecture))
-    assert found[0][1] != found[1][1]
-    assert found[0][0] == found[1][0] != found[2][0]
+        found.append(classifier)
+    one, two, three = found
+    assert (one.digest, one.architecture) == (two.digest, two.architecture)
+    assert not shards.same_network(one.probe, two.probe)
+    assert one.digest != three.digest

@@ -20,6 +20,7 @@ from pipeline.results import report
 from pipeline.results.report import plots
 from pipeline.results.report.compare import deviations
 from pipeline.results.report.tables import Results
+from tests.stored import stored
 
 NEAR = {"cifar-100": "near_ood", "tin": "near_ood"}
 FAR = {"mnist": "far_ood", "svhn": "far_ood", "textures": "far_ood"}
@@ -63,11 +64,8 @@ def write_scores(run, setup):
         table = {"key": [f"{n}.png" for n in range(setup.rows)], **scores[name]}
         if name in setup.unlabelled:
             table |= {f"is_ood.{d}": column > 1.64 for d, column in scores[name].items()}
-        folder = run / "scores" / name
-        folder.mkdir(parents=True)
         half = setup.rows // 2
-        pq.write_table(pa.table(table).slice(0, half), folder / "part-00000.parquet")
-        pq.write_table(pa.table(table).slice(half), folder / "part-00001.parquet")
+        stored(run / "scores" / name, [pa.table(table).slice(0, half), pa.table(table).slice(half)])
     return scores
 
 

@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 from pipeline.cli import main
 from pipeline.detectors.base import Pooled
 from pipeline.errors import UserError
-from pipeline.results.runs import located
-from pipeline.workspace import files, tables
+from pipeline.workspace import artifacts, files, tables
+from pipeline.workspace.runs import located
+from tests.stored import newest
 
 Damage = Callable[[Path], None]
 
@@ -66,7 +67,7 @@ def finished(kept, settings, images, load, execute, tmp_path) -> Path:
         settings["datasets"] += entries + pictures(tmp_path, images)
         settings["detectors"] = ["msp", "mahalanobis_ensemble"]
         settings["extract"]["max_bad_fraction"] = 0.5
-        kept["workspace"] = execute(load(settings)).folder.parent.parent
+        kept["workspace"] = execute(load(settings)).folder.parent.parent.parent
     return kept["workspace"]
 
 
@@ -94,7 +95,7 @@ def compiled(dataset: str) -> Callable[[Path], Path]:
 
 
 def of_run(name: str) -> Callable[[Path], Path]:
-    return lambda workspace: workspace / "runs" / "small" / name
+    return lambda workspace: newest(workspace) / name
 
 
 def scores(dataset: str) -> Callable[[Path], Path]:
@@ -133,6 +134,18 @@ def document(where: Callable[[Path], Path], *keys: Any, value: Any) -> Damage:
             inner = inner[key]
         inner[keys[-1]] = value
         where(workspace).write_text(json.dumps(content))
+
+    return damage
+
+
+def record(where: Callable[[Path], Path], *keys: Any, value: Any) -> Damage:
+    """Another value in the record of an artifact, which is sealed again."""
+
+    def damage(workspace: Path) -> None:
+        document(where, *keys, value=value)(workspace)
+        content = json.loads(where(workspace).read_text())
+        content.pop("sha256 of the rest")
+        artifacts._seal(where(workspace), content)
 
     return damage
 
@@ -269,8 +282,12 @@ CASES: dict[str, tuple[Damage, str]] = {
     ),
     "feature part of another network": (other_network, r"scores/animals +score predictions: "),
     "identity edited": (
-        document(features("test", "_manifest.json"), "identity", "weights", value="0"),
+        record(features("test", "_manifest.json"), "identity", "weights", value="0"),
         r"features/test +hash of the identity: ",
+    ),
+    "record of features damaged": (
+        document(features("animals", "_manifest.json"), "identity", "weights", value="0"),
+        r"features/animals +files: .*_manifest\.json: other bytes than were written",
     ),
     "image list edited": (
         cell(compiled("test"), "label", 2, lambda labels: (labels[2] + 1) % 10),
@@ -421,7 +438,7 @@ TOGETHER = (
     ("killed while it extracted", "another evaluation", "report lost", "config broken"),
     ("role edited", "extra column of other rows", "extra column not finite", "extra column lost"),
     ("record broken",),
-    ("extra column narrower",),
+    ("extra column narrower", "record of features damaged"),
     ("record incomplete",),
 )
 """Damages that do not hide each other are done to one copy, because a recount takes most of a second."""

@@ -10,21 +10,24 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from pipeline.stages import evaluate
-from pipeline.workspace import artifacts, files, tables
+from pipeline.stages.score import ScoreJob
+from pipeline.workspace import files
+from pipeline.workspace.artifacts import Artifact
+from tests.stored import stored
 
 
-def score_table(folder: Path, scores: np.ndarray, correct: int = 0) -> str:
-    """A score table in two parts."""
+def scored(folder: Path, scores: np.ndarray, correct: int = 0) -> ScoreJob:
+    """A dataset with the scores of one detector, in two parts."""
     rows = len(scores)
     label = np.zeros(rows, np.int32)
     prediction = (np.arange(rows) >= correct).astype(np.int32)
     table = pa.table(
-        {"key": [str(row) for row in range(rows)], "label": label, "prediction": prediction, "d": scores}
+        {"key": [str(row) for row in range(rows)], "label": label, "prediction": prediction, "score": scores}
     )
-    tables.write_table(folder / tables.part_name(0), table.slice(0, rows // 3))
-    tables.write_table(folder / tables.part_name(1), table.slice(rows // 3))
-    files.write_json(folder / artifacts.RECORD, {"part_rows": [rows // 3, rows - rows // 3]})
-    return str(folder)
+    halves = [table.slice(0, rows // 3), table.slice(rows // 3)]
+    features = stored(folder / "features", halves)
+    stored(folder / "scores", [half.select(["score"]) for half in halves])
+    return ScoreJob(folder.name, features, {"d": Artifact(folder / "scores", "table 1", {})})
 
 
 @pytest.fixture
@@ -36,15 +39,15 @@ def values() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def found(engine, tmp_path, values) -> tuple[dict, dict[str, float]]:
-    folders = {name: score_table(tmp_path / name, scores, correct=90) for name, scores in values.items()}
+    jobs = {name: scored(tmp_path / name, scores, correct=90) for name, scores in values.items()}
     roles = {
         "id": ["id", "more_id"],
         "shifted_id": ["shift"],
         "near_ood": ["near_a", "near_b"],
         "far_ood": ["far"],
     }
-    by_role = {role: {name: folders[name] for name in names} for role, names in roles.items()}
-    table, thresholds = evaluate.run(engine, evaluate.Scores(by_role, seed=0), ["d"])
+    by_role = {role: [jobs[name] for name in names] for role, names in roles.items()}
+    table, thresholds = evaluate.run(engine, by_role, 0)
     rows = {(row["dataset"], row["group"], row["metric"]): row for row in table.to_pylist()}
     assert len(rows) == table.num_rows
     return rows, thresholds
@@ -103,7 +106,6 @@ def test_the_three_files_hold_the_same_rows(found, tmp_path) -> None:
 
 
 def test_without_ood_datasets_there_are_thresholds_and_accuracy_only(engine, tmp_path, values) -> None:
-    folder = score_table(tmp_path / "id", values["id"])
-    table, thresholds = evaluate.run(engine, evaluate.Scores({"id": {"id": folder}}, seed=0), ["d"])
+    table, thresholds = evaluate.run(engine, {"id": [scored(tmp_path / "id", values["id"])]}, 0)
     assert table["metric"].to_pylist() == ["id_accuracy"]
     assert set(thresholds) == {"d"}

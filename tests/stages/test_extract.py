@@ -40,13 +40,14 @@ def job(settings, classifier, tmp_path: Path) -> shards.Job:
     dataset = schema.Dataset(**settings["datasets"][1])
     listed = manifest.compile_manifest(dataset, tmp_path / "manifests")
     parts = extract.identity(classifier, listed, schema.Extract())
-    return shards.job(dataset, listed, parts, tmp_path)
+    return shards.job(dataset, listed, parts, tmp_path, classifier.probe)
 
 
 @pytest.fixture
 def plan(settings, load, classifier) -> shards.Plan:
     chosen = schema.Extract(batch_size=64, shard_rows=90)
-    return shards.Plan(load(settings).model, chosen, 0, classifier.digest, classifier.transform)
+    model = load(settings).model
+    return shards.Plan(model, chosen, 0, classifier.digest, classifier.transform, classifier.probe)
 
 
 def rows_of(
@@ -57,7 +58,7 @@ def rows_of(
 
 def write_all(job: shards.Job, plan: shards.Plan) -> None:
     extractor = extract.Extractor(plan, 1)
-    for shard in shards.missing(job, plan.shard_rows):
+    for shard in shards.missing(job, plan):
         extractor(asdict(shard))
 
 
@@ -157,16 +158,18 @@ def test_a_dataset_is_complete_only_when_every_row_is_accounted_for(job, plan) -
     assert not job.complete
     shards.finish(job, plan)
     assert job.complete
-    record = files.read_json(Path(job.folder) / artifacts.RECORD)
-    assert (record["rows"], record["features"], record["errors"]) == (300, 300, 0)
-    assert record["part_rows"] == [90, 90, 90, 30]
-    assert record["identity"]["weights"] == plan.digest
+    record = job.record()
+    assert (record.facts["rows"], record.facts["features"], record.facts["errors"]) == (300, 300, 0)
+    assert job.table().part_rows == (90, 90, 90, 30)
+    assert record.identity["weights"] == plan.digest
+    assert record.facts["machines"] == {extract.machine(plan.settings): 4}
 
 
 def test_a_part_that_lost_rows_is_never_marked_complete(job, plan) -> None:
     write_all(job, plan)
     part = Path(shards.cut(job, 90)[1].part)
-    tables.write_table(part, pq.read_table(part).slice(1))
+    facts = {**job.artifact.done()[part.name].facts, "rows": 89}
+    artifacts.write_part(part, tables.written(pq.read_table(part).slice(1)), **facts)
     with pytest.raises(RuntimeError, match="do not add up"):
         shards.finish(job, plan)
     assert not job.complete
@@ -175,12 +178,12 @@ def test_a_part_that_lost_rows_is_never_marked_complete(job, plan) -> None:
 def test_only_missing_shards_are_done_again(job, plan) -> None:
     write_all(job, plan)
     Path(shards.cut(job, 90)[2].part).unlink()
-    assert [shard.start for shard in shards.missing(job, 90)] == [180]
+    assert [shard.start for shard in shards.missing(job, plan)] == [180]
 
 
 def test_parts_cut_to_another_size_are_not_mixed(job, plan) -> None:
     write_all(job, plan)
-    assert len(shards.missing(job, 50)) == 6
+    assert len(shards.missing(job, variant(plan, shard_rows=50))) == 6
     assert not list(Path(job.folder).glob("part-*.parquet"))
 
 
@@ -243,7 +246,7 @@ def test_gradients_that_do_not_fit_into_the_gpu_name_the_key_to_lower(job, plan,
     monkeypatch.setattr(extras.gradients, "per_image", short_of_memory)
     job, plan = with_extras(job, plan, ParameterGradient(layers=("fc",)))
     with pytest.raises(UserError, match=SHORT):
-        extract.Extractor(plan, 1)(asdict(shards.missing(job, 90)[0]))
+        extract.Extractor(plan, 1)(asdict(shards.missing(job, plan)[0]))
 
 
 def variant(plan: shards.Plan, **changes: object) -> shards.Plan:
@@ -273,9 +276,8 @@ def test_decoding_in_a_stage_of_its_own_changes_no_bit(engine, job, plan, tmp_pa
     fused, separate = (variant(plan, decode=mode, actors=1) for mode in ("fused", "separate"))
     found = []
     for chosen in (fused, separate):
-        todo = replace(
-            unreadable(job, tmp_path, 0, 3, 89, 200), folder=str(tmp_path / chosen.settings.decode)
-        )
+        some = unreadable(job, tmp_path, 0, 3, 89, 200)
+        todo = replace(some, artifact=replace(job.artifact, folder=tmp_path / chosen.settings.decode))
         todo, chosen = with_extras(todo, variant(chosen, max_bad_fraction=1.0), MOVED, POOLED)
         numbers = extract.run(engine, [todo], chosen, lambda _: None)
         assert numbers["forward_images"] == 296
@@ -389,7 +391,7 @@ def test_a_decoder_that_is_not_installed_is_refused(job, plan, classifier, monke
     monkeypatch.setattr(extract, "version", missing)
     settings = plan.settings.model_copy(update={"decoder": "simplejpeg"})
     with pytest.raises(UserError, match=r"extract\.decoder: simplejpeg is not installed"):
-        extract.identity(classifier, job.manifest, settings)
+        extract.require_decoder(settings.decoder)
 
 
 @pytest.mark.parametrize(
@@ -409,18 +411,26 @@ def test_model_actors_leave_a_cpu_to_the_tasks_that_decode(on_ray, plan, changes
         extract.actor_count(on_ray, variant(plan, decode="separate", **changes))
 
 
-def test_a_stricter_limit_holds_for_features_that_are_there(engine, job, plan) -> None:
+def test_a_stricter_limit_holds_for_features_that_are_there(job, plan) -> None:
     write_all(job, plan)
     bad = Path(shards.cut(job, 90)[1].part)
-    table = pq.read_table(bad)
-    footer = {**table.schema.metadata, shards.ERRORS: json.dumps([[table["key"][0].as_py(), "made up"]])}
-    tables.write_table(bad, table.slice(1).replace_schema_metadata(footer))
+    with_a_bad_row(bad)
     shards.finish(job, variant(plan, max_bad_fraction=0.01))
     assert job.complete
+    shards.require_few_bad(job, variant(plan, max_bad_fraction=0.01))
     with pytest.raises(UserError, match="1 of 300 images are bad, more than"):
-        extract.run(engine, [job], variant(plan, max_bad_fraction=0.001), lambda _: None)
-    assert not job.complete
-    assert not bad.is_file()
+        shards.require_few_bad(job, variant(plan, max_bad_fraction=0.001))
+    assert job.complete  # for others, whose limit is higher
+
+
+def with_a_bad_row(part: Path) -> None:
+    """The first row of a part of features becomes an error."""
+    table = pq.read_table(part)
+    keys = table["key"].to_pylist()
+    facts = files.read_json(part.with_name(f".{part.name}.json"))["facts"]
+    facts |= {"rows": len(keys) - 1, "errors": 1, "keys": shards.digest(keys[1:])}
+    errors = {shards.ERRORS: json.dumps([[keys[0], "made up"]])}
+    artifacts.write_part(part, tables.written(table.slice(1).replace_schema_metadata(errors)), **facts)
 
 
 MOVED, POOLED = Perturbed(objective="logit", step=0.1), Pooled()
@@ -428,6 +438,11 @@ MOVED, POOLED = Perturbed(objective="logit", step=0.1), Pooled()
 
 def with_extras(job: shards.Job, plan: shards.Plan, *extras: Any) -> tuple[shards.Job, shards.Plan]:
     return replace(job, extras=extras), replace(plan, extras={extra.column: extra for extra in extras})
+
+
+def elsewhere(job: shards.Job, name: str) -> shards.Job:
+    """The same with a folder of its own."""
+    return replace(job, artifact=replace(job.artifact, folder=Path(f"{job.folder}-{name}")))
 
 
 def columns_of(job: shards.Job) -> dict[str, NDArray[Any]]:
@@ -438,7 +453,7 @@ def columns_of(job: shards.Job) -> dict[str, NDArray[Any]]:
 def test_extra_columns_are_the_same_with_the_features_and_later(engine, job, plan, tmp_path) -> None:
     """Also where some images cannot be read, one of them the first."""
     job, plan = unreadable(job, tmp_path, 0, 3, 89, 200), variant(plan, max_bad_fraction=0.1)
-    at_once, asked = with_extras(replace(job, folder=f"{job.folder}-1"), plan, MOVED, POOLED)
+    at_once, asked = with_extras(elsewhere(job, "1"), plan, MOVED, POOLED)
     write_all(at_once, asked)
     shards.finish(at_once, asked)
     for extra in at_once.lacking():
@@ -466,10 +481,9 @@ def test_an_interrupted_extra_goes_on_where_it_was(job, plan) -> None:
     shards.finish(job, plan)
     folder = Path(job.folder)
     (folder / MOVED.column / tables.part_name(2)).unlink()
-    (folder / tables.part_name(1)).touch()
-    (shard,) = shards.missing(job, 90)
-    assert (shard.start, shard.featured, shard.extras) == (180, True, MOVED.column)
-    with pytest.raises(FileNotFoundError):
+    (shard,) = shards.missing(job, plan)
+    assert (shard.start, bool(shard.featured), shard.extras) == (180, True, MOVED.column)
+    with pytest.raises(RuntimeError, match="not those of the features"):
         shards.finish_extra(job, MOVED)
     assert extract.Extractor(plan, 1)(asdict(shard))["forwarded"] == 0
     shards.finish_extra(job, MOVED)
@@ -481,15 +495,10 @@ def test_features_of_other_rows_make_an_extra_be_computed_again(job, plan) -> No
     write_all(job, plan)
     shards.finish(job, plan)
     shards.finish_extra(job, MOVED)
-    part = Path(shards.cut(job, 90)[1].part)
-    table = pq.read_table(part)
-    keys = table["key"].to_pylist()
-    errors = json.dumps([[keys[0], "made up"]])
-    footer = {shards.ERRORS: errors, shards.KEYS: shards.digest(keys[1:])}
-    tables.write_table(part, table.slice(1).replace_schema_metadata(footer))
+    with_a_bad_row(Path(shards.cut(job, 90)[1].part))
     shards.finish(job, variant(plan, max_bad_fraction=0.1))
     assert job.featured and job.lacking() == [MOVED]
-    assert [shard.start for shard in shards.missing(job, 90)] == [90]
+    assert [shard.start for shard in shards.missing(job, plan)] == [90]
     with pytest.raises(RuntimeError, match="not those of the features"):
         shards.finish_extra(job, MOVED)
     write_all(job, plan)
@@ -502,7 +511,7 @@ def test_an_image_that_is_gone_since_its_features_were_extracted_is_named(job, p
     write_all(job, plan)
     shards.finish(job, plan)
     changed, plan = with_extras(unreadable(job, tmp_path, 95), plan, MOVED)
-    shard = shards.missing(changed, 90)[1]
+    shard = shards.missing(changed, plan)[1]
     key = job.manifest.read(95, 96)["key"][0].as_py()
     with pytest.raises(UserError, match=f"^{key}: it was read when its features were extracted"):
         extract.Extractor(plan, 1)(asdict(shard))
@@ -511,7 +520,7 @@ def test_an_image_that_is_gone_since_its_features_were_extracted_is_named(job, p
 def test_rows_without_features_have_no_extras(engine, job, plan, monkeypatch) -> None:
     """An image whose output is not finite is an error, and is left out of every column; the others stay."""
     job, plan = with_extras(job, variant(plan, max_bad_fraction=0.1), MOVED, POOLED)
-    expected = replace(job, folder=f"{job.folder}-whole")
+    expected = elsewhere(job, "whole")
     extract.run(engine, [expected], plan, lambda _: None)
     whole = Classifier.forward
 
@@ -544,4 +553,4 @@ def test_an_extra_that_is_not_finite_names_the_image(job, plan, monkeypatch) -> 
     with pytest.raises(
         UserError, match=r"^test_x/0.*5: perturbed is not finite. Remove the image, or drop the"
     ):
-        extract.Extractor(plan, 1)(asdict(shards.missing(job, 90)[0]))
+        extract.Extractor(plan, 1)(asdict(shards.missing(job, plan)[0]))

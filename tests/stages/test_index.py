@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import faiss
@@ -11,25 +13,41 @@ from pipeline.config import schema
 from pipeline.errors import UserError
 from pipeline.stages import index
 from pipeline.stages.index import BankFiles, IndexShard, Neighbours
+from pipeline.workspace.artifacts import Damaged, Store, write_part
+from tests.damage import DAMAGES, flipped
 
 
 def bank(folder: Path, vectors: np.ndarray, pieces: int = 3) -> BankFiles:
     """The vectors as a bank on disk."""
-    parts = np.array_split(vectors.astype(np.float32), pieces)
-    for number, part in enumerate(parts):
-        np.save(folder / f"bank-{number:05d}.npy", part)
-    return BankFiles(str(folder), tuple(map(len, parts)), vectors.shape[1])
+    artifact = Store(folder / "fits").artifact("bank 1", {"rows": len(vectors)})
+    made = {}
+    for number, part in enumerate(np.array_split(vectors.astype(np.float32), pieces)):
+        name = f"bank-{number:05d}.npy"
+        made[name] = write_part(artifact.folder / name, saved_npy(part), rows=len(part), width=part.shape[1])
+    return BankFiles.of(artifact, artifact.finish(made))
+
+
+def saved_npy(vectors: np.ndarray) -> Callable[[Path], None]:
+    """A function that writes them to a path."""
+
+    def save(path: Path) -> None:
+        with path.open("wb") as stream:
+            np.save(stream, vectors)
+
+    return save
 
 
 def shards(files: BankFiles, of: int, **settings: object) -> list[IndexShard]:
-    found = [IndexShard(number, of, schema.Index(**settings), {"bank": files}) for number in range(of)]
+    banks = {files.folder: files}
+    found = [IndexShard(number, of, schema.Index(**settings), banks) for number in range(of)]
     for shard in found:
-        shard.load("bank")
+        shard.load(files.folder)
     return found
 
 
 def search(found: list[IndexShard], queries: np.ndarray, k: int, exact: bool = False) -> Neighbours:
-    return index.merge([shard.search("bank", queries, k, exact) for shard in found], k)
+    (folder,) = found[0].banks
+    return index.merge([shard.search(folder, queries, k, exact) for shard in found], k)
 
 
 @pytest.fixture
@@ -81,7 +99,7 @@ def test_a_shard_with_fewer_rows_than_k_is_filled_by_the_others(tmp_path, querie
 def test_an_approximate_index_is_kept_on_disk_and_read_back(tmp_path, vectors, queries) -> None:
     files = bank(tmp_path, vectors)
     first = search(shards(files, 2, kind="IVF4,Flat"), queries, 3)
-    saved = {path: path.stat().st_mtime_ns for path in tmp_path.glob("index-*.faiss")}
+    saved = {path: path.stat().st_mtime_ns for path in tmp_path.glob("fits/*/index.faiss")}
     assert len(saved) == 2
     second = search(shards(files, 2, kind="IVF4,Flat"), queries, 3)
     assert {path: path.stat().st_mtime_ns for path in saved} == saved
@@ -91,14 +109,34 @@ def test_an_approximate_index_is_kept_on_disk_and_read_back(tmp_path, vectors, q
     assert (exact.distance[:, 0] < first.distance[:, 0]).any()
 
 
-def test_a_damaged_index_file_is_built_again(tmp_path, vectors, queries, caplog) -> None:
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_index_file_is_built_again(tmp_path, vectors, queries, caplog, damage) -> None:
     files = bank(tmp_path, vectors)
     before = search(shards(files, 1, kind="IVF4,Flat"), queries, 3)
-    path = next(tmp_path.glob("index-*.faiss"))
-    path.write_bytes(path.read_bytes()[:100])
+    path = next(tmp_path.glob("fits/*/index.faiss"))
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
     after = search(shards(files, 1, kind="IVF4,Flat"), queries, 3)
     np.testing.assert_array_equal(before.row, after.row)
-    assert "damaged" in caplog.text
+    assert path.read_bytes() == content
+    assert f"{path} is damaged: " in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["flat", "IVF4,Flat"])
+def test_a_damaged_bank_is_refused(tmp_path, vectors, kind) -> None:
+    files = bank(tmp_path, vectors)
+    path = Path(files.folder) / "bank-00001.npy"
+    path.write_bytes(flipped(path.read_bytes()))
+    with pytest.raises(Damaged, match=re.escape(f"{path} is damaged: other bytes than were written")):
+        shards(files, 2, kind=kind)
+
+
+def test_an_index_of_other_vectors_under_the_same_name_is_built_again(tmp_path, vectors) -> None:
+    shards(bank(tmp_path, vectors), 1, kind="IVF4,Flat")
+    path = next(tmp_path.glob("fits/*/index.faiss"))
+    before = path.read_bytes()
+    shards(bank(tmp_path, vectors + 1), 1, kind="IVF4,Flat")
+    assert path.read_bytes() != before
 
 
 def test_a_factory_string_that_faiss_refuses_is_a_clear_error(tmp_path, vectors) -> None:
@@ -137,17 +175,15 @@ def test_faiss_uses_as_many_threads_as_the_shard_is_given(tmp_path, vectors) -> 
 
 
 def test_actors_hold_every_bank_and_report_recall(on_ray, tmp_path, vectors, queries) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    banks = {"a": bank(tmp_path / "a", vectors), "b": bank(tmp_path / "b", vectors[:100])}
-    searched = index.start(on_ray, banks, schema.Index(shards=2, kind="IVF8,Flat"))
+    large, small = bank(tmp_path, vectors), bank(tmp_path, vectors[:100])
+    searched = index.start(on_ray, [large, small, large], schema.Index(shards=2, kind="IVF8,Flat"))
     try:
-        measured = index.recall(searched, "a", queries)
-        exact = searched.search("a", queries, 1, exact=True).distance[:, 0]
-        found = searched.search("a", queries, 1).distance[:, 0]
+        measured = index.recall(searched, large.folder, queries)
+        exact = searched.search(large.folder, queries, 1, exact=True).distance[:, 0]
+        found = searched.search(large.folder, queries, 1).distance[:, 0]
         assert measured == np.mean(exact == found)
         assert 0 < measured < 1
-        assert searched.search("b", queries, 1).row.max() < 100
+        assert searched.search(small.folder, queries, 1).row.max() < 100
     finally:
         searched.stop()
 
@@ -165,4 +201,4 @@ def test_actors_hold_every_bank_and_report_recall(on_ray, tmp_path, vectors, que
 )
 def test_shards_that_do_not_fit_the_cluster_are_refused(on_ray, tmp_path, vectors, settings, message) -> None:
     with pytest.raises(UserError, match=message):
-        index.start(on_ray, {"bank": bank(tmp_path, vectors)}, schema.Index(**settings))
+        index.start(on_ray, [bank(tmp_path, vectors)], schema.Index(**settings))

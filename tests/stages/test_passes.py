@@ -29,7 +29,7 @@ def plan(settings, load) -> Plan:
     loaded = load(settings)
     classifier = load_classifier(loaded.model, loaded.seed)
     chosen = schema.Extract(batch_size=16, actors=2)
-    return Plan(loaded.model, chosen, 3, classifier.digest, classifier.transform)
+    return Plan(loaded.model, chosen, 3, classifier.digest, classifier.transform, classifier.probe)
 
 
 @pytest.fixture
@@ -101,7 +101,9 @@ def test_tokens_are_mixed_as_maps_are(settings, load, train, pixels) -> None:
     loaded = load(settings)
     classifier = load_classifier(loaded.model, 3)
     extract = schema.Extract(batch_size=16)
-    worker = passes.Worker(Plan(loaded.model, extract, 3, classifier.digest, classifier.transform), 1)
+    worker = passes.Worker(
+        Plan(loaded.model, extract, 3, classifier.digest, classifier.transform, classifier.probe), 1
+    )
     assert classifier.taps.early == "blocks.2"
     network, rows = classifier.module, np.arange(20)
 

@@ -206,9 +206,9 @@ def test_a_faiss_string_is_checked_before_any_work(settings, load) -> None:
 
 
 def test_scores_of_approximate_indexes_depend_on_the_shards(settings, load) -> None:
-    def scoring(**index: Any) -> str:
+    def scoring(**index: Any) -> dict[str, Any]:
         settings["index"] = index
-        return prepare.prepare(load(settings)).scoring
+        return prepare.prepare(load(settings)).scoring("knn")
 
     assert scoring(kind="flat", shards=1) == scoring(kind="flat", shards=3)
     assert scoring(kind="IVF4,Flat", shards=1) != scoring(kind="IVF4,Flat", shards=3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from pipeline.detectors.energy import Energy
 from pipeline.detectors.msp import Msp
 from pipeline.errors import UserError
 from pipeline.stages import score
-from pipeline.workspace import artifacts, tables
+from pipeline.workspace import tables
+from pipeline.workspace.artifacts import Artifact, write_part
 from tests.stages.test_fit import feature_table
+from tests.stored import stored
 
 COLUMNS = ("key", "label", "prediction", "feature", "logits")
 TRAINING = Training(np.zeros((5, 6), np.float32), np.zeros(5, np.float32))
@@ -27,59 +30,86 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def scoring() -> score.Scoring:
-    return score.Scoring({"msp": Msp().fit(TRAINING), "energy": Energy().fit(TRAINING)}, COLUMNS, None)
+    return score.Scoring({"msp": Msp().fit(TRAINING), "energy": Energy().fit(TRAINING)}, COLUMNS)
 
 
-def job(tmp_path: Path, inputs: str = "a") -> score.ScoreJob:
+def job(tmp_path: Path, version: str = "a", labels: Collection[str] = ("msp", "energy")) -> score.ScoreJob:
     folder = tmp_path / "features"
     table = tables.Table.open(folder) if folder.is_dir() else feature_table(folder, 2500, [1, 1030, 1030])
-    return score.ScoreJob("set", table, str(tmp_path / "scores"), inputs)
+    scores = {
+        label: Artifact(tmp_path / f"{label}-{version}", score.FORMAT, {"version": version})
+        for label in labels
+    }
+    return score.ScoreJob("set", table, scores)
 
 
-def test_scores_lie_beside_their_keys_in_the_order_of_the_features(engine, tmp_path, scoring) -> None:
+def scored(found: score.ScoreJob, label: str) -> np.ndarray:
+    table = found.tables()[label]
+    return table.read(0, table.rows, [score.SCORE])[score.SCORE]
+
+
+def test_scores_are_in_the_order_of_the_features(engine, tmp_path, scoring) -> None:
     todo = job(tmp_path)
     seen = []
     assert score.run(engine, [todo], scoring, seen.append) == 2500
     assert sum(seen) == 2500
     assert todo.complete
-    done = tables.Table.open(Path(todo.folder))
-    assert done.part_rows == (1030, 1030, 440)
-    source, scores = todo.features.read(0, 2500, COLUMNS), done.read(0, 2500, ["key", "energy"])
-    np.testing.assert_array_equal(scores["key"], source["key"])
+    assert todo.tables()["energy"].part_rows == (1030, 1030, 440)
+    source = todo.features.read(0, 2500, COLUMNS)
     expected = [-np.log(np.exp(row).sum()) for row in source["logits"].astype(np.float64)]
-    np.testing.assert_allclose(scores["energy"], expected, rtol=1e-12)
+    np.testing.assert_allclose(scored(todo, "energy"), expected, rtol=1e-12)
 
 
-def test_complete_scores_are_kept_and_others_replaced(engine, tmp_path, scoring) -> None:
-    score.run(engine, [job(tmp_path)], scoring, lambda _: None)
-    assert score.run(engine, [job(tmp_path)], scoring, lambda _: None) == 0
-    (tmp_path / "scores" / tables.part_name(1)).unlink()
-    (tmp_path / "scores" / artifacts.RECORD).unlink()
+def test_complete_scores_are_kept_and_only_those_of_a_new_detector_computed(
+    engine, tmp_path, scoring, monkeypatch
+) -> None:
+    calls = []
+    table = score.Scoring.of
+    monkeypatch.setattr(
+        score.Scoring, "of", lambda self, rows: (calls.append(list(self.scorers)), table(self, rows))[1]
+    )
+    score.run(engine, [job(tmp_path, labels=["msp"])], scoring, lambda _: None)
+    assert score.run(engine, [job(tmp_path, labels=["msp"])], scoring, lambda _: None) == 0
+    assert calls == 3 * [["msp"]]
+    assert score.run(engine, [job(tmp_path)], scoring, lambda _: None) == 2500
+    assert calls[3:] == 3 * [["energy"]]
+    (tmp_path / "msp-a" / tables.part_name(1)).unlink()
     assert score.run(engine, [job(tmp_path)], scoring, lambda _: None) == 1030
+    assert calls[6:] == [["msp"]]
     assert not job(tmp_path, "b").complete
-    assert score.run(engine, [job(tmp_path, "b")], scoring, lambda _: None) == 2500
+    assert job(tmp_path, "a").complete
 
 
 def test_a_score_that_is_not_finite_stops_the_run_and_names_the_row(engine, tmp_path, scoring) -> None:
-    todo = job(tmp_path)
-    part = todo.features.parts()[3]
-    columns = tables.numpy_columns(pq.read_table(part), COLUMNS)
-    columns["logits"] = columns["logits"].copy()
-    columns["logits"][5, 2] = np.nan
-    tables.write_table(part, tables.arrow_columns(columns))
-    with pytest.raises(UserError, match=f"not finite: msp: {columns['key'][5]}; energy: {columns['key'][5]}"):
+    pieces = [pq.read_table(part) for part in job(tmp_path).features.parts()]
+    logits = np.stack(pieces[3]["logits"].to_numpy(zero_copy_only=False)).copy()
+    logits[5, 2] = np.nan
+    columns = tables.numpy_columns(pieces[3], COLUMNS) | {"logits": logits}
+    stored(tmp_path / "features", [*pieces[:3], tables.arrow_columns(columns)])
+    todo, key = job(tmp_path), columns["key"][5]
+    with pytest.raises(UserError, match=f"not finite: msp: {key}; energy: {key}"):
         score.run(engine, [todo], scoring, lambda _: None)
     assert not todo.complete
 
 
-def test_flags_follow_the_thresholds_and_can_be_set_again(engine, tmp_path, scoring) -> None:
-    todo = job(tmp_path)
+def test_a_table_of_all_detectors_lies_beside_the_keys_and_is_flagged_later(
+    engine, tmp_path, scoring
+) -> None:
+    todo, folder = job(tmp_path), tmp_path / "table"
     score.run(engine, [todo], scoring, lambda _: None)
+    score.assemble(engine, todo, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    score.assemble(engine, todo, folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    source, found = todo.features.read(0, 2500, COLUMNS), pq.read_table(sorted(folder.glob("part-*")))
+    for name in ("key", "label", "prediction"):
+        np.testing.assert_array_equal(found[name].to_numpy(), source[name])
+    np.testing.assert_array_equal(found["msp"].to_numpy(), scored(todo, "msp"))
     for threshold in (-0.5, -0.3):
-        score.flag(engine, Path(todo.folder), {"msp": threshold})
-        table = pq.read_table(tmp_path / "scores" / tables.part_name(2))
+        score.assemble(engine, todo, folder, {"msp": threshold})
+        table = pq.read_table(folder / tables.part_name(2))
         np.testing.assert_array_equal(table["is_ood.msp"].to_numpy(), table["msp"].to_numpy() > threshold)
-        assert table.column_names.count("is_ood.msp") == 1
+        assert table.column_names == ["key", "label", "prediction", "msp", "energy", "is_ood.msp"]
 
 
 def test_scorers_work_in_a_fresh_ray_worker(ray_session, tmp_path, scoring) -> None:
@@ -87,7 +117,25 @@ def test_scorers_work_in_a_fresh_ray_worker(ray_session, tmp_path, scoring) -> N
 
     @ray.remote(max_calls=1)
     def elsewhere(work: bytes) -> list[float]:
-        return pickle.loads(work).table(features)["msp"].to_pylist()
+        return pickle.loads(work).of(features)["msp"].tolist()
 
     found = ray.get(elsewhere.remote(pickle.dumps(scoring)))
-    assert found == scoring.table(features)["msp"].to_pylist()
+    assert found == scoring.of(features)["msp"].tolist()
+
+
+def test_scores_of_other_features_are_never_taken_for_those_of_these(tmp_path: Path) -> None:
+    """Whether the record says so, or the writer was killed before there was one."""
+    before, after = (Artifact(tmp_path / "scores", "scores 1", {}, {"features": each}) for each in "ab")
+    made = {"part-00000.parquet": write_part(tmp_path / "scores" / "part-00000.parquet", one, rows=1)}
+    for finished in (True, False):
+        before.begin()
+        write_part(tmp_path / "scores" / "part-00000.parquet", one, rows=1)
+        if finished:
+            before.finish(made)
+        assert list(before.begin()) == ["part-00000.parquet"]
+        assert after.begin() == {}
+        assert not (tmp_path / "scores" / "part-00000.parquet").exists()
+
+
+def one(path: Path) -> None:
+    path.write_bytes(b"1")

@@ -30,6 +30,7 @@ from pipeline.results import verify
 from pipeline.stages import passes, prepare
 from pipeline.workflows.run import Outcome
 from pipeline.workspace import files
+from tests.stored import newest
 
 
 def scores(folder: Path, dataset: str) -> dict[str, np.ndarray]:
@@ -314,8 +315,14 @@ def test_a_second_run_makes_no_forward_pass_and_gives_the_same_files(settings, l
     folder = execute(loaded).folder
     before = {path: path.read_bytes() for path in folder.glob("scores/*/*.parquet")}
     metrics = (folder / "metrics.json").read_bytes()
+    earlier = files.read_json(folder / "manifest.json")
     execute(loaded)
-    assert files.read_json(folder / "manifest.json")["stages"]["extract"]["forward_images"] == 0
+    manifest = files.read_json(folder / "manifest.json")
+    first, second = manifest.pop("executions")
+    assert [first] == earlier.pop("executions")
+    assert second["stages"]["extract"]["forward_images"] == 0
+    assert (first["status"], second["status"]) == ("finished", "finished")
+    assert manifest == earlier  # costs and dates are those of the execution that did the work
     assert {path: path.read_bytes() for path in folder.glob("scores/*/*.parquet")} == before
     assert (folder / "metrics.json").read_bytes() == metrics
 
@@ -356,7 +363,7 @@ def test_stages_run_one_by_one_and_refuse_to_skip_one(settings, load, execute) -
         with pytest.raises(UserError, match=reason):
             execute(loaded, first=stage, last=stage)
     execute(loaded, last="extract")
-    with pytest.raises(UserError, match="fit: no bank in the workspace"):
+    with pytest.raises(UserError, match="fit: no detector in the workspace"):
         execute(loaded, first="score", last="score")
     execute(loaded, first="fit", last="fit")
     with pytest.raises(UserError, match="score: not done for test"):
@@ -371,7 +378,7 @@ def test_stages_run_one_by_one_and_refuse_to_skip_one(settings, load, execute) -
 def test_a_refused_command_leaves_a_finished_evaluation_as_it_is(settings, load, execute) -> None:
     folder = execute(load(settings)).folder
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    settings["seed"] = 1
+    settings["detectors"] = [{"dice": {"p": 33}}]
     for stage in ("score", "evaluate", "report"):
         with pytest.raises(UserError, match="first"):
             execute(load(settings), first=stage, last=stage)
@@ -432,11 +439,12 @@ def test_a_killed_run_is_continued_without_redoing_finished_shards(settings, loa
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     features = tmp_path / "killed" / "features"
     deadline = time.monotonic() + 120
-    while len(list(features.glob("*/part-*.parquet"))) < 5 and time.monotonic() < deadline:
+    while len(list(features.glob("*/.part-*.json"))) < 5 and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    done = {part: part.stat().st_mtime_ns for part in features.glob("*/part-*.parquet")}
+    parts = [path.with_name(path.name[1:-5]) for path in features.glob("*/.part-*.json")]
+    done = {part: part.stat().st_mtime_ns for part in parts}
     finished = sum(pq.read_metadata(part).num_rows for part in done)
     assert 5 * 16 <= finished < 1080
     resumed = execute(loaded, last="evaluate")
@@ -491,7 +499,7 @@ def test_too_many_bad_images_stop_the_run_and_name_some(strange, settings, load,
     ):
         execute(load(settings))
     assert not list(tmp_path.glob("workspace/features/strange-*/_manifest.json"))
-    assert files.read_json(tmp_path / "workspace/runs/small/manifest.json")["status"] == "failed"
+    assert files.read_json(newest(tmp_path / "workspace") / "manifest.json")["status"] == "failed"
     for name in ("empty.jpg", "cut.jpg", "text.png"):
         shutil.copy(tmp_path / "strange" / "good.png", tmp_path / "strange" / name)
         os.utime(tmp_path / "strange" / name, ns=(1, 1))
@@ -542,6 +550,6 @@ def test_the_command_prints_a_table_and_where_everything_lies_and_may_do_without
     ):
         assert text in found.stdout
     assert (tmp_path / "workspace" / "mlflow.db").is_file()
-    log = (tmp_path / "workspace" / "runs" / "small" / "logs" / "workers.log").read_text("utf-8")
+    log = (newest(tmp_path / "workspace") / "logs" / "workers.log").read_text("utf-8")
     assert "INFO" in log
     assert "part-00000.parquet: 128 images, 0 errors" in log

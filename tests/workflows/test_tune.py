@@ -55,8 +55,8 @@ class Search:
     folder: Path
     raw: dict[str, Any]
     output: str
-    banks: list[str]
-    """The points whose banks were held in memory."""
+    banks: list[index.BankFiles]
+    """Those that were held in memory."""
 
     @property
     def workspace(self) -> Path:
@@ -64,7 +64,7 @@ class Search:
 
     @property
     def results(self) -> Path:
-        return self.workspace / "runs" / "small"
+        return next(self.workspace.glob("runs/small/*/tune.json")).parent
 
     def load(self, raw: dict[str, Any]) -> schema.Config:
         path = self.folder / "changed.yaml"
@@ -101,7 +101,7 @@ def searched(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     run.execute(loading.load(str(path)), run.Options(last="extract", engine="inline", threads=1), quiet())
-    banks: list[str] = []
+    banks: list[index.BankFiles] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extract, "run", no_forward_pass)
         patch.setattr(passes.Runner, "run", no_forward_pass)
@@ -173,11 +173,11 @@ def test_all_points_are_in_the_table_and_on_the_screen(searched) -> None:
 
 
 def test_points_that_search_the_same_vectors_share_one_bank(searched) -> None:
-    assert searched.banks == ["knn[k=30]"]
+    assert len({bank.folder for bank in searched.banks}) == 1
 
 
 def test_only_training_and_validation_rows_are_read(searched) -> None:
-    scored = {folder.name for folder in (searched.results / "tune").iterdir()}
+    scored = {folder.name.rpartition("-")[0] for folder in searched.workspace.glob("scores/*")}
     assert scored == {"held_out", *VALIDATION}
     assert files.read_json(searched.results / "tune.json")["datasets"] == {
         "train": "train",
@@ -187,7 +187,7 @@ def test_only_training_and_validation_rows_are_read(searched) -> None:
 
 
 def test_another_metric_decides_on_the_same_scores(searched, monkeypatch) -> None:
-    monkeypatch.setattr(tune, "run_scores", no_forward_pass)
+    monkeypatch.setattr(tune.Search, "_score_ours", no_forward_pass)
     raw = deepcopy(searched.raw)
     raw["tune"]["metric"] = "fpr95_id"
     raw["workspace"] = str(searched.workspace)
@@ -205,15 +205,16 @@ def test_another_metric_decides_on_the_same_scores(searched, monkeypatch) -> Non
 
 def test_the_new_config_runs_on_the_cached_features_and_its_results_are_marked(searched) -> None:
     tuned = loading.load(str(searched.folder / "small.tuned.yaml"))
+    tried = set(searched.workspace.glob("scores/*_val-*/*"))
     folder = run.execute(tuned, run.Options(engine="inline", threads=1), quiet()).folder
-    assert folder.name == "small-tuned"
+    assert folder.parent.name == "small-tuned"
+    made = set(searched.workspace.glob("scores/*_val-*/*")) - tried
+    assert {path.name.partition("-")[0] for path in made} == {"msp"}  # the others were tried
     for name in VALIDATION:
-        tried, scored = (
-            pq.read_table(f) for f in (searched.results / "tune" / name, folder / "scores" / name)
-        )
-        for point in files.read_json(searched.results / "tune.json")["points"]:
-            if point["chosen"]:
-                assert tried[point["point"]].equals(scored[point["detector"]])
+        scored = pq.read_table(folder / "scores" / name)
+        for detector in ("knn", "dice"):
+            kept = [pq.read_table(path)["score"] for path in tried if path.match(f"{name}-*/{detector}-*")]
+            assert scored[detector] in kept
     record = files.read_json(folder / "manifest.json")
     assert record["stages"]["extract"]["forward_images"] == 0
     assert {label: entry["uses_ood"] for label, entry in record["detectors"].items()} == {

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.workspace import artifacts, claims, files, storage, tables
 from pipeline.workspace.files import Place
 from tests.servers import answers, free_port, wait
+from tests.stored import stored
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,7 @@ def test_folders_without_objects_of_their_own_are_found(folder: Place, tmp_path:
 
 def test_files_of_a_workspace_are_written_read_and_removed(folder: Place) -> None:
     table = tables.arrow_columns({"row": np.arange(3000)})
-    tables.write_table(folder / "features" / "part-00000.parquet", table)
-    files.write_json(folder / "features" / artifacts.RECORD, {"part_rows": [3000]})
+    stored(folder / "features", [table])
     found = tables.Table.open(folder / "features").read(1000, 1005, ["row"])
     assert found["row"].tolist() == [1000, 1001, 1002, 1003, 1004]
     assert [path.name for path in folder.glob("*")] == ["features"]
@@ -77,8 +77,8 @@ def test_files_of_a_workspace_are_written_read_and_removed(folder: Place) -> Non
         storage.entries(str(folder))
 
 
-def test_a_workspace_is_leased(folder: Place) -> None:
-    with claims.alone(folder), pytest.raises(UserError, match="is in use by process"), claims.alone(folder):
+def test_a_store_that_takes_no_claims_is_one_clear_error(folder: Place) -> None:
+    """The server here knows Google's JSON interface; conditional writes go through the other one."""
+    refusal = r"^workspace: gs://.* takes no claims: Generic GCS error.*credentials in the environment"
+    with pytest.raises(UserError, match=refusal), claims.opened(folder):
         raise AssertionError
-    with claims.alone(folder):
-        pass

@@ -57,7 +57,9 @@ def bad(folder: Place) -> set[str]:
 
 def forwarded(folder: Place) -> int:
     """Images that the last run forwarded."""
-    return int(files.read_json(folder / "manifest.json")["stages"]["extract"]["forward_images"])
+    return int(
+        files.read_json(folder / "manifest.json")["executions"][-1]["stages"]["extract"]["forward_images"]
+    )
 
 
 def test_an_object_store_gives_the_results_of_a_folder_and_is_resumed_like_one(
@@ -84,7 +86,7 @@ def test_an_object_store_gives_the_results_of_a_folder_and_is_resumed_like_one(
     parts[1].unlink()
     (features(workspace, "train") / artifacts.RECORD).unlink()
     (remote / "scores" / "animals" / tables.part_name(0)).unlink()
-    for marker in (remote / "scores" / "animals" / artifacts.RECORD, remote / "_evaluated.json"):
+    for marker in (remote / "scores" / "animals" / artifacts.RECORD, remote / artifacts.RECORD):
         marker.unlink()
     assert bad(remote) == {"features/train", "scores/animals", "metrics", "run"}
     execute(loaded, last="evaluate")

@@ -9,7 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.columns import padded
-from pipeline.workspace import artifacts, files, tables
+from pipeline.workspace import artifacts, tables
+from tests.damage import DAMAGES
+from tests.stored import stored
+
+CUTS = ((0, 5), (5, 5), (5, 13))
 
 
 @pytest.fixture
@@ -20,10 +24,7 @@ def table(tmp_path: Path) -> tuple[tables.Table, dict[str, np.ndarray]]:
         "feature": np.arange(39, dtype=np.float32).reshape(13, 3),
     }
     whole = tables.arrow_columns(columns)
-    for number, (start, stop) in enumerate([(0, 5), (5, 5), (5, 13)]):
-        tables.write_table(tmp_path / tables.part_name(number), whole.slice(start, stop - start))
-    files.write_json(tmp_path / artifacts.RECORD, {"part_rows": [5, 0, 8]})
-    return tables.Table.open(tmp_path), columns
+    return stored(tmp_path, [whole.slice(start, stop - start) for start, stop in CUTS]), columns
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 13), (0, 5), (4, 6), (5, 13), (12, 13), (3, 100)])
@@ -58,18 +59,10 @@ def test_padding_repeats_the_last_row() -> None:
     np.testing.assert_array_equal(padded(np.array([[1], [2]]), 4), [[1], [2], [2], [2]])
 
 
-def test_drafts_of_killed_writers_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".part-00001.parquet.abc").touch()
-    (tmp_path / "part-00000.parquet").touch()
-    artifacts.remove_drafts(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
-
-
 def test_a_folder_whose_removal_is_interrupted_has_no_marker_left(tmp_path: Path, monkeypatch) -> None:
     folders = [tmp_path / "whole", tmp_path / "whole" / "column", tmp_path / "whole" / "scores" / "test"]
     for folder in folders:
-        tables.write_table(folder / tables.part_name(0), tables.arrow_columns({"row": np.arange(3)}))
-        files.write_json(folder / artifacts.RECORD, {"part_rows": [3]})
+        stored(folder, [tables.arrow_columns({"row": np.arange(3)})])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(artifacts.files, "remove_folder", Mock(side_effect=KeyboardInterrupt))
         artifacts.remove_folder(tmp_path / "whole")
@@ -88,3 +81,14 @@ def test_a_bit_that_flipped_on_the_disk_is_noticed(tmp_path) -> None:
     path.write_bytes(content)
     with pytest.raises(OSError, match="CRC checksum verification failed"):
         tables.read_rows(path, 0, 2048)
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "deleted"])
+def test_a_damaged_part_is_never_read(table, damage, tmp_path) -> None:
+    opened, _ = table
+    path = tmp_path / tables.part_name(2)
+    path.unlink() if damage == "deleted" else path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    assert len(opened.read(0, 5, ["feature"])["feature"]) == 5
+    for read in (lambda: opened.read(4, 6, ["feature"]), lambda: list(opened.columns(["key"]))):
+        with pytest.raises(artifacts.Damaged, match=f"{path} is damaged"):
+            read()

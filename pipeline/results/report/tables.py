@@ -243,8 +243,11 @@ class Results:
     def _parts(self, dataset: str, column: str) -> Iterator[pa.ChunkedArray]:
         """One column of a dataset's score table, file by file."""
         folder = self.folder / "scores" / dataset
-        parts = sorted(map(str, folder.glob("part-*.parquet")))
-        if not parts:
-            raise UserError(f"{folder}: no scores, got no part-*.parquet; expected one or more. Score again.")
-        for table in tables.read_columns(parts, [column]):
+        try:
+            scores = tables.Table.open(folder)
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder}: no scores there. Run `ood-pipeline score`, then `evaluate`."
+            ) from None
+        for table in scores.columns([column]):
             yield table.column(column)

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 from pipeline.config import loading
 from pipeline.results.verify import _features, _metrics, _scores
-from pipeline.results.verify._files import Record, Run, read, reading
+from pipeline.results.verify._files import Kept, Record, Run, intact, kept, read, reading
 from pipeline.results.verify._findings import Finding, Tally, Unreadable, same
 from pipeline.results.verify._listing import Listing
-from pipeline.workspace import files, storage
+from pipeline.workspace import artifacts, files, runs, storage
 from pipeline.workspace.files import Place
 
 __all__ = ["Finding", "examine", "rows"]
@@ -36,7 +36,7 @@ def examine(folder: Place, advance: Callable[[int], None] = lambda _: None) -> I
     except Unreadable as error:
         yield _unreadable(error, "manifest.json", f"{_AGAIN}, which writes {folder / 'manifest.json'} anew")
         return
-    run = Run(folder, files.at(storage.parent(storage.parent(str(folder)))), record)
+    run = Run(folder, runs.workspace_of(folder), record)
     yield from _of("run", _AGAIN, _run(run))
     for name in record.datasets:
         yield from _dataset(run, name, advance)
@@ -45,9 +45,10 @@ def examine(folder: Place, advance: Callable[[int], None] = lambda _: None) -> I
     for name in run.scored:
         fix = f"delete {run.scores(name)}, and {_AGAIN}"
         yield from _of(f"scores/{name}", fix, _scores.examine(run, name, advance))
-    fix = f"delete {folder / '_evaluated.json'}, and {_AGAIN}"
+    fix = f"delete {folder / artifacts.RECORD}, and {_AGAIN}"
     yield from _of("metrics", fix, _metrics.examine(run))
     yield from _of("thresholds", fix, _metrics.thresholds(run))
+    yield from _of("artifacts", f"{_AGAIN}, which makes anew what is damaged and used", _kept(run))
 
 
 def _dataset(run: Run, name: str, advance: Callable[[int], None]) -> Iterator[Finding]:
@@ -86,14 +87,28 @@ def _unreadable(error: Unreadable, where: str, fix: str) -> Finding:
     return Finding("files", "all there and readable", str(error), False, where, fix)
 
 
+def _kept(run: Run) -> Iterator[Finding]:
+    """Whether what the run learned, and the scores of its detectors, have the bytes that were written."""
+    wrong, places = Tally(), [name for name in run.record.artifacts if name.startswith(("fits/", "scores/"))]
+    for name in places:
+        try:
+            found = intact(run.workspace / name, kept(run.workspace / name, Kept))
+            wrong.add([] if found.good else [found.found])
+        except Unreadable as error:
+            wrong.add([error])
+    yield wrong.finding("bytes", f"the recorded SHA-256 of every file of {len(places)} folders")
+
+
 def _run(run: Run) -> Iterator[Finding]:
     """The run as a whole."""
     record = run.record
     yield same("status", "finished", record.status)
-    yield same("name", run.folder.name, record.name)
+    yield same("name", storage.name_of(storage.parent(str(run.folder))), record.name)
     page = run.folder / "report" / "index.html"
     yield Finding("report", str(page), "there" if page.is_file() else "missing", page.is_file())
-    yield same("fingerprint", record.fingerprint, read(run.folder / "_evaluated.json", str))
+    results = kept(run.folder, Kept)
+    yield same("fingerprint", record.fingerprint, str(results.identity.get("fingerprint")))
+    yield intact(run.folder, results)
     with reading(run.folder / "config.yaml"), files.local(run.folder / "config.yaml") as file:
         settings = loading.load(str(file))
     yield same("seed in config.yaml", settings.seed, record.seed)

@@ -10,7 +10,18 @@ import pyarrow as pa
 
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, Mask
 from pipeline.config import schema
-from pipeline.results.verify._files import Cached, Rows, Run, columns, parts, read, recount, require
+from pipeline.results.verify._files import (
+    Cached,
+    Kept,
+    Rows,
+    Run,
+    columns,
+    intact,
+    kept,
+    parts,
+    recount,
+    require,
+)
 from pipeline.results.verify._findings import Finding, Tally, Unreadable, same, shown
 from pipeline.results.verify._listing import Listing
 from pipeline.workspace import artifacts
@@ -35,11 +46,13 @@ def examine(run: Run, name: str, listing: Listing, advance: Callable[[int], None
         advance: called with the number of rows of every piece that was read.
     """
     folder = run.features(name)
-    cached = read(folder / artifacts.RECORD, Cached)
+    cached = kept(folder, Cached)
     yield from _identity(run, name, cached)
+    yield intact(folder, cached)
     yield recount(folder, cached.part_rows)
     yield from _rows(run, name, cached, listing, advance)
     for column, width in run.record.datasets[name].extras.items():
+        yield intact(folder / column, kept(folder / column, Kept))
         yield recount(folder / column, cached.part_rows)
         yield _beside(folder, column, width, cached.part_rows)
 
@@ -61,7 +74,10 @@ def _beside(folder: Place, column: str, width: int, part_rows: Sequence[int]) ->
 def _identity(run: Run, name: str, cached: Cached) -> Iterator[Finding]:
     """Whether the folder is named by what its features were made of, and that is what the run used."""
     entry, model = run.record.datasets[name], run.record.model
-    yield same("hash of the identity", entry.hash, artifacts.digest(cached.identity)[:16])
+    own = {part: value for part, value in cached.identity.items() if part != "variant"}
+    yield same(
+        "hash of the identity", entry.hash.partition(".")[0], artifacts.digest([cached.kind, own])[:16]
+    )
     used = {
         "images": entry.digest,
         "weights": model.weights_digest,
@@ -71,7 +87,7 @@ def _identity(run: Run, name: str, cached: Cached) -> Iterator[Finding]:
     wrong = Tally()
     wrong.add(field for field, value in used.items() if cached.identity.get(field) != value)
     yield wrong.finding("identity", f"{', '.join(used)} of manifest.json")
-    recorded = (cached.rows, cached.features, cached.errors)
+    recorded = (cached.facts.rows, cached.facts.features, cached.facts.errors)
     yield same("recorded counts", _counts(entry.rows, entry.features, entry.errors), _counts(*recorded))
 
 

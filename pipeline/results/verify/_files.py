@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ from pipeline.workspace import artifacts, storage, tables
 from pipeline.workspace.files import Place
 
 T = TypeVar("T")
+K = TypeVar("K", bound="Kept")
 
 Rows = Mapping[str, NDArray[Any]]
 """Columns of some rows."""
@@ -57,24 +58,47 @@ class Record(BaseModel):
     model: Model
     datasets: dict[str, Dataset]
     detectors: dict[str, dict[str, Any]]
-    not_applicable: dict[str, str] = {}
-    """Detectors that were left out, with the reason; earlier versions left out none."""
+    not_applicable: dict[str, str]
+    """Detectors that were left out, with the reason."""
+    artifacts: list[str]
+    """Folders in the workspace of all that the run refers to."""
 
 
-class Cached(BaseModel):
-    """`_manifest.json` of a folder of features."""
+class Written(BaseModel):
+    """A file as its artifact's record has it."""
+
+    size: int
+    sha256: str
+    facts: dict[str, Any]
+
+
+class Kept(BaseModel):
+    """`_manifest.json` of an artifact."""
+
+    kind: str
+    identity: dict[str, Any]
+    files: dict[str, Written]
+    facts: dict[str, Any]
+
+    @property
+    def part_rows(self) -> list[int]:
+        """Rows of each part."""
+        parts = sorted(name for name in self.files if name.startswith("part-"))
+        return [int(self.files[name].facts.get("rows", 0)) for name in parts]
+
+
+class Counts(BaseModel):
+    """What a record of features counts."""
 
     rows: int
     features: int
     errors: int
-    part_rows: list[int]
-    identity: dict[str, Any]
 
 
-class Scored(BaseModel):
-    """`_manifest.json` of a folder of scores."""
+class Cached(Kept):
+    """`_manifest.json` of a folder of features."""
 
-    part_rows: list[int]
+    facts: Counts  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -110,9 +134,7 @@ class Run:
     def column(self, detector: str, names: Sequence[str]) -> Iterator[NDArray[Any]]:
         """The scores of a detector on some datasets, in pieces."""
         for name in names:
-            for path in parts(
-                self.scores(name), read(self.scores(name) / artifacts.RECORD, Scored).part_rows
-            ):
+            for path in parts(self.scores(name), kept(self.scores(name), Kept).part_rows):
                 for rows in columns(path, [detector]):
                     yield rows[detector]
 
@@ -128,6 +150,8 @@ def reading(path: Place) -> Iterator[None]:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
         raise Unreadable(f"{path}: {place}: {problem['msg']}") from None
+    except artifacts.Damaged as damaged:
+        raise Unreadable(f"{damaged.path}: {damaged.reason}") from None
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = str(error) or type(error).__name__
         raise Unreadable(f"{path} cannot be read: {reason.splitlines()[0]}") from None
@@ -137,6 +161,24 @@ def read(path: Place, kind: type[T]) -> T:
     """A JSON document of a known shape."""
     with reading(path):
         return TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))
+
+
+def kept(folder: Place, kind: type[K]) -> K:
+    """The record of an artifact."""
+    with reading(folder / artifacts.RECORD):
+        return kind.model_validate(asdict(artifacts.read_record(folder)))
+
+
+def intact(folder: Place, record: Kept) -> Finding:
+    """Whether every file of an artifact has the bytes that were written."""
+    wrong = Tally()
+    for name, written in record.files.items():
+        try:
+            with reading(folder / name), artifacts.opened(folder / name, written.sha256):
+                pass
+        except Unreadable as error:
+            wrong.add([error])
+    return wrong.finding("bytes", f"{len(record.files)} files with the recorded SHA-256")
 
 
 def parts(folder: Place, part_rows: Sequence[int]) -> list[Place]:

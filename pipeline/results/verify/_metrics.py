@@ -17,9 +17,8 @@ from pyarrow import csv
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from pipeline.columns import LABEL, PREDICTION, Float
-from pipeline.results.verify._files import Run, Scored, columns, parts, read, reading, require
+from pipeline.results.verify._files import Kept, Run, columns, kept, parts, read, reading, require
 from pipeline.results.verify._findings import Finding, Tally, same
-from pipeline.workspace import artifacts
 
 METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "detection_error")
 """Names of the metrics of every comparison."""
@@ -143,7 +142,7 @@ def _accuracies(run: Run, recorded: Mapping[Name, Numbers]) -> Iterator[Finding]
     for dataset in run.of("id"):
         right = total = 0
         folder = run.scores(dataset)
-        for path in parts(folder, read(folder / artifacts.RECORD, Scored).part_rows):
+        for path in parts(folder, kept(folder, Kept).part_rows):
             for rows in columns(path, (LABEL, PREDICTION)):
                 right += int((rows[LABEL] == rows[PREDICTION]).sum())
                 total += len(rows[LABEL])

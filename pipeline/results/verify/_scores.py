@@ -9,9 +9,20 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION, Mask
-from pipeline.results.verify._files import Cached, Rows, Run, Scored, columns, parts, read, recount, require
+from pipeline.results.verify._files import (
+    Cached,
+    Kept,
+    Rows,
+    Run,
+    columns,
+    intact,
+    kept,
+    parts,
+    read,
+    recount,
+    require,
+)
 from pipeline.results.verify._findings import Finding, Tally, same
-from pipeline.workspace import artifacts
 from pipeline.workspace.files import Place
 
 _SHARED = (KEY, LABEL, PREDICTION)
@@ -34,10 +45,11 @@ def examine(run: Run, name: str, advance: Callable[[int], None]) -> Iterator[Fin
         name: the dataset.
         advance: called with the number of rows of every piece that was read.
     """
-    folder, scored = run.scores(name), read(run.scores(name) / artifacts.RECORD, Scored)
-    cached = read(run.features(name) / artifacts.RECORD, Cached)
+    folder, scored = run.scores(name), kept(run.scores(name), Kept)
+    cached = kept(run.features(name), Cached)
+    yield intact(folder, scored)
     yield recount(folder, scored.part_rows)
-    yield same("score rows", cached.features, sum(scored.part_rows))
+    yield same("score rows", cached.facts.features, sum(scored.part_rows))
     types, known = _types(run, name), Known(list(run.record.detectors), _thresholds(run, name))
     for path in parts(folder, scored.part_rows):
         require(path, types)

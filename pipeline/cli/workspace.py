@@ -1,0 +1,91 @@
+"""Commands about a workspace: the runs in it (runs), and what none of them needs (clean)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.cli.app import app, console
+
+if TYPE_CHECKING:
+    from pipeline.workspace.files import Place
+
+Folder = Annotated[str, typer.Option("--workspace", help="Folder or URI of the workspace.")]
+
+
+@app.command()
+def runs(workspace: Folder = "workspace") -> None:
+    """List the runs of a workspace: when, what, the best detectors, and how each went.
+
+    Example: `ood-pipeline runs --workspace /shared/ood`
+    """
+    from pipeline.results import history
+
+    table = Table(box=SIMPLE, title=f"Runs of {workspace}")
+    for name in ("name", "id", "state", "date (UTC)"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("model", overflow="fold")
+    for name in ("datasets", "detectors"):
+        table.add_column(name, justify="right")
+    for name in ("best on near-OOD", "best on far-OOD"):
+        table.add_column(name)
+    count = 0
+    for run in history.listed(_place(workspace)):
+        best = [f"{name} {value:.4f}" if name else "" for name, value in run.best]
+        date = run.finished[:16].replace("T", " ")
+        texts = (run.name, run.id, run.state, date, run.model, str(run.datasets), str(run.detectors), *best)
+        table.add_row(*map(Text, texts))
+        count += 1
+    if count:
+        (console if console.is_terminal else Console(width=200, highlight=False)).print(table)
+    else:
+        console.print(f"no runs in {workspace}", markup=False)
+
+
+@app.command()
+def clean(
+    workspace: Folder = "workspace",
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete them; without it they are only listed.")
+    ] = False,
+) -> None:
+    """List, or delete, what no run of a workspace refers to: features of other weights, old statistics.
+
+    Runs themselves are never deleted. To give one up, delete its folder and clean.
+
+    Example: `ood-pipeline clean --workspace /shared/ood --delete`
+    """
+    from pipeline.errors import UserError
+    from pipeline.workspace import artifacts, leftovers
+    from pipeline.workspace.claims import opened
+
+    place = _place(workspace)
+    with opened(place) as claims:
+        claims.require_idle()  # what a run makes right now, none refers to yet
+        try:
+            found = sorted(leftovers.unreferred(place), key=lambda leftover: leftover.name)
+        except ValueError as error:
+            raise UserError(f"{error}.") from None
+        for leftover in found:
+            console.print(f"{leftover.size / 2**20:10,.1f} MiB  {leftover.name}", markup=False)
+            if delete:
+                artifacts.remove_folder(leftover.folder)
+    size = sum(leftover.size for leftover in found) / 2**20
+    done = "deleted" if delete or not found else "in all; --delete deletes them"
+    console.print(f"{size:10,.1f} MiB  {len(found)} folders {done}")
+
+
+def _place(workspace: str) -> Place:
+    """The workspace, which must be there."""
+    from pipeline.errors import UserError
+    from pipeline.workspace import files
+
+    place = files.at(workspace)
+    if not place.is_dir():
+        raise UserError(f"--workspace: no such folder: {workspace}. Name the workspace of your runs.")
+    return place

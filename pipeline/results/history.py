@@ -1,0 +1,69 @@
+"""The runs of a workspace, one line each: what was run on what, and how it went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.workspace import files, runs, storage
+from pipeline.workspace.files import Place
+
+GROUPS = ("near_ood", "far_ood")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One run."""
+
+    name: str
+    id: str
+    state: str
+    """finished, failed, partial, running; or unreadable, with the reason in `model`."""
+    finished: str
+    """When, as ISO 8601; of one that is not finished, when it was started."""
+    model: str
+    datasets: int
+    detectors: int
+    best: tuple[tuple[str, float], ...]
+    """For near-OOD and far-OOD: the detector with the best mean AUROC in [0, 1], and that; or "" and NaN."""
+
+
+def listed(workspace: Place) -> Iterator[Summary]:
+    """All runs of a workspace, name by name and the oldest first."""
+    found = [(folder, _summary(folder)) for folder in runs.all_of(workspace)]
+    known = [summary for _, summary in found if summary is not None]
+    yield from sorted(known, key=lambda summary: (summary.name, summary.finished))
+
+
+def _summary(folder: Place) -> Summary | None:
+    """What the record of a run says; None of a folder without one."""
+    name = storage.name_of(storage.parent(str(folder)))
+    try:
+        record = files.read_json(folder / runs.MANIFEST)
+        metrics = folder / "metrics.json"
+        rows = files.read_json(metrics) if metrics.is_file() else []
+        return Summary(
+            name=name,
+            id=folder.name,
+            state=record["status"],
+            finished=record["finished"] or record["started"],
+            model=record["model"]["name"],
+            datasets=len(record["datasets"]),
+            detectors=len(record["detectors"]),
+            best=tuple(_best(rows, group) for group in GROUPS),
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        return Summary(name, folder.name, "unreadable", "", reason, 0, 0, ())
+
+
+def _best(rows: list[dict[str, Any]], group: str) -> tuple[str, float]:
+    """The detector with the best mean AUROC over a group, and that."""
+    means = [row for row in rows if row["dataset"] == row["group"] == group and row["metric"] == "auroc"]
+    found = [(row["value"], row["detector"]) for row in means if math.isfinite(row["value"])]
+    value, detector = max(found, default=(math.nan, ""))
+    return detector, value

@@ -1,0 +1,114 @@
+"""The commands `runs` and `clean` on a workspace with several runs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli import main
+from pipeline.config.schema import Config
+from pipeline.errors import UserError
+from pipeline.workspace import claims, files
+
+
+def command(*arguments: str) -> str:
+    found = CliRunner().invoke(main.app, list(arguments), catch_exceptions=False, env={"COLUMNS": "200"})
+    assert found.exit_code == 0
+    return found.output
+
+
+@pytest.fixture
+def runs(
+    settings: dict[str, Any], load: Callable[..., Config], execute: Callable[..., Any]
+) -> tuple[Path, list[Path]]:
+    """A workspace and the folders of three runs: two of one name, and one that did not finish."""
+    for entry in settings["datasets"]:
+        entry["limit"] = 64 if entry["role"] != "train" else 200
+    settings["detectors"] = ["msp", {"dice": {"p": 20}}]
+    folders = [execute(load(settings)).folder]
+    settings["detectors"] = ["msp", {"dice": {"p": 50}}]
+    folders.append(execute(load(settings)).folder)
+    settings["name"] = "other"
+    settings["model"]["weights"] = "random"
+    folders.append(execute(load(settings), last="extract").folder)
+    return folders[0].parent.parent.parent, folders
+
+
+def test_a_changed_config_never_touches_an_earlier_result(
+    runs: tuple[Path, list[Path]], settings: dict[str, Any], load: Any, execute: Any
+) -> None:
+    _, (first, second, _) = runs
+    assert first.parent == second.parent != first
+    assert (first.parent / "latest").read_text().strip() == second.name
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    settings["name"] = "small"
+    settings["detectors"] = ["msp", {"dice": {"p": 20}}]
+    settings["model"]["weights"] = "package://pipeline.quickstart/resnet.safetensors"
+    execute(load(settings), first="report")
+    after = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    assert {path for path in after if before.get(path) != after[path]} <= set((first / "report").iterdir())
+    folder = execute(load(settings), fresh=True).folder
+    assert folder.name == f"{first.name}-2"
+    assert {path: path.read_bytes() for path in before} == {**before, **{p: after[p] for p in before}}
+    assert (folder / "metrics.json").read_bytes() == (first / "metrics.json").read_bytes()
+
+
+def test_runs_are_listed_with_their_best_detectors_and_states(runs: tuple[Path, list[Path]]) -> None:
+    workspace, folders = runs
+    (folders[0] / "manifest.json").write_text("{")
+    found = command("runs", "--workspace", str(workspace))
+    lines = {folder.name: line for folder in folders for line in found.splitlines() if folder.name in line}
+    assert re.search(r"small +\w+ +unreadable", lines[folders[0].name])
+    assert re.search(
+        r"small +\w+ +finished +20\d\d-.* 4 +2 +(msp|dice) 0\.\d{4} +(msp|dice) 0\.\d{4}",
+        lines[folders[1].name],
+    )
+    assert re.search(r"other +\w+ +partial +20\d\d-", lines[folders[2].name])
+
+
+def test_only_what_no_run_refers_to_is_deleted(
+    runs: tuple[Path, list[Path]], settings: dict[str, Any], load: Any, execute: Any
+) -> None:
+    workspace, folders = runs
+    kept = {path for path in workspace.rglob("*") if path.is_file()}
+    nothing = command("clean", "--workspace", str(workspace))
+    assert re.fullmatch(r" +0\.0 MiB +0 folders deleted\n", nothing)
+    shutil.rmtree(folders[0])
+    shutil.rmtree(folders[2])
+    listed = command("clean", "--workspace", str(workspace))
+    assert "--delete deletes them" in listed
+    names = set(re.findall(r"MiB +((?:fits|scores|features)/\S+)", listed))
+    assert {name.partition("/")[0] for name in names} == {"fits", "scores", "features"}
+    assert {path for path in workspace.rglob("*") if path.is_file()} >= {
+        p for p in kept if folders[1] in p.parents
+    }
+    command("clean", "--workspace", str(workspace), "--delete")
+    assert not any((workspace / name).exists() for name in names)
+    before = {path: path.read_bytes() for path in folders[1].glob("metrics.*")}
+    settings["name"], settings["model"]["weights"] = (
+        "small",
+        "package://pipeline.quickstart/resnet.safetensors",
+    )
+    again = execute(load(settings)).folder
+    assert again == folders[1]
+    record = files.read_json(again / "manifest.json")
+    assert record["executions"][-1]["stages"]["extract"]["forward_images"] == 0
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_workspace_that_is_not_there_or_in_use_is_refused(tmp_path: Path) -> None:
+    runner = CliRunner()
+    for name in ("runs", "clean"):
+        found = runner.invoke(main.app, [name, "--workspace", str(tmp_path / "no")])
+        assert isinstance(found.exception, UserError)
+        assert "no such folder" in str(found.exception)
+    with claims.opened(tmp_path) as ours, ours.alone("runs/a/0123"):
+        found = runner.invoke(main.app, ["clean", "--workspace", str(tmp_path)])
+    assert isinstance(found.exception, UserError)
+    assert "in use" in str(found.exception)
