@@ -75,8 +75,11 @@ def clean(
             console.print(f"{leftover.size / 2**20:10,.1f} MiB  {leftover.name}", markup=False)
             if delete:
                 artifacts.remove_folder(leftover.folder)
+    if not found:
+        console.print("nothing to delete")
+        return
     size = sum(leftover.size for leftover in found) / 2**20
-    done = "deleted" if delete or not found else "in all; --delete deletes them"
+    done = "deleted" if delete else "in all; --delete deletes them"
     console.print(f"{size:10,.1f} MiB  {len(found)} folders {done}")
 
 
