@@ -18,6 +18,7 @@ import yaml
 from pipeline import quickstart
 from pipeline.cluster.engine import Engine, opened
 from pipeline.config import loading, schema
+from tests.servers import ray
 
 if TYPE_CHECKING:
     from pipeline.workflows import run
@@ -71,23 +72,8 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Ray with three logical CPUs and two logical GPUs, shared by all tests."""
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        for name, value in S3_ENVIRONMENT.items():  # inherited by the workers
-            patch.setenv(name, value)
-        ray.init(
-            address="local",
-            num_cpus=3,
-            num_gpus=2,
-            object_store_memory=300 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+    with ray(cpus=3, gpus=2, environment=S3_ENVIRONMENT):
         yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

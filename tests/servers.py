@@ -1,13 +1,15 @@
-"""What tests with servers of their own share: ports that are free, and waiting until one answers."""
+"""What tests with servers of their own share: a local Ray, ports that are free, waiting until one answers."""
 
 from __future__ import annotations
 
 import socket
 import time
 import urllib.request
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+import pytest
 
 
 def free_ports(count: int) -> list[int]:
@@ -36,6 +38,33 @@ def wait(for_what: str, condition: Callable[[], Any], seconds: float = 60) -> An
             return value
         time.sleep(0.01)
     raise TimeoutError(for_what)
+
+
+@contextmanager
+def ray(cpus: int, gpus: int, environment: Mapping[str, str] | None = None) -> Iterator[None]:
+    """A local Ray for the time of a block.
+
+    Args:
+        cpus: logical ones.
+        gpus: the same; they need not be there.
+        environment: variables that workers inherit.
+    """
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **(environment or {})}.items():
+            patch.setenv(name, value)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            object_store_memory=300 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        yield
+        ray.shutdown()
 
 
 def answers(url: str) -> bool:

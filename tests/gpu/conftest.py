@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.servers import ray
+
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Refuse to run tests on a GPU where torch sees none."""
@@ -30,18 +32,5 @@ def settings_of_torch() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Ray with four logical CPUs and the real GPU."""
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            address="local",
-            num_cpus=4,
-            num_gpus=1,
-            object_store_memory=300 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+    with ray(cpus=4, gpus=1):
         yield
-        ray.shutdown()
