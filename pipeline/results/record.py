@@ -68,10 +68,9 @@ class Record:
         for part, what in (("detectors", "uses_ood"), ("datasets", "expected")) if self.earlier else ():
             for name, entry in self.earlier[part].items():
                 self.worked |= entry[what] != self.content[part].get(name, entry)[what]
-        for part in (
-            ("started", "index", "stages", "nodes", "artifacts") if self.earlier and not ready.fresh else ()
-        ):
-            self.content[part] = self.earlier[part]
+        if self.earlier and not ready.fresh:
+            kept = ("started", "index", "stages", "nodes", "artifacts")
+            self.content |= {part: self.earlier[part] for part in kept}
         self.execution: dict[str, Any] = {
             "started": now(),
             "finished": None,

@@ -309,10 +309,8 @@ def start(
         others: banks of the run that need not be searched now, but count where shards are sized.
     """
     banks = {bank.folder: bank for bank in files}
-    size = sum(
-        bank.rows * bank.width * 4
-        for bank in {bank.folder: bank for bank in others}.values() or banks.values()
-    )
+    sized = banks | {bank.folder: bank for bank in others}
+    size = sum(bank.rows * bank.width * 4 for bank in sized.values())
     count = max(1, -(-size // AUTO_SHARD_BYTES)) if settings.shards == "auto" else settings.shards
     smallest = min(bank.rows for bank in banks.values())
     if count > smallest:

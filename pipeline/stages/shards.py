@@ -121,6 +121,11 @@ class Job:
         folder = self.artifact.folder / extra.column
         return Artifact(folder, f"column {extra.version}", identity, {self.name: _keys(features)})
 
+    def artifacts(self) -> list[Artifact]:
+        """The features, and the columns beside them by their folders alone."""
+        folder = self.artifact.folder
+        return [self.artifact, *(Artifact(folder / extra.column, "", {}) for extra in self.extras)]
+
     def lacking(self) -> list[Extra]:
         """The extras that are not there for exactly the rows of the features."""
         features = self.record()

@@ -289,7 +289,7 @@ class Run:
             def make(names: set[str]) -> None:
                 self.worked = True
                 ours = [job for job in jobs if job.name in names]
-                self._renew(job.artifact for job in ours)
+                self._renew(artifact for job in ours for artifact in job.artifacts())
                 numbers = extract.run(
                     self.engine, ours, self.ready.plan, lambda receipt: shown.advance(receipt["rows"])
                 )
@@ -304,9 +304,8 @@ class Run:
             numbers = self.costs
             self._describe_extras()
             for job in jobs:
-                features = job.artifact.record()
-                assert features is not None
-                counted = {name: features.facts[name] for name in ("features", "errors", "machines")}
+                facts = job.artifact.require().facts
+                counted = {name: facts[name] for name in ("features", "errors", "machines")}
                 self.record.content["datasets"][job.dataset] |= counted
             shown.note = f"{numbers['forward_images']:,} of {numbers['images']:,} images forwarded"
             passes = sum(count for name, count in numbers.items() if name.endswith("_passes"))

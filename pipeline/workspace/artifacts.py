@@ -147,13 +147,18 @@ class Artifact:
 
     def begin(self) -> dict[str, File]:
         """The parts that are there and were made of the same inputs; others are deleted, and the record."""
-        wanted = digest(dict(self.inputs))
-        note = self.folder / _INPUTS
-        if self.inputs and not (note.is_file() and files.read_json(note) == wanted):
+        if self.inputs and self._begun_with() != dict(self.inputs):
             self.discard()
-            files.write_json(note, wanted)
+            _seal(self.folder / _INPUTS, {"inputs": dict(self.inputs)})
         (self.folder / RECORD).unlink(missing_ok=True)
         return self.done()
+
+    def _begun_with(self) -> dict[str, str] | None:
+        """The inputs that its parts were made of; None if nobody knows."""
+        try:
+            return dict(_unsealed(self.folder / _INPUTS)["inputs"])
+        except (Damaged, FileNotFoundError):
+            return None
 
     def finish(self, made: Mapping[str, File], alone: bool = True, **facts: Any) -> Record:
         """Mark it as complete.

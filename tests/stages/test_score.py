@@ -134,6 +134,8 @@ def test_scores_of_other_features_are_never_taken_for_those_of_these(tmp_path: P
             before.finish(made)
         assert list(before.begin()) == ["part-00000.parquet"]
         assert after.begin() == {}
+        (tmp_path / "scores" / "_inputs.json").write_text("")  # damaged: nobody knows
+        assert before.begin() == {}
         assert not (tmp_path / "scores" / "part-00000.parquet").exists()
 
 

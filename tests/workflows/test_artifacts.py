@@ -162,6 +162,17 @@ def test_a_command_that_may_not_make_what_is_damaged_names_the_file_and_the_cure
     assert path.is_file()
 
 
+def test_fresh_makes_the_columns_beside_the_features_again_too(
+    copied: tuple[Config, Path, dict[str, bytes]], execute: Callable[..., Any]
+) -> None:
+    loaded, workspace, before = copied
+    times = {what: located(workspace, what).stat().st_mtime_ns for what in ("features", "column", "scores")}
+    execute(loaded, fresh=True, last="score")
+    assert all(located(workspace, what).stat().st_mtime_ns > time for what, time in times.items())
+    after = kept(workspace)
+    assert [name for name in before if before[name] != after[name]] == []
+
+
 def _names(workspace: Path) -> set[str]:
     """Artifacts that are complete: kind, or method of scores, and folder."""
     fits = {
