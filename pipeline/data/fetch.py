@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.workspace import storage
+from pipeline.workspace.patience import Unavailable, is_transient
 
 THREADS = 16
 """Reads of remote files that are under way at once."""
@@ -27,7 +28,8 @@ def fetch(table: pa.Table) -> Iterator[Content]:
     """The stored bytes of each row of a manifest, in order, or the exception that reading it raised.
 
     A file that was changed after it was listed ends it with `storage.Changed`: what comes of it must not be
-    kept under the name of what was listed.
+    kept under the name of what was listed. A store that does not answer ends it with `Unavailable`: nothing
+    is known about the image then.
 
     Streams: holds a few rows and at most one row group of a Parquet file, whatever the size of the table.
     Rows of Parquet files are best asked for in one table, in order: each row group is then read once.
@@ -61,10 +63,22 @@ def _content(row: dict[str, Any]) -> Content:
         return EOFError("the archive does not hold all of this image")
     try:
         return storage.read(row["uri"], row["offset"], row["length"], row["identity"])
-    except storage.Changed:
-        raise
-    except Exception as error:  # a server may answer anything; the row is counted as an error
-        return error
+    except Exception as error:
+        return _final(error, row["uri"])
+
+
+def _final(error: Exception, path: str) -> Exception:
+    """What reading a file raised, as the content of its row: a server may answer anything.
+
+    Raises:
+        Changed: it was that.
+        Unavailable: it was that, or it may be gone when the file is read again.
+    """
+    if isinstance(error, storage.Changed | Unavailable):
+        raise error
+    if is_transient(error):
+        raise Unavailable.after(path, error) from None
+    return error
 
 
 def _values(path: str, rows: list[dict[str, Any]]) -> Iterator[Content]:
@@ -74,10 +88,8 @@ def _values(path: str, rows: list[dict[str, Any]]) -> Iterator[Content]:
             storage.require_unchanged(path, _listed(rows[0]))
             stream = stack.enter_context(storage.open_input(path))
             file = stack.enter_context(pq.ParquetFile(stream))
-        except storage.Changed:
-            raise
-        except Exception as error:  # as above
-            yield from [error] * len(rows)
+        except Exception as error:
+            yield from [_final(error, path)] * len(rows)
             return
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         starts = np.cumsum([0, *sizes])
@@ -110,10 +122,8 @@ def _picked(
             value = values[row - start].as_py()
             yield ValueError("the row has no image bytes") if value is None else value
             done += 1
-    except storage.Changed:
-        raise
-    except Exception as error:  # as above; what follows in the row group is lost with it
-        yield from [error] * (len(wanted) - done)
+    except Exception as error:  # what follows in the row group is lost with it
+        yield from [_final(error, path)] * (len(wanted) - done)
 
 
 def _bytes(batch: pa.RecordBatch | None) -> pa.Array:

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -40,6 +40,7 @@ from pipeline.workspace import artifacts, files, runs, storage, tables
 from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Store
 from pipeline.workspace.claims import Claims, opened
 from pipeline.workspace.files import Place
+from pipeline.workspace.patience import Unavailable
 
 StageName = Literal["extract", "fit", "score", "evaluate", "report"]
 STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report")
@@ -102,7 +103,8 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         try:
             run.all()
         except BaseException as error:
-            run.record.close("failed")
+            with suppress(Unavailable):
+                run.record.close("failed")
             run.tracking.fail(error)
             raise
         if options.last != "report":
