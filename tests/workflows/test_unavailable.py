@@ -12,14 +12,13 @@ import pytest
 from PIL import Image
 
 from pipeline.config import schema
-from pipeline.results import verify
 from pipeline.workspace import artifacts, claims, files, patience, storage, tables
 from pipeline.workspace.files import Place
 from pipeline.workspace.patience import Unavailable
 from tests import faults
 from tests.faults import Fault, Plan, Proxy
 
-SETS = {"train": 4, "test": 2, "animals": 12, "textures": 12}
+SETS = {"train": 3, "test": 1, "animals": 8}
 """Images of each class."""
 
 
@@ -61,6 +60,7 @@ def stored(pictures: Path, bucket: str, proxy: Proxy) -> str:
 
 def over(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     """The small evaluation on the images of a folder."""
+    settings["datasets"] = [dataset for dataset in settings["datasets"] if dataset["name"] in SETS]
     for dataset in settings["datasets"]:
         for field in ("images", "labels"):
             dataset.pop(field, None)
@@ -72,7 +72,7 @@ def over(settings: dict[str, Any], folder: str) -> dict[str, Any]:
 def results(folder: Place) -> dict[str, Any]:
     """Bytes of the metrics, and the scores of all rows."""
     found: dict[str, Any] = {"metrics": (folder / "metrics.json").read_bytes()}
-    for name in ("test", "animals", "textures"):
+    for name in ("test", "animals"):
         table = tables.Table.open(folder / "scores" / name)
         read = table.read(0, table.rows, ["key", "label", "prediction", "msp", "knn"])
         found[name] = {column: values.tolist() for column, values in read.items()}
@@ -86,12 +86,24 @@ def errors(workspace: Place) -> int:
     return sum(file.facts["errors"] for file in receipts if file is not None)
 
 
+def torn(workspace: Place) -> list[Place]:
+    """Artifacts that look complete and are not."""
+    folders = [folder for kind in ("features", "fits") for folder in (workspace / kind).glob("*")]
+    found = []
+    for folder in folders:
+        sizes = {entry.name: entry.size for entry in storage.entries(str(folder))}
+        if artifacts.RECORD in sizes:
+            record = artifacts.read_record(folder)
+            found += [folder for name, file in record.files.items() if sizes.get(name) != file.size]
+    return found
+
+
 @pytest.fixture
 def expected(
     settings: dict[str, Any], pictures: Path, load: Callable[..., schema.Config], execute: Callable[..., Any]
 ) -> dict[str, Any]:
     """Results of a run over local files."""
-    return results(execute(load(over(settings, str(pictures)))).folder)
+    return results(execute(load(over(settings, str(pictures))), last="evaluate").folder)
 
 
 def test_a_store_that_fails_now_and_then_changes_nothing(
@@ -104,7 +116,9 @@ def test_a_store_that_fails_now_and_then_changes_nothing(
 ) -> None:
     workspace = files.at(stored) / "workspace"
     proxy.plan = faults.some(0.05, seed=7)
-    folder = execute(load(over(settings, str(files.at(stored) / "images")), str(workspace))).folder
+    folder = execute(
+        load(over(settings, str(files.at(stored) / "images")), str(workspace)), last="evaluate"
+    ).folder
     proxy.plan = faults.good
     assert min(proxy.done[fault] for fault in faults.FAULTS) > 0
     assert results(folder) == expected
@@ -117,7 +131,7 @@ ALL = ("/features/train-", "/images/animals/", "/features/test-", "/fits/", "/sc
 @pytest.mark.parametrize(
     ("fault", "places"),
     [
-        ("drop", ("/images/animals/", "/fits/", "/scores/")),
+        ("drop", ("/images/animals/", "/fits/")),
         pytest.param("drop", ALL, marks=pytest.mark.slow),
         pytest.param("slow down", ALL, marks=pytest.mark.slow),
         pytest.param("cut", ALL, marks=pytest.mark.slow),
@@ -141,10 +155,10 @@ def test_a_store_that_goes_down_is_one_message_and_the_next_run_goes_on(
             execute(loaded, last="evaluate")
         proxy.plan = faults.good
         assert errors(workspace) == 0
-    folder = execute(loaded).folder
+        assert not torn(workspace)
+    folder = execute(loaded, last="evaluate").folder
     assert results(folder) == expected
     assert errors(workspace) == 0
-    assert all(finding.good for finding in verify.examine(folder))
 
 
 def down(where: str, fault: Fault) -> Plan:
