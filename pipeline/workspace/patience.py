@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Concatenate, NoReturn, ParamSpec, TypeVar
-from urllib.parse import urlsplit
 
 from tenacity import (
     RetryCallState,
@@ -104,7 +103,7 @@ def insist(place: str, call: Callable[P, T], *arguments: P.args, **options: P.kw
     Raises:
         Unavailable: it failed too often.
     """
-    store = _store(place)
+    store, started = _store(place), time.monotonic()
     try:
         result = call(*arguments, **options)
         _given_up.pop(store, None)
@@ -113,7 +112,8 @@ def insist(place: str, call: Callable[P, T], *arguments: P.args, **options: P.kw
         if not is_transient(error):
             raise
         found = Unavailable.after(place, error)
-        if time.monotonic() - _given_up.get(store, -SECONDS) < SECONDS:
+        spent = time.monotonic() - started
+        if started - _given_up.get(store, -SECONDS) < SECONDS:
             raise found from None
         _log.warning("%s: %s; it is asked again", found.place, found.reason)
 
@@ -126,7 +126,7 @@ def insist(place: str, call: Callable[P, T], *arguments: P.args, **options: P.kw
 
     again = Retrying(
         retry=retry_if_exception(is_transient),
-        stop=stop_after_attempt(ATTEMPTS - 1) | stop_after_delay(SECONDS),
+        stop=stop_after_attempt(ATTEMPTS - 1) | stop_after_delay(SECONDS - spent),
         wait=wait_exponential(WAIT / 2, LONGEST / 2) + wait_random_exponential(WAIT / 2, LONGEST / 2),
         retry_error_callback=give_up,
     )
@@ -146,5 +146,6 @@ def patient(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str,
 
 
 def _store(place: str) -> str:
-    parts = urlsplit(place)
-    return f"{parts.scheme}://{parts.netloc}?{parts.query}"
+    """The bucket of a URI; all local disks are one store."""
+    kind, mark, rest = place.partition("://")
+    return kind + re.split("[/?]", rest, maxsplit=1)[0] if mark else ""
