@@ -1,0 +1,71 @@
+"""Evaluations whose processes are killed at seeded moments in every stage end with the same bytes.
+
+Drivers on Ray are killed in tests/cluster.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kills import runs
+from tests.kills.runs import Evaluation
+from tests.kills.strikes import STAGES, WORKER, Moments, drawn
+
+SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))]
+
+KILLED_TWICE = 10
+"""The first of the seeds with which a run is killed again when it goes on."""
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What nothing happened to."""
+
+    raw: dict[str, Any]
+    contents: dict[str, str]
+    moments: Moments
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    evaluation = Evaluation(runs.settings(folder), folder)
+    status, plan = evaluation.start()
+    assert status == 0
+    return Undisturbed(runs.settings(folder), evaluation.contents(), plan.moments())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
+    undisturbed: Undisturbed, stage: str, seed: int, tmp_path: Path
+) -> None:
+    evaluation = Evaluation(undisturbed.raw, tmp_path)
+    threads = 1 + seed % 2
+    status, plan = evaluation.start(drawn(undisturbed.moments, stage, seed), threads=threads)
+    assert (status, len(plan.struck())) == (-signal.SIGKILL, 1)
+    if seed >= KILLED_TWICE:
+        later = random.Random(seed).choice(STAGES[STAGES.index(stage) :])
+        evaluation.start(drawn(undisturbed.moments, later, f"{seed} again"), threads=threads)
+    assert evaluation.start(threads=threads)[0] == 0
+    assert evaluation.wrong(undisturbed.contents) == [], plan.struck()
+
+
+def test_a_run_on_ray_whose_workers_were_killed_gives_the_same_bytes(
+    ray_session: None, tmp_path: Path
+) -> None:
+    raw = runs.settings(tmp_path)
+    whole, struck = (Evaluation(raw, tmp_path / name) for name in ("whole", "struck"))
+    plan = whole.plan()
+    runs.evaluate(whole.config, plan, "inline", 1)
+    strikes = [drawn(plan.moments(), stage, 0, WORKER) for stage in ("extract", "fit", "score")]
+    plan = struck.plan(*strikes)
+    runs.evaluate(struck.config, plan, "ray", None)
+    assert len(plan.struck()) == len(strikes)
+    assert struck.wrong(whole.contents()) == [], plan.struck()
