@@ -478,7 +478,10 @@ class Run:
     def _describe_index(
         self, searched: index.Index, scorers: Mapping[str, Scorer], banks: Mapping[str, index.BankFiles]
     ) -> None:
-        """Record the banks, and for approximate ones how often the true neighbour is found."""
+        """Record the banks, and for approximate ones how often the true neighbour is found.
+
+        Written at once: a run that is killed later, when the scores are there, does not search again.
+        """
         kind = self.ready.config.index.kind
         rows = self.ready.of_role("id")[0].table().read(0, _RECALL_QUERIES, self._columns())
         for label, bank_files in banks.items():
@@ -494,6 +497,8 @@ class Run:
                 if exact
                 else index.recall(searched, bank_files.folder, bank.queries(rows)),
             }
+        self._refer()
+        self.record.write()
 
     def _columns(self) -> tuple[str, ...]:
         norms = (BLOCK_NORM,) if self.ready.classifier.taps.blocks else ()

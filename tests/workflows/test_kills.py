@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.workspace import files
 from tests.kills import runs
 from tests.kills.runs import Evaluation
-from tests.kills.strikes import STAGES, WORKER, Moments, drawn
+from tests.kills.strikes import DRIVER, STAGES, WORKER, Moments, Strike, drawn
+from tests.stored import newest
 
 SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))]
 
@@ -55,6 +57,18 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
         evaluation.start(drawn(undisturbed.moments, later, f"{seed} again"), threads=threads)
     assert evaluation.start(threads=threads)[0] == 0
     assert evaluation.wrong(undisturbed.contents) == [], plan.struck()
+
+
+def test_a_run_that_was_killed_when_its_scores_were_there_still_tells_of_its_indexes(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    evaluation = Evaluation(undisturbed.raw, tmp_path)
+    before_the_record = undisturbed.moments["score", DRIVER] - 2
+    assert evaluation.start(Strike("score", DRIVER, before_the_record))[0] == -signal.SIGKILL
+    assert evaluation.start()[0] == 0
+    record = files.read_json(newest(evaluation.workspace) / "manifest.json")
+    assert set(record["index"]) == {"knn", "grood"}
+    assert evaluation.wrong(undisturbed.contents) == []
 
 
 def test_a_run_on_ray_whose_workers_were_killed_gives_the_same_bytes(
