@@ -122,10 +122,13 @@ class Evaluation:
         return process.exitcode, plan
 
     def driver(self, environment: Mapping[str, str], *strikes: Strike) -> subprocess.Popen[str]:
-        """Start it on Ray in a process of its own."""
+        """Start it on Ray in a process of its own.
+
+        Torch has one thread in all of them: what a network answers to the probe depends on how many it has.
+        """
         return subprocess.Popen(
             [sys.executable, "-m", __name__, str(self.config), json.dumps(asdict(self.plan(*strikes)))],
-            env=dict(environment),
+            env={**environment, "OMP_NUM_THREADS": "1"},
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
