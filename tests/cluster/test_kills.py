@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def evaluation(undisturbed: tuple[Evaluation, Plan], tmp_path: Path) -> Evaluati
     return Evaluation(undisturbed[0].raw, tmp_path)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("stages", "seed"),
     [
@@ -47,7 +49,8 @@ def test_a_run_whose_driver_was_killed_in_one_stage_after_the_other_goes_on_to_t
 ) -> None:
     whole, plan = undisturbed
     for stage in stages:
-        driver = evaluation.driver(site.environment, drawn(plan.moments(), stage, seed, DRIVER))
+        strike = replace(drawn(plan.moments(), stage, seed), victim=DRIVER)
+        driver = evaluation.driver(site.environment, strike)
         output, _ = driver.communicate(timeout=240)
         assert driver.returncode == -signal.SIGKILL, output
     finished(evaluation.driver(site.environment))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -165,5 +166,5 @@ class Evaluation:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[2])
-    struck = tuple(Strike(**strike) for strike in given.pop("strikes"))
-    evaluate(Path(sys.argv[1]), Plan(**given, strikes=struck), "ray", None)
+    given |= {"strikes": tuple(Strike(**strike) for strike in given["strikes"]), "driver": os.getpid()}
+    evaluate(Path(sys.argv[1]), Plan(**given), "ray", None)

@@ -32,6 +32,8 @@ class Strike:
     stage: str
     who: str
     number: int
+    victim: str = ""
+    """Who is killed, if it is not the one whose moment it is."""
 
 
 def drawn(moments: Moments, stage: str, seed: Any, *who: str) -> Strike:
@@ -48,13 +50,16 @@ class Plan:
     counts: str
     """A folder, with a file for each stage and who works there, of a byte for each moment."""
     strikes: tuple[Strike, ...] = ()
+    driver: int = 0
+    """Process of the evaluation itself."""
 
     def moment(self, stage: str, who: str, what: str) -> None:
         """Count, and die if that is planned: once, as no two moments have the same number."""
-        strike = Strike(stage, who, self._append(f"{stage}-{who}", "."))
-        if strike in self.strikes:
-            self._append("struck", f"{strike}: {what}\n")
-            os.kill(os.getpid(), signal.SIGKILL)
+        number = self._append(f"{stage}-{who}", ".")
+        for strike in self.strikes:
+            if (strike.stage, strike.who, strike.number) == (stage, who, number):
+                self._append("struck", f"{strike}: {what}\n")
+                os.kill(self.driver if strike.victim == DRIVER else os.getpid(), signal.SIGKILL)
 
     def _append(self, name: str, text: str) -> int:
         """Add to a file at the place that is returned."""

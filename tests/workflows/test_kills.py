@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ KILLED_TWICE = 10
 class Undisturbed:
     """What nothing happened to."""
 
-    raw: dict[str, Any]
+    raw: Mapping[str, Any]
     contents: dict[str, str]
     moments: Moments
 
@@ -40,7 +41,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     evaluation = Evaluation(runs.settings(folder), folder)
     status, plan = evaluation.start()
     assert status == 0
-    return Undisturbed(runs.settings(folder), evaluation.contents(), plan.moments())
+    return Undisturbed(evaluation.raw, evaluation.contents(), plan.moments())
 
 
 @pytest.mark.parametrize("seed", SEEDS)
