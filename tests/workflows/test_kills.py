@@ -1,6 +1,6 @@
 """Evaluations whose processes are killed at seeded moments in every stage end with the same bytes.
 
-Drivers on Ray are killed in tests/cluster.
+Without Ray; its drivers and workers are killed in tests/cluster.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 from pipeline.workspace import files
 from tests.kills import runs
 from tests.kills.runs import Evaluation
-from tests.kills.strikes import DRIVER, STAGES, WORKER, Moments, Strike, drawn
+from tests.kills.strikes import DRIVER, STAGES, Moments, Strike, drawn
 from tests.stored import newest
 
 SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))]
@@ -70,17 +70,3 @@ def test_a_run_that_was_killed_when_its_scores_were_there_still_tells_of_its_ind
     record = files.read_json(newest(evaluation.workspace) / "manifest.json")
     assert set(record["index"]) == {"knn", "grood"}
     assert evaluation.wrong(undisturbed.contents) == []
-
-
-def test_a_run_on_ray_whose_workers_were_killed_gives_the_same_bytes(
-    ray_session: None, tmp_path: Path
-) -> None:
-    raw = runs.settings(tmp_path)
-    whole, struck = (Evaluation(raw, tmp_path / name) for name in ("whole", "struck"))
-    plan = whole.plan()
-    runs.evaluate(whole.config, plan, "inline", 1)
-    strikes = [drawn(plan.moments(), stage, 0, WORKER) for stage in ("extract", "fit", "score")]
-    plan = struck.plan(*strikes)
-    runs.evaluate(struck.config, plan, "ray", None)
-    assert len(plan.struck()) == len(strikes)
-    assert struck.wrong(whole.contents()) == [], plan.struck()
