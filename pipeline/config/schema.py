@@ -191,6 +191,18 @@ class Extract(Frozen):
         return {"CPU": self.cpus_per_actor, "GPU": self.gpus_per_actor, **self.resources}
 
 
+class Score(Frozen):
+    """What every detector says of every image."""
+
+    max_unscored_fraction: float = Field(
+        default=0.01,
+        ge=0,
+        lt=1,
+        description="share of the images of a dataset without a finite score of a detector, above which the "
+        "run fails",
+    )
+
+
 class Index(Frozen):
     """The nearest-neighbour index over training rows."""
 
@@ -323,6 +335,7 @@ class Config(Frozen):
     detectors: Annotated[tuple[DetectorEntry, ...], BeforeValidator(_entries)] = Field(min_length=1)
     extract: Extract = Extract()
     index: Index = Index()
+    score: Score = Score()
     tracking: Tracking = Tracking()
     tune: Tune | None = None
 

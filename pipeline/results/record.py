@@ -56,6 +56,7 @@ class Record:
             "not_applicable": dict(ready.not_applicable),
             "passes": [],
             "index": {},
+            "unscored": {},
             "stages": {},
             "nodes": {},
             "artifacts": [],

@@ -29,10 +29,11 @@ from pipeline.results import report
 from pipeline.results.evaluation import Evaluation
 from pipeline.results.mlflow import tracking
 from pipeline.results.record import Record, added
+from pipeline.results.unscored import sentences
 from pipeline.stages import evaluate, extract, index, passes, shards
 from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare, tracking_uri
-from pipeline.stages.score import FORMAT, ScoreJob, Scoring, assemble
+from pipeline.stages.score import FORMAT, ScoreJob, Scoring, Unscored, assemble, require_few_unscored
 from pipeline.stages.score import run as run_scores
 from pipeline.stages.statistics import Rows, fit_statistics
 from pipeline.workflows.progress import Display, Quiet, Stage
@@ -78,6 +79,8 @@ class Outcome:
     warning: str = ""
     not_applicable: Mapping[str, str] = field(default_factory=dict)
     """Why detectors were left out, by label."""
+    unscored: Sequence[str] = ()
+    """What is to be said of detectors that could not score all images."""
 
 
 def execute(settings: schema.Config, options: Options, display: Display) -> Outcome:
@@ -107,8 +110,10 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
             raise
         if options.last != "report":
             run.record.close("partial")
-        left_out = run.record.content["not_applicable"]
-        return Outcome(ready.folder, *run.tracking.publish(display), not_applicable=left_out)
+        content = run.record.content
+        unscored = list(sentences(content["unscored"], content["datasets"]).values())
+        left_out = content["not_applicable"]
+        return Outcome(ready.folder, *run.tracking.publish(display), left_out, unscored)
 
 
 def evaluated(
@@ -133,8 +138,8 @@ def evaluated(
     """
     options = Options(fresh=fresh, engine=engine, threads=threads)
     outcome = execute(settings, options, display or Quiet())
-    if outcome.warning:
-        warnings.warn(outcome.warning, stacklevel=2)
+    for text in filter(None, (outcome.warning, *outcome.unscored)):
+        warnings.warn(text, stacklevel=2)
     return Evaluation(outcome.folder)
 
 
@@ -422,7 +427,7 @@ class Run:
         unfinished = self._unfinished("score", jobs)
         rows = sum(job.features.rows for job in unfinished)
         with self.stage("score", rows) as shown:
-            self._score(jobs, fitted, shown.advance)
+            self.record.content["unscored"] = self._score(jobs, fitted, shown.advance)
             for job in jobs if self.may_work("score") else ():
                 assemble(self.engine, job, self._scores(job.dataset), self._flagging(jobs, job.dataset))
             shown.note = f"{rows:,} rows"
@@ -435,8 +440,8 @@ class Run:
             return {}
         return dict(files.read_json(self.ready.folder / "thresholds.json"))
 
-    def _score(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> None:
-        """Have all scores made that are lacking."""
+    def _score(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> Unscored:
+        """Have all scores made that are lacking; returns the rows that detectors could not score."""
 
         def make(names: set[str]) -> None:
             self.worked = True
@@ -449,6 +454,7 @@ class Run:
             return old + [name for job in jobs for name in job.lacking_names()]
 
         self.claims.share(lambda: set(lacking()), make)
+        return require_few_unscored(jobs, self.ready.config.score.max_unscored_fraction)
 
     def _score_ours(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> None:
         """Scores that nobody else makes."""
