@@ -32,6 +32,7 @@ from pipeline.results.report.tables import (
     leaderboard,
     metric_boards,
 )
+from pipeline.results.unscored import sentences
 from pipeline.workspace import files
 from pipeline.workspace.files import Place
 
@@ -168,6 +169,7 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
         .get_template("template.html")
         .render(
             run=manifest,
+            unscored=sentences(manifest.get("unscored", {}), manifest["datasets"]).values(),
             finished=datetime.fromisoformat(manifest["finished"]).astimezone(UTC),
             accuracies=[row for row in results.metrics.to_pylist() if row["metric"] == "id_accuracy"],
             metrics=METRICS,
