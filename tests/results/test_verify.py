@@ -319,9 +319,9 @@ CASES: dict[str, tuple[Damage, str]] = {
     ),
     "loss of scores made up": (
         document(
-            of_run("manifest.json"), "unscored", "test", value={"msp": {"rows": 1, "first": {"a": "nan"}}}
+            of_run("manifest.json"), "unscored", "animals", value={"msp": {"rows": 1, "first": {"a": "nan"}}}
         ),
-        r"scores/test +rows without a score: expected msp: 1 \(a\); found none",
+        r"scores/animals +rows without a score: expected msp: 1 \(a\); found none",
     ),
     "scores in another order": (
         table(scores("test"), reordered),
@@ -447,6 +447,7 @@ TOGETHER = (
     ("features lost", "scores lost", "flag changed", "metric lost"),
     ("image list lost", "score NaN", "scores in another order", "interval beside the value"),
     ("count edited", "score label changed", "metric edited", "metric counts edited"),
+    ("score null", "flag null", "loss of scores made up"),
     ("truncated scores", "truncated metrics", "threshold lost", "unfinished"),
     ("metrics.json edited", "metrics.csv edited", "accuracy edited", "threshold edited"),
     ("killed while it extracted", "another evaluation", "report lost", "config broken"),
