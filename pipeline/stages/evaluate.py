@@ -64,7 +64,7 @@ def run(
         progress: called with 1 after each detector.
     """
     rows = [row for job in jobs.get("id", ()) for row in _accuracy(job.dataset, job.features)]
-    scored = {role: {job.dataset: job.tables() for job in members} for role, members in jobs.items()}
+    scored = {role: {job.dataset: job.tables for job in members} for role, members in jobs.items()}
     detectors = list(jobs["id"][0].scores)
     of_each = (
         Scores(

@@ -61,6 +61,11 @@ class BankFiles:
         return cls(str(artifact.folder), record.content, tuple(pieces), width)
 
     @property
+    def name(self) -> str:
+        """The name of the artifact."""
+        return name_of(files.at(self.folder))
+
+    @property
     def rows(self) -> int:
         """Vectors in the bank."""
         return sum(count for _, count, _ in self.pieces)
@@ -239,9 +244,8 @@ class IndexShard:
 
 def kept(bank: BankFiles, kind: str, number: int, of: int) -> Artifact:
     """The artifact of a shard's trained index of a bank."""
-    name = name_of(files.at(bank.folder))
-    identity = {"bank": name, "kind": kind, "shard": [number, of]}
-    return Store(files.at(storage.parent(bank.folder))).artifact(FORMAT, identity, {name: bank.content})
+    identity = {"bank": bank.name, "kind": kind, "shard": [number, of]}
+    return Store(files.at(storage.parent(bank.folder))).artifact(FORMAT, identity, {bank.name: bank.content})
 
 
 def made(kind: str, width: int) -> Any:

@@ -97,17 +97,6 @@ class Prepared:
         made += [{"extra": each.kind, "version": each.version} for each in detector.extras()]
         return parts | {"made of": made}
 
-    def made_of(
-        self, detector: Detector, without: Collection[str] = ()
-    ) -> tuple[dict[str, Any], dict[str, str]]:
-        """What a detector is fitted to, and the content digests, by name, of the features among it."""
-        learned, contents = self.learned(detector, without), dict[str, str]()
-        names = {name for part in ("train", "held out", "ood_val") for name in learned.get(part, ())}
-        for job in self.jobs.values():
-            if job.name in names:
-                contents |= job.table().contents(job.name, (extra.column for extra in detector.extras()))
-        return learned, contents
-
     def scoring(self, label: str) -> dict[str, Any]:
         """What the scores of a detector depend on besides the rows that are scored."""
         detector, settings = self.detectors[label], self.config.index

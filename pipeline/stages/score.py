@@ -44,6 +44,9 @@ _log = logging.getLogger(__name__)
 FORMAT, TABLE = "scores 1", "score table 1"
 """Kinds and versions: a number goes up when the bits change though no detector's version did."""
 
+AT_ONCE = 16
+"""Artifacts that are looked for at once: in an object store each takes an answer of a server."""
+
 SCORE = "score"
 """The column of a detector's own scores."""
 
@@ -64,7 +67,8 @@ class ScoreJob:
 
     def lacking(self) -> list[str]:
         """Labels of detectors whose scores are not there."""
-        return [label for label, artifact in self.scores.items() if artifact.intact() is None]
+        found = storage.ahead(Artifact.intact, self.scores.values(), AT_ONCE)
+        return [label for label, record in zip(self.scores, found, strict=True) if record is None]
 
     def lacking_names(self) -> list[str]:
         """Names of the artifacts of the scores that are not there."""
@@ -75,16 +79,16 @@ class ScoreJob:
         some = {label: artifact for label, artifact in self.scores.items() if artifact.name in names}
         return replace(self, scores=some)
 
+    @cached_property
     def tables(self) -> dict[str, tables.Table]:
-        """The scores of each detector, by label.
+        """The scores of each detector, by label; looked for once.
 
         Raises:
             Damaged: a file that is not what was written.
         """
-        return {
-            label: tables.Table.of(artifact.folder, artifact.require())
-            for label, artifact in self.scores.items()
-        }
+        records = storage.ahead(Artifact.require, self.scores.values(), AT_ONCE)
+        found = zip(self.scores.items(), records, strict=True)
+        return {label: tables.Table.of(artifact.folder, record) for (label, artifact), record in found}
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ def assemble(
         folder: of the table.
         thresholds: by label; adds the columns `is_ood.<detector>`, true where the score is above.
     """
-    scores = job.tables()
+    scores = job.tables
     identity = {
         "features": name_of(files.at(job.features.folder)),
         "scores": {label: artifact.name for label, artifact in job.scores.items()},

@@ -104,7 +104,8 @@ class Job:
     @property
     def complete(self) -> bool:
         """Whether all rows are there, with all columns."""
-        return self.featured and not self.lacking()
+        features = self.record()
+        return features is not None and not self._lacking(features)
 
     @property
     def featured(self) -> bool:
@@ -129,11 +130,10 @@ class Job:
     def lacking(self) -> list[Extra]:
         """The extras that are not there for exactly the rows of the features."""
         features = self.record()
-        return [
-            extra
-            for extra in self.extras
-            if features is None or self.column(extra, features).intact() is None
-        ]
+        return list(self.extras) if features is None else self._lacking(features)
+
+    def _lacking(self, features: Record) -> list[Extra]:
+        return [extra for extra in self.extras if self.column(extra, features).intact() is None]
 
     def table(self) -> tables.Table:
         """All columns of a dataset that is complete.

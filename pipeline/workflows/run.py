@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from pipeline.cluster.engine import Engine
 from pipeline.cluster.logs import Logs
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.config import loading, schema
-from pipeline.detectors.base import Jigsaw, Pass, Scorer, Training, bank_of
+from pipeline.detectors.base import Detector, Jigsaw, Pass, Scorer, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Statistic, Statistics
 from pipeline.network.classifier import settings_kept
@@ -34,10 +34,10 @@ from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare, tracking_uri
 from pipeline.stages.score import FORMAT, ScoreJob, Scoring, assemble
 from pipeline.stages.score import run as run_scores
-from pipeline.stages.statistics import Rows, fit_statistics
+from pipeline.stages.statistics import Rows, Stored, fit_statistics
 from pipeline.workflows.progress import Display, Quiet, Stage
 from pipeline.workspace import artifacts, files, runs, storage, tables
-from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Store
+from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Kept, Store
 from pipeline.workspace.claims import Claims, opened
 from pipeline.workspace.files import Place
 
@@ -159,7 +159,11 @@ class Run:
     claims: Claims
     record: Record = field(init=False)
     tracking: Tracked = field(default_factory=lambda: Tracked(None))
+    features: dict[str, tables.Table] = field(default_factory=dict)
+    """What was extracted, by dataset."""
     fitted: Fitted | None = None
+    scored: list[ScoreJob] = field(default_factory=list)
+    """What was scored."""
     costs: dict[str, Any] = field(default_factory=dict)
     """What the stage under way says of itself."""
     worked: bool = False
@@ -247,9 +251,8 @@ class Run:
         jobs = self.ready.jobs.values()
         names = {job.name for job in jobs} | {job.manifest.name for job in jobs}
         names |= self.fits.used
-        if self.fitted is not None:
-            scored = self._score_jobs(self.fitted.scorers)
-            names |= {f"scores/{artifact.name}" for job in scored for artifact in job.scores.values()}
+        scored = self._score_jobs(self.fitted) if self.fitted is not None else ()
+        names |= {f"scores/{artifact.name}" for job in scored for artifact in job.scores.values()}
         return sorted(names | set(self._indexes))
 
     def may_work(self, name: StageName) -> bool:
@@ -303,6 +306,7 @@ class Run:
                 shards.require_few_bad(job, self.ready.plan)
             numbers = self.costs
             self._describe_extras()
+            self.features = {job.dataset: job.table() for job in jobs}
             for job in jobs:
                 facts = job.artifact.require().facts
                 counted = {name: facts[name] for name in ("features", "errors", "machines")}
@@ -329,16 +333,9 @@ class Run:
 
     def fit(self) -> None:
         """Statistics, extra passes and banks; nothing is fitted that no detector needs."""
-        detectors = self.ready.detectors
         with self.stage("fit") as shown:
-            training = self._training()
-            trains = self.ready.of_role("train")
-            source = trains[0].table() if trains else None
-            self.fitted = fit_detectors(
-                *(self.engine, detectors, training, self.fits, source),
-                self.ready.made_of,
-                self.ready.config.optional,
-            )
+            training = self._fit(self.ready.config.optional)
+            assert self.fitted is not None
             self.record.leave_out(self.fitted.not_applicable)
             self.worked = bool(self.fits.made_now)
             done = [type(spec).__name__.lower() for spec in training.passes]
@@ -352,8 +349,8 @@ class Run:
         mode = mode if self.may_work("fit") else "frozen"
         return Store(self.ready.workspace / "fits", mode, claims=self.claims)
 
-    def _training(self) -> Training:
-        """All that detectors may learn from, as far as one of them needs it."""
+    def _fit(self, optional: Collection[str] = ()) -> Training:
+        """Fit the detectors; returns what they learned from, as far as one of them needs it."""
         detectors = self.ready.detectors.values()
         stages = self.ready.classifier.taps.stages
         head = Head(*self.ready.classifier.head, tuple(stages.values()))
@@ -363,26 +360,55 @@ class Run:
         ood = [wanted for detector in detectors for wanted in detector.ood_statistics()]
         held_out = bool(self.ready.of_role("id_val"))
         train = self._statistics("train", learned + ([] if held_out else calibrating), head)
-        return Training(
+        id_val = self._statistics("id_val", calibrating, head) if held_out else train
+        ood_val = self._statistics("ood_val", ood, head)
+        made = self._passes(specs, self.fits) if specs else {}
+        training = Training(
             head.weight,
             head.bias,
             self.ready.classifier.taps.blocks,
             stages,
-            train=train,
-            id_val=self._statistics("id_val", calibrating, head) if held_out else train,
-            ood_val=self._statistics("ood_val", ood, head),
-            passes=self._passes(specs, self.fits) if specs else {},
+            train=Statistics(train),
+            id_val=Statistics(id_val),
+            ood_val=Statistics(ood_val),
+            passes={spec: kept.arrays() for spec, kept in made.items()},
         )
 
-    def _statistics(self, role: str, wanted: list[Statistic[Any]], head: Head) -> Statistics:
-        jobs = self.ready.of_role(role)
-        rows = Rows([job.table() for job in jobs], [job.name for job in jobs])
+        def made_of(detector: Detector, without: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
+            contents = self._rows_of(detector) | train.contents(detector.statistics())
+            contents |= id_val.contents(detector.calibration()) | ood_val.contents(detector.ood_statistics())
+            for spec in detector.passes():
+                contents |= made[spec].content
+            return self.ready.learned(detector, without), contents
+
+        source = next(iter(self._tables("train")), None)
+        self.fitted = fit_detectors(
+            self.engine, self.ready.detectors, training, self.fits, source, made_of, optional
+        )
+        return training
+
+    def _rows_of(self, detector: Detector) -> dict[str, str]:
+        """Content digests of the features that a detector is fitted to."""
+        learned, contents = self.ready.learned(detector), dict[str, str]()
+        names = {name for part in ("train", "held out", "ood_val") for name in learned.get(part, ())}
+        for job in self.ready.jobs.values():
+            if job.name in names:
+                columns = [extra.column for extra in detector.extras()]
+                contents |= self.features[job.dataset].contents(job.name, columns)
+        return contents
+
+    def _tables(self, *roles: str) -> list[tables.Table]:
+        """What was extracted of the datasets with these roles."""
+        return [self.features[job.dataset] for job in self.ready.of_role(*roles)]
+
+    def _statistics(self, role: str, wanted: list[Statistic[Any]], head: Head) -> Stored:
+        rows = Rows(self._tables(role), self.ready.names(role))
         return fit_statistics(self.engine, self.fits, rows, wanted, head)
 
-    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, passes.Result]:
+    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, Kept]:
         """Results of the extra passes; the model actors start only if one is not in the cache."""
         ready = self.ready
-        results: dict[Pass, passes.Result] = {}
+        results: dict[Pass, Kept] = {}
         trains, held_out = (
             [job.manifest for job in ready.of_role(role) or ready.of_role(other)]
             for role, other in (("train", "id_val"), ("id_val", "train"))
@@ -403,8 +429,8 @@ class Run:
                     return [runner.run(spec)]
 
                 artifact = store.artifact(f"{kind} pass {spec.version}", identity)
-                (results[spec],) = store.arrays([artifact], compute)
-                self._note_pass(self._describe(kind, spec, results[spec]))
+                (results[spec],) = store.kept([artifact], compute)
+                self._note_pass(self._describe(kind, spec, results[spec].arrays()))
         return results
 
     def _describe(self, kind: str, spec: Pass, result: passes.Result) -> dict[str, Any]:
@@ -418,20 +444,20 @@ class Run:
         """Scores of every row of every dataset but the training one."""
         fitted = self.fitted
         assert fitted is not None
-        jobs = self._score_jobs(fitted.scorers)
+        self.scored = jobs = self._score_jobs(fitted)
         unfinished = self._unfinished("score", jobs)
         rows = sum(job.features.rows for job in unfinished)
         with self.stage("score", rows) as shown:
             self._score(jobs, fitted, shown.advance)
             for job in jobs if self.may_work("score") else ():
-                assemble(self.engine, job, self._scores(job.dataset), self._flagging(jobs, job.dataset))
+                assemble(self.engine, job, self._scores(job.dataset), self._flagging(job.dataset))
             shown.note = f"{rows:,} rows"
             self.costs = {"rows": rows}
 
-    def _flagging(self, jobs: Sequence[ScoreJob], dataset: str) -> dict[str, float]:
+    def _flagging(self, dataset: str) -> dict[str, float]:
         """Thresholds for the flags in a table of scores: on unlabelled data, once there are some."""
         unlabelled = self.ready.of_role("unlabelled")
-        if dataset not in [job.dataset for job in unlabelled] or self._results(jobs).checked() is None:
+        if dataset not in [job.dataset for job in unlabelled] or self._results().checked() is None:
             return {}
         return dict(files.read_json(self.ready.folder / "thresholds.json"))
 
@@ -480,7 +506,7 @@ class Run:
     ) -> None:
         """Record the banks, and for approximate ones how often the true neighbour is found."""
         kind = self.ready.config.index.kind
-        rows = self.ready.of_role("id")[0].table().read(0, _RECALL_QUERIES, self._columns())
+        rows = self._tables("id")[0].read(0, _RECALL_QUERIES, self._columns())
         for label, bank_files in banks.items():
             bank = bank_of(scorers[label])
             assert bank is not None
@@ -499,27 +525,29 @@ class Run:
         norms = (BLOCK_NORM,) if self.ready.classifier.taps.blocks else ()
         return (KEY, LABEL, PREDICTION, FEATURE, LOGITS, *norms, *self.ready.plan.extras)
 
-    def _score_jobs(self, labels: Iterable[str]) -> list[ScoreJob]:
-        """All datasets but the training one, and where the scores of some detectors on them are kept."""
+    def _score_jobs(self, fitted: Fitted) -> list[ScoreJob]:
+        """All datasets but the training one, and where the scores of the detectors on them are kept."""
         jobs = []
         for dataset in self.ready.config.datasets:
             if dataset.role != "train":
                 job = self.ready.jobs[dataset.name]
-                table = job.table()
-                scores = {label: self._score_artifact(label, job, table) for label in labels}
-                jobs.append(ScoreJob(dataset.name, table, scores))
+                scores = {
+                    label: self._score_artifact(label, job, contents)
+                    for label, contents in fitted.contents.items()
+                }
+                jobs.append(ScoreJob(dataset.name, self.features[dataset.name], scores))
         return jobs
 
-    def _score_artifact(self, label: str, job: shards.Job, table: tables.Table) -> Artifact:
-        """Where the scores of a detector on a dataset are kept."""
+    def _score_artifact(self, label: str, job: shards.Job, contents: Mapping[str, str]) -> Artifact:
+        """Where the scores of a detector, that is made of some `contents`, on a dataset are kept."""
         identity = {"features": job.name, **self.ready.scoring(label)}
         method = re.sub(r"\W+", "-", self.ready.detectors[label].name)
         name = f"{method}-{artifacts.digest([FORMAT, identity])[:16]}"
         folder = self.ready.workspace / "scores" / job.artifact.folder.name / name
         detector = self.ready.detectors[label]
-        _, contents = self.ready.made_of(detector)
-        own = table.contents(job.name, (extra.column for extra in detector.extras()))
-        return Artifact(folder, FORMAT, identity, contents | own)
+        columns = (extra.column for extra in detector.extras())
+        own = self.features[job.dataset].contents(job.name, columns)
+        return Artifact(folder, FORMAT, identity, {**contents, **own})
 
     def _scores(self, dataset: str) -> Place:
         return self.ready.folder / "scores" / dataset
@@ -527,16 +555,14 @@ class Run:
     def evaluate(self) -> None:
         """Metrics, thresholds, and flags on unlabelled data."""
         assert self.fitted is not None
-        labels = list(self.fitted.scorers)
-        scored = self._score_jobs(labels)
-        results = self._results(scored)
+        labels, results = list(self.fitted.scorers), self._results()
         done = results.checked() is not None
         if not done and not self.may_work("evaluate"):
             raise UserError("evaluate: not done for this run. Run `ood-pipeline evaluate` first.")
         with self.stage("evaluate", 0 if done else len(labels)) as shown:
             if not done:
                 self.worked = True
-                jobs = {job.dataset: job for job in scored}
+                jobs = {job.dataset: job for job in self.scored}
                 roles: dict[str, list[ScoreJob]] = {}
                 for dataset in self.ready.config.datasets:
                     if dataset.name in jobs:
@@ -549,10 +575,12 @@ class Run:
             self._note_accuracy()
             shown.note = self._accuracy_note()
 
-    def _results(self, jobs: Iterable[ScoreJob]) -> Artifact:
+    def _results(self) -> Artifact:
         """The artifact of metrics and thresholds, in the run folder beside what is none."""
         contents = {
-            f"{job.dataset}/{label}": table.content for job in jobs for label, table in job.tables().items()
+            f"{job.dataset}/{label}": table.content
+            for job in self.scored
+            for label, table in job.tables.items()
         }
         identity = {"fingerprint": self.ready.fingerprint}
         return Artifact(self.ready.folder, evaluate.FORMAT, identity, contents)

@@ -26,13 +26,12 @@ from pipeline.config.schema import Config, Dataset, DetectorEntry
 from pipeline.detectors.base import Pass, Scorer
 from pipeline.errors import UserError
 from pipeline.results.report.tables import METRICS
-from pipeline.stages import evaluate, index, passes, shards
-from pipeline.stages.fit import fit_detectors
+from pipeline.stages import evaluate, index, shards
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.workflows.progress import Display
 from pipeline.workflows.run import Options, Run, working
 from pipeline.workspace import files, tables
-from pipeline.workspace.artifacts import Damaged, Store, mend
+from pipeline.workspace.artifacts import Damaged, Kept, Store, mend
 from pipeline.workspace.claims import opened
 from pipeline.workspace.files import Place
 
@@ -199,27 +198,28 @@ class Search(Run):
         Raises:
             UserError: if features, or an extra pass that a point needs, are not in the workspace.
         """
-        self._require_features(self.ready.of_role("train", *_DECIDING))
+        used = self.ready.of_role("train", *_DECIDING)
+        self._require_features(used)
         with self.display.stage("fit") as shown:
-            trains = self.ready.of_role("train")
-            source = trains[0].table() if trains else None
-            detectors, made_of = self.ready.detectors, self.ready.made_of
-            fitted = fit_detectors(self.engine, detectors, self._training(), self.fits, source, made_of)
-            self.fitted = fitted
+            self.features = {job.dataset: job.table() for job in used}
+            self._fit()
+            fitted = self.fitted
+            assert fitted is not None
             banks = {bank.folder for bank in fitted.banks.values()}
             shown.note = f"{len(fitted.scorers)} points, {len(banks)} banks"
-        unfinished = [job for job in self._score_jobs(fitted.scorers) if not job.complete]
+        scored = self._score_jobs(fitted)
+        unfinished = [job for job in scored if not job.complete]
         rows = sum(job.features.rows for job in unfinished)
         with self.display.stage("score", rows) as shown:
-            self._score(self._score_jobs(fitted.scorers), fitted, shown.advance)
+            self._score(scored, fitted, shown.advance)
             shown.note = f"{rows:,} rows"
-        jobs = {job.dataset: job for job in self._score_jobs(fitted.scorers)}
+        jobs = {job.dataset: job for job in scored}
         with self.display.stage("evaluate", len(self.ready.detectors)) as shown:
             inside, outside = (
                 [jobs[dataset.name] for dataset in self.ready.config.of_role(role)] for role in _DECIDING
             )
-            scored = {"id": inside, _MEAN: outside}
-            return evaluate.run(self.engine, scored, self.ready.config.seed, shown.advance)[0]
+            roles = {"id": inside, _MEAN: outside}
+            return evaluate.run(self.engine, roles, self.ready.config.seed, shown.advance)[0]
 
     def _require_features(self, jobs: list[shards.Job]) -> None:
         """All columns of the datasets must be there; here no image goes through the network."""
@@ -233,9 +233,9 @@ class Search(Run):
                 )
         self._unfinished("extract", jobs)
 
-    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, passes.Result]:
+    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, Kept]:
         """Results of extra passes, read back; here none goes through the network."""
-        found: dict[Pass, passes.Result] = {}
+        found: dict[Pass, Kept] = {}
         for spec in specs:
             try:
                 found |= super()._passes([spec], replace(store, mode="frozen"))

@@ -44,7 +44,7 @@ def job(tmp_path: Path, version: str = "a", labels: Collection[str] = ("msp", "e
 
 
 def scored(found: score.ScoreJob, label: str) -> np.ndarray:
-    table = found.tables()[label]
+    table = found.tables[label]
     return table.read(0, table.rows, [score.SCORE])[score.SCORE]
 
 
@@ -54,7 +54,7 @@ def test_scores_are_in_the_order_of_the_features(engine, tmp_path, scoring) -> N
     assert score.run(engine, [todo], scoring, seen.append) == 2500
     assert sum(seen) == 2500
     assert todo.complete
-    assert todo.tables()["energy"].part_rows == (1030, 1030, 440)
+    assert todo.tables["energy"].part_rows == (1030, 1030, 440)
     source = todo.features.read(0, 2500, COLUMNS)
     expected = [-np.log(np.exp(row).sum()) for row in source["logits"].astype(np.float64)]
     np.testing.assert_allclose(scored(todo, "energy"), expected, rtol=1e-12)
