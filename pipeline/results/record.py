@@ -135,6 +135,7 @@ def _dataset(ready: Prepared, dataset: schema.Dataset) -> dict[str, Any]:
         "expected": dataset.expected,
         "features": None,
         "errors": None,
+        "machines": {},
         "hash": files.at(job.folder).name.rpartition("-")[2],
         "digest": job.manifest.digest,
         "extras": {extra.column: extras.width(extra, ready.classifier) for extra in job.extras},

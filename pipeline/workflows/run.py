@@ -36,7 +36,7 @@ from pipeline.stages.score import FORMAT, ScoreJob, Scoring, assemble
 from pipeline.stages.score import run as run_scores
 from pipeline.stages.statistics import Rows, Stored, fit_statistics
 from pipeline.workflows.progress import Display, Quiet, Stage
-from pipeline.workspace import artifacts, files, runs, storage, tables
+from pipeline.workspace import artifacts, files, leftovers, runs, storage, tables
 from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Kept, Store
 from pipeline.workspace.claims import Claims, opened
 from pipeline.workspace.files import Place
@@ -92,6 +92,12 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
         if ready.not_applicable:
             stage.note += f", {len(ready.not_applicable)} more do not apply"
+    if found := leftovers.old(ready.workspace):
+        size = sum(each.size for each in found) / 2**20
+        display.say(
+            f"{found[0].name} and {len(found) - 1} more folders ({size:,.1f} MiB) are of versions before 0.3 "
+            "and not read; `ood-pipeline clean` lists and deletes them"
+        )
     with (
         opened(ready.workspace, display.say) as claims,
         claims.alone(f"runs/{ready.config.name}/{ready.folder.name}", options.wait),
