@@ -303,6 +303,12 @@ def _column_begun(job: Job, extra: Extra, features: Mapping[str, File]) -> dict[
     }
 
 
+def nothing(jobs: Iterable[Job]) -> dict[str, float]:
+    """The numbers of an extraction that had nothing to do."""
+    images = sum(job.manifest.rows for job in jobs)
+    return {"images": images, "forward_images": 0, "steady_seconds": 0.0, "images_per_second": 0.0}
+
+
 def require_same_network(job: Job, plan: Plan) -> None:
     """Refuse features that another network made since the run began.
 

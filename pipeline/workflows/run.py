@@ -11,10 +11,12 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal, TypeVar
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from threadpoolctl import threadpool_limits
 
 from pipeline.cluster import engine, usage
 from pipeline.cluster.engine import Engine
@@ -24,12 +26,12 @@ from pipeline.config import loading, schema
 from pipeline.detectors.base import Detector, Jigsaw, Pass, Scorer, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Statistic, Statistics
-from pipeline.network.classifier import settings_kept
+from pipeline.network.known import settings_kept
 from pipeline.results import report
 from pipeline.results.evaluation import Evaluation
 from pipeline.results.mlflow import tracking
 from pipeline.results.record import Record, added
-from pipeline.stages import evaluate, extract, index, passes, shards
+from pipeline.stages import evaluate, index, shards
 from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare, tracking_uri
 from pipeline.stages.score import FORMAT, ScoreJob, Scoring, assemble
@@ -40,6 +42,9 @@ from pipeline.workspace import artifacts, files, leftovers, runs, storage, table
 from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Kept, Store
 from pipeline.workspace.claims import Claims, opened
 from pipeline.workspace.files import Place
+
+if TYPE_CHECKING:
+    from pipeline.stages import passes
 
 StageName = Literal["extract", "fit", "score", "evaluate", "report"]
 STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report")
@@ -148,9 +153,18 @@ def evaluated(
 def working(ready: Prepared, options: Options) -> Iterator[Engine]:
     """The engine that was asked for, with the code of all detectors, and torch as it was after the block."""
     logs = Logs(ready.folder / "logs", options.level)
-    with settings_kept(), engine.opened(options.engine, ready.workspace, logs, options.threads) as chosen:
+    with (
+        settings_kept(),
+        threadpool_limits(limits=1),  # what the driver fits has the same bits on any machine of a kind
+        engine.opened(options.engine, ready.workspace, logs, options.threads, _load_libraries) as chosen,
+    ):
         chosen.carry(type(part) for detector in ready.detectors.values() for part in detector.parts())
         yield chosen
+
+
+def _load_libraries() -> None:
+    """Import what computes and takes seconds to import; a run that has nothing to do needs none of it."""
+    from pipeline.stages import extract, faiss_shard  # noqa: F401
 
 
 @dataclass
@@ -209,7 +223,7 @@ class Run:
     def begin(self) -> None:
         """Make the run folder this run's; a command that is refused never comes here."""
         if self.record.open or (self.options.first == "report" and not self.record.worked):
-            self.tracking = self.tracking if self.tracking.opening else self._tracked()
+            self._track()
             return
         folder = self.ready.folder
         if self.record.worked:
@@ -218,7 +232,7 @@ class Run:
         self._refer()
         self.record.write()
         runs.mark_latest(folder)
-        self.tracking = self._tracked()
+        self._track()
 
     def _refer(self) -> None:
         """Record what this run refers to, so that nobody cleans it away."""
@@ -251,12 +265,13 @@ class Run:
             self.record.content["nodes"] |= {node: nodes[node] for node in used.nodes & nodes.keys()}
             self._refer()
             self.record.write()
+            self._track()
 
     def refers_to(self) -> list[str]:
         """Folders in the workspace of all that this run refers to so far."""
         jobs = self.ready.jobs.values()
         names = {job.name for job in jobs} | {job.manifest.name for job in jobs}
-        names |= self.fits.used
+        names |= {self.ready.note, *self.fits.used}
         scored = self._score_jobs(self.fitted) if self.fitted is not None else ()
         names |= {f"scores/{artifact.name}" for job in scored for artifact in job.scores.values()}
         return sorted(names | set(self._indexes))
@@ -265,19 +280,19 @@ class Run:
         """Whether this stage may compute what is missing."""
         return STAGES.index(name) >= STAGES.index(self.options.first)
 
-    def _tracked(self) -> Tracked:
-        """The MLflow run of this evaluation, opened while the first stage works."""
+    def _track(self) -> None:
+        """Open the MLflow run of this evaluation while others work; one that holds all is left alone."""
         settings = self.ready.config.tracking
         wanted = {"always": True, "never": False}.get(self.options.publish, settings.enabled)
-        if not wanted or self.options.last != "report":
-            return Tracked(None)
-        uri = tracking_uri(self.ready.config)
-        name = self.ready.config.name
-        folder = self.ready.folder
-        opening = self.background.submit(
-            tracking.begin, folder, uri, settings.experiment, name, self.ready.fingerprint
-        )
-        return Tracked(opening)
+        if not wanted or self.options.last != "report" or self.tracking.opening is not None:
+            return
+        of = (self.ready.folder, tracking_uri(self.ready.config), settings.experiment, self.ready.fingerprint)
+        again = self.record.worked or self.options.publish == "always"
+        complete = None if again else tracking.complete(*of)
+        if complete is None:
+            self.tracking = Tracked(self.background.submit(tracking.begin, *of, self.ready.config.name))
+        else:
+            self.tracking = Tracked(None, complete)
 
     def _unfinished(self, stage: StageName, jobs: list[J]) -> list[J]:
         """The jobs whose results are missing; an error if this command may not work on them."""
@@ -293,9 +308,11 @@ class Run:
         unfinished = self._unfinished("extract", jobs)
         rows = sum(job.manifest.rows for job in unfinished)
         with self.stage("extract", rows) as shown:
-            self.costs = extract.nothing(jobs)
+            self.costs = shards.nothing(jobs)
 
             def make(names: set[str]) -> None:
+                from pipeline.stages import extract
+
                 self.worked = True
                 ours = [job for job in jobs if job.name in names]
                 self._renew(artifact for job in ours for artifact in job.artifacts())
@@ -358,8 +375,8 @@ class Run:
     def _fit(self, optional: Collection[str] = ()) -> Training:
         """Fit the detectors; returns what they learned from, as far as one of them needs it."""
         detectors = self.ready.detectors.values()
-        stages = self.ready.classifier.taps.stages
-        head = Head(*self.ready.classifier.head, tuple(stages.values()))
+        stages = self.ready.network.taps.stages
+        head = Head(*self.ready.network.head, tuple(stages.values()))
         specs = list(dict.fromkeys(spec for detector in detectors for spec in detector.passes()))
         learned = [wanted for detector in detectors for wanted in detector.statistics()]
         calibrating = [wanted for detector in detectors for wanted in detector.calibration()]
@@ -372,7 +389,7 @@ class Run:
         training = Training(
             head.weight,
             head.bias,
-            self.ready.classifier.taps.blocks,
+            self.ready.network.taps.blocks,
             stages,
             train=Statistics(train),
             id_val=Statistics(id_val),
@@ -419,9 +436,15 @@ class Run:
             [job.manifest for job in ready.of_role(role) or ready.of_role(other)]
             for role, other in (("train", "id_val"), ("id_val", "train"))
         )
-        with passes.Runner(
-            self.engine, trains[0], ready.plan, ready.classifier.taps.early, held_out
-        ) as runner:
+        with ExitStack() as stack:
+
+            @cache
+            def runner() -> passes.Runner:
+                from pipeline.stages import passes
+
+                early = ready.network.taps.early
+                return stack.enter_context(passes.Runner(self.engine, trains[0], ready.plan, early, held_out))
+
             for spec in specs:
                 kind = type(spec).__name__.lower()
                 identity = {
@@ -432,17 +455,17 @@ class Run:
                 }
 
                 def compute(_: Any, spec: Pass = spec) -> list[Arrays]:
-                    return [runner.run(spec)]
+                    return [runner().run(spec)]
 
                 artifact = store.artifact(f"{kind} pass {spec.version}", identity)
                 (results[spec],) = store.kept([artifact], compute)
                 self._note_pass(self._describe(kind, spec, results[spec].arrays()))
         return results
 
-    def _describe(self, kind: str, spec: Pass, result: passes.Result) -> dict[str, Any]:
+    def _describe(self, kind: str, spec: Pass, result: Arrays) -> dict[str, Any]:
         entry = {"kind": kind, "spec": spec.model_dump(), "samples": int(result["samples"])}
         if isinstance(spec, Jigsaw):
-            entry["blocks"] = list(self.ready.classifier.taps.blocks)
+            entry["blocks"] = list(self.ready.network.taps.blocks)
             entry |= {name: result[name].tolist() for name in ("ratio", "stderr")}
         return entry
 
@@ -528,7 +551,7 @@ class Run:
             }
 
     def _columns(self) -> tuple[str, ...]:
-        norms = (BLOCK_NORM,) if self.ready.classifier.taps.blocks else ()
+        norms = (BLOCK_NORM,) if self.ready.network.taps.blocks else ()
         return (KEY, LABEL, PREDICTION, FEATURE, LOGITS, *norms, *self.ready.plan.extras)
 
     def _score_jobs(self, fitted: Fitted) -> list[ScoreJob]:
@@ -605,8 +628,11 @@ class Run:
         """The page with tables and charts."""
         self.begin()
         self.record.close("finished")
+        page = self.ready.folder / "report" / "index.html"
         with self.stage("report") as shown:
-            shown.note = str(report.write(self.ready.folder))
+            if self.record.worked or self.options.first == "report" or not page.is_file():
+                report.write(self.ready.folder)
+            shown.note = str(page)
         self.record.close("finished")
 
 
@@ -615,11 +641,13 @@ class Tracked:
     """MLflow beside the run; what goes wrong with it is told, and costs no result."""
 
     opening: Future[tracking.Session] | None
+    complete: tracking.Session | None = None
+    """The session in which everything was sent before."""
 
     def publish(self, display: Display) -> tuple[str, str]:
         """Send the results; returns where to see them, and a warning if that failed."""
         if self.opening is None:
-            return "", ""
+            return "" if self.complete is None else tracking.link(self.complete), ""
         try:
             with display.stage("track"):
                 session = self.opening.result()

@@ -10,7 +10,7 @@ from pipeline.workspace import files, runs, storage
 from pipeline.workspace.artifacts import Damaged, read_record
 from pipeline.workspace.files import Place
 
-KINDS = {"manifests": 1, "features": 1, "fits": 1, "scores": 2}
+KINDS = {"models": 1, "manifests": 1, "features": 1, "fits": 1, "scores": 2}
 """Folders of a workspace that hold artifacts, and how deep these lie."""
 
 YOUNG = 3600.0
