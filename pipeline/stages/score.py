@@ -31,6 +31,7 @@ from pipeline.workspace import files, storage, tables
 from pipeline.workspace.artifacts import (
     Artifact,
     File,
+    Record,
     digest,
     name_of,
     remove_folder,
@@ -45,6 +46,9 @@ _log = logging.getLogger(__name__)
 
 FORMAT, TABLE = "scores 1", "score table 1"
 """Kinds and versions: a number goes up when the bits change though no detector's version did."""
+
+AT_ONCE = 16
+"""Artifacts that are looked for at once: in an object store each takes an answer of a server."""
 
 SCORE = "score"
 """The column of a detector's own scores; null where it is not finite."""
@@ -72,7 +76,8 @@ class ScoreJob:
 
     def lacking(self) -> list[str]:
         """Labels of detectors whose scores are not there."""
-        return [label for label, artifact in self.scores.items() if artifact.intact() is None]
+        found = storage.ahead(Artifact.intact, self.scores.values(), AT_ONCE)
+        return [label for label, record in zip(self.scores, found, strict=True) if record is None]
 
     def lacking_names(self) -> list[str]:
         """Names of the artifacts of the scores that are not there."""
@@ -83,6 +88,16 @@ class ScoreJob:
         some = {label: artifact for label, artifact in self.scores.items() if artifact.name in names}
         return replace(self, scores=some)
 
+    @cached_property
+    def records(self) -> dict[str, Record]:
+        """The records of the scores of all detectors, by label; looked for once.
+
+        Raises:
+            Damaged: a file that is not what was written.
+        """
+        found = storage.ahead(Artifact.require, self.scores.values(), AT_ONCE)
+        return dict(zip(self.scores, found, strict=True))
+
     def tables(self) -> dict[str, tables.Table]:
         """The scores of each detector, by label.
 
@@ -90,7 +105,7 @@ class ScoreJob:
             Damaged: a file that is not what was written.
         """
         return {
-            label: tables.Table.of(artifact.folder, artifact.require())
+            label: tables.Table.of(artifact.folder, self.records[label])
             for label, artifact in self.scores.items()
         }
 
@@ -100,10 +115,8 @@ class ScoreJob:
         Raises:
             Damaged: a file that is not what was written.
         """
-        records = {label: artifact.require() for label, artifact in self.scores.items()}
-        return {
-            label: record.facts["unscored"] for label, record in records.items() if "unscored" in record.facts
-        }
+        facts = {label: record.facts for label, record in self.records.items()}
+        return {label: each["unscored"] for label, each in facts.items() if "unscored" in each}
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,12 @@ from pipeline.detectors.base import Pass, Scorer
 from pipeline.errors import UserError
 from pipeline.results.report.tables import METRICS
 from pipeline.results.unscored import sentences
-from pipeline.stages import evaluate, index, passes, shards
-from pipeline.stages.fit import fit_detectors
+from pipeline.stages import evaluate, index, shards
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.workflows.progress import Display
 from pipeline.workflows.run import Options, Run, working
 from pipeline.workspace import files, tables
-from pipeline.workspace.artifacts import Damaged, Store, mend
+from pipeline.workspace.artifacts import Damaged, Kept, Store, mend
 from pipeline.workspace.claims import opened
 from pipeline.workspace.files import Place
 
@@ -207,16 +206,16 @@ class Search(Run):
         Raises:
             UserError: if features, or an extra pass that a point needs, are not in the workspace.
         """
-        self._require_features(self.ready.of_role("train", *_DECIDING))
+        used = self.ready.of_role("train", *_DECIDING)
+        self._require_features(used)
         with self.display.stage("fit") as shown:
-            trains = self.ready.of_role("train")
-            source = trains[0].table() if trains else None
-            detectors, made_of = self.ready.detectors, self.ready.made_of
-            fitted = fit_detectors(self.engine, detectors, self._training(), self.fits, source, made_of)
-            self.fitted = fitted
+            self.features = {job.dataset: job.table() for job in used}
+            self._fit()
+            fitted = self.fitted
+            assert fitted is not None
             banks = {bank.folder for bank in fitted.banks.values()}
             shown.note = f"{len(fitted.scorers)} points, {len(banks)} banks"
-        jobs = {job.dataset: job for job in self._score_jobs(fitted.scorers)}
+        jobs = {job.dataset: job for job in self._score_jobs(fitted)}
         rows = sum(job.features.rows for job in jobs.values() if not job.complete)
         with self.display.stage("score", rows) as shown:
             unscored = self._score(list(jobs.values()), fitted, shown.advance)
@@ -246,9 +245,9 @@ class Search(Run):
                 )
         self._unfinished("extract", jobs)
 
-    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, passes.Result]:
+    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, Kept]:
         """Results of extra passes, read back; here none goes through the network."""
-        found: dict[Pass, passes.Result] = {}
+        found: dict[Pass, Kept] = {}
         for spec in specs:
             try:
                 found |= super()._passes([spec], replace(store, mode="frozen"))

@@ -107,6 +107,8 @@ class Counts(BaseModel):
     rows: int
     features: int
     errors: int
+    machines: dict[str, int]
+    """Parts by the kind of machine that made them."""
 
 
 class Cached(Kept):
