@@ -19,7 +19,8 @@ from results import Section
 from pipeline.config import schema
 from pipeline.stages import index
 from pipeline.stages.banks import BATCH
-from pipeline.stages.index import BankFiles, IndexShard
+from pipeline.stages.faiss_shard import IndexShard
+from pipeline.stages.index import BankFiles
 
 NEIGHBOURS = (50, 1000)
 PIECE = 65_536

@@ -5,19 +5,27 @@ A test fails for a dataset, a statistic or a detector, and names what is differe
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from pipeline import detectors
-from tests.golden import entries, evaluation, outputs, tolerances
+from pipeline.config import schema
+from tests.golden import entries, evaluation, outputs, tolerances, versions
 from tests.golden.outputs import KINDS, Outputs
 
 GOLDEN = {kind: entries.load(kind) for kind in (*KINDS, "metrics")}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Outputs:
-    """What the evaluation gives now."""
-    return outputs.read(evaluation.evaluate(tmp_path_factory.mktemp("golden")))
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> schema.Config:
+    """The config of the evaluation, which was run."""
+    return evaluation.evaluate(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture(scope="module")
+def found(loaded: schema.Config) -> Outputs:
+    """What it gives now."""
+    return outputs.read(loaded)
 
 
 def check(found: Outputs, kind: str, group: str) -> None:
@@ -34,6 +42,30 @@ def check(found: Outputs, kind: str, group: str) -> None:
 
 def test_every_detector_is_among_the_golden_ones() -> None:
     assert set(detectors.names()) <= set(GOLDEN["scores"])
+
+
+def test_golden_files_were_made_with_the_versions_of_the_code(loaded: schema.Config) -> None:
+    for kind, groups in versions.current(loaded).items():
+        assert entries.load(f"versions of {kind}") == groups, f"{kind}: python -m tests.golden.make"
+
+
+@pytest.mark.parametrize("kind", ["features", "scores", "metrics"])
+def test_other_bits_under_the_same_version_are_refused(found: Outputs, kind: str) -> None:
+    group = {"features": "near", "scores": "dice", "metrics": "dice"}[kind]
+    now = entries.load(f"versions of {kind}")[group]
+    values = {**found.arrays, "metrics": found.metrics}[kind][group]
+    name = next(name for name, value in values.items() if np.asarray(value).dtype.kind == "f")
+    other = {**values, name: np.asarray(values[name]) * (1 + 1e-3)}
+    if kind == "metrics":
+        other[name] = other[name].tolist()
+    assert versions.unversioned(kind, group, GOLDEN[kind][group], values, now, now) == []
+    wrong = versions.unversioned(kind, group, GOLDEN[kind][group], other, now, now)
+    assert wrong and all(line.startswith(f"{kind}: {group}: {name}: ") for line in wrong)
+    assert versions.unversioned(kind, group, GOLDEN[kind][group], other, now, {**now, "detector": [2]}) == []
+    lost = {key: value for key, value in values.items() if key != name}
+    assert versions.unversioned(kind, group, GOLDEN[kind][group], lost, now, now) == [
+        f"{kind}: {group}: {name}: gone"
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ They read the config before they import what takes seconds, so that a mistake in
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,7 +47,13 @@ def _execute(settings: Config, options: Options) -> None:
     for name, text in lines.items():
         if text:
             console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)
+    _warn(outcome.unscored)
     show_left_out(outcome.not_applicable)
+
+
+def _warn(texts: Iterable[str]) -> None:
+    for text in texts:
+        console.print(f"{'warning':<8} {text}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -151,3 +158,4 @@ def tune(
     console.print(search.console_table(outcome))
     for name, text in {"table": outcome.table, "config": outcome.config}.items():
         console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)
+    _warn(outcome.unscored)

@@ -48,8 +48,8 @@ def show_plan(ready: Prepared) -> None:
     from pipeline.stages.estimate import Cost
 
     settings = ready.config
-    weight, _ = ready.classifier.head
-    taps = ready.classifier.taps
+    weight, _ = ready.network.head
+    taps = ready.network.taps
     shape = f"{weight.shape[0]} classes, feature {weight.shape[1]}"
     console.print(f"model     {settings.model.name}: {shape}", markup=False)
     console.print(f"taps      head {taps.head}; blocks {', '.join(taps.blocks) or 'none'}")

@@ -7,8 +7,8 @@ to the bit. What a stage hands over must be picklable and must not be written to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from pipeline.cluster.logs import Logs
 from pipeline.errors import UserError
@@ -135,15 +135,22 @@ class Engine(Protocol):
 
 
 def opened(
-    name: Name, workspace: Place | None = None, logs: Logs | None = None, threads: int | None = None
+    name: Name,
+    workspace: Place | None = None,
+    logs: Logs | None = None,
+    threads: int | None = None,
+    before: Callable[[], object] = lambda: None,
 ) -> AbstractContextManager[Engine]:
     """An engine for the time of a block; whatever it started ends with it.
+
+    Nothing is imported or started before work is asked of it.
 
     Args:
         name: which.
         workspace: what the work writes to; if it is a local folder, every node must see it.
         logs: where workers log to.
         threads: of the inline engine; None = as many as there are CPUs, 1 = no thread but the caller's.
+        before: is called first; what it imports computes with as many threads as work may.
 
     Raises:
         UserError: threads for Ray.
@@ -152,10 +159,42 @@ def opened(
         raise UserError(
             "--threads: only the inline engine has threads. Add --engine inline, or leave it out."
         )
-    if name == "inline":
-        from pipeline.cluster import inline
 
-        return inline.session(logs, threads)
-    from pipeline.cluster import on_ray
+    def session() -> AbstractContextManager[Engine]:
+        before()
+        if name == "inline":
+            from pipeline.cluster import inline
 
-    return on_ray.session(workspace, logs)
+            return inline.session(logs, threads)
+        from pipeline.cluster import on_ray  # imports Ray
+
+        return on_ray.session(workspace, logs)
+
+    return _later(session)
+
+
+@contextmanager
+def _later(session: Callable[[], AbstractContextManager[Engine]]) -> Iterator[Engine]:
+    with ExitStack() as stack:
+        yield cast(Engine, _Later(lambda: stack.enter_context(session())))
+
+
+class _Later:
+    """An engine that is opened when work is asked of it."""
+
+    def __init__(self, opening: Callable[[], Engine]) -> None:
+        self._opening = opening
+        self._kinds: list[type] = []
+        self._engine: Engine | None = None
+
+    def carry(self, kinds: Iterable[type]) -> None:
+        self._kinds += kinds
+
+    def nodes(self, dead: bool = False) -> dict[str, dict[str, Any]]:
+        return {} if self._engine is None else self._engine.nodes(dead)
+
+    def __getattr__(self, name: str) -> Any:
+        if self._engine is None:
+            self._engine = self._opening()
+            self._engine.carry(self._kinds)
+        return getattr(self._engine, name)

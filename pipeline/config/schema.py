@@ -133,6 +133,11 @@ class Dataset(Frozen):
         "number), or a .txt, .csv, .json or .yaml file; null = class folders numbered in sorted order. "
         "npz: label array; idx: label file; parquet: label column; webdataset: key in the .json members",
     )
+    identity: Literal["stat", "content"] = Field(
+        default="stat",
+        description="what an image is known by besides its key: size and time stamp of its file (stat), or "
+        "its bytes (content), which a copy of the dataset has, too; listing then reads every image once",
+    )
     include_labels: tuple[int | str, ...] | None = Field(
         default=None, min_length=1, description="keeps the images of these classes (indices or names)"
     )
@@ -189,6 +194,18 @@ class Extract(Frozen):
     def needs(self) -> dict[str, float]:
         """What a model actor needs, by the names of Ray's resources."""
         return {"CPU": self.cpus_per_actor, "GPU": self.gpus_per_actor, **self.resources}
+
+
+class Score(Frozen):
+    """What every detector says of every image."""
+
+    max_unscored_fraction: float = Field(
+        default=0.01,
+        ge=0,
+        lt=1,
+        description="share of the images of a dataset without a finite score of a detector, above which the "
+        "run fails",
+    )
 
 
 class Index(Frozen):
@@ -323,6 +340,7 @@ class Config(Frozen):
     detectors: Annotated[tuple[DetectorEntry, ...], BeforeValidator(_entries)] = Field(min_length=1)
     extract: Extract = Extract()
     index: Index = Index()
+    score: Score = Score()
     tracking: Tracking = Tracking()
     tune: Tune | None = None
 

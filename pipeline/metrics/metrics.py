@@ -101,7 +101,7 @@ def checked(scores: ArrayLike, where: str) -> Float:
     if checked.ndim != 1 or not len(checked):
         raise UserError(
             f"scores of {where}: no vector of scores, got shape {checked.shape}; expected at least one row. "
-            "Check that the dataset has readable images."
+            "Check that the dataset has readable images, and that the detector can score some."
         )
     bad = len(checked) - np.count_nonzero(np.isfinite(checked))
     if bad:

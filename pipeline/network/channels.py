@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.export.unflatten import InterpreterModule
 
+from pipeline.network.description import Layout
+
 _FIRST = re.compile(r"(torch|torchvision|timm)\..*(Conv2d\w*|Norm\w*2d|GroupNorm\w*)$")
 _LAST = re.compile(r"(torch|torchvision|timm)\..*\.(Linear|LayerNorm|RMSNorm)$")
 _ELEMENTWISE = re.compile(r"torch\.nn\.modules\.activation\.(?!.*(Attention|[Ss]oftm))")
@@ -40,26 +42,6 @@ class Call:
     source: Tensor | None
     """First positional argument."""
     result: Tensor | None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How to read a module's output as one map per channel."""
-
-    axis: int
-    """Where the channels are: 1, or the last one."""
-    positions: int
-    """How many the grid of the traced images had."""
-    prefix: int = 0
-    """Tokens before those of the grid."""
-
-    def maps(self, output: Tensor) -> Tensor:
-        """View of an output as (N, M, H, W), or (N, M, 1, positions) if it holds tokens."""
-        if self.axis == 1:
-            return output
-        if output.dim() == 4:
-            return output.permute(0, 3, 1, 2)
-        return output[:, self.prefix :].transpose(1, 2).unsqueeze(2)
 
 
 def kind(module: nn.Module) -> str:

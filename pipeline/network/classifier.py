@@ -20,13 +20,9 @@ from torch import Tensor, nn
 from pipeline import imports
 from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS, Pixels
 from pipeline.config import schema
-from pipeline.config.schema import Transform
 from pipeline.errors import UserError
 from pipeline.network import sources, taps
-from pipeline.network.channels import Layout
-
-WRONG_SIZE = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
-"""What modules raise on images of a size they were not made for."""
+from pipeline.network.description import WRONG_SIZE, Description, Layout
 
 Traced = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Penultimate feature (N, D), logits (N, C), and FeatureNorm (N,) by block."""
@@ -43,29 +39,15 @@ _FLAGS: tuple[tuple[Any, str, bool], ...] = (
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A classifier in eval mode with its taps and its transform."""
+class Classifier(Description):
+    """A classifier in eval mode."""
 
     module: nn.Module
-    transform: Transform
-    taps: taps.Taps
-    digest: str
-    """SHA-256 of the state dict."""
-    architecture: str
-    """SHA-256 of the module tree and of the source that built it."""
-    probe: NDArray[np.float32]
-    """(n, C) what it answers to fixed noise, on the CPU: tells what the source does not show."""
     device: str = "cpu"
     precision: str = "fp32"
     channels_last: bool = False
     compiled: Callable[[Tensor], Traced] | None = None
     """The traced network through `torch.compile`; None if it is not compiled."""
-
-    @property
-    def head(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Weight (C, D) and bias (C,) of the last linear layer."""
-        weight, bias = taps.head_weight(self.module.get_submodule(self.taps.head))
-        return weight.float().cpu().numpy(), bias.float().cpu().numpy()
 
     def images(self, pixels: Pixels) -> Tensor:
         """Normalise (N, H, W, channels) uint8 to (N, channels, H, W) float32 on the device."""
@@ -213,8 +195,17 @@ def load(model: schema.Model, seed: int, device: str = "cpu") -> Classifier:
             f"{error}. Check model.transform."
         ) from error
     code = repr(module).encode() + built.code + _sources(module)
-    architecture, answers = hashlib.sha256(code).hexdigest(), _answers(module, probe.shape)
-    return Classifier(module.to(device), transform, found, _digest(module), architecture, answers, device)
+    weight, bias = taps.head_weight(module.get_submodule(found.head))
+    return Classifier(
+        transform,
+        found,
+        _digest(module),
+        hashlib.sha256(code).hexdigest(),
+        _answers(module, probe.shape),
+        (weight.float().numpy().copy(), bias.float().numpy().copy()),
+        module.to(device),
+        device,
+    )
 
 
 def _answers(module: nn.Module, shape: torch.Size) -> NDArray[np.float32]:
@@ -295,14 +286,17 @@ def make_reproducible(threads: int) -> None:
         setattr(where, name, value)
 
 
-@contextmanager
-def settings_kept() -> Iterator[None]:
-    """Give torch back, after the block, what `make_reproducible` changes."""
-    threads = torch.get_num_threads()
-    before = [getattr(where, name) for where, name, _ in _FLAGS]
-    try:
-        yield
-    finally:
+def settings() -> Callable[[], None]:
+    """What gives torch back those that it has now and `make_reproducible` changes."""
+    threads, flags = torch.get_num_threads(), [getattr(where, name) for where, name, _ in _FLAGS]
+
+    def give_back() -> None:
         torch.set_num_threads(threads)
-        for (where, name, _), value in zip(_FLAGS, before, strict=True):
+        for (where, name, _), value in zip(_FLAGS, flags, strict=True):
             setattr(where, name, value)
+
+    return give_back
+
+
+give_back_first = settings()
+"""Gives torch back the settings that it had when this was imported."""

@@ -21,16 +21,11 @@ from pipeline.columns import Pixels
 from pipeline.detectors.base import Dropped, Extra, ParameterGradient, Perturbed, Pooled, RankReduced
 from pipeline.errors import UserError, unknown
 from pipeline.network import channels, gradients, taps
-from pipeline.network.channels import Layout
-from pipeline.network.classifier import WRONG_SIZE, Classifier, fitting
+from pipeline.network.classifier import Classifier, fitting
+from pipeline.network.description import NO_BLOCKS, WRONG_SIZE, Layout
 
 GRADIENTS = 2**27
 """Most bytes of per-image parameter gradients at once."""
-
-NO_BLOCKS = (
-    "the model has no block with maps or tokens whose channels are certain. Name some with model.blocks, or "
-    "drop the detector."
-)
 
 _CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _WEIGHTED = {"Linear", "Conv1d", "Conv2d", "Conv3d"}
@@ -52,12 +47,6 @@ def measure(classifier: Classifier, spec: Extra, pixels: Pixels, keys: Sequence[
     with fitting(len(pixels)), torch.no_grad():
         found = _KINDS[type(spec)](classifier, spec, classifier.images(pixels), keys)
     return found.float().cpu().numpy()
-
-
-def width(spec: Extra, classifier: Classifier) -> int:
-    """Values of an extra per image."""
-    classes, features = classifier.head[0].shape
-    return spec.width(classes, features, tuple(classifier.taps.stages.values()))
 
 
 @contextmanager

@@ -9,8 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,42 +16,13 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError, unknown
 from pipeline.network import channels
-from pipeline.network.channels import Call, Layout
+from pipeline.network.channels import Call
+from pipeline.network.description import Layout, Taps
 
 TOLERANCE = 1e-5
 """Largest difference between the model's logits and `head(feature)`, relative to the largest logit."""
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU)
-
-
-@dataclass(frozen=True)
-class Taps:
-    """Names of modules, in the order they run."""
-
-    head: str
-    """The last linear layer."""
-    blocks: tuple[str, ...]
-    """FeatureNorm candidates."""
-    early: str | None
-    """The last block before the final reduction; three quarters down where nothing is reduced."""
-    layers: tuple[str, ...]
-    """Every module before the head that runs once and gives one tensor per image: where they can be mixed."""
-    layouts: tuple[Layout, ...] = ()
-    """Where the channels of each block are."""
-    channels: tuple[int, ...] = ()
-    """How many each block has."""
-
-    @property
-    def stages(self) -> dict[str, int]:
-        """Channels of the blocks that end a stage, by name: the last one of every resolution.
-
-        Where the resolution never changes, as in a vision transformer, a block after every quarter.
-        """
-        positions = [place.positions for place in self.layouts]
-        last = [number for number, (own, after) in enumerate(pairwise([*positions, 0])) if own != after]
-        if len(last) == 1 and len(positions) > 4:
-            last = [math.ceil(len(positions) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
-        return {self.blocks[number]: self.channels[number] for number in last}
 
 
 @contextmanager

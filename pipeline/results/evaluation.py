@@ -42,6 +42,8 @@ class Evaluation:
     def scores(self, dataset: str, detectors: list[str] | None = None) -> pa.Table:
         """Key, label and prediction of every image of a dataset, and its scores; higher = more OOD.
 
+        Null where a detector has no finite score; `record["unscored"]` counts and names these images.
+
         Args:
             dataset: its name.
             detectors: labels; None = all. Memory grows with them and the images: 8 bytes each.

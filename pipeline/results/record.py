@@ -13,7 +13,6 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.config import schema
-from pipeline.network import extras
 from pipeline.stages.prepare import Prepared
 from pipeline.workspace import files
 from pipeline.workspace.runs import MANIFEST
@@ -29,7 +28,7 @@ class Record:
     def __init__(self, ready: Prepared) -> None:
         """Start a record; nothing is written before it is `open`."""
         self.open = False
-        classifier, settings = ready.classifier, ready.config
+        network, settings = ready.network, ready.config
         self.path = ready.folder / MANIFEST
         self.content: dict[str, Any] = {
             "name": settings.name,
@@ -45,17 +44,18 @@ class Record:
             "git_commit": _git_commit(),
             "model": {
                 **settings.model.model_dump(include={"source", "name", "weights"}),
-                "weights_digest": classifier.digest,
-                "classes": len(classifier.head[1]),
-                "feature_dim": classifier.head[0].shape[1],
-                "head": classifier.taps.head,
-                "blocks": list(classifier.taps.blocks),
+                "weights_digest": network.digest,
+                "classes": len(network.head[1]),
+                "feature_dim": network.head[0].shape[1],
+                "head": network.taps.head,
+                "blocks": list(network.taps.blocks),
             },
             "datasets": {dataset.name: _dataset(ready, dataset) for dataset in settings.datasets},
             "detectors": {label: _detector(ready, label) for label in ready.detectors},
             "not_applicable": dict(ready.not_applicable),
             "passes": [],
             "index": {},
+            "unscored": {},
             "stages": {},
             "nodes": {},
             "artifacts": [],
@@ -135,9 +135,10 @@ def _dataset(ready: Prepared, dataset: schema.Dataset) -> dict[str, Any]:
         "expected": dataset.expected,
         "features": None,
         "errors": None,
+        "machines": {},
         "hash": files.at(job.folder).name.rpartition("-")[2],
         "digest": job.manifest.digest,
-        "extras": {extra.column: extras.width(extra, ready.classifier) for extra in job.extras},
+        "extras": {extra.column: ready.network.width(extra) for extra in job.extras},
         "accuracy": None,
     }
 

@@ -12,7 +12,6 @@ import pyarrow as pa
 from pipeline.cluster.engine import Engine
 from pipeline.columns import padded
 from pipeline.errors import UserError
-from pipeline.network import extras
 from pipeline.stages import extract, shards
 from pipeline.stages.prepare import Prepared
 
@@ -43,9 +42,9 @@ class Cost:
     @classmethod
     def of(cls, ready: Prepared) -> Cost:
         """Count without starting anything."""
-        classes, width = ready.classifier.head[0].shape
+        classes, width = ready.network.head[0].shape
         feature_bytes = np.dtype(ready.config.extract.feature_dtype).itemsize
-        row_bytes = width * feature_bytes + 4 * (classes + len(ready.classifier.taps.blocks))
+        row_bytes = width * feature_bytes + 4 * (classes + len(ready.network.taps.blocks))
         todo = [job.manifest.rows for job in ready.jobs.values() if not job.featured]
         columns = [(job.manifest.rows, extra) for job in ready.jobs.values() for extra in job.extras]
         lacking = [
@@ -63,7 +62,7 @@ class Cost:
             + sum(rows * extra.forwards for rows, extra in lacking),
             shards=sum(-(-rows // ready.plan.shard_rows) for rows in todo),
             cache_bytes=row_bytes * sum(job.manifest.rows for job in ready.jobs.values())
-            + sum(4 * rows * extras.width(extra, ready.classifier) for rows, extra in columns),
+            + sum(4 * rows * ready.network.width(extra) for rows, extra in columns),
             index_bytes=banks * train * width * 4,
         )
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from pipeline.cluster.engine import Engine
@@ -41,10 +42,11 @@ _OOD_GROUPS = ("near_ood", "far_ood")
 class Scores:
     """The scores of one detector, by role and dataset."""
 
-    by_role: Mapping[str, Mapping[str, tables.Table]]
+    by_role: Mapping[str, Mapping[str, Sequence[tables.Table]]]
+    """Each with those of other detectors whose rows without a score do not count either."""
     seed: int
 
-    def of(self, *roles: str) -> dict[str, tables.Table]:
+    def of(self, *roles: str) -> dict[str, Sequence[tables.Table]]:
         """Scores of the datasets with these roles, by name."""
         return {name: table for role in roles for name, table in self.by_role.get(role, {}).items()}
 
@@ -54,6 +56,7 @@ def run(
     jobs: Mapping[str, Sequence[ScoreJob]],
     seed: int,
     progress: Callable[[int], None] = lambda _: None,
+    together: Iterable[Collection[str]] = (),
 ) -> tuple[pa.Table, dict[str, float]]:
     """Metrics of all detectors and their thresholds at 95 % ID acceptance.
 
@@ -62,10 +65,15 @@ def run(
         jobs: the datasets, scored, by role.
         seed: of the bootstrap.
         progress: called with 1 after each detector.
+        together: labels of detectors that are measured on the rows that all of them have scores of; others
+            on all that they have scores of.
     """
     rows = [row for job in jobs.get("id", ()) for row in _accuracy(job.dataset, job.features)]
-    scored = {role: {job.dataset: job.tables() for job in members} for role, members in jobs.items()}
     detectors = list(jobs["id"][0].scores)
+    beside = {label: group for group in together for label in group}
+    scored = {
+        role: {job.dataset: _with_others(job, beside) for job in members} for role, members in jobs.items()
+    }
     of_each = (
         Scores(
             {role: {name: each[label] for name, each in found.items()} for role, found in scored.items()},
@@ -83,6 +91,13 @@ def run(
         thresholds[label] = threshold
         progress(1)
     return pa.Table.from_pylist(rows, SCHEMA), thresholds
+
+
+def _with_others(job: ScoreJob, beside: Mapping[str, Collection[str]]) -> dict[str, Sequence[tables.Table]]:
+    """Scores of each detector on a dataset, and of those beside it that lack some."""
+    scores, lacking = job.tables(), set(job.unscored() if beside else ())
+    others = {label: lacking & set(beside.get(label, ())) - {label} for label in scores}
+    return {label: [own, *(scores[other] for other in others[label])] for label, own in scores.items()}
 
 
 def write(folder: Place, table: pa.Table, thresholds: Mapping[str, float]) -> dict[str, File]:
@@ -111,7 +126,7 @@ def _compare(scores: Scores, label: str, inside: Float, prefix: str) -> list[dic
     members = {prefix + role: list(scores.of(role)) for role in _OOD_GROUPS if scores.of(role)}
     if not members:
         return []
-    outside = {name: _column([table]) for name, table in scores.of(*_OOD_GROUPS).items()}
+    outside = {name: _column([found]) for name, found in scores.of(*_OOD_GROUPS).items()}
     group_of = {name: group for group, names in members.items() for name in names}
     found = comparisons.compare(inside, outside, members, comparisons.Bootstrap(seed=scores.seed))
     return [
@@ -120,9 +135,14 @@ def _compare(scores: Scores, label: str, inside: Float, prefix: str) -> list[dic
     ]
 
 
-def _column(scores: Iterable[tables.Table]) -> Float:
-    """One detector's scores of some datasets."""
-    columns = [part[SCORE].to_numpy() for table in scores for part in table.columns([SCORE])]
+def _column(scores: Iterable[Sequence[tables.Table]]) -> Float:
+    """One detector's scores of some datasets: of the rows that it, and those beside it, have scores of."""
+    columns = []
+    for found in scores:
+        for parts in zip(*(table.columns([SCORE]) for table in found), strict=True):
+            own, *others = (part[SCORE] for part in parts)
+            there = reduce(pc.and_, (each.is_valid() for each in others), own.is_valid())
+            columns.append(own.filter(there).to_numpy())
     return np.concatenate(columns) if columns else np.empty(0)
 
 

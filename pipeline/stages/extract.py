@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from threading import Lock
 from typing import Any
 from weakref import WeakSet
@@ -37,12 +37,12 @@ from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.config import schema
 from pipeline.data import decode
 from pipeline.data.fetch import fetch
-from pipeline.data.manifest import Manifest
 from pipeline.detectors.base import Extra
 from pipeline.errors import UserError
 from pipeline.network import extras
 from pipeline.network.classifier import Classifier, load, make_reproducible
 from pipeline.stages import shards
+from pipeline.stages.identity import device
 from pipeline.stages.shards import Job, Plan, Shard
 from pipeline.workspace import files, tables
 from pipeline.workspace.artifacts import Damaged, write_part
@@ -59,45 +59,6 @@ ACCEPTED = "accepted"
 """Column of a manifest with the labels that are right, where there are several."""
 
 
-def identity(classifier: Classifier, manifest: Manifest, settings: schema.Extract) -> dict[str, Any]:
-    """What the features of a dataset depend on; on machines of a kind, equal ones have bit-equal features."""
-    return {
-        **network(classifier),
-        "transform": classifier.transform.model_dump(mode="json"),
-        "decoder": settings.decoder,
-        "images": manifest.digest,
-        "numerics": {
-            **settings.model_dump(include={"batch_size", "precision", "channels_last", "compile"}),
-            "feature_dtype": settings.feature_dtype,
-            "device": device(settings.device, settings.gpus_per_actor),
-        },
-    }
-
-
-def network(classifier: Classifier) -> dict[str, Any]:
-    """What a network is, and where it is tapped."""
-    return {
-        "weights": classifier.digest,
-        "architecture": classifier.architecture,
-        "head": classifier.taps.head,
-        "blocks": list(classifier.taps.blocks),
-    }
-
-
-def require_decoder(name: str) -> None:
-    """Refuse a decoder that is not installed.
-
-    Raises:
-        UserError: what to install.
-    """
-    try:
-        version(name)
-    except PackageNotFoundError:
-        raise UserError(
-            f"extract.decoder: {name} is not installed. `pip install {name}`, or set it to pillow."
-        ) from None
-
-
 def machine(settings: schema.Extract) -> str:
     """The kind of machine this process computes features on: they have the same bits on all of a kind."""
     if device(settings.device, settings.gpus_per_actor) == "cuda":
@@ -107,13 +68,6 @@ def machine(settings: schema.Extract) -> str:
     decoders = dict.fromkeys(("pillow", settings.decoder))
     packages = [f"{name} {version(name)}" for name in ("torch", *decoders)]
     return ", ".join([computes, *packages])
-
-
-def device(configured: str, gpus: float) -> str:
-    """'cpu' or 'cuda', decided by the config alone."""
-    if configured == "auto":
-        return "cuda" if gpus > 0 else "cpu"
-    return configured
 
 
 @dataclass(frozen=True)
@@ -276,7 +230,7 @@ class Others:
     def columns(self, keys: list[str]) -> Iterator[tuple[str, pa.Table]]:
         """Name and table of each."""
         for spec, parts in self.parts.items():
-            empty = np.zeros((0, extras.width(spec, self.classifier)), np.float32)
+            empty = np.zeros((0, self.classifier.width(spec)), np.float32)
             values = np.concatenate([empty, *parts])
             table = tables.arrow_columns({KEY: np.array(keys, dtype=object), spec.column: values})
             schema = pa.schema([(KEY, pa.string()), table.schema.field(spec.column)])
@@ -460,12 +414,6 @@ def run(
         "steady_seconds": ended - began,
         "images_per_second": forwarded / (ended - began) if receipts else 0.0,
     }
-
-
-def nothing(jobs: Iterable[Job]) -> dict[str, float]:
-    """The numbers of an extraction that had nothing to do."""
-    images = sum(job.manifest.rows for job in jobs)
-    return {"images": images, "forward_images": 0, "steady_seconds": 0.0, "images_per_second": 0.0}
 
 
 def actor_count(engine: Engine, plan: Plan) -> int:

@@ -25,7 +25,7 @@ from pipeline.workspace.patience import Unavailable
 FORMAT = "detector 1"
 """Kind and version of what fitted detectors are kept as."""
 
-MadeOf = Callable[[Detector, Collection[str]], tuple[Mapping[str, Any], Mapping[str, str]]]
+MadeOf = Callable[[Detector, Collection[str]], tuple[Mapping[str, Any], dict[str, str]]]
 """What a detector is fitted to, but for some of its parameters: identity, and content digests by name."""
 
 _SCORER, _ARRAYS = "scorer.json", "arrays.safetensors"
@@ -41,6 +41,8 @@ class Fitted:
 
     scorers: dict[str, Scorer]
     banks: dict[str, BankFiles]
+    contents: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What scores are made of besides the rows, by label: content digests by name."""
     not_applicable: dict[str, str] = field(default_factory=dict)
     """Why detectors were left out, by label."""
 
@@ -76,7 +78,7 @@ def fit_detectors(
         fitted.not_applicable[label] = reason
 
     for label, detector in chosen.items():
-        scorer = _fitted(detector, training, store, *made_of(detector, ()))
+        scorer, contents = _fitted(detector, training, store, *made_of(detector, ()))
         if isinstance(scorer, UserError):
             refuse(label, str(scorer))
             continue
@@ -92,7 +94,8 @@ def fit_detectors(
                 )
                 continue
             fitted.banks[label] = bank_files
-        fitted.scorers[label] = scorer
+            contents |= {bank_files.name: bank_files.content}
+        fitted.scorers[label], fitted.contents[label] = scorer, contents
     return fitted
 
 
@@ -101,9 +104,9 @@ def _fitted(
     training: Training,
     store: Store,
     identity: Mapping[str, Any],
-    inputs: Mapping[str, str],
-) -> Scorer | UserError:
-    """The scorer of a detector, from the workspace or fitted; or why it cannot be fitted."""
+    inputs: dict[str, str],
+) -> tuple[Scorer | UserError, dict[str, str]]:
+    """The scorer of a detector, from the workspace or fitted, or why it cannot be fitted; and its content."""
     artifact = store.artifact(FORMAT, identity, inputs)
 
     def make(_: set[str]) -> None:
@@ -132,8 +135,8 @@ def _fitted(
 
     (record,) = store.shared([artifact], make)
     if _UNKEPT in record.files:
-        return detector.fit(training)
-    return _read(artifact, record, detector)
+        return detector.fit(training), inputs
+    return _read(artifact, record, detector), {artifact.name: record.content}
 
 
 def _read(artifact: Artifact, record: Record, detector: Detector) -> Scorer | UserError:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,11 +20,14 @@ from pipeline.data.manifest import Manifest, compile_manifest
 from pipeline.detectors.base import Detector, Extra, Jigsaw, Mixup
 from pipeline.errors import UserError, unknown
 from pipeline.learned import statistics
-from pipeline.network import extras
-from pipeline.network.classifier import WRONG_SIZE, Classifier, load
-from pipeline.stages import extract, index, shards
+from pipeline.network.description import NO_BLOCKS, WRONG_SIZE, Description
+from pipeline.network.known import Network
+from pipeline.stages import identity, index, shards
 from pipeline.workspace import artifacts, files, runs
 from pipeline.workspace.files import Place
+
+if TYPE_CHECKING:
+    from pipeline.network.classifier import Classifier
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,14 @@ class Prepared:
 
     config: Config
     workspace: Place
-    classifier: Classifier
+    network: Description
     detectors: dict[str, Detector]
     jobs: dict[str, shards.Job]
     """Extraction jobs by dataset name."""
     not_applicable: dict[str, str] = field(default_factory=dict)
     """Why optional detectors were left out, by label."""
+    note: str = ""
+    """Name of the note about the network."""
     fresh: bool = False
     """Whether everything is to be made again."""
 
@@ -50,9 +55,9 @@ class Prepared:
             settings.model,
             settings.extract,
             settings.seed,
-            self.classifier.digest,
-            self.classifier.transform,
-            self.classifier.probe,
+            self.network.digest,
+            self.network.transform,
+            self.network.probe,
             {extra.column: extra for job in self.jobs.values() for extra in job.extras},
         )
 
@@ -82,7 +87,7 @@ class Prepared:
             without: parameters that do not count.
         """
         parts: dict[str, Any] = {"detector": detectors.identity(detector, without)}
-        parts["network"] = extract.network(self.classifier)
+        parts["network"] = identity.described(self.network)
         if detector.needs_train():
             parts["train"] = self.names("train")
         if detector.calibrates():
@@ -96,17 +101,6 @@ class Prepared:
         made += [{"pass": type(each).__name__, "version": each.version} for each in detector.passes()]
         made += [{"extra": each.kind, "version": each.version} for each in detector.extras()]
         return parts | {"made of": made}
-
-    def made_of(
-        self, detector: Detector, without: Collection[str] = ()
-    ) -> tuple[dict[str, Any], dict[str, str]]:
-        """What a detector is fitted to, and the content digests, by name, of the features among it."""
-        learned, contents = self.learned(detector, without), dict[str, str]()
-        names = {name for part in ("train", "held out", "ood_val") for name in learned.get(part, ())}
-        for job in self.jobs.values():
-            if job.name in names:
-                contents |= job.table().contents(job.name, (extra.column for extra in detector.extras()))
-        return learned, contents
 
     def scoring(self, label: str) -> dict[str, Any]:
         """What the scores of a detector depend on besides the rows that are scored."""
@@ -145,19 +139,21 @@ def prepare(settings: Config) -> Prepared:
         tracking_uri(settings)
     files.require_writable(settings.workspace, "workspace")
     workspace = files.at(settings.workspace)
-    extract.require_decoder(settings.extract.decoder)
-    classifier = load(settings.model, settings.seed)
-    _check_precision(settings.extract, classifier)
-    selection.keep(lambda label, detector: check_applies(label, detector, classifier))
+    identity.require_decoder(settings.extract.decoder)
+    network = Network(settings.model, settings.seed, workspace)
+    known = network.description
+    _check_precision(settings.extract, network)
+    selection.keep(lambda label, detector: check_applies(label, detector, network))
     if any(detector.neighbours for detector in selection.detectors.values()):
-        index.made(settings.index.kind, classifier.head[0].shape[1])
+        index.check(settings.index.kind, known.head[0].shape[1])
+    network.note()
     manifests = {
         dataset.name: compile_manifest(dataset, workspace / "manifests", settings.seed)
         for dataset in settings.datasets
     }
     for dataset in settings.datasets:
         _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
-        _check_labels(dataset, manifests[dataset.name], len(classifier.head[1]))
+        _check_labels(dataset, manifests[dataset.name], len(known.head[1]))
     held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
     selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
     rows = sum(manifests[dataset.name].rows for dataset in settings.of_role("train"))
@@ -165,10 +161,12 @@ def prepare(settings: Config) -> Prepared:
     jobs = {}
     for dataset in settings.datasets:
         manifest = manifests[dataset.name]
-        parts = extract.identity(classifier, manifest, settings.extract)
+        parts = identity.identity(known, manifest, settings.extract)
         wanted = _extras(dataset.role, selection.detectors.values())
-        jobs[dataset.name] = shards.job(dataset, manifest, parts, workspace, classifier.probe, wanted)
-    return Prepared(settings, workspace, classifier, selection.detectors, jobs, selection.not_applicable)
+        jobs[dataset.name] = shards.job(dataset, manifest, parts, workspace, known.probe, wanted)
+    return Prepared(
+        settings, workspace, known, selection.detectors, jobs, selection.not_applicable, network.name
+    )
 
 
 def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]:
@@ -177,7 +175,7 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
     Raises:
         UserError: if model or training data cannot be opened.
     """
-    classifier = load(settings.model, settings.seed)
+    network = Network(settings.model, settings.seed, files.at(settings.workspace))
     folder = files.at(settings.workspace) / "manifests"
     learned = settings.of_role("train", "id_val")
     manifests = {each.name: compile_manifest(each, folder, settings.seed) for each in learned}
@@ -185,7 +183,7 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
     held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
     selection = Selection(dict(found), found)
     selection.keep(lambda label, detector: check_data(label, detector, settings))
-    selection.keep(lambda label, detector: check_applies(label, detector, classifier))
+    selection.keep(lambda label, detector: check_applies(label, detector, network))
     selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
     selection.keep(lambda label, detector: check_rows(label, detector, rows))
     return selection.not_applicable
@@ -235,20 +233,24 @@ def tracking_uri(settings: Config) -> str:
     return f"sqlite:///{workspace / 'mlflow.db'}"
 
 
-def _check_precision(settings: Extract, classifier: Classifier) -> None:
+def _check_precision(settings: Extract, network: Network) -> None:
     """Whether the network runs in half precision; on CPUs, as what a GPU can do shows only there."""
-    on_cpu = extract.device(settings.device, settings.gpus_per_actor) == "cpu"
+    on_cpu = identity.device(settings.device, settings.gpus_per_actor) == "cpu"
     if settings.precision == "fp32" or not on_cpu:
         return
-    side, channels = classifier.transform.crop, classifier.transform.channels
-    try:
-        half = replace(classifier, precision=settings.precision)
-        half.forward(np.zeros((2, side, side, channels), np.uint8))
-    except (*WRONG_SIZE, NotImplementedError) as error:
-        raise UserError(
-            f"extract.precision: the model does not run in {settings.precision} on a CPU ({error}). "
-            "Set it to fp32, or choose another."
-        ) from error
+
+    def run(classifier: Classifier) -> None:
+        side, channels = classifier.transform.crop, classifier.transform.channels
+        try:
+            half = replace(classifier, precision=settings.precision)
+            half.forward(np.zeros((2, side, side, channels), np.uint8))
+        except (*WRONG_SIZE, NotImplementedError) as error:
+            raise UserError(
+                f"extract.precision: the model does not run in {settings.precision} on a CPU ({error}). "
+                "Set it to fp32, or choose another."
+            ) from error
+
+    network.check(["precision", settings.precision], run)
 
 
 def _check_roles(settings: Config) -> None:
@@ -281,35 +283,42 @@ def check_data(label: str, detector: Detector, settings: Config) -> None:
         )
 
 
-def check_applies(label: str, detector: Detector, classifier: Classifier) -> None:
+def check_applies(label: str, detector: Detector, network: Network) -> None:
     """Whether the model has what a detector looks at: blocks with maps, layers to mix images at.
 
     Raises:
         UserError: the reason why the detector does not apply, and what to do about it.
     """
-    found = classifier.taps
+    found = network.description.taps
     if BLOCK_NORM in detector.columns and not found.blocks:
-        raise UserError(f"detectors.{label}: {extras.NO_BLOCKS}")
+        raise UserError(f"detectors.{label}: {NO_BLOCKS}")
     named = getattr(detector, "block", "auto")
     if named not in ("auto", *found.blocks):
         raise UserError(f"detectors.{label}.block: {unknown('block', named, found.blocks)}")
-    _check_network(label, detector, classifier)
+    _check_network(label, detector, network)
     for spec in detector.passes():
         if isinstance(spec, Mixup):
-            _check_layer(label, spec, classifier)
+            _check_layer(label, spec, network.description)
         if isinstance(spec, Jigsaw):
-            _check_grid(f"detectors.{label}.grid", spec.grid, classifier)
+            _check_grid(f"detectors.{label}.grid", spec.grid, network)
 
 
-def _check_network(label: str, detector: Detector, classifier: Classifier) -> None:
+def _check_network(label: str, detector: Detector, network: Network) -> None:
     """Whether parameters suit the network, and it gives the extra columns."""
+    known = network.description
     try:
         for part in detector.parts():
-            part.check(classifier.head[0].shape[1], classifier.taps.stages)
+            part.check(known.head[0].shape[1], known.taps.stages)
         for extra in detector.extras():
-            extras.check(extra, classifier)
+            network.check([type(extra).__name__, extra.model_dump(mode="json")], partial(_try, extra))
     except UserError as error:
         raise UserError(f"detectors.{label}: {error}") from None
+
+
+def _try(extra: Extra, classifier: Classifier) -> None:
+    from pipeline.network import extras  # takes seconds to import
+
+    extras.check(extra, classifier)
 
 
 def _extras(role: str, chosen: Iterable[Detector]) -> list[Extra]:
@@ -322,9 +331,9 @@ def _extras(role: str, chosen: Iterable[Detector]) -> list[Extra]:
     return list(needed)
 
 
-def _check_layer(label: str, spec: Mixup, classifier: Classifier) -> None:
+def _check_layer(label: str, spec: Mixup, known: Description) -> None:
     """Whether there is the layer at which images are to be mixed."""
-    found = classifier.taps
+    found = known.taps
     if spec.block == "auto" and found.early is None:
         raise UserError(
             f"detectors.{label}: the model has no block to mix images at. Name one of its layers with "
@@ -363,21 +372,29 @@ def check_rows(label: str, detector: Detector, rows: int) -> None:
         raise UserError(f"detectors.{label}.k is {k} but there are {rows} training images; lower k.")
 
 
-def _check_grid(where: str, grid: int, classifier: Classifier) -> None:
+def _check_grid(where: str, grid: int, network: Network) -> None:
     """Whether the network takes the slightly smaller images that jigsaws are."""
-    crop, channels = classifier.transform.crop, classifier.transform.channels
+    transform = network.description.transform
+    crop, channels = transform.crop, transform.channels
     side = crop // grid * grid
     if side == 0:
         raise UserError(f"{where} is {grid} but images have {crop} pixels per side; lower grid.")
     if side == crop:
         return
+
+    def run(classifier: Classifier) -> None:
+        try:
+            classifier.forward(np.zeros((2, side, side, channels), np.uint8))
+        except WRONG_SIZE as error:
+            raise UserError(
+                f"jigsaws of {grid} x {grid} tiles have {side} pixels per side, which the model "
+                f"does not take ({error}). Choose a grid that divides {crop}, or name the block."
+            ) from None
+
     try:
-        classifier.forward(np.zeros((2, side, side, channels), np.uint8))
-    except WRONG_SIZE as error:
-        raise UserError(
-            f"{where}: jigsaws of {grid} x {grid} tiles have {side} pixels per side, which the model "
-            f"does not take ({error}). Choose a grid that divides {crop}, or name the block."
-        ) from None
+        network.check(["grid", grid], run)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:

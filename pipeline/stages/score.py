@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.cluster import attempts
@@ -29,6 +31,7 @@ from pipeline.workspace import files, storage, tables
 from pipeline.workspace.artifacts import (
     Artifact,
     File,
+    Record,
     digest,
     name_of,
     remove_folder,
@@ -44,8 +47,17 @@ _log = logging.getLogger(__name__)
 FORMAT, TABLE = "scores 1", "score table 1"
 """Kinds and versions: a number goes up when the bits change though no detector's version did."""
 
+AT_ONCE = 16
+"""Artifacts that are looked for at once: in an object store each takes an answer of a server."""
+
 SCORE = "score"
-"""The column of a detector's own scores."""
+"""The column of a detector's own scores; null where it is not finite."""
+
+_NAMED = 3
+"""Rows without a score that are named."""
+
+Unscored = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""How many `rows` have no score, and the `first` keys with what came instead; by dataset and label."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,8 @@ class ScoreJob:
 
     def lacking(self) -> list[str]:
         """Labels of detectors whose scores are not there."""
-        return [label for label, artifact in self.scores.items() if artifact.intact() is None]
+        found = storage.ahead(Artifact.intact, self.scores.values(), AT_ONCE)
+        return [label for label, record in zip(self.scores, found, strict=True) if record is None]
 
     def lacking_names(self) -> list[str]:
         """Names of the artifacts of the scores that are not there."""
@@ -75,6 +88,16 @@ class ScoreJob:
         some = {label: artifact for label, artifact in self.scores.items() if artifact.name in names}
         return replace(self, scores=some)
 
+    @cached_property
+    def records(self) -> dict[str, Record]:
+        """The records of the scores of all detectors, by label; looked for once.
+
+        Raises:
+            Damaged: a file that is not what was written.
+        """
+        found = storage.ahead(Artifact.require, self.scores.values(), AT_ONCE)
+        return dict(zip(self.scores, found, strict=True))
+
     def tables(self) -> dict[str, tables.Table]:
         """The scores of each detector, by label.
 
@@ -82,9 +105,18 @@ class ScoreJob:
             Damaged: a file that is not what was written.
         """
         return {
-            label: tables.Table.of(artifact.folder, artifact.require())
+            label: tables.Table.of(artifact.folder, self.records[label])
             for label, artifact in self.scores.items()
         }
+
+    def unscored(self) -> dict[str, dict[str, Any]]:
+        """Rows without a score of each detector that lacks some, by label.
+
+        Raises:
+            Damaged: a file that is not what was written.
+        """
+        facts = {label: record.facts for label, record in self.records.items()}
+        return {label: each["unscored"] for label, each in facts.items() if "unscored" in each}
 
 
 @dataclass(frozen=True)
@@ -169,28 +201,55 @@ def score_part(
     with attempts.begun(part, "scoring"):
         columns = features[row["dataset"]].read(row["start"], row["stop"], scoring.columns)
         scores = scoring.only(row["parts"]).of(columns)
-        bad = _not_finite(columns[KEY], scores)
-        if bad:
-            raise UserError(
-                f"scores of {row['dataset']} are not finite: {'; '.join(bad)}. "
-                "Check these images, the detector's parameters, and index.kind if it is approximate."
-            )
         made = {
-            label: write_part(
-                files.at(path), tables.written(pa.table({SCORE: scores[label]})), rows=len(scores[label])
-            )
+            label: _written(files.at(path), columns[KEY], scores[label])
             for label, path in row["parts"].items()
         }
     _log.info("%s: %d rows", part, row["stop"] - row["start"])
     return made
 
 
-def _not_finite(keys: NDArray[Any], scores: Mapping[str, NDArray[np.float64]]) -> list[str]:
-    """The first NaN or infinite scores as `detector: key`."""
-    found = []
-    for label, values in scores.items():
-        found += [f"{label}: {key}" for key in keys[~np.isfinite(values)][:3].tolist()]
-    return found
+def _written(path: Place, keys: NDArray[Any], scores: NDArray[np.float64]) -> File:
+    """Write a part; scores that are not finite become null, and are counted and named in its facts."""
+    bad = ~np.isfinite(scores)
+    facts: dict[str, Any] = {"rows": len(scores)}
+    if bad.any():
+        first = zip(keys[bad][:_NAMED].tolist(), map(str, scores[bad]), strict=False)
+        facts["unscored"] = {"rows": int(bad.sum()), "first": dict(first)}
+    return write_part(path, tables.written(pa.table({SCORE: pa.array(scores, mask=bad)})), **facts)
+
+
+def require_few_unscored(jobs: Iterable[ScoreJob], limit: float) -> Unscored:
+    """Refuse scores of which more are lacking than are allowed by now.
+
+    Args:
+        jobs: all datasets, scored.
+        limit: largest share of a dataset's rows that a detector may leave without a score, below 1.
+
+    Returns:
+        What is lacking, of the datasets and detectors that lack something.
+
+    Raises:
+        UserError: names the detector and the dataset with the largest share, and the first rows.
+    """
+    lost = {job.dataset: job.unscored() for job in jobs}
+    above = [
+        (found["rows"] / job.features.rows, label, job)
+        for job in jobs
+        for label, found in lost[job.dataset].items()
+        if found["rows"] > limit * job.features.rows
+    ]
+    if above:
+        _, label, job = max(above, key=itemgetter(0))
+        found = lost[job.dataset][label]
+        first = "; ".join(f"{key} ({value})" for key, value in found["first"].items())
+        raise UserError(
+            f"detectors.{label}: {found['rows']:,} of {job.features.rows:,} scores on {job.dataset} are not "
+            f"finite, more than score.max_unscored_fraction = {limit:g}. First: {first}. Check these images, "
+            "the detector's parameters, and index.kind if it is approximate; or raise the limit, or drop the "
+            "detector."
+        )
+    return {dataset: found for dataset, found in lost.items() if found}
 
 
 def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, progress: Callable[[int], None]) -> int:
@@ -204,9 +263,6 @@ def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, progress: Ca
 
     Returns:
         How many rows were scored, by one detector or more.
-
-    Raises:
-        UserError: if a score is NaN or infinite; names detector and keys.
     """
     done = {(job.dataset, label): _begun(job.scores[label]) for job in jobs for label in job.lacking()}
     todo = [row for job in jobs for row in _missing(job, done)]
@@ -220,8 +276,16 @@ def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, progress: Ca
             progress(row["stop"] - row["start"])
     artifacts = {(job.dataset, label): artifact for job in jobs for label, artifact in job.scores.items()}
     for place, parts in done.items():
-        artifacts[place].finish(dict(sorted(parts.items())))
+        artifacts[place].finish(dict(sorted(parts.items())), **_totals(parts))
     return rows
+
+
+def _totals(parts: Mapping[str, File]) -> dict[str, Any]:
+    """The facts of all parts on rows without a score; nothing if all rows have one."""
+    found = [file.facts["unscored"] for _, file in sorted(parts.items()) if "unscored" in file.facts]
+    first = [item for part in found for item in part["first"].items()]
+    total = {"rows": sum(part["rows"] for part in found), "first": dict(first[:_NAMED])}
+    return {"unscored": total} if found else {}
 
 
 def _begun(artifact: Artifact) -> dict[str, File]:
@@ -252,7 +316,8 @@ def assemble(
         engine: does the work.
         job: the dataset, scored.
         folder: of the table.
-        thresholds: by label; adds the columns `is_ood.<detector>`, true where the score is above.
+        thresholds: by label; adds the columns `is_ood.<detector>`, true where the score is above, null where
+            there is none.
     """
     scores = job.tables()
     identity = {
@@ -282,9 +347,10 @@ def _assembled(
     stop: int,
     path: str,
 ) -> File:
-    columns: dict[str, NDArray[Any]] = features.read(start, stop, (KEY, LABEL, PREDICTION))
-    for label, table in scores.items():
-        columns[label] = table.read(start, stop, (SCORE,))[SCORE]
+    table = tables.arrow_columns(features.read(start, stop, (KEY, LABEL, PREDICTION)))
+    for label, own in scores.items():
+        values = own.read(start, stop, (SCORE,))[SCORE]  # NaN where there is none
+        table = table.append_column(label, pa.array(values, from_pandas=True))
     for label, threshold in thresholds.items():
-        columns[IS_OOD + label] = columns[label] > threshold
-    return write_part(files.at(path), tables.written(tables.arrow_columns(columns)), rows=stop - start)
+        table = table.append_column(IS_OOD + label, pc.greater(table[label], threshold))
+    return write_part(files.at(path), tables.written(table), rows=stop - start)

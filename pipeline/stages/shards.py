@@ -104,7 +104,8 @@ class Job:
     @property
     def complete(self) -> bool:
         """Whether all rows are there, with all columns."""
-        return self.featured and not self.lacking()
+        features = self.record()
+        return features is not None and not self._lacking(features)
 
     @property
     def featured(self) -> bool:
@@ -129,11 +130,10 @@ class Job:
     def lacking(self) -> list[Extra]:
         """The extras that are not there for exactly the rows of the features."""
         features = self.record()
-        return [
-            extra
-            for extra in self.extras
-            if features is None or self.column(extra, features).intact() is None
-        ]
+        return list(self.extras) if features is None else self._lacking(features)
+
+    def _lacking(self, features: Record) -> list[Extra]:
+        return [extra for extra in self.extras if self.column(extra, features).intact() is None]
 
     def table(self) -> tables.Table:
         """All columns of a dataset that is complete.
@@ -301,6 +301,12 @@ def _column_begun(job: Job, extra: Extra, features: Mapping[str, File]) -> dict[
         for name, file in found.items()
         if name in features and file.facts["keys"] == features[name].facts["keys"]
     }
+
+
+def nothing(jobs: Iterable[Job]) -> dict[str, float]:
+    """The numbers of an extraction that had nothing to do."""
+    images = sum(job.manifest.rows for job in jobs)
+    return {"images": images, "forward_images": 0, "steady_seconds": 0.0, "images_per_second": 0.0}
 
 
 def require_same_network(job: Job, plan: Plan) -> None:

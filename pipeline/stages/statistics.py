@@ -18,7 +18,7 @@ from pipeline.workspace.artifacts import (
     Arrays,
     Artifact,
     Damaged,
-    Record,
+    Kept,
     Store,
     opened,
     saved,
@@ -52,7 +52,7 @@ class Rows:
 
 def fit_statistics(
     engine: Engine, store: Store, rows: Rows, wanted: Iterable[Statistic[Any]], head: Head
-) -> Statistics:
+) -> Stored:
     """Statistics of all rows, merged slice by slice in order; only those not in the workspace are computed.
 
     They are read when they are looked at.
@@ -60,18 +60,18 @@ def fit_statistics(
     Raises:
         UserError: if one is not there and this command may not compute it.
     """
-    found: dict[Statistic[Any], tuple[Artifact, Record]] = {}
+    found: dict[Statistic[Any], Kept] = {}
     for group in statistics.in_passes(wanted):
         made = [
             store.artifact(
                 f"statistic {each.version}",
                 {"features": list(rows.names), **each.identity, **imports.foreign(type(each))},
-                rows.contents(each.columns),
+                rows.contents(each.columns) | Stored(found).contents(each.after()),
             )
             for each in group
         ]
 
-        known = Statistics(Stored(dict(found)))
+        known = Statistics(Stored(dict(found)))  # of the passes before this one
 
         def compute(
             lacking: list[int],
@@ -82,8 +82,8 @@ def fit_statistics(
             some = [Sum(group[number], made[number]) for number in lacking]
             return _sweep(engine, rows, some, head, known)
 
-        found |= zip(group, zip(made, store.made(made, compute), strict=True), strict=True)
-    return Statistics(Stored(found))
+        found |= zip(group, store.kept(made, compute), strict=True)
+    return Stored(found)
 
 
 @dataclass
@@ -93,13 +93,16 @@ class Stored(Mapping[Statistic[Any], Part]):
     Looking raises `Damaged` where other bytes lie than were written.
     """
 
-    found: Mapping[Statistic[Any], tuple[Artifact, Record]]
+    found: Mapping[Statistic[Any], Kept]
     read: dict[Statistic[Any], Part] = field(default_factory=dict)
+
+    def contents(self, wanted: Iterable[Statistic[Any]]) -> dict[str, str]:
+        """Content digests of some of them, by name of their artifacts."""
+        return {name: content for each in wanted for name, content in self.found[each].content.items()}
 
     def __getitem__(self, wanted: Statistic[Any]) -> Part:
         if wanted not in self.read:
-            artifact, record = self.found[wanted]
-            self.read[wanted] = wanted.part(**artifact.arrays(record))
+            self.read[wanted] = wanted.part(**self.found[wanted].arrays())
         return self.read[wanted]
 
     def __iter__(self) -> Iterator[Statistic[Any]]:

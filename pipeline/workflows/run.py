@@ -9,38 +9,44 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal, TypeVar
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from threadpoolctl import threadpool_limits
 
 from pipeline.cluster import engine, usage
 from pipeline.cluster.engine import Engine
 from pipeline.cluster.logs import Logs
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.config import loading, schema
-from pipeline.detectors.base import Jigsaw, Pass, Scorer, Training, bank_of
+from pipeline.detectors.base import Detector, Jigsaw, Pass, Scorer, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Statistic, Statistics
-from pipeline.network.classifier import settings_kept
+from pipeline.network.known import settings_kept
 from pipeline.results import report
 from pipeline.results.evaluation import Evaluation
 from pipeline.results.mlflow import tracking
 from pipeline.results.record import Record, added
-from pipeline.stages import evaluate, extract, index, passes, shards
+from pipeline.results.unscored import sentences
+from pipeline.stages import evaluate, index, shards
 from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare, tracking_uri
-from pipeline.stages.score import FORMAT, ScoreJob, Scoring, assemble
+from pipeline.stages.score import FORMAT, ScoreJob, Scoring, Unscored, assemble, require_few_unscored
 from pipeline.stages.score import run as run_scores
-from pipeline.stages.statistics import Rows, fit_statistics
+from pipeline.stages.statistics import Rows, Stored, fit_statistics
 from pipeline.workflows.progress import Display, Quiet, Stage
-from pipeline.workspace import artifacts, files, runs, storage, tables
-from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Store
+from pipeline.workspace import artifacts, files, leftovers, runs, storage, tables
+from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Kept, Store
 from pipeline.workspace.claims import Claims, opened
 from pipeline.workspace.files import Place
 from pipeline.workspace.patience import Unavailable
+
+if TYPE_CHECKING:
+    from pipeline.stages import passes
 
 StageName = Literal["extract", "fit", "score", "evaluate", "report"]
 STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report")
@@ -79,6 +85,8 @@ class Outcome:
     warning: str = ""
     not_applicable: Mapping[str, str] = field(default_factory=dict)
     """Why detectors were left out, by label."""
+    unscored: Sequence[str] = ()
+    """What is to be said of detectors that could not score all images."""
 
 
 def execute(settings: schema.Config, options: Options, display: Display) -> Outcome:
@@ -93,6 +101,12 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
         if ready.not_applicable:
             stage.note += f", {len(ready.not_applicable)} more do not apply"
+    if found := leftovers.old(ready.workspace):
+        size = sum(each.size for each in found) / 2**20
+        display.say(
+            f"{found[0].name} and {len(found) - 1} more folders ({size:,.1f} MiB) are of versions before 0.3 "
+            "and not read; `ood-pipeline clean` lists and deletes them"
+        )
     with (
         opened(ready.workspace, display.say) as claims,
         claims.alone(f"runs/{ready.config.name}/{ready.folder.name}", options.wait),
@@ -109,8 +123,10 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
             raise
         if options.last != "report":
             run.record.close("partial")
-        left_out = run.record.content["not_applicable"]
-        return Outcome(ready.folder, *run.tracking.publish(display), not_applicable=left_out)
+        content = run.record.content
+        unscored = list(sentences(content["unscored"], content["datasets"]).values())
+        left_out = content["not_applicable"]
+        return Outcome(ready.folder, *run.tracking.publish(display), left_out, unscored)
 
 
 def evaluated(
@@ -135,8 +151,8 @@ def evaluated(
     """
     options = Options(fresh=fresh, engine=engine, threads=threads)
     outcome = execute(settings, options, display or Quiet())
-    if outcome.warning:
-        warnings.warn(outcome.warning, stacklevel=2)
+    for text in filter(None, (outcome.warning, *outcome.unscored)):
+        warnings.warn(text, stacklevel=2)
     return Evaluation(outcome.folder)
 
 
@@ -144,9 +160,18 @@ def evaluated(
 def working(ready: Prepared, options: Options) -> Iterator[Engine]:
     """The engine that was asked for, with the code of all detectors, and torch as it was after the block."""
     logs = Logs(ready.folder / "logs", options.level)
-    with settings_kept(), engine.opened(options.engine, ready.workspace, logs, options.threads) as chosen:
+    with (
+        settings_kept(),
+        threadpool_limits(limits=1),  # what the driver fits has the same bits on any machine of a kind
+        engine.opened(options.engine, ready.workspace, logs, options.threads, _load_libraries) as chosen,
+    ):
         chosen.carry(type(part) for detector in ready.detectors.values() for part in detector.parts())
         yield chosen
+
+
+def _load_libraries() -> None:
+    """Import what computes and takes seconds to import; a run that has nothing to do needs none of it."""
+    from pipeline.stages import extract, faiss_shard  # noqa: F401
 
 
 @dataclass
@@ -161,7 +186,11 @@ class Run:
     claims: Claims
     record: Record = field(init=False)
     tracking: Tracked = field(default_factory=lambda: Tracked(None))
+    features: dict[str, tables.Table] = field(default_factory=dict)
+    """What was extracted, by dataset."""
     fitted: Fitted | None = None
+    scored: list[ScoreJob] = field(default_factory=list)
+    """What was scored."""
     costs: dict[str, Any] = field(default_factory=dict)
     """What the stage under way says of itself."""
     worked: bool = False
@@ -201,7 +230,7 @@ class Run:
     def begin(self) -> None:
         """Make the run folder this run's; a command that is refused never comes here."""
         if self.record.open or (self.options.first == "report" and not self.record.worked):
-            self.tracking = self.tracking if self.tracking.opening else self._tracked()
+            self._track()
             return
         folder = self.ready.folder
         if self.record.worked:
@@ -210,7 +239,7 @@ class Run:
         self._refer()
         self.record.write()
         runs.mark_latest(folder)
-        self.tracking = self._tracked()
+        self._track()
 
     def _refer(self) -> None:
         """Record what this run refers to, so that nobody cleans it away."""
@@ -243,34 +272,34 @@ class Run:
             self.record.content["nodes"] |= {node: nodes[node] for node in used.nodes & nodes.keys()}
             self._refer()
             self.record.write()
+            self._track()
 
     def refers_to(self) -> list[str]:
         """Folders in the workspace of all that this run refers to so far."""
         jobs = self.ready.jobs.values()
         names = {job.name for job in jobs} | {job.manifest.name for job in jobs}
-        names |= self.fits.used
-        if self.fitted is not None:
-            scored = self._score_jobs(self.fitted.scorers)
-            names |= {f"scores/{artifact.name}" for job in scored for artifact in job.scores.values()}
+        names |= {self.ready.note, *self.fits.used}
+        scored = self._score_jobs(self.fitted) if self.fitted is not None else ()
+        names |= {f"scores/{artifact.name}" for job in scored for artifact in job.scores.values()}
         return sorted(names | set(self._indexes))
 
     def may_work(self, name: StageName) -> bool:
         """Whether this stage may compute what is missing."""
         return STAGES.index(name) >= STAGES.index(self.options.first)
 
-    def _tracked(self) -> Tracked:
-        """The MLflow run of this evaluation, opened while the first stage works."""
+    def _track(self) -> None:
+        """Open the MLflow run of this evaluation while others work; one that holds all is left alone."""
         settings = self.ready.config.tracking
         wanted = {"always": True, "never": False}.get(self.options.publish, settings.enabled)
-        if not wanted or self.options.last != "report":
-            return Tracked(None)
-        uri = tracking_uri(self.ready.config)
-        name = self.ready.config.name
-        folder = self.ready.folder
-        opening = self.background.submit(
-            tracking.begin, folder, uri, settings.experiment, name, self.ready.fingerprint
-        )
-        return Tracked(opening)
+        if not wanted or self.options.last != "report" or self.tracking.opening is not None:
+            return
+        of = (self.ready.folder, tracking_uri(self.ready.config), settings.experiment, self.ready.fingerprint)
+        again = self.record.worked or self.options.publish == "always"
+        complete = None if again else tracking.complete(*of)
+        if complete is None:
+            self.tracking = Tracked(self.background.submit(tracking.begin, *of, self.ready.config.name))
+        else:
+            self.tracking = Tracked(None, complete)
 
     def _unfinished(self, stage: StageName, jobs: list[J]) -> list[J]:
         """The jobs whose results are missing; an error if this command may not work on them."""
@@ -286,9 +315,11 @@ class Run:
         unfinished = self._unfinished("extract", jobs)
         rows = sum(job.manifest.rows for job in unfinished)
         with self.stage("extract", rows) as shown:
-            self.costs = extract.nothing(jobs)
+            self.costs = shards.nothing(jobs)
 
             def make(names: set[str]) -> None:
+                from pipeline.stages import extract
+
                 self.worked = True
                 ours = [job for job in jobs if job.name in names]
                 self._renew(artifact for job in ours for artifact in job.artifacts())
@@ -305,6 +336,7 @@ class Run:
                 shards.require_few_bad(job, self.ready.plan)
             numbers = self.costs
             self._describe_extras()
+            self.features = {job.dataset: job.table() for job in jobs}
             for job in jobs:
                 facts = job.artifact.require().facts
                 counted = {name: facts[name] for name in ("features", "errors", "machines")}
@@ -331,16 +363,9 @@ class Run:
 
     def fit(self) -> None:
         """Statistics, extra passes and banks; nothing is fitted that no detector needs."""
-        detectors = self.ready.detectors
         with self.stage("fit") as shown:
-            training = self._training()
-            trains = self.ready.of_role("train")
-            source = trains[0].table() if trains else None
-            self.fitted = fit_detectors(
-                *(self.engine, detectors, training, self.fits, source),
-                self.ready.made_of,
-                self.ready.config.optional,
-            )
+            training = self._fit(self.ready.config.optional)
+            assert self.fitted is not None
             self.record.leave_out(self.fitted.not_applicable)
             self.worked = bool(self.fits.made_now)
             done = [type(spec).__name__.lower() for spec in training.passes]
@@ -354,44 +379,79 @@ class Run:
         mode = mode if self.may_work("fit") else "frozen"
         return Store(self.ready.workspace / "fits", mode, claims=self.claims)
 
-    def _training(self) -> Training:
-        """All that detectors may learn from, as far as one of them needs it."""
+    def _fit(self, optional: Collection[str] = ()) -> Training:
+        """Fit the detectors; returns what they learned from, as far as one of them needs it."""
         detectors = self.ready.detectors.values()
-        stages = self.ready.classifier.taps.stages
-        head = Head(*self.ready.classifier.head, tuple(stages.values()))
+        stages = self.ready.network.taps.stages
+        head = Head(*self.ready.network.head, tuple(stages.values()))
         specs = list(dict.fromkeys(spec for detector in detectors for spec in detector.passes()))
         learned = [wanted for detector in detectors for wanted in detector.statistics()]
         calibrating = [wanted for detector in detectors for wanted in detector.calibration()]
         ood = [wanted for detector in detectors for wanted in detector.ood_statistics()]
         held_out = bool(self.ready.of_role("id_val"))
         train = self._statistics("train", learned + ([] if held_out else calibrating), head)
-        return Training(
+        id_val = self._statistics("id_val", calibrating, head) if held_out else train
+        ood_val = self._statistics("ood_val", ood, head)
+        made = self._passes(specs, self.fits) if specs else {}
+        training = Training(
             head.weight,
             head.bias,
-            self.ready.classifier.taps.blocks,
+            self.ready.network.taps.blocks,
             stages,
-            train=train,
-            id_val=self._statistics("id_val", calibrating, head) if held_out else train,
-            ood_val=self._statistics("ood_val", ood, head),
-            passes=self._passes(specs, self.fits) if specs else {},
+            train=Statistics(train),
+            id_val=Statistics(id_val),
+            ood_val=Statistics(ood_val),
+            passes={spec: kept.arrays() for spec, kept in made.items()},
         )
 
-    def _statistics(self, role: str, wanted: list[Statistic[Any]], head: Head) -> Statistics:
-        jobs = self.ready.of_role(role)
-        rows = Rows([job.table() for job in jobs], [job.name for job in jobs])
+        def made_of(detector: Detector, without: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
+            contents = self._rows_of(detector) | train.contents(detector.statistics())
+            contents |= id_val.contents(detector.calibration()) | ood_val.contents(detector.ood_statistics())
+            for spec in detector.passes():
+                contents |= made[spec].content
+            return self.ready.learned(detector, without), contents
+
+        source = next(iter(self._tables("train")), None)
+        self.fitted = fit_detectors(
+            self.engine, self.ready.detectors, training, self.fits, source, made_of, optional
+        )
+        return training
+
+    def _rows_of(self, detector: Detector) -> dict[str, str]:
+        """Content digests of the features that a detector is fitted to."""
+        learned, contents = self.ready.learned(detector), dict[str, str]()
+        names = {name for part in ("train", "held out", "ood_val") for name in learned.get(part, ())}
+        for job in self.ready.jobs.values():
+            if job.name in names:
+                columns = [extra.column for extra in detector.extras()]
+                contents |= self.features[job.dataset].contents(job.name, columns)
+        return contents
+
+    def _tables(self, *roles: str) -> list[tables.Table]:
+        """What was extracted of the datasets with these roles."""
+        return [self.features[job.dataset] for job in self.ready.of_role(*roles)]
+
+    def _statistics(self, role: str, wanted: list[Statistic[Any]], head: Head) -> Stored:
+        rows = Rows(self._tables(role), self.ready.names(role))
         return fit_statistics(self.engine, self.fits, rows, wanted, head)
 
-    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, passes.Result]:
+    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, Kept]:
         """Results of the extra passes; the model actors start only if one is not in the cache."""
         ready = self.ready
-        results: dict[Pass, passes.Result] = {}
+        results: dict[Pass, Kept] = {}
         trains, held_out = (
             [job.manifest for job in ready.of_role(role) or ready.of_role(other)]
             for role, other in (("train", "id_val"), ("id_val", "train"))
         )
-        with passes.Runner(
-            self.engine, trains[0], ready.plan, ready.classifier.taps.early, held_out
-        ) as runner:
+        with ExitStack() as stack:
+
+            @cache
+            def runner() -> passes.Runner:
+                from pipeline.stages import passes
+
+                early = ready.network.taps.early
+                return stack.enter_context(passes.Runner(self.engine, trains[0], ready.plan, early, held_out))
+
             for spec in specs:
                 kind = type(spec).__name__.lower()
                 identity = {
@@ -402,17 +462,17 @@ class Run:
                 }
 
                 def compute(_: Any, spec: Pass = spec) -> list[Arrays]:
-                    return [runner.run(spec)]
+                    return [runner().run(spec)]
 
                 artifact = store.artifact(f"{kind} pass {spec.version}", identity)
-                (results[spec],) = store.arrays([artifact], compute)
-                self._note_pass(self._describe(kind, spec, results[spec]))
+                (results[spec],) = store.kept([artifact], compute)
+                self._note_pass(self._describe(kind, spec, results[spec].arrays()))
         return results
 
-    def _describe(self, kind: str, spec: Pass, result: passes.Result) -> dict[str, Any]:
+    def _describe(self, kind: str, spec: Pass, result: Arrays) -> dict[str, Any]:
         entry = {"kind": kind, "spec": spec.model_dump(), "samples": int(result["samples"])}
         if isinstance(spec, Jigsaw):
-            entry["blocks"] = list(self.ready.classifier.taps.blocks)
+            entry["blocks"] = list(self.ready.network.taps.blocks)
             entry |= {name: result[name].tolist() for name in ("ratio", "stderr")}
         return entry
 
@@ -420,25 +480,25 @@ class Run:
         """Scores of every row of every dataset but the training one."""
         fitted = self.fitted
         assert fitted is not None
-        jobs = self._score_jobs(fitted.scorers)
+        self.scored = jobs = self._score_jobs(fitted)
         unfinished = self._unfinished("score", jobs)
         rows = sum(job.features.rows for job in unfinished)
         with self.stage("score", rows) as shown:
-            self._score(jobs, fitted, shown.advance)
+            self.record.content["unscored"] = self._score(jobs, fitted, shown.advance)
             for job in jobs if self.may_work("score") else ():
-                assemble(self.engine, job, self._scores(job.dataset), self._flagging(jobs, job.dataset))
+                assemble(self.engine, job, self._scores(job.dataset), self._flagging(job.dataset))
             shown.note = f"{rows:,} rows"
             self.costs = {"rows": rows}
 
-    def _flagging(self, jobs: Sequence[ScoreJob], dataset: str) -> dict[str, float]:
+    def _flagging(self, dataset: str) -> dict[str, float]:
         """Thresholds for the flags in a table of scores: on unlabelled data, once there are some."""
         unlabelled = self.ready.of_role("unlabelled")
-        if dataset not in [job.dataset for job in unlabelled] or self._results(jobs).checked() is None:
+        if dataset not in [job.dataset for job in unlabelled] or self._results().checked() is None:
             return {}
         return dict(files.read_json(self.ready.folder / "thresholds.json"))
 
-    def _score(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> None:
-        """Have all scores made that are lacking."""
+    def _score(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> Unscored:
+        """Have all scores made that are lacking; returns the rows that detectors could not score."""
 
         def make(names: set[str]) -> None:
             self.worked = True
@@ -451,6 +511,7 @@ class Run:
             return old + [name for job in jobs for name in job.lacking_names()]
 
         self.claims.share(lambda: set(lacking()), make)
+        return require_few_unscored(jobs, self.ready.config.score.max_unscored_fraction)
 
     def _score_ours(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> None:
         """Scores that nobody else makes."""
@@ -480,9 +541,12 @@ class Run:
     def _describe_index(
         self, searched: index.Index, scorers: Mapping[str, Scorer], banks: Mapping[str, index.BankFiles]
     ) -> None:
-        """Record the banks, and for approximate ones how often the true neighbour is found."""
+        """Record the banks, and for approximate ones how often the true neighbour is found.
+
+        Written at once: a run that is killed later, when the scores are there, does not search again.
+        """
         kind = self.ready.config.index.kind
-        rows = self.ready.of_role("id")[0].table().read(0, _RECALL_QUERIES, self._columns())
+        rows = self._tables("id")[0].read(0, _RECALL_QUERIES, self._columns())
         for label, bank_files in banks.items():
             bank = bank_of(scorers[label])
             assert bank is not None
@@ -496,32 +560,36 @@ class Run:
                 if exact
                 else index.recall(searched, bank_files.folder, bank.queries(rows)),
             }
+        self._refer()
+        self.record.write()
 
     def _columns(self) -> tuple[str, ...]:
-        norms = (BLOCK_NORM,) if self.ready.classifier.taps.blocks else ()
+        norms = (BLOCK_NORM,) if self.ready.network.taps.blocks else ()
         return (KEY, LABEL, PREDICTION, FEATURE, LOGITS, *norms, *self.ready.plan.extras)
 
-    def _score_jobs(self, labels: Iterable[str]) -> list[ScoreJob]:
-        """All datasets but the training one, and where the scores of some detectors on them are kept."""
+    def _score_jobs(self, fitted: Fitted) -> list[ScoreJob]:
+        """All datasets but the training one, and where the scores of the detectors on them are kept."""
         jobs = []
         for dataset in self.ready.config.datasets:
             if dataset.role != "train":
                 job = self.ready.jobs[dataset.name]
-                table = job.table()
-                scores = {label: self._score_artifact(label, job, table) for label in labels}
-                jobs.append(ScoreJob(dataset.name, table, scores))
+                scores = {
+                    label: self._score_artifact(label, job, contents)
+                    for label, contents in fitted.contents.items()
+                }
+                jobs.append(ScoreJob(dataset.name, self.features[dataset.name], scores))
         return jobs
 
-    def _score_artifact(self, label: str, job: shards.Job, table: tables.Table) -> Artifact:
-        """Where the scores of a detector on a dataset are kept."""
+    def _score_artifact(self, label: str, job: shards.Job, contents: Mapping[str, str]) -> Artifact:
+        """Where the scores of a detector, that is made of some `contents`, on a dataset are kept."""
         identity = {"features": job.name, **self.ready.scoring(label)}
         method = re.sub(r"\W+", "-", self.ready.detectors[label].name)
         name = f"{method}-{artifacts.digest([FORMAT, identity])[:16]}"
         folder = self.ready.workspace / "scores" / job.artifact.folder.name / name
         detector = self.ready.detectors[label]
-        _, contents = self.ready.made_of(detector)
-        own = table.contents(job.name, (extra.column for extra in detector.extras()))
-        return Artifact(folder, FORMAT, identity, contents | own)
+        columns = (extra.column for extra in detector.extras())
+        own = self.features[job.dataset].contents(job.name, columns)
+        return Artifact(folder, FORMAT, identity, {**contents, **own})
 
     def _scores(self, dataset: str) -> Place:
         return self.ready.folder / "scores" / dataset
@@ -529,16 +597,14 @@ class Run:
     def evaluate(self) -> None:
         """Metrics, thresholds, and flags on unlabelled data."""
         assert self.fitted is not None
-        labels = list(self.fitted.scorers)
-        scored = self._score_jobs(labels)
-        results = self._results(scored)
+        labels, results = list(self.fitted.scorers), self._results()
         done = results.checked() is not None
         if not done and not self.may_work("evaluate"):
             raise UserError("evaluate: not done for this run. Run `ood-pipeline evaluate` first.")
         with self.stage("evaluate", 0 if done else len(labels)) as shown:
             if not done:
                 self.worked = True
-                jobs = {job.dataset: job for job in scored}
+                jobs = {job.dataset: job for job in self.scored}
                 roles: dict[str, list[ScoreJob]] = {}
                 for dataset in self.ready.config.datasets:
                     if dataset.name in jobs:
@@ -551,10 +617,12 @@ class Run:
             self._note_accuracy()
             shown.note = self._accuracy_note()
 
-    def _results(self, jobs: Iterable[ScoreJob]) -> Artifact:
+    def _results(self) -> Artifact:
         """The artifact of metrics and thresholds, in the run folder beside what is none."""
         contents = {
-            f"{job.dataset}/{label}": table.content for job in jobs for label, table in job.tables().items()
+            f"{job.dataset}/{label}": table.content
+            for job in self.scored
+            for label, table in job.tables().items()
         }
         identity = {"fingerprint": self.ready.fingerprint}
         return Artifact(self.ready.folder, evaluate.FORMAT, identity, contents)
@@ -573,8 +641,11 @@ class Run:
         """The page with tables and charts."""
         self.begin()
         self.record.close("finished")
+        page = self.ready.folder / "report" / "index.html"
         with self.stage("report") as shown:
-            shown.note = str(report.write(self.ready.folder))
+            if self.record.worked or self.options.first == "report" or not page.is_file():
+                report.write(self.ready.folder)
+            shown.note = str(page)
         self.record.close("finished")
 
 
@@ -583,11 +654,13 @@ class Tracked:
     """MLflow beside the run; what goes wrong with it is told, and costs no result."""
 
     opening: Future[tracking.Session] | None
+    complete: tracking.Session | None = None
+    """The session in which everything was sent before."""
 
     def publish(self, display: Display) -> tuple[str, str]:
         """Send the results; returns where to see them, and a warning if that failed."""
         if self.opening is None:
-            return "", ""
+            return "" if self.complete is None else tracking.link(self.complete), ""
         try:
             with display.stage("track"):
                 session = self.opening.result()

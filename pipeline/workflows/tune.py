@@ -8,7 +8,7 @@ their scores are the result. No image goes through the network here.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,13 +26,13 @@ from pipeline.config.schema import Config, Dataset, DetectorEntry
 from pipeline.detectors.base import Pass, Scorer
 from pipeline.errors import UserError
 from pipeline.results.report.tables import METRICS
-from pipeline.stages import evaluate, index, passes, shards
-from pipeline.stages.fit import fit_detectors
+from pipeline.results.unscored import sentences
+from pipeline.stages import evaluate, index, shards
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.workflows.progress import Display
 from pipeline.workflows.run import Options, Run, working
 from pipeline.workspace import files, tables
-from pipeline.workspace.artifacts import Damaged, Store, mend
+from pipeline.workspace.artifacts import Damaged, Kept, Store, mend
 from pipeline.workspace.claims import opened
 from pipeline.workspace.files import Place
 from pipeline.workspace.patience import Unavailable
@@ -74,6 +74,8 @@ class Outcome:
     points: tuple[Point, ...]
     table: Place
     config: Path
+    unscored: Sequence[str] = ()
+    """What is to be said of points that could not score all images."""
 
 
 def target(source: str, output: str, force: bool) -> Path:
@@ -123,10 +125,10 @@ def execute(settings: Config, output: Path, display: Display, options: Options =
         ThreadPoolExecutor(1) as background,
     ):
         search = Search(ready, options, display, background, chosen, claims)
-        found = _chosen(grids, search.metrics(), wanted.metric)
+        found = _chosen(grids, search.metrics(grids), wanted.metric)
         written = _write(ready, wanted.metric, found, search.refers_to())
         files.write_text(output, _text(_tuned(settings, grids, found), wanted.metric, written))
-    return Outcome(wanted.metric, found, written, output)
+    return Outcome(wanted.metric, found, written, output, search.unscored)
 
 
 def _checked(settings: Config, grids: Grids) -> Tune:
@@ -182,45 +184,55 @@ def _images(ready: Prepared, dataset: Dataset) -> Iterator[int]:
 class Search(Run):
     """The stages that the points go through: those of a run, without its record and results."""
 
-    def metrics(self) -> pa.Table:
+    unscored: Sequence[str] = ()
+    """What is to be said of points that could not score all images."""
+
+    def metrics(self, grids: Grids) -> pa.Table:
         """The same, with what is damaged of it made again, each file once."""
         mended = set[str]()
         while True:
             try:
-                return self._metrics()
+                return self._metrics(grids)
             except Damaged as damaged:
                 if damaged.path in mended or self._maker(damaged) == "extract":
                     raise
                 mended.add(damaged.path)
                 mend(damaged)
 
-    def _metrics(self) -> pa.Table:
+    def _metrics(self, grids: Grids) -> pa.Table:
         """Metrics of all points, with the OOD validation sets as one group.
+
+        The points of a detector are measured on the rows that all of them have scores of.
 
         Raises:
             UserError: if features, or an extra pass that a point needs, are not in the workspace.
         """
-        self._require_features(self.ready.of_role("train", *_DECIDING))
+        used = self.ready.of_role("train", *_DECIDING)
+        self._require_features(used)
         with self.display.stage("fit") as shown:
-            trains = self.ready.of_role("train")
-            source = trains[0].table() if trains else None
-            detectors, made_of = self.ready.detectors, self.ready.made_of
-            fitted = fit_detectors(self.engine, detectors, self._training(), self.fits, source, made_of)
-            self.fitted = fitted
+            self.features = {job.dataset: job.table() for job in used}
+            self._fit()
+            fitted = self.fitted
+            assert fitted is not None
             banks = {bank.folder for bank in fitted.banks.values()}
             shown.note = f"{len(fitted.scorers)} points, {len(banks)} banks"
-        unfinished = [job for job in self._score_jobs(fitted.scorers) if not job.complete]
-        rows = sum(job.features.rows for job in unfinished)
+        jobs = {job.dataset: job for job in self._score_jobs(fitted)}
+        rows = sum(job.features.rows for job in jobs.values() if not job.complete)
         with self.display.stage("score", rows) as shown:
-            self._score(self._score_jobs(fitted.scorers), fitted, shown.advance)
+            unscored = self._score(list(jobs.values()), fitted, shown.advance)
             shown.note = f"{rows:,} rows"
-        jobs = {job.dataset: job for job in self._score_jobs(fitted.scorers)}
+        datasets = {
+            dataset.name: {"role": dataset.role, "features": jobs[dataset.name].features.rows}
+            for dataset in self.ready.config.of_role(*_DECIDING)
+        }
+        self.unscored = list(sentences(unscored, datasets, [[role] for role in _DECIDING]).values())
         with self.display.stage("evaluate", len(self.ready.detectors)) as shown:
             inside, outside = (
                 [jobs[dataset.name] for dataset in self.ready.config.of_role(role)] for role in _DECIDING
             )
             scored = {"id": inside, _MEAN: outside}
-            return evaluate.run(self.engine, scored, self.ready.config.seed, shown.advance)[0]
+            seed, together = self.ready.config.seed, grids.values()
+            return evaluate.run(self.engine, scored, seed, shown.advance, together)[0]
 
     def _require_features(self, jobs: list[shards.Job]) -> None:
         """All columns of the datasets must be there; here no image goes through the network."""
@@ -234,9 +246,9 @@ class Search(Run):
                 )
         self._unfinished("extract", jobs)
 
-    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, passes.Result]:
+    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, Kept]:
         """Results of extra passes, read back; here none goes through the network."""
-        found: dict[Pass, passes.Result] = {}
+        found: dict[Pass, Kept] = {}
         for spec in specs:
             try:
                 found |= super()._passes([spec], replace(store, mode="frozen"))

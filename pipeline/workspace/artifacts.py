@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -101,16 +101,15 @@ class Artifact:
         Raises:
             Damaged: a record, or a file of the wrong size.
         """
-        path = self.folder / RECORD
-        if not path.is_file():
+        entries = _listed(self.folder)
+        if RECORD not in entries:
             return None
-        found = read_record(self.folder)
+        found = _record_in(self.folder, entries[RECORD].identity)
         if digest([found.kind, found.identity]) != digest([self.kind, self.identity]):
-            raise Damaged(str(path), "it is the record of something else")
-        sizes = {entry.name: entry.size for entry in storage.entries(str(self.folder))}
+            raise Damaged(str(self.folder / RECORD), "it is the record of something else")
         for name, file in found.files.items():
-            if sizes.get(name) != file.size:
-                there = "it is missing" if name not in sizes else f"it has {sizes[name]:,} bytes"
+            if name not in entries or entries[name].size != file.size:
+                there = f"it has {entries[name].size:,} bytes" if name in entries else "it is missing"
                 raise Damaged(str(self.folder / name), f"{there}, {file.size:,} were written")
         return found
 
@@ -136,14 +135,11 @@ class Artifact:
 
     def done(self) -> dict[str, File]:
         """The parts that are there, by name; those whose writer was killed are not."""
-        if not self.folder.is_dir():
-            return {}
-        entries = storage.entries(str(self.folder))
-        sizes = {entry.name: entry.size for entry in entries}
-        names = [_part_of(entry.name) for entry in entries if _is_receipt(entry.name)]
+        entries = _listed(self.folder)
+        names = [part for name in entries if _is_receipt(name) and (part := _part_of(name)) in entries]
         receipts = storage.ahead(receipt_of, [self.folder / name for name in names], 8)
         found = zip(names, receipts, strict=True)
-        return {name: file for name, file in found if file is not None and sizes.get(name) == file.size}
+        return {name: file for name, file in found if file is not None and entries[name].size == file.size}
 
     def begin(self) -> dict[str, File]:
         """The parts that are there and were made of the same inputs; others are deleted, and the record."""
@@ -174,6 +170,7 @@ class Artifact:
                 files.at(entry.uri).unlink(missing_ok=True)
         record = Record(self.kind, dict(self.identity), dict(self.inputs), dict(made), facts)
         _seal(self.folder / RECORD, asdict(record))
+        _records.pop(str(self.folder), None)
         return record
 
     def checked(self) -> Record | None:
@@ -208,6 +205,46 @@ class Artifact:
     def keep(self, arrays: Arrays, **facts: Any) -> Record:
         """Make it of arrays."""
         return self.finish({_ARRAYS: write(self.folder / _ARRAYS, saved(arrays))}, **facts)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A complete artifact that holds arrays."""
+
+    artifact: Artifact
+    record: Record
+
+    @property
+    def content(self) -> dict[str, str]:
+        """Its content digest by its name, as what is made of it has it among its inputs."""
+        return {self.artifact.name: self.record.content}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What it holds.
+
+        Raises:
+            Damaged: other bytes than were written.
+        """
+        return self.artifact.arrays(self.record)
+
+
+def _listed(folder: Place) -> dict[str, storage.Entry]:
+    """What lies in a folder, by name; nothing if there is none."""
+    with suppress(FileNotFoundError):
+        return {entry.name: entry for entry in storage.entries(str(folder))}
+    return {}
+
+
+_records: dict[str, tuple[str, Record]] = {}
+"""The records that this process has read, by folder, each with the size and time stamp it had."""
+
+
+def _record_in(folder: Place, identity: str) -> Record:
+    """The record in a folder, read again only if its size or time stamp is another one by now."""
+    known = _records.get(str(folder))
+    if known is None or known[0] != identity:
+        known = _records[str(folder)] = identity, read_record(folder)
+    return known[1]
 
 
 def read_record(folder: Place) -> Record:
@@ -412,10 +449,10 @@ class Store:
             kind = artifact.kind.rpartition(" ")[0]
             raise UserError(f"fit: no {kind} in the workspace. Run `ood-pipeline fit` first.")
 
-    def made(
+    def kept(
         self, artifacts: Sequence[Artifact], compute: Callable[[list[int]], Iterable[Arrays]]
-    ) -> list[Record]:
-        """Records of artifacts that hold arrays; those that are lacking are computed together.
+    ) -> list[Kept]:
+        """Artifacts that hold arrays; those that are lacking are computed together.
 
         Args:
             artifacts: what is wanted.
@@ -430,7 +467,7 @@ class Store:
             for number, arrays in zip(lacking, compute(lacking), strict=True):
                 artifacts[number].keep(arrays)
 
-        return self.shared(artifacts, make)
+        return [Kept(*each) for each in zip(artifacts, self.shared(artifacts, make), strict=True)]
 
     def shared(self, artifacts: Sequence[Artifact], make: Callable[[set[str]], None]) -> list[Record]:
         """Records of artifacts; those that are lacking are made, by us or by whoever has claimed them.
@@ -460,18 +497,6 @@ class Store:
             noted(names)
             lacking()
         return [records[artifact.name] for artifact in artifacts]
-
-    def arrays(
-        self, artifacts: Sequence[Artifact], compute: Callable[[list[int]], Iterable[Arrays]]
-    ) -> list[dict[str, NDArray[Any]]]:
-        """The arrays themselves.
-
-        Raises:
-            UserError: if one is lacking and that is not for this command.
-            Damaged: bytes that are not those that were written.
-        """
-        records = self.made(artifacts, compute)
-        return [artifact.arrays(record) for artifact, record in zip(artifacts, records, strict=True)]
 
     def _note(self, made: Iterable[Artifact]) -> None:
         """Remember what is made; of what is made afresh, the old is deleted."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.workspace import files, runs, storage
+from pipeline.workspace.artifacts import Damaged, read_record
 from pipeline.workspace.files import Place
 
-KINDS = {"manifests": 1, "features": 1, "fits": 1, "scores": 2}
+KINDS = {"models": 1, "manifests": 1, "features": 1, "fits": 1, "scores": 2}
 """Folders of a workspace that hold artifacts, and how deep these lie."""
+
+YOUNG = 3600.0
+"""Seconds for which a manifest is left alone: it may be of a run that still checks its config."""
 
 RECORDS = (runs.MANIFEST, "tune.json")
 """Files of a run folder that name what it refers to."""
@@ -52,10 +57,27 @@ def unreferred(workspace: Place) -> Iterator[Leftover]:
     kept = referred(workspace)
     for kind, depth in KINDS.items():
         for name, folder in _folders(workspace / kind, kind, depth):
-            if name not in kept:
+            if name not in kept and not (kind == "manifests" and _is_young(folder)):
                 yield Leftover(name, folder, _size(folder))
+    yield from _old_runs(workspace)
+
+
+def old(workspace: Place) -> list[Leftover]:
+    """What versions before 0.3 left behind and nothing reads: runs, and features if there are such runs."""
+    found = list(_old_runs(workspace))
+    for name, folder in _folders(workspace / "features", "features", 1) if found else ():
+        try:
+            read_record(folder)
+        except Damaged:
+            found.append(Leftover(name, folder, _size(folder)))
+        except FileNotFoundError:
+            pass
+    return found
+
+
+def _old_runs(workspace: Place) -> Iterator[Leftover]:
     for name, folder in _folders(workspace / "runs", "runs", 1):
-        if (folder / runs.MANIFEST).is_file():  # of version 0.2
+        if (folder / runs.MANIFEST).is_file():
             yield Leftover(name, folder, _size(folder))
 
 
@@ -66,6 +88,11 @@ def _folders(folder: Place, name: str, depth: int) -> Iterator[tuple[str, Place]
         for entry in storage.entries(str(folder)):
             if entry.folder:
                 yield from _folders(files.at(entry.uri), f"{name}/{entry.name}", depth - 1)
+
+
+def _is_young(folder: Place) -> bool:
+    oldest = time.time() - YOUNG
+    return any(entry.modified > oldest for entry in storage.entries(str(folder)))
 
 
 def _size(folder: Place) -> int:

@@ -59,6 +59,11 @@ class Entry:
     size: int = 0
     """Bytes."""
 
+    @property
+    def modified(self) -> float:
+        """When a file was changed, in seconds since 1970."""
+        return int(self.identity.rpartition("-")[2]) / 1e9
+
 
 def is_remote(path: str) -> bool:
     """Whether a path is a URI of another file system than the local one."""

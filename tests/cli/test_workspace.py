@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from typer.testing import CliRunner
 from pipeline.cli import main
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.workspace import claims, files
+from pipeline.workflows import run
+from pipeline.workflows.progress import Quiet
+from pipeline.workspace import claims, files, leftovers
 
 SHIPPED = "package://pipeline.quickstart/resnet.safetensors"
 
@@ -98,7 +102,13 @@ def test_only_what_no_run_refers_to_is_deleted(
     assert nothing == "nothing to delete\n"
     shutil.rmtree(folders[0])
     shutil.rmtree(folders[2])
+    lost = workspace / "manifests" / "lost-0123"
+    lost.mkdir()
+    (lost / "rows.parquet").write_bytes(b"of a run that is still checking its config")
     listed = command("clean", "--workspace", str(workspace))
+    assert "manifests/" not in listed
+    os.utime(lost / "rows.parquet", times=(0, time.time() - leftovers.YOUNG - 1))
+    assert "manifests/lost-0123" in command("clean", "--workspace", str(workspace))
     assert "--delete deletes them" in listed
     names = set(re.findall(r"MiB +((?:fits|scores|features)/\S+)", listed))
     assert {name.partition("/")[0] for name in names} == {"fits", "scores", "features"}
@@ -113,6 +123,30 @@ def test_only_what_no_run_refers_to_is_deleted(
     record = files.read_json(again / "manifest.json")
     assert record["executions"][-1]["stages"]["extract"]["forward_images"] == 0
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_older_versions_left_is_named_by_a_run_and_deleted_by_clean(
+    runs: tuple[Path, list[Path]], settings: dict[str, Any], load: Any
+) -> None:
+    workspace, (_, second, _) = runs
+    old = (
+        workspace / "runs" / "ancient" / "manifest.json",
+        workspace / "features" / "a-0123" / "_manifest.json",
+    )
+    for path in old:
+        path.parent.mkdir()
+        path.write_text('{"hash": "0123"}')
+    said: list[str] = []
+    display = Quiet()
+    display.say = said.append  # type: ignore[method-assign]
+    run.execute(
+        load(settings), run.Options(first="report", publish="never", engine="inline", threads=1), display
+    )
+    (line,) = said
+    assert line.startswith("runs/ancient and 1 more folders (0.0 MiB) are of versions before 0.3")
+    command("clean", "--workspace", str(workspace), "--delete")
+    assert not any(path.parent.exists() for path in old)
+    assert (second / "manifest.json").is_file()
 
 
 def test_a_workspace_that_is_not_there_or_in_use_is_refused(tmp_path: Path) -> None:

@@ -99,4 +99,4 @@ def store(kind: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _file(kind: str) -> Path:
-    return Path(__file__).parent / f"{kind}.json"
+    return Path(__file__).parent / f"{kind.replace(' ', '_')}.json"

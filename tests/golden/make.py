@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.golden import entries, evaluation, outputs, tolerances
+from tests.golden import entries, evaluation, outputs, tolerances, versions
 from tests.golden.outputs import Arrays, Outputs
 from tests.golden.tolerances import EXACT, SCORES
+from tests.golden.versions import Versions
 
 RANKED = ("test", "shifted", "near", "far")
 """Datasets whose rows are ranked against each other."""
@@ -20,7 +21,13 @@ RANKED = ("test", "shifted", "near", "far")
 def main() -> None:
     """Run the evaluation and write what it gives."""
     with TemporaryDirectory() as folder:
-        found = outputs.read(evaluation.evaluate(Path(folder)))
+        loaded = evaluation.evaluate(Path(folder))
+        found, now = outputs.read(loaded), versions.current(loaded)
+    if refused := list(unversioned(found, now)):
+        cure = (
+            "Bits changed that no version stands for. Raise the `version` of the detector, statistic, pass "
+        )
+        raise SystemExit("\n".join([f"{cure}or column, or the FORMAT of the file.", *refused]))
     if doubtful := list(doubts(found)):
         raise SystemExit("\n".join(["Other rounding would change ranks; change the images.", *doubtful]))
     for kind, groups in found.arrays.items():
@@ -33,6 +40,19 @@ def main() -> None:
         }
         entries.store(kind, described)
     entries.store("metrics", found.metrics)
+    for kind, groups in now.items():
+        entries.store(f"versions of {kind}", groups)
+
+
+def unversioned(found: Outputs, now: Versions) -> Iterator[str]:
+    """Entries that would change under the versions they have."""
+    for kind, groups in {**found.arrays, "metrics": found.metrics}.items():
+        golden = entries.load(kind)
+        before = entries.load(f"versions of {kind}") if kind in now else {}
+        for group, values in groups.items():
+            if group in golden:
+                known = before.get(group), now.get(kind, {}).get(group)
+                yield from versions.unversioned(kind, group, golden[group], values, *known)
 
 
 def doubts(found: Outputs) -> Iterator[str]:

@@ -23,7 +23,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True)
 def settings_of_torch() -> Iterator[None]:
     """Each test finds torch as it comes: no thread count or flag of another one."""
-    from pipeline.network.classifier import settings_kept
+    from pipeline.network.known import settings_kept
 
     with settings_kept():
         yield

@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.network import taps
 from pipeline.network.classifier import Classifier, load
 from pipeline.stages.prepare import check_applies
+from tests.network.loaded import Loaded
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "models.md"
 ALL = "all"
@@ -110,7 +111,9 @@ def made(request: pytest.FixtureRequest) -> tuple[Row, Classifier]:
     classifier = load(Model(weights="random", **options), seed=0)
     head = classifier.module.get_submodule(classifier.taps.head)
     torch.nn.init.normal_(head.weight, std=0.05)  # some start with zeros, which fit any feature
-    return row, replace(classifier, taps=taps.find(classifier.module, torch.rand(2, 3, row.size, row.size)))
+    weight, bias = taps.head_weight(head)
+    found = taps.find(classifier.module, torch.rand(2, 3, row.size, row.size))
+    return row, replace(classifier, taps=found, head=(weight.numpy(), bias.numpy()))
 
 
 def test_taps_are_found_and_the_head_on_the_feature_gives_the_logits(made: tuple[Row, Classifier]) -> None:
@@ -140,13 +143,13 @@ def test_each_detector_applies_or_says_why_not(made: tuple[Row, Classifier]) -> 
         detector = detectors.get(name)()
         if name == "mcdropout" and not dropouts:
             with pytest.raises(UserError, match="the model has no dropout layer"):
-                check_applies(name, detector, classifier)
+                check_applies(name, detector, Loaded(classifier))
             continue
         if name in ("featurenorm", "selectednorm") and row.applies == GRID:
             with pytest.raises(UserError, match=rf"{FIXED}.*Choose a grid that divides {row.size}"):
-                check_applies(name, detector, classifier)
+                check_applies(name, detector, Loaded(classifier))
             detector = detectors.get(name)(grid=4)
-        check_applies(name, detector, classifier)
+        check_applies(name, detector, Loaded(classifier))
 
 
 def test_squeezenet_has_no_linear_last_layer() -> None:

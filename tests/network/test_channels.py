@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.network import channels, taps
-from pipeline.network.channels import Layout
 from pipeline.network.classifier import feature_norm
+from pipeline.network.description import Layout
 
 
 class Net(nn.Module):

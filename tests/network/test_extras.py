@@ -125,9 +125,9 @@ def wrap(module: nn.Module, blocks: tuple[str, ...] | None = None) -> Classifier
     """A classifier of 8 x 8 images."""
     module.eval().requires_grad_(False)
     found = taps.find(module, torch.rand(3, 3, 8, 8), "auto", blocks)
-    return Classifier(
-        module, Transform(crop=8, mean=MEAN, std=STD), found, "", "", np.zeros((1, 1), np.float32)
-    )
+    weight, bias = taps.head_weight(module.get_submodule(found.head))
+    transform, head = Transform(crop=8, mean=MEAN, std=STD), (weight.numpy(), bias.numpy())
+    return Classifier(transform, found, "", "", np.zeros((1, 1), np.float32), head, module)
 
 
 def toy(kind: type[nn.Module], blocks: tuple[str, ...] | None = None) -> Classifier:

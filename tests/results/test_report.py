@@ -144,6 +144,7 @@ def manifest_of(setup):
                 "hash": f"{i:02x}" * 32,
                 "digest": f"{i + 100:02x}" * 32,
                 "accuracy": 0.9137 if role == "id" else None,
+                "machines": {"x86_64 AVX2": 3, **({"x86_64 AVX512": 1} if name == "svhn" else {})},
             }
             for i, (name, role) in enumerate(roles.items())
         },
@@ -386,6 +387,12 @@ def test_no_note_on_chance_where_no_detector_is_below_it(page):
 def test_images_that_could_not_be_used_are_announced(page):
     assert re.search(r"svhn:\s*3 of 123 images could not be used", page.text)
     assert "tin: " not in page.text
+
+
+def test_features_of_several_kinds_of_machine_are_announced(page):
+    kinds = r"3 parts on x86_64 AVX2; 1 parts on x86_64 AVX512"
+    assert re.search(rf"svhn:\s*its features were made on 2 kinds of machine.*: {kinds}", page.text)
+    assert page.text.count("kinds of machine") == 1
 
 
 def test_a_detector_that_saw_ood_data_is_marked_wherever_it_has_a_result(finished, page):

@@ -309,6 +309,20 @@ CASES: dict[str, tuple[Damage, str]] = {
         cell(scores("test"), "msp", 2, float("nan")),
         r"scores/test +finite scores: .* exceptions: 1 \(test_x/0*2\)",
     ),
+    "score null": (
+        cell(scores("test"), "msp", 2, None),
+        r"scores/test +rows without a score: expected none; found msp: 1 \(test_x/0*2\)",
+    ),
+    "flag null": (
+        cell(scores("production"), "is_ood.msp", 2, None),
+        r"scores/production +flags: .* exceptions: 1 \(",
+    ),
+    "loss of scores made up": (
+        document(
+            of_run("manifest.json"), "unscored", "animals", value={"msp": {"rows": 1, "first": {"a": "nan"}}}
+        ),
+        r"scores/animals +rows without a score: expected msp: 1 \(a\); found none",
+    ),
     "scores in another order": (
         table(scores("test"), reordered),
         r"scores/test +score keys: .* exceptions: 2 \(",
@@ -433,6 +447,7 @@ TOGETHER = (
     ("features lost", "scores lost", "flag changed", "metric lost"),
     ("image list lost", "score NaN", "scores in another order", "interval beside the value"),
     ("count edited", "score label changed", "metric edited", "metric counts edited"),
+    ("score null", "flag null", "loss of scores made up"),
     ("truncated scores", "truncated metrics", "threshold lost", "unfinished"),
     ("metrics.json edited", "metrics.csv edited", "accuracy edited", "threshold edited"),
     ("killed while it extracted", "another evaluation", "report lost", "config broken"),

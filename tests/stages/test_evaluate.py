@@ -109,3 +109,42 @@ def test_without_ood_datasets_there_are_thresholds_and_accuracy_only(engine, tmp
     table, thresholds = evaluate.run(engine, {"id": [scored(tmp_path / "id", values["id"])]}, 0)
     assert table["metric"].to_pylist() == ["id_accuracy"]
     assert set(thresholds) == {"d"}
+
+
+def test_rows_without_a_score_are_in_no_number_and_detectors_may_be_measured_on_common_rows(
+    engine, tmp_path
+) -> None:
+    rng = np.random.default_rng(0)
+    jobs, scores = {}, {}
+    for name, rows, gone in (("id", 60, {"a": [3, 4], "b": [5]}), ("near", 40, {"a": [0], "b": [39]})):
+        table = {label: rng.normal(name == "near", size=rows) for label in ("a", "b", "c")}
+        for label, lost in gone.items():
+            table[label][lost] = np.nan
+        jobs[name], scores[name] = several(tmp_path / name, table), table
+    by_role = {"id": [jobs["id"]], "near_ood": [jobs["near"]]}
+    for together in ([], [("a", "b", "c")], [("a", "b"), ("c",)]):
+        table, thresholds = evaluate.run(engine, by_role, 0, together=together)
+        rows = {row["detector"]: row for row in table.to_pylist() if row["metric"] == "auroc"}
+        for label in ("a", "b", "c"):
+            group = next((group for group in together if label in group), (label,))
+            inside, outside = (
+                scores[name][label][~np.any([np.isnan(scores[name][other]) for other in group], axis=0)]
+                for name in ("id", "near")
+            )
+            assert rows[label]["value"] == pytest.approx(auroc(inside, outside), abs=1e-12)
+            assert (rows[label]["n_id"], rows[label]["n_ood"]) == (len(inside), len(outside))
+            assert thresholds[label] == np.sort(inside)[int(np.ceil(0.95 * len(inside))) - 1]
+
+
+def several(folder: Path, scores: dict[str, np.ndarray]) -> ScoreJob:
+    """A dataset with the scores of several detectors, NaN where there is none."""
+    artifacts = {}
+    for label, values in scores.items():
+        table = pa.table({"score": pa.array(values, from_pandas=True)})
+        stored(folder / label, [table.slice(0, 11), table.slice(11)])
+        artifacts[label] = Artifact(folder / label, "table 1", {})
+        if lost := table["score"].null_count:
+            artifacts[label].finish(artifacts[label].require().files, unscored={"rows": lost, "first": {}})
+    zeros = np.zeros(len(values), np.int32)
+    features = stored(folder / "features", [pa.table({"label": zeros, "prediction": zeros})])
+    return ScoreJob(folder.name, features, artifacts)

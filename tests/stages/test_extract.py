@@ -24,9 +24,10 @@ from pipeline.data import manifest
 from pipeline.detectors.base import ParameterGradient, Perturbed, Pooled, RankReduced
 from pipeline.errors import UserError
 from pipeline.network import extras
-from pipeline.network.classifier import Classifier, settings_kept
+from pipeline.network.classifier import Classifier
 from pipeline.network.classifier import load as load_classifier
-from pipeline.stages import extract, shards
+from pipeline.network.known import settings_kept
+from pipeline.stages import extract, identity, shards
 from pipeline.workspace import artifacts, files, tables
 
 
@@ -39,7 +40,7 @@ def classifier(settings, load) -> Classifier:
 def job(settings, classifier, tmp_path: Path) -> shards.Job:
     dataset = schema.Dataset(**settings["datasets"][1])
     listed = manifest.compile_manifest(dataset, tmp_path / "manifests")
-    parts = extract.identity(classifier, listed, schema.Extract())
+    parts = identity.identity(classifier, listed, schema.Extract())
     return shards.job(dataset, listed, parts, tmp_path, classifier.probe)
 
 
@@ -194,9 +195,9 @@ def test_a_worker_refuses_weights_the_driver_did_not_see(plan) -> None:
 
 
 def test_cuda_is_used_only_if_the_config_says_so() -> None:
-    assert extract.device("auto", 0) == "cpu"
-    assert extract.device("auto", 0.5) == "cuda"
-    assert extract.device("cpu", 1) == "cpu"
+    assert identity.device("auto", 0) == "cpu"
+    assert identity.device("auto", 0.5) == "cuda"
+    assert identity.device("cpu", 1) == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -206,17 +207,18 @@ def test_a_missing_gpu_is_a_clear_error(plan) -> None:
         extract.load_in_worker(replace(plan, settings=settings), 1)
 
 
-def test_a_worker_sets_what_the_bits_of_a_gpu_depend_on(plan) -> None:
+def test_a_worker_sets_what_the_bits_of_a_gpu_depend_on(plan, monkeypatch) -> None:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    for where, name, value in ((matmul, "allow_tf32", True), (cudnn, "allow_tf32", True)):
+        monkeypatch.setattr(where, name, value)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
     with settings_kept():
-        matmul.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = True
-        cudnn.deterministic = False
-        with settings_kept():
-            extract.load_in_worker(plan, 1)
-            assert not (matmul.allow_tf32 or cudnn.allow_tf32 or cudnn.benchmark)
-            assert cudnn.deterministic
-        assert matmul.allow_tf32 and cudnn.allow_tf32 and cudnn.benchmark
-        assert not cudnn.deterministic
+        extract.load_in_worker(plan, 1)
+        assert not (matmul.allow_tf32 or cudnn.allow_tf32 or cudnn.benchmark)
+        assert cudnn.deterministic
+    assert matmul.allow_tf32 and cudnn.allow_tf32 and cudnn.benchmark
+    assert not cudnn.deterministic
 
 
 def short_of_memory(*_: Any, **__: Any) -> None:
@@ -324,7 +326,7 @@ def test_other_numerics_stay_close_and_have_a_cache_of_their_own(
         np.testing.assert_allclose(other[name], reference[name], atol=tolerance * scale)
         assert other[name].dtype == np.float32
     identities = [
-        extract.identity(classifier, job.manifest, chosen.settings)
+        identity.identity(classifier, job.manifest, chosen.settings)
         for chosen in (plan, variant(plan, **changes))
     ]
     assert identities[0] != identities[1]
@@ -388,10 +390,10 @@ def test_a_decoder_that_is_not_installed_is_refused(job, plan, classifier, monke
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(extract, "version", missing)
+    monkeypatch.setattr(identity, "version", missing)
     settings = plan.settings.model_copy(update={"decoder": "simplejpeg"})
     with pytest.raises(UserError, match=r"extract\.decoder: simplejpeg is not installed"):
-        extract.require_decoder(settings.decoder)
+        identity.require_decoder(settings.decoder)
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_a_damaged_bank_is_made_again_as_far_as_it_must(engine, tmp_path, monkey
 def made(store: Store, value: float = 1, **identity: str) -> dict[str, np.ndarray]:
     """The arrays of an artifact; the value is what it is made of if it is made."""
     artifact = store.artifact("thing 1", identity)
-    return store.arrays([artifact], lambda _: [{"x": np.full(100, value), "n": np.array(7)}])[0]
+    return store.kept([artifact], lambda _: [{"x": np.full(100, value), "n": np.array(7)}])[0].arrays()
 
 
 def test_an_artifact_is_made_once_and_afresh_once_more(tmp_path) -> None:
@@ -276,7 +276,7 @@ def test_damaged_arrays_are_never_read(tmp_path, damage, name, caplog) -> None:
 def test_what_was_made_of_other_bytes_is_made_again(tmp_path, caplog) -> None:
     def made_of(content: str, value: float) -> float:
         artifact = Store(tmp_path).artifact("thing 1", {}, {"features/a": content})
-        return Store(tmp_path).arrays([artifact], lambda _: [{"x": np.array(value)}])[0]["x"]
+        return Store(tmp_path).kept([artifact], lambda _: [{"x": np.array(value)}])[0].arrays()["x"]
 
     assert [made_of("one", 1), made_of("one", 2), made_of("two", 3), made_of("two", 4)] == [1, 1, 3, 3]
     assert "was made of files that are others by now" in caplog.text
@@ -289,5 +289,5 @@ def test_an_artifact_that_failed_is_not_taken_for_complete(tmp_path) -> None:
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        Store(tmp_path).arrays([artifact], fails)
+        Store(tmp_path).kept([artifact], fails)
     assert made(Store(tmp_path), 4)["x"][0] == 4

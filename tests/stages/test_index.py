@@ -12,7 +12,8 @@ from scipy.spatial.distance import cdist
 from pipeline.config import schema
 from pipeline.errors import UserError
 from pipeline.stages import index
-from pipeline.stages.index import BankFiles, IndexShard, Neighbours
+from pipeline.stages.faiss_shard import IndexShard
+from pipeline.stages.index import BankFiles, Neighbours
 from pipeline.workspace.artifacts import Damaged, Store, write_part
 from tests.damage import DAMAGES, flipped
 

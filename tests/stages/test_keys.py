@@ -22,11 +22,11 @@ import torch
 from pipeline.config.schema import Extract, Model
 from pipeline.data.manifest import Manifest
 from pipeline.network.classifier import load
-from pipeline.stages import extract
+from pipeline.stages import identity
 torch.set_num_threads(int(sys.argv[1]))
 classifier = load(Model.model_validate(json.loads(sys.argv[2])), 0)
-identity = extract.identity(classifier, Manifest("", 0, "images", {}), Extract())
-print(json.dumps([identity, classifier.probe.tolist()]))
+found = identity.identity(classifier, Manifest("", 0, "images", {}), Extract())
+print(json.dumps([found, classifier.probe.tolist()]))
 """
 
 SHIPPED = {

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ from pipeline.stages import score
 from pipeline.workspace import tables
 from pipeline.workspace.artifacts import Artifact, write_part
 from tests.stages.test_fit import feature_table
-from tests.stored import stored
 
 COLUMNS = ("key", "label", "prediction", "feature", "logits")
 TRAINING = Training(np.zeros((5, 6), np.float32), np.zeros(5, np.float32))
@@ -80,16 +80,52 @@ def test_complete_scores_are_kept_and_only_those_of_a_new_detector_computed(
     assert job(tmp_path, "a").complete
 
 
-def test_a_score_that_is_not_finite_stops_the_run_and_names_the_row(engine, tmp_path, scoring) -> None:
-    pieces = [pq.read_table(part) for part in job(tmp_path).features.parts()]
-    logits = np.stack(pieces[3]["logits"].to_numpy(zero_copy_only=False)).copy()
-    logits[5, 2] = np.nan
-    columns = tables.numpy_columns(pieces[3], COLUMNS) | {"logits": logits}
-    stored(tmp_path / "features", [*pieces[:3], tables.arrow_columns(columns)])
-    todo, key = job(tmp_path), columns["key"][5]
-    with pytest.raises(UserError, match=f"not finite: msp: {key}; energy: {key}"):
-        score.run(engine, [todo], scoring, lambda _: None)
-    assert not todo.complete
+@dataclass(frozen=True)
+class Gaps:
+    """A scorer that gives some keys what is no score."""
+
+    values: dict[str, float]
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.array([self.values.get(key, 0.25) for key in batch["key"]])
+
+
+def test_what_is_no_score_is_null_counted_and_named_and_refused_above_a_limit(
+    engine, tmp_path, scoring
+) -> None:
+    keys = job(tmp_path).features.read(0, 2500, ["key"])["key"]
+    values = dict(zip(keys[[7, 8, 1031, 2400]], [np.nan, np.inf, -np.inf, np.nan], strict=True))
+    gaps = replace(scoring, scorers={**scoring.scorers, "gaps": Gaps(values)})
+    todo = job(tmp_path, labels=("msp", "gaps"))
+    score.run(engine, [todo], gaps, lambda _: None)
+    first = {keys[7]: "nan", keys[8]: "inf", keys[1031]: "-inf"}
+    assert todo.unscored() == {"gaps": {"rows": 4, "first": first}}
+    (folder,) = [Path(table.folder) for label, table in todo.tables().items() if label == "gaps"]
+    parts = [pq.read_table(part)["score"] for part in sorted(folder.glob("part-*"))]
+    assert [part.null_count for part in parts] == [2, 1, 1]
+    assert score.require_few_unscored([todo], 4 / 2500) == {"set": todo.unscored()}
+    expected = (
+        r"^detectors\.gaps: 4 of 2,500 scores on set are not finite, more than score\.max_unscored_fraction "
+        rf"= 0\.001\. First: {keys[7]} \(nan\); {keys[8]} \(inf\); {keys[1031]} \(-inf\)\. Check these images"
+    )
+    with pytest.raises(UserError, match=expected):
+        score.require_few_unscored([job(tmp_path, labels=["msp"]), todo], 0.001)
+    score.assemble(engine, todo, tmp_path / "table", {"gaps": 0.2, "msp": 0})
+    found = pq.read_table(sorted((tmp_path / "table").glob("part-*")))
+    nulls = np.isin(np.arange(2500), [7, 8, 1031, 2400])
+    for name in ("gaps", "is_ood.gaps"):
+        np.testing.assert_array_equal(found[name].is_null().to_numpy(), nulls)
+        assert len(found[name].drop_null().unique()) == 1
+    assert found["msp"].null_count == found["is_ood.msp"].null_count == 0
+
+
+def test_nothing_is_said_of_scores_that_are_all_there(engine, tmp_path, scoring) -> None:
+    todo = job(tmp_path)
+    score.run(engine, [todo], scoring, lambda _: None)
+    record = todo.scores["msp"].require()
+    assert record.facts == {}
+    assert all(file.facts.keys() == {"rows"} for file in record.files.values())
+    assert score.require_few_unscored([todo], 0) == {}
 
 
 def test_a_table_of_all_detectors_lies_beside_the_keys_and_is_flagged_later(

@@ -17,7 +17,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.stages import extract, shards
 from pipeline.workspace import storage
-from pipeline.workspace.artifacts import RECORD, read_record
+from pipeline.workspace.artifacts import RECORD, Artifact, read_record
 from tests.damage import DAMAGES
 from tests.stored import newest
 
@@ -216,6 +216,30 @@ def test_only_what_a_change_needs_is_made(
     after = kept(workspace)
     artifacts = [name for name in before if not name.startswith("runs/")]
     assert all(after[name] == before[name] for name in artifacts)
+
+
+@pytest.mark.parametrize("what", ["statistic", "pass"])
+def test_what_was_learned_from_other_bytes_is_learned_again(
+    copied: tuple[Config, Path, dict[str, bytes]], execute: Callable[..., Any], what: str
+) -> None:
+    loaded, workspace, before = copied
+    folder = located(workspace, what).parent
+    record = read_record(folder)
+    artifact = Artifact(folder, record.kind, record.identity, record.inputs)
+    arrays = artifact.arrays(record)
+    artifact.keep(
+        {
+            name: np.nextafter(values, 1) if values.dtype.kind == "f" else values
+            for name, values in arrays.items()
+        }
+    )
+    execute(loaded)
+    after = kept(workspace)
+    changed = {name.split("/")[0] for name in before if after[name] != before[name]}
+    assert {"fits", "scores"} <= changed
+    assert read_record(folder).content != record.content  # it was taken as it is
+    execute(loaded, first="fit", last="score")
+    assert kept(workspace) == after
 
 
 def picture(path: Path, seed: int) -> None:

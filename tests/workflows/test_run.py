@@ -179,7 +179,7 @@ def test_all_detectors_that_apply_run_on_a_perceptron_without_a_bias_and_the_oth
     first = execute(loaded, last="evaluate")
     maps = ["featurenorm", "gram", "grood", "grood_norm", "mahalanobis_ensemble", "rankfeat", "selectednorm"]
     left_out = sorted([*maps, "mcdropout", "she"])
-    assert not prepare.prepare(loaded).classifier.head[1].any()
+    assert not prepare.prepare(loaded).network.head[1].any()
     before = (first.folder / "metrics.json").read_bytes()
     reported = execute(loaded, first="report")
     assert reported.not_applicable == first.not_applicable
@@ -521,23 +521,26 @@ def test_a_mistake_that_only_a_worker_can_see_is_still_one_clear_error(settings,
         execute(load(settings))
 
 
-SILENT = """
+WITHOUT = """
 import sys
 from pipeline.cli.main import main
+without = sys.argv.pop().split(",")
 try:
     main()
 finally:
-    assert "ray" not in sys.modules, "Ray was imported"
+    assert not set(without) & set(sys.modules), set(without) & set(sys.modules)
 """
 
 
-def test_the_command_prints_a_table_and_where_everything_lies_and_may_do_without_ray(
+def test_the_command_prints_a_table_and_where_everything_lies_and_imports_no_more_than_it_needs(
     settings, load, tmp_path
 ) -> None:
     settings["tracking"] = {"enabled": True}
+    settings["detectors"] += ["odin", "dice", {"grood": {"prototype": "noise", "samples": 40}}]
     path = tmp_path / "run.yaml"
     path.write_text(loading.dump(load(settings)))
-    command = [sys.executable, "-c", SILENT, "run", str(path), "--engine", "inline", "-v"]
+    run = [sys.executable, "-c", WITHOUT, "run", str(path)]
+    command = [*run, "--engine", "inline", "-v", "ray"]
     found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (found.returncode, found.stderr) == (0, "")
     for text in (
@@ -553,3 +556,11 @@ def test_the_command_prints_a_table_and_where_everything_lies_and_may_do_without
     log = (newest(tmp_path / "workspace") / "logs" / "workers.log").read_text("utf-8")
     assert "INFO" in log
     assert "part-00000.parquet: 128 images, 0 errors" in log
+    page = newest(tmp_path / "workspace") / "report" / "index.html"
+    written = page.stat().st_mtime_ns
+    command = [*run, "torch,ray,faiss,mlflow,matplotlib,sklearn"]  # there is nothing to do
+    again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.partition("small\n")[2] == found.stdout.partition("small\n")[2]
+    assert files.read_json(page.parents[1] / "manifest.json")["executions"][-1]["status"] == "finished"
+    assert page.stat().st_mtime_ns == written

@@ -65,6 +65,8 @@ def of_detector(
         dataset, group = row["dataset"], row["group"]
         full_spectrum = group.startswith("fs_") and dataset != group
         metrics.append(((row["metric"], f"fs.{dataset}" if full_spectrum else dataset), row["value"]))
+    lost = manifest.get("unscored", {}).items()
+    metrics += [(("unscored", name), found[label]["rows"]) for name, found in lost if label in found]
     index = manifest["index"].get(label, {})
     metrics += [(("index", key), value) for key, value in index.items() if isinstance(value, int | float)]
     return _content(tags, _flat(detector["parameters"]), metrics)

@@ -63,7 +63,17 @@ class Session:
     run_id: str
 
 
-def begin(run: Place, uri: str, experiment: str, name: str, fingerprint: str) -> Session:
+def complete(run: Place, uri: str, experiment: str, fingerprint: str) -> Session | None:
+    """The session in which all of a run folder was sent, as far as is known here; MLflow is not asked."""
+    uri, old = _absolute(uri), _record(run)
+    wanted = {"uri": redact(uri), "experiment": experiment, "fingerprint": fingerprint, "published": True}
+    lost = uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file()
+    if lost or not wanted.items() <= old.items():
+        return None
+    return Session(run, uri, old["experiment_id"], old["run_id"])
+
+
+def begin(run: Place, uri: str, experiment: str, fingerprint: str, name: str) -> Session:
     """Open the parent run of an evaluation, or continue the one that `<run>/mlflow.json` names.
 
     Creates the store, the experiment and the run, so that nothing is created while workers run. Another

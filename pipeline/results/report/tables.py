@@ -228,16 +228,19 @@ class Results:
         return [name for name, entry in self.manifest["datasets"].items() if entry["role"] in roles]
 
     def scores(self, datasets: Sequence[str], detector: str) -> Float:
-        """(N,) scores of one detector on some datasets, one after the other; higher = more OOD."""
+        """(N,) scores of one detector on some datasets, one after the other; higher = more OOD.
+
+        Rows without a score are left out.
+        """
         parts = [part for dataset in datasets for part in self._parts(dataset, detector)]
-        return np.concatenate([part.to_numpy() for part in parts])
+        return np.concatenate([part.drop_null().to_numpy() for part in parts])
 
     def flagged_share(self, dataset: str, detector: str) -> float:
-        """Share of the rows of an unlabelled dataset above the detector's threshold; NaN if it has none."""
+        """Share of the scored rows of an unlabelled dataset above the threshold; NaN if there are none."""
         flagged = rows = 0
         for part in self._parts(dataset, IS_OOD + detector):
             flagged += pc.sum(part).as_py() or 0
-            rows += len(part)
+            rows += len(part) - part.null_count
         return flagged / rows if rows else math.nan
 
     def _parts(self, dataset: str, column: str) -> Iterator[pa.ChunkedArray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -92,6 +93,15 @@ def _identity(run: Run, name: str, cached: Cached) -> Iterator[Finding]:
     yield wrong.finding("identity", f"{', '.join(used)} of manifest.json")
     recorded = (cached.facts.rows, cached.facts.features, cached.facts.errors)
     yield same("recorded counts", _counts(entry.rows, entry.features, entry.errors), _counts(*recorded))
+    yield _machines(cached)
+
+
+def _machines(cached: Cached) -> Finding:
+    """Whether it is known of every part what kind of machine made it; bits are the same within a kind."""
+    made = Counter(str(file.facts["machine"]) for file in cached.files.values() if "machine" in file.facts)
+    kinds = "; ".join(f"{count:,} parts on {kind}" for kind, count in sorted(made.items()))
+    known = made == cached.facts.machines and made.total() == len(cached.part_rows)
+    return Finding("kinds of machine", f"known of {len(cached.part_rows):,} parts", kinds or "none", known)
 
 
 def _counts(rows: int, features: int | None, errors: int | None) -> str:

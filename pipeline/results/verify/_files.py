@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -22,6 +23,9 @@ K = TypeVar("K", bound="Kept")
 
 Rows = Mapping[str, NDArray[Any]]
 """Columns of some rows."""
+
+NULL = "null "
+"""Prefix of the column that tells where another one is null."""
 
 
 class Dataset(BaseModel):
@@ -37,6 +41,14 @@ class Dataset(BaseModel):
     extras: dict[str, int]
     """Columns beyond the features, and how wide they are."""
     accuracy: float | None
+
+
+class Unscored(BaseModel):
+    """What `manifest.json` says of the rows of a dataset that a detector could not score."""
+
+    rows: int
+    first: dict[str, str]
+    """Keys, and what came instead of a score."""
 
 
 class Model(BaseModel):
@@ -61,6 +73,8 @@ class Record(BaseModel):
     detectors: dict[str, dict[str, Any]]
     not_applicable: dict[str, str]
     """Detectors that were left out, with the reason."""
+    unscored: dict[str, dict[str, Unscored]] = {}
+    """By dataset and detector."""
     artifacts: list[str]
     """Folders in the workspace of all that the run refers to."""
 
@@ -94,6 +108,8 @@ class Counts(BaseModel):
     rows: int
     features: int
     errors: int
+    machines: dict[str, int]
+    """Parts by the kind of machine that made them."""
 
 
 class Cached(Kept):
@@ -133,11 +149,11 @@ class Run:
         return self.workspace / "manifests" / f"{name}-{self.record.datasets[name].digest[:16]}"
 
     def column(self, detector: str, names: Sequence[str]) -> Iterator[NDArray[Any]]:
-        """The scores of a detector on some datasets, in pieces."""
+        """The scores of a detector on some datasets, in pieces, without the rows that have none."""
         for name in names:
             for path in parts(self.scores(name), kept(self.scores(name), Kept).part_rows):
-                for rows in columns(path, [detector]):
-                    yield rows[detector]
+                for rows in columns(path, [detector], nullable=[detector]):
+                    yield rows[detector][~rows[NULL + detector]]
 
 
 @contextmanager
@@ -212,15 +228,22 @@ def row_groups(path: Place, names: Sequence[str]) -> Iterator[pa.Table]:
             yield file.read_row_group(number, columns=list(names))
 
 
-def columns(path: Place, names: Sequence[str]) -> Iterator[Rows]:
-    """Some columns of a Parquet file as arrays, one row group at a time; a null is refused."""
+def columns(path: Place, names: Sequence[str], nullable: Collection[str] = ()) -> Iterator[Rows]:
+    """Some columns of a Parquet file as arrays, one row group at a time.
+
+    A null is refused, but in a `nullable` column becomes 0 or false, and true in a mask under `NULL` + name.
+    """
     for table in row_groups(path, names):
-        empty = [name for name in names if table[name].null_count]
+        empty = [name for name in names if table[name].null_count and name not in nullable]
         if empty:
             raise Unreadable(f"{path} has nulls in column {empty[0]}")
         with reading(path):
+            masks = {NULL + name: table[name].is_null().to_numpy() for name in nullable}
+            for name in nullable:
+                filled = pc.fill_null(table[name], pa.scalar(0).cast(table[name].type))
+                table = table.set_column(table.column_names.index(name), name, filled)
             arrays = tables.numpy_columns(table, names)
-        yield arrays
+        yield arrays | masks
 
 
 def recount(folder: Place, part_rows: Sequence[int]) -> Finding:

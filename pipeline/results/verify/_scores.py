@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION, Mask
 from pipeline.results.verify._files import (
+    NULL,
     Cached,
     Kept,
     Rows,
@@ -54,13 +55,29 @@ def examine(run: Run, name: str, advance: Callable[[int], None]) -> Iterator[Fin
     for path in parts(folder, scored.part_rows):
         require(path, types)
     wrong = {check: Tally() for check in CHECKS if known.thresholds or check != "flags"}
+    lost = {detector: Tally() for detector in known.detectors}
     features = _rows(parts(run.features(name), cached.part_rows), _SHARED)
-    for one, other in aligned(features, _rows(parts(folder, scored.part_rows), list(types))):
+    scores = _rows(parts(folder, scored.part_rows), list(types), types.keys() - {*_SHARED})
+    for one, other in aligned(features, scores):
         for check, tally in wrong.items():
             tally.add(other[KEY][CHECKS[check].wrong(one, other, known)])
+        for detector, tally in lost.items():
+            tally.add(other[KEY][other[NULL + detector]])
         advance(len(other[KEY]))
     for check, tally in wrong.items():
         yield tally.finding(check, CHECKS[check].expected)
+    yield _unscored(run, name, {detector: tally for detector, tally in lost.items() if tally.count})
+
+
+def _unscored(run: Run, name: str, found: Mapping[str, Tally]) -> Finding:
+    """Whether the nulls are those that are recorded."""
+    entries = run.record.unscored.get(name, {})
+    recorded = {detector: Tally(entry.rows, list(entry.first)) for detector, entry in entries.items()}
+    expected, there = (
+        "; ".join(f"{detector}: {tally}" for detector, tally in sorted(lost.items())) or "none"
+        for lost in (recorded, found)
+    )
+    return Finding("rows without a score", expected, there, recorded == found)
 
 
 def _flagged(run: Run, name: str) -> bool:
@@ -85,8 +102,8 @@ def _thresholds(run: Run, name: str) -> dict[str, float]:
     return {detector: recorded.get(detector, np.nan) for detector in run.record.detectors}
 
 
-def _rows(paths: Sequence[Place], names: Sequence[str]) -> Iterator[Rows]:
-    return (rows for path in paths for rows in columns(path, names))
+def _rows(paths: Sequence[Place], names: Sequence[str], nullable: Collection[str] = ()) -> Iterator[Rows]:
+    return (rows for path in paths for rows in columns(path, names, nullable))
 
 
 def aligned(left: Iterator[Rows], right: Iterator[Rows]) -> Iterator[tuple[Rows, Rows]]:
@@ -139,8 +156,11 @@ def _not_finite(features: Rows, scores: Rows, known: Known) -> Mask:
 
 
 def _wrongly_flagged(features: Rows, scores: Rows, known: Known) -> Mask:
-    flags = [scores[IS_OOD + label] != (scores[label] > known.thresholds[label]) for label in known.detectors]
-    wrong: Mask = np.any(flags, axis=0)
+    wrong: Mask = np.zeros(len(scores[KEY]), bool)
+    for label in known.detectors:
+        flag, lost = IS_OOD + label, scores[NULL + label]
+        wrong |= scores[NULL + flag] != lost
+        wrong |= ~lost & (scores[flag] != (scores[label] > known.thresholds[label]))
     return wrong
 
 
@@ -148,7 +168,7 @@ CHECKS: dict[str, Check] = {
     "score keys": Check("those of the features, in their order", _other(KEY)),
     "score labels": Check("those of the features", _other(LABEL)),
     "score predictions": Check("those of the features", _other(PREDICTION)),
-    "finite scores": Check("every score is finite", _not_finite),
-    "flags": Check("is_ood = score above the threshold", _wrongly_flagged),
+    "finite scores": Check("every score is finite or null", _not_finite),
+    "flags": Check("is_ood = score above the threshold, null where there is none", _wrongly_flagged),
 }
 """Checks of every row of scores, by name."""

@@ -24,6 +24,7 @@ from pipeline.network import taps
 from pipeline.network.classifier import Classifier, load
 from pipeline.network.sources import _archive
 from pipeline.stages.prepare import check_applies
+from tests.network.loaded import Loaded
 
 SIDE = 32
 GIVEN = Transform(crop=SIDE, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -94,28 +95,28 @@ def test_a_program_has_the_output_and_the_taps_of_its_network(network, tmp_path:
 def test_detectors_apply_as_to_the_network_but_for_the_fixed_size(tmp_path: Path) -> None:
     classifier = exported(export(resnet().eval(), tmp_path / "net.pt2"))
     with pytest.raises(UserError, match=r"no dropout layer with a rate above 0"):
-        check_applies("mcdropout", detectors.get("mcdropout")(), classifier)
+        check_applies("mcdropout", detectors.get("mcdropout")(), Loaded(classifier))
     for name in detectors.names():
         if name == "mcdropout":
             continue
         if name in ("featurenorm", "selectednorm"):
             with pytest.raises(UserError, match=r"jigsaws of 3 x 3 tiles have 30 pixels per side"):
-                check_applies(name, detectors.get(name)(), classifier)
+                check_applies(name, detectors.get(name)(), Loaded(classifier))
         detector = (
             detectors.get(name)(grid=4) if name in ("featurenorm", "selectednorm") else detectors.get(name)()
         )
-        check_applies(name, detector, classifier)
+        check_applies(name, detector, Loaded(classifier))
 
 
 def test_a_program_without_blocks_has_no_feature_norm_and_no_layer_to_mix(tmp_path: Path) -> None:
     classifier = exported(export(Mlp().eval(), tmp_path / "net.pt2"))
     assert (classifier.taps.blocks, classifier.taps.early) == ((), None)
     with pytest.raises(UserError, match=r"detectors\.f: the model has no block with maps or tokens"):
-        check_applies("f", detectors.get("featurenorm")(), classifier)
+        check_applies("f", detectors.get("featurenorm")(), Loaded(classifier))
     with pytest.raises(UserError, match=r"detectors\.g: the model has no block to mix images at.*proto_mean"):
-        check_applies("g", detectors.get("grood")(), classifier)
+        check_applies("g", detectors.get("grood")(), Loaded(classifier))
     for prototype in ("noise", "proto_mean"):
-        check_applies("g", detectors.get("grood")(prototype=prototype), classifier)
+        check_applies("g", detectors.get("grood")(prototype=prototype), Loaded(classifier))
 
 
 def test_images_are_mixed_at_a_layer_of_a_program(tmp_path: Path) -> None:

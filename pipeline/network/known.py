@@ -1,0 +1,192 @@
+"""Networks that were loaded before: a note in the workspace describes them while their files are the same.
+
+The note tells which files a network came from. No result is named after it or made of it: the workers load
+the network itself and compare.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import __version__
+from pipeline.config import loading, schema
+from pipeline.errors import UserError
+from pipeline.network.description import Description
+from pipeline.workspace import storage
+from pipeline.workspace.artifacts import Damaged, Record, Store, digest, mend
+from pipeline.workspace.files import Place
+
+if TYPE_CHECKING:
+    from pipeline.network.classifier import Classifier
+
+FORMAT = "model 1"
+"""Kind and version of the notes."""
+
+_opened: list[set[str]] = []
+"""Files that are opened while a network is built."""
+
+
+class Network:
+    """A network by its config; loaded when something is asked that the note does not tell."""
+
+    def __init__(self, model: schema.Model, seed: int, workspace: Place) -> None:
+        self.model, self.seed = model, seed
+        versions = {"python": sys.version, "ood-pipeline": __version__}
+        identity = {"model": model.model_dump(mode="json"), "seed": seed, "versions": versions}
+        self.artifact = Store(workspace / "models").artifact(FORMAT, identity)
+        self._files: dict[str, str] | None = None
+        self._checks: dict[str, str] = {}
+        self._new = False
+        self._known = self._noted()
+
+    @property
+    def name(self) -> str:
+        """The name of the note."""
+        return self.artifact.name
+
+    @cached_property
+    def description(self) -> Description:
+        """What is known of it.
+
+        Raises:
+            UserError: unknown name, weights that are missing or do not fit, taps that cannot be found.
+        """
+        return self._known or self.loaded
+
+    @cached_property
+    def loaded(self) -> Classifier:
+        """The network itself.
+
+        Raises:
+            UserError: as `description` does.
+        """
+        from pipeline.network.classifier import load  # takes seconds to import
+
+        started = time.time()
+        with _watching() as opened:
+            found = load(self.model, self.seed)
+        if self._known is None:
+            self._files, self._new = self._read(opened, started), True
+        return found
+
+    def check(self, what: Any, test: Callable[[Classifier], object]) -> None:
+        """Test something of the network, unless the note tells how that went.
+
+        Args:
+            what: is tested, as JSON holds it.
+            test: raises `UserError` if it fails.
+
+        Raises:
+            UserError: the test's.
+        """
+        key = digest(what)
+        if key not in self._checks:
+            try:
+                test(self.loaded)
+                self._checks[key] = ""
+            except UserError as error:
+                self._checks[key] = str(error)
+            self._new = True
+        if self._checks[key]:
+            raise UserError(self._checks[key])
+
+    def note(self) -> None:
+        """Write down what is new."""
+        if self._new and self._files is not None:
+            facts = {**self.description.document(), "files": self._files, "checks": self._checks}
+            self.artifact.keep(self.description.arrays(), **facts)
+            self._new = False
+
+    def _noted(self) -> Description | None:
+        """What the note says, if there is one and the files are those that it was written about."""
+        try:
+            record = self.artifact.record()
+            if record is None or not _same(record):
+                return None
+            found = Description.of(record.facts, self.artifact.arrays(record))
+        except Damaged as damaged:
+            mend(damaged)
+            return None
+        self._files, self._checks = record.facts["files"], dict(record.facts["checks"])
+        return found
+
+    def _read(self, opened: set[str], started: float) -> dict[str, str] | None:
+        """The files that decide what the network is, with size and time stamp; None if nobody knows them all.
+
+        A factory may read its weights in ways that cannot be seen, and what was changed meanwhile may have
+        been read before.
+        """
+        if self.model.source == "factory" and self.model.weights is None:
+            return None
+        weights = self.model.weights
+        named = [] if weights is None or loading.is_name(weights) else [str(loading.resolve(weights))]
+        code = [getattr(module, "__file__", "") for module in list(sys.modules.values())]
+        read = {str(Path(path).absolute()) for path in (*named, *opened, *filter(_is_own, code))}
+        entries = {path: storage.find(path) for path in [*_PACKAGES, *sorted(read)]}
+        found = {path: entry for path, entry in entries.items() if entry is not None}
+        if any(entry.modified > started for entry in found.values()):
+            return None
+        return {path: entry.identity for path, entry in found.items()}
+
+
+def _same(record: Record) -> bool:
+    """Whether all files of a note are as they were."""
+    for path, identity in record.facts["files"].items():
+        entry = storage.find(path)
+        if entry is None or entry.identity != identity:
+            return False
+    return True
+
+
+_PACKAGES = sorted({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+"""Folders of Python and of installed packages; their time stamps change when one is installed or upgraded."""
+
+_OTHERS = (*_PACKAGES, "/proc/", "/sys/", "/dev/")
+
+
+def _is_own(path: object) -> bool:
+    """Whether a file is of neither Python, an installed package nor the system."""
+    return isinstance(path, str) and not path.startswith(_OTHERS) and not path.endswith(".pyc")
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _opened and _is_own(arguments[0]):
+        _opened[-1].add(arguments[0])
+
+
+@cache
+def _listen() -> None:
+    """Have Python tell of every file that it opens; there is no way to end that."""
+    sys.addaudithook(_audit)
+
+
+@contextmanager
+def _watching() -> Iterator[set[str]]:
+    """The files that Python opens during the block, but for those of installed packages."""
+    _listen()
+    _opened.append(set())
+    try:
+        yield _opened[-1]
+    finally:
+        _opened.pop()
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Give torch back, after the block, what networks that ran in it have changed, if it was imported."""
+    name = f"{__package__}.classifier"
+    give_back = sys.modules[name].settings() if name in sys.modules else None
+    try:
+        yield
+    finally:
+        if give_back is None and name in sys.modules:
+            give_back = sys.modules[name].give_back_first
+        if give_back is not None:
+            give_back()

@@ -1,0 +1,41 @@
+"""The leaderboard for the terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.results.report.tables import GROUPS, METRICS, SUMMARY, Cell, Results, leaderboard
+from pipeline.workspace.files import Place
+
+
+def console_table(run: Place) -> Table:
+    """The leaderboard of a finished run for the terminal; best values in green, AUROC below 0.5 in red.
+
+    Raises:
+        UserError: if the run is not finished.
+    """
+    results = Results.read(run)
+    board = leaderboard(results.metrics)
+    table = Table(
+        title=Text(results.manifest["name"]),
+        caption="Means over the datasets, with 95% bootstrap intervals. * uses OOD data",
+        box=SIMPLE,
+    )
+    table.add_column("Detector", overflow="fold")
+    for name in SUMMARY:
+        table.add_column(f"{METRICS[name].label} {METRICS[name].arrow}", justify="right")
+    for group in dict.fromkeys(column.group for column in board.columns):
+        table.add_section()
+        table.add_row(Text(GROUPS[group], "bold"))
+        for row in board.rows:
+            mark = " *" if results.manifest["detectors"][row.detector]["uses_ood"] else ""
+            cells = [c for column, c in zip(board.columns, row.cells, strict=True) if column.group == group]
+            table.add_row(Text(row.detector + mark), *map(_console_cell, cells))
+    return table
+
+
+def _console_cell(cell: Cell) -> Text:
+    style = "bold green" if cell.best else "red" if cell.below_chance else ""
+    return Text.assemble((f"{cell.value:.4f}", style), (f" {cell.low:.3f}–{cell.high:.3f}", "dim"))

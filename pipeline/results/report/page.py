@@ -1,0 +1,177 @@
+"""The page of the report and its figures."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pipeline.config import published
+from pipeline.results.report import plots
+from pipeline.results.report.compare import comparisons, deviations
+from pipeline.results.report.tables import (
+    GROUPS,
+    METRICS,
+    OOD,
+    Results,
+    leaderboard,
+    metric_boards,
+)
+from pipeline.results.unscored import sentences
+from pipeline.workspace import files
+from pipeline.workspace.files import Place
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, and what is said about it."""
+
+    file: str
+    png: bytes
+    alt: str
+    caption: str
+
+    @property
+    def source(self) -> str:
+        """The image as a data URL."""
+        return "data:image/png;base64," + b64encode(self.png).decode()
+
+    @property
+    def width(self) -> int:
+        """Width on the page in CSS pixels: two dots of the image each."""
+        return int.from_bytes(self.png[16:20]) // 2
+
+
+def write(run: Place) -> Place:
+    """Write `report/index.html` and `report/*.png` into the folder of a finished run.
+
+    An earlier report stays as it is until the new one is complete; in an object store the page is replaced
+    last.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: if the run is not finished, or the published numbers it names are not there.
+    """
+    results = Results.read(run)
+    target = run / "report"
+    with files.scratch(run) as scratch:
+        draft = scratch / "new"
+        draft.mkdir()
+        pictures = {**_score_pictures(results), "norm_ratio": _norm_ratio_pictures(results)}
+        for picture in (picture for section in pictures.values() for picture in section):
+            (draft / picture.file).write_bytes(picture.png)
+        (draft / "index.html").write_text(_page(results, pictures), encoding="utf-8")
+        files.replace_folder(draft, target, last="index.html")
+    return target / "index.html"
+
+
+def _score_pictures(results: Results) -> dict[str, list[Picture]]:
+    """ROC curves for each OOD dataset and score densities for each detector.
+
+    Holds the scores of one detector at a time.
+    """
+    aurocs = {
+        (row["detector"], row["dataset"]): row["value"]
+        for row in results.metrics.to_pylist()
+        if row["metric"] == "auroc" and row["group"] in OOD
+    }
+    inliers, datasets = results.datasets("id"), results.datasets(*OOD)
+    inlier = " + ".join(inliers)
+    curves: dict[str, list[plots.Curve]] = {dataset: [] for dataset in datasets}
+    densities = []
+    for rank, detector in enumerate(results.detectors):
+        scores = {inlier: results.scores(inliers, detector)}
+        scores |= {dataset: results.scores([dataset], detector) for dataset in datasets}
+        for dataset in datasets:
+            points = plots.roc_points(scores[inlier], scores[dataset])
+            curves[dataset].append(plots.Curve(detector, rank, aurocs[detector, dataset], *points))
+        png = plots.histograms(detector, inlier, scores, results.thresholds[detector])
+        alt = f"Densities of the {detector} scores of {', '.join(scores)}"
+        densities.append(Picture(f"scores-{detector}.png", png, alt, detector))
+    return {"roc": [_roc_picture(results, *item) for item in curves.items()], "scores": densities}
+
+
+def _roc_picture(results: Results, dataset: str, curves: list[plots.Curve]) -> Picture:
+    best = max(curves, key=lambda curve: curve.auroc)
+    alt = f"ROC curves on {dataset}; the largest area is {best.auroc:.3f}, of {best.detector}"
+    caption = f"{dataset} ({GROUPS[results.manifest['datasets'][dataset]['role']]})"
+    return Picture(f"roc-{dataset}.png", plots.roc(dataset, curves), alt, caption)
+
+
+def _norm_ratio_pictures(results: Results) -> list[Picture]:
+    """One chart for each jigsaw pass."""
+    passes = [entry for entry in results.manifest["passes"] if entry["kind"] == "jigsaw"]
+    pictures = []
+    for number, entry in enumerate(passes, start=1):
+        ratio, stderr = np.asarray(entry["ratio"], float), np.asarray(entry["stderr"], float)
+        png = plots.norm_ratio(entry["blocks"], ratio, stderr)
+        alt = f"NormRatio of {len(ratio)} blocks, largest at {entry['blocks'][plots.largest(ratio)]}"
+        caption = f"{entry['samples']:,} images, {_parameters(entry['spec'])}"
+        pictures.append(Picture(f"norm-ratio-{number}.png", png, alt, caption))
+    return pictures
+
+
+def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
+    manifest, unlabelled = results.manifest, results.datasets("unlabelled")
+    known = published.read(manifest["published"]) if manifest["published"] else []
+    return (
+        _environment()
+        .get_template("template.html")
+        .render(
+            run=manifest,
+            unscored=sentences(manifest.get("unscored", {}), manifest["datasets"]).values(),
+            finished=datetime.fromisoformat(manifest["finished"]).astimezone(UTC),
+            accuracies=[row for row in results.metrics.to_pylist() if row["metric"] == "id_accuracy"],
+            metrics=METRICS,
+            summary=leaderboard(results.metrics),
+            boards=metric_boards(results.metrics),
+            comparisons=comparisons(results, known),
+            deviations=deviations(manifest["datasets"], known[0].protocol) if known else [],
+            known=known,
+            pictures=pictures,
+            detectors=results.detectors,
+            thresholds=results.thresholds,
+            unlabelled=unlabelled,
+            flagged={
+                detector: [results.flagged_share(dataset, detector) for dataset in unlabelled]
+                for detector in results.detectors
+            },
+            ood=results.datasets(*OOD),
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader(str(__package__), "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"plain": _plain, "parameters": _parameters}
+    return environment
+
+
+def _plain(value: Any) -> str:
+    """A count or a measurement as a reader wants it: 5,800 and 12.3 and 0.9995."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def _parameters(values: Mapping[str, Any]) -> str:
+    """Parameters on one line."""
+    return ", ".join(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items())

@@ -1,0 +1,170 @@
+"""One range of rows of every bank in FAISS.
+
+The distances of the neighbours that FAISS finds are computed again in float64 from the stored vectors: its
+own come from ‖a‖² + ‖b‖² - 2ab in float32, which loses the small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import faiss
+import numpy as np
+
+from pipeline.columns import Float
+from pipeline.config import schema
+from pipeline.errors import UserError
+from pipeline.stages.index import BankFiles, Ids, Neighbours, Vectors, device, kept
+from pipeline.workspace import files, storage
+from pipeline.workspace.artifacts import Damaged, Store, mend, opened, write
+
+_FILE = "index.faiss"
+
+
+def exact_distance(queries: Vectors, vectors: Vectors, row: Ids) -> Float:
+    """Euclidean distances in float64 of queries to some vectors each, a few queries at a time.
+
+    Args:
+        queries: (N, width) float32.
+        vectors: (rows, width) float32.
+        row: (N, k) int.
+
+    Returns:
+        (N, k) float64.
+    """
+    distance = np.empty(row.shape)
+    for start in range(0, len(queries), 8):  # blocks that stay in the cache: 3 times as fast as one
+        some = slice(start, start + 8)
+        difference = vectors[row[some]].astype(np.float64)
+        difference -= queries[some, None]
+        distance[some] = np.sqrt(np.einsum("nkd,nkd->nk", difference, difference))
+    return distance
+
+
+class IndexShard:
+    """One range of rows of every bank. Not an actor itself; `index.start` makes actors of it.
+
+    An index is loaded from the workspace when it is first needed: an actor that was started again, perhaps
+    on another node, goes on where the old one was.
+    """
+
+    def __init__(
+        self, number: int, of: int, settings: schema.Index, banks: Mapping[str, BankFiles], threads: int = 1
+    ) -> None:
+        self.number, self.of, self.settings = number, of, settings
+        self.banks = banks
+        """By folder, which is what they are asked for by."""
+        self.source: dict[str, Any] = {}
+        self.indexes: dict[str, Any] = {}
+        self.vectors: dict[str, Vectors] = {}
+        self.offset: dict[str, int] = {}
+        faiss.omp_set_num_threads(threads)
+
+    def load(self, folder: str) -> None:
+        """Build or read back the index of this shard's rows of a bank; nothing if it is there.
+
+        Raises:
+            UserError: GPU asked for but not in this build of FAISS, or a factory string it refuses.
+        """
+        if folder in self.indexes:
+            return
+        bank = self.banks[folder]
+        start = bank.rows * self.number // self.of
+        stop = bank.rows * (self.number + 1) // self.of
+        self.offset[folder] = start
+        if self.settings.kind == "flat":
+            index = faiss.IndexFlatL2(bank.width)
+            for piece in bank.ranges(start, stop):
+                index.add(np.ascontiguousarray(piece))
+            stored = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * bank.width)
+            self.vectors[folder] = stored.reshape(index.ntotal, bank.width)
+        else:
+            self.vectors[folder] = np.concatenate(list(bank.ranges(start, stop)))
+            index = self._trained(bank, self.vectors[folder])
+        self.source[folder] = index
+        self.indexes[folder] = self._on_device(index)
+
+    def search(self, folder: str, queries: Vectors, k: int, exact: bool = False) -> Neighbours:
+        """The k nearest vectors of this shard for (N, width) float32 queries."""
+        self.load(folder)
+        vectors = self.vectors[folder]
+        if exact:
+            rank, row = faiss.knn(queries, vectors, min(k, len(vectors)))
+        else:
+            rank, row = self.indexes[folder].search(queries, min(k, len(vectors)))
+        found = row >= 0
+        distance = exact_distance(queries, vectors, np.where(found, row, 0))
+        return Neighbours(
+            rank=np.where(found, rank, np.inf).astype(np.float32),
+            row=np.where(found, row + self.offset[folder], -1),
+            distance=np.where(found, distance, np.inf),
+        )
+
+    def _trained(self, bank: BankFiles, vectors: Vectors) -> Any:
+        """An index by factory string, trained once and kept in the workspace."""
+        artifact = kept(bank, self.settings.kind, self.number, self.of)
+        record = Store(files.at(storage.parent(bank.folder))).ready(artifact)
+        if record is not None:
+            try:
+                with opened(artifact.folder / _FILE, record.files[_FILE].sha256) as file:
+                    return faiss.read_index(str(file))
+            except Damaged as damaged:
+                mend(damaged)
+        index = made(self.settings.kind, bank.width)
+        try:
+            index.train(vectors)
+            index.add(vectors)
+        except RuntimeError as error:
+            raise UserError(
+                f"index.kind: {self.settings.kind!r} cannot be trained: {_reason(error)}"
+            ) from None
+        written = write(artifact.folder / _FILE, lambda path: faiss.write_index(index, str(path)))
+        artifact.finish({_FILE: written}, alone=False)  # another run may be at the same
+        return index
+
+    def _on_device(self, index: Any) -> Any:
+        if device(self.settings) == "cpu":
+            return index
+        if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+            raise UserError(
+                "index.device: cuda was asked for, but this FAISS sees no GPU. "
+                "Install the extra `gpu` instead of `cpu` on a machine with one, or set index.device to cpu."
+            )
+        try:
+            return faiss.index_cpu_to_gpu(self._resources, 0, index)
+        except RuntimeError as error:
+            if "not implemented on GPU" in str(error):
+                raise UserError(
+                    f"index.kind: FAISS has no {self.settings.kind!r} on GPUs. Choose 'flat' or another, or "
+                    "set index.device to cpu."
+                ) from None
+            if "out of memory" not in str(error):
+                raise
+            raise UserError(
+                f"index.shards: {index.ntotal:,} vectors of {index.d} numbers do not fit into the memory of "
+                "the GPU. Raise it, or index.gpus_per_shard where shards share a GPU; or set index.device to "
+                "cpu."
+            ) from None
+
+    @cached_property
+    def _resources(self) -> Any:
+        """Of the GPU, for all indexes of the shard: each set of resources takes memory of its own."""
+        return faiss.StandardGpuResources()
+
+
+def made(kind: str, width: int) -> Any:
+    """An empty index by FAISS factory string.
+
+    Raises:
+        UserError: if FAISS refuses the string.
+    """
+    try:
+        return faiss.index_factory(width, "Flat" if kind == "flat" else kind)
+    except RuntimeError as error:
+        raise UserError(f"index.kind: FAISS refuses {kind!r}: {_reason(error)}") from None
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).rpartition("Error: ")[2] or str(error)
