@@ -66,7 +66,7 @@ def _content(row: dict[str, Any]) -> Content:
     if row["uri"] is None:
         return EOFError("the archive does not hold all of this image")
     try:
-        known = None if row["identity"].startswith(CONTENT) else row["identity"]
+        known = None if _content_of(row) else row["identity"]
         return _same(row, storage.read(row["uri"], row["offset"], row["length"], known))
     except Exception as error:
         return _final(error, row["uri"])
@@ -88,10 +88,16 @@ def _final(error: Exception, path: str) -> Exception:
 
 def _same(row: dict[str, Any], content: bytes) -> bytes:
     """The bytes of an image, which must be those that were listed where these are known."""
-    listed = row["identity"]
-    if listed.startswith(CONTENT) and listed != CONTENT + hashlib.sha256(content).hexdigest():
+    listed = _content_of(row)
+    if listed and listed != hashlib.sha256(content).hexdigest():
         raise storage.Changed(row["uri"])
     return content
+
+
+def _content_of(row: dict[str, Any]) -> str:
+    """The digest of the bytes that were listed; empty where they are known by their file."""
+    identity: str = row["identity"] or ""
+    return identity.removeprefix(CONTENT) if identity.startswith(CONTENT) else ""
 
 
 def _values(path: str, rows: list[dict[str, Any]]) -> Iterator[Content]:
