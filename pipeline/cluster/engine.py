@@ -189,6 +189,8 @@ class _Later:
 
     def carry(self, kinds: Iterable[type]) -> None:
         self._kinds += kinds
+        if self._engine is not None:
+            self._engine.carry(self._kinds)
 
     def nodes(self, dead: bool = False) -> dict[str, dict[str, Any]]:
         return {} if self._engine is None else self._engine.nodes(dead)

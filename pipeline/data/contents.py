@@ -1,27 +1,30 @@
 """Images known by their bytes: a copy of a dataset is then the same dataset.
 
-Listing such a dataset reads every image, once: what was found lies beside the manifest, and what has the same
+Listing such a dataset reads every image, once: what was found is kept in the workspace, and what has the same
 place, size and time stamp the next time is not read again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
+import uuid
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.fetch import CONTENT, fetch
-from pipeline.workspace import tables
+from pipeline.workspace import files, tables
 from pipeline.workspace.files import Place
 
-FILE = "contents.parquet"
-"""File beside the rows of a manifest."""
+PIECE = 2**16
+"""Digests after which those found so far are written: a listing that is interrupted goes on from there."""
+
+SETTLED = 2.0
+"""Seconds after which a change of a file shows in its time stamp; digests of younger ones are not kept."""
 
 _SCHEMA = pa.schema([("seen", pa.binary(16)), ("sha256", pa.binary(32))])
 """A hash of where an image lies and of what its file was like; and the digest of its bytes."""
@@ -32,42 +35,44 @@ Bytes = NDArray[np.uint8]
 
 
 class Contents:
-    """Digests of images, and those that were found when they were listed before.
+    """Digests of the images of a dataset, with those that were found when it was listed before.
 
-    Memory: 48 bytes an image that was listed before.
+    Memory: 48 bytes for each of these.
     """
 
-    def __init__(self, folder: Place, dataset: str) -> None:
-        found: list[Place] = list(folder.glob(f"{dataset}-*")) if folder.is_dir() else []
-        known = [table for each in found if (table := _read(each / FILE)) is not None]
+    def __init__(self, folder: Place) -> None:
+        """Read what is known.
+
+        Args:
+            folder: of its digests alone.
+        """
+        self.folder = folder
+        pieces = list(folder.glob("*.parquet")) if folder.is_dir() else []
+        known = [table for piece in pieces if (table := _read(piece)) is not None]
         whole = pa.concat_tables([_SCHEMA.empty_table(), *known])
         seen = _words(_matrix(whole["seen"], 16))
         order = np.lexsort((seen[:, 1], seen[:, 0]))
         self._seen, self._sha256 = seen[order], _matrix(whole["sha256"], 32)[order]
+        self._found: list[tuple[bytes, bytes]] = []
 
-    def of(self, batches: Iterator[pa.Table], path: Path) -> Iterator[pa.Table]:
-        """The same rows of a manifest, identified by their bytes; those that cannot be read stay as they are.
-
-        Args:
-            batches: rows of a manifest.
-            path: of the file that the digests are written to.
-        """
-        with pq.ParquetWriter(path, _SCHEMA, compression="lz4", write_page_checksum=True) as writer:
-            for table in batches:
-                listed = table.filter(table["uri"].is_valid())
-                seen = [_seen(row) for row in listed.select(_PLACE).to_pylist()]
-                digests = self._known(seen)
-                lacking = [number for number, digest in enumerate(digests) if digest is None]
-                for number, content in zip(
-                    lacking, fetch(listed.take(pa.array(lacking, pa.int64()))), strict=True
-                ):
-                    if isinstance(content, bytes):
-                        digests[number] = hashlib.sha256(content).digest()
-                read = [(one, other) for one, other in zip(seen, digests, strict=True) if other is not None]
-                writer.write_table(pa.table(list(map(list, zip(*read, strict=True))) or [[], []], _SCHEMA))
-                own = iter(digests)
-                digest_of = [None if uri is None else next(own) for uri in table["uri"].to_pylist()]
-                yield _identified(table, digest_of)
+    def of(self, batches: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """The same rows of a manifest, identified by their bytes; what cannot be read stays as it is."""
+        for table in batches:
+            listed = table.filter(table["uri"].is_valid())
+            places = listed.select(_PLACE).to_pylist()
+            digests = self._known([_seen(place) for place in places])
+            lacking = [number for number, digest in enumerate(digests) if digest is None]
+            read = fetch(listed.take(pa.array(lacking, pa.int64()))) if lacking else ()
+            for number, content in zip(lacking, read, strict=True):
+                if isinstance(content, bytes):
+                    digests[number] = digest = hashlib.sha256(content).digest()
+                    if _is_settled(places[number]):
+                        self._found.append((_seen(places[number]), digest))
+            if len(self._found) >= PIECE:
+                self._keep()
+            own = iter(digests)
+            yield _identified(table, [uri and next(own) for uri in table["uri"].to_pylist()])
+        self._keep()
 
     def _known(self, seen: list[bytes]) -> list[bytes | None]:
         """The digests of images that were seen before; None for others."""
@@ -80,6 +85,18 @@ class Contents:
             self._sha256[place].tobytes() if hit else None for place, hit in zip(places, same, strict=True)
         ]
 
+    def _keep(self) -> None:
+        """Write what was found since the last time."""
+        if self._found:
+            table = pa.table(list(map(list, zip(*self._found, strict=True))), _SCHEMA)
+            tables.write_table(self.folder / f"{uuid.uuid4().hex}.parquet", table)
+            self._found.clear()
+
+
+def forget(folder: Place) -> None:
+    """Delete what is known: a file has other bytes though its size and its time stamp are the same."""
+    files.remove_folder(folder)
+
 
 def _identified(table: pa.Table, digests: list[bytes | None]) -> pa.Table:
     """Rows with the identities that digests are."""
@@ -89,12 +106,18 @@ def _identified(table: pa.Table, digests: list[bytes | None]) -> pa.Table:
     return table.set_column(column, table.schema.field(column), pa.array(identities, pa.string()))
 
 
-def _seen(row: Mapping[str, Any]) -> bytes:
-    return hashlib.sha256("\0".join(str(row[name]) for name in _PLACE).encode()).digest()[:16]
+def _seen(place: Mapping[str, Any]) -> bytes:
+    return hashlib.sha256("\0".join(str(place[name]) for name in _PLACE).encode()).digest()[:16]
+
+
+def _is_settled(place: Mapping[str, Any]) -> bool:
+    """Whether a file would have another time stamp, were it changed now: some stores count whole seconds."""
+    stamp = place["identity"].partition("#")[0].rpartition("-")[2]
+    return stamp.isdecimal() and int(stamp) / 1e9 < time.time() - SETTLED
 
 
 def _read(path: Place) -> pa.Table | None:
-    """What was written down; None if there is nothing, or it is damaged."""
+    """What was written down; None if it is damaged."""
     try:
         with tables.parquet(path) as file:
             return file.read()

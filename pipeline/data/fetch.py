@@ -69,20 +69,22 @@ def _content(row: dict[str, Any]) -> Content:
         known = None if _content_of(row) else row["identity"]
         return _same(row, storage.read(row["uri"], row["offset"], row["length"], known))
     except Exception as error:
-        return _final(error, row["uri"])
+        return _final(error, row)
 
 
-def _final(error: Exception, path: str) -> Exception:
-    """What reading a file raised, as the content of its row: a server may answer anything.
+def _final(error: Exception, row: dict[str, Any]) -> Exception:
+    """What reading a row's image raised, as its content: a server may answer anything.
 
     Raises:
-        Changed: it was that.
+        Changed: it was that; or bytes that were listed cannot be read any more.
         Unavailable: it was that, or it may be gone when the file is read again.
     """
     if isinstance(error, storage.Changed | Unavailable):
         raise error
     if is_transient(error):
-        raise Unavailable.after(path, error) from None
+        raise Unavailable.after(row["uri"], error) from None
+    if _content_of(row):
+        raise storage.Changed(row["uri"]) from error
     return error
 
 
@@ -108,7 +110,7 @@ def _values(path: str, rows: list[dict[str, Any]]) -> Iterator[Content]:
             stream = stack.enter_context(storage.open_input(path))
             file = stack.enter_context(pq.ParquetFile(stream))
         except Exception as error:
-            yield from [_final(error, path)] * len(rows)
+            yield from [_final(error, rows[0])] * len(rows)
             return
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         starts = np.cumsum([0, *sizes])
@@ -137,10 +139,12 @@ def _picked(file: pq.ParquetFile, group: int, start: int, wanted: list[dict[str,
                 values = _bytes(next(batches, None))
                 _require_unchanged(row)
             value = values[row["offset"] - start].as_py()
-            yield ValueError("the row has no image bytes") if value is None else _same(row, value)
+            yield (
+                _final(ValueError("the row has no image bytes"), row) if value is None else _same(row, value)
+            )
             done += 1
     except Exception as error:  # what follows in the row group is lost with it
-        yield from [_final(error, wanted[0]["uri"])] * (len(wanted) - done)
+        yield from [_final(error, row) for row in wanted[done:]]
 
 
 def _bytes(batch: pa.RecordBatch | None) -> pa.Array:

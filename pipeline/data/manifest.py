@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config.schema import ID_ROLES, LABELLED_ROLES, Dataset
-from pipeline.data import contents, filters, formats
+from pipeline.data import filters, formats
 from pipeline.data.contents import Contents
 from pipeline.errors import UserError, unknown
 from pipeline.workspace import files, storage, tables
@@ -113,18 +113,21 @@ def compile_manifest(dataset: Dataset, folder: Place, seed: int = 0) -> Manifest
         if dataset.role not in ID_ROLES:
             rows = map(_without_labels, rows)
         if dataset.identity == "content":
-            rows = Contents(folder, dataset.name).of(rows, draft / contents.FILE)
+            rows = Contents(contents_of(dataset, folder)).of(rows)
         manifest = _write(rows, draft / "rows.parquet")
         _check(dataset, manifest, whole or manifest)
         if whole is not None and dataset.role in ID_ROLES:
             manifest = replace(
                 manifest, class_count=dict.fromkeys(whole.class_count, 0) | manifest.class_count
             )
-        final = folder / f"{dataset.name}-{manifest.digest[:16]}"
-        for written in draft.iterdir():  # also over old ones: the files may lie elsewhere by now
-            if written.name in ("rows.parquet", contents.FILE):
-                files.put(written, final / written.name)
-        return replace(manifest, path=str(final / "rows.parquet"))
+        final = folder / f"{dataset.name}-{manifest.digest[:16]}" / "rows.parquet"
+        files.put(draft / "rows.parquet", final)  # also over an old one: the files may lie elsewhere by now
+        return replace(manifest, path=str(final))
+
+
+def contents_of(dataset: Dataset, folder: Place) -> Place:
+    """The folder with the digests of a dataset's images; `folder` is that of all manifests."""
+    return files.at(storage.parent(str(folder))) / "contents" / dataset.name
 
 
 def _listed(dataset: Dataset, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -6,28 +6,35 @@ the network itself and compare.
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipeline import __version__
 from pipeline.config import loading, schema
-from pipeline.errors import UserError
+from pipeline.errors import AGAIN, UserError
 from pipeline.network.description import Description
 from pipeline.workspace import storage
 from pipeline.workspace.artifacts import Damaged, Record, Store, digest, mend
 from pipeline.workspace.files import Place
+from pipeline.workspace.patience import Unavailable
 
 if TYPE_CHECKING:
     from pipeline.network.classifier import Classifier
 
 FORMAT = "model 1"
 """Kind and version of the notes."""
+
+_LIBRARIES = ("torch", "torchvision", "timm")
 
 _opened: list[set[str]] = []
 """Files that are opened while a network is built."""
@@ -38,8 +45,7 @@ class Network:
 
     def __init__(self, model: schema.Model, seed: int, workspace: Place) -> None:
         self.model, self.seed = model, seed
-        versions = {"python": sys.version, "ood-pipeline": __version__}
-        identity = {"model": model.model_dump(mode="json"), "seed": seed, "versions": versions}
+        identity = {"model": model.model_dump(mode="json"), "seed": seed, "versions": _versions()}
         self.artifact = Store(workspace / "models").artifact(FORMAT, identity)
         self._files: dict[str, str] | None = None
         self._checks: dict[str, str] = {}
@@ -65,15 +71,18 @@ class Network:
         """The network itself.
 
         Raises:
-            UserError: as `description` does.
+            UserError: as `description` does; or it is another one than the note describes.
         """
         from pipeline.network.classifier import load  # takes seconds to import
 
-        started = time.time()
+        started, imported = time.time(), _own_modules()
         with _watching() as opened:
             found = load(self.model, self.seed)
         if self._known is None:
-            self._files, self._new = self._read(opened, started), True
+            self._files, self._new = self._read(opened, started, imported), True
+        elif _differ(found, self._known):
+            self.artifact.discard()
+            raise UserError(f"model: it is no longer the network that was noted in {self.name}. {AGAIN}")
         return found
 
     def check(self, what: Any, test: Callable[[Classifier], object]) -> None:
@@ -88,10 +97,13 @@ class Network:
         """
         key = digest(what)
         if key not in self._checks:
+            network = self.loaded
             try:
-                test(self.loaded)
+                test(network)
                 self._checks[key] = ""
             except UserError as error:
+                if isinstance(error, Unavailable) or "memory" in str(error):
+                    raise  # says nothing about the network
                 self._checks[key] = str(error)
             self._new = True
         if self._checks[key]:
@@ -101,7 +113,7 @@ class Network:
         """Write down what is new."""
         if self._new and self._files is not None:
             facts = {**self.description.document(), "files": self._files, "checks": self._checks}
-            self.artifact.keep(self.description.arrays(), **facts)
+            self.artifact.keep(self.description.arrays(), alone=False, **facts)  # another run may write it
             self._new = False
 
     def _noted(self) -> Description | None:
@@ -117,32 +129,61 @@ class Network:
         self._files, self._checks = record.facts["files"], dict(record.facts["checks"])
         return found
 
-    def _read(self, opened: set[str], started: float) -> dict[str, str] | None:
+    def _read(self, opened: set[str], started: float, imported: set[str]) -> dict[str, str] | None:
         """The files that decide what the network is, with size and time stamp; None if nobody knows them all.
 
-        A factory may read its weights in ways that cannot be seen, and what was changed meanwhile may have
-        been read before.
+        A factory may read its weights in ways that cannot be seen, and what was changed since it was read, or
+        imported, is not what lies there. One that was looked for in vain has no size.
+
+        Args:
+            opened: files that were opened while the network was built.
+            started: when that began.
+            imported: modules that were there before.
         """
         if self.model.source == "factory" and self.model.weights is None:
             return None
         weights = self.model.weights
         named = [] if weights is None or loading.is_name(weights) else [str(loading.resolve(weights))]
-        code = [getattr(module, "__file__", "") for module in list(sys.modules.values())]
-        read = {str(Path(path).absolute()) for path in (*named, *opened, *filter(_is_own, code))}
+        read = {str(Path(path).absolute()) for path in (*named, *opened)} | _own_modules()
         entries = {path: storage.find(path) for path in [*_PACKAGES, *sorted(read)]}
-        found = {path: entry for path, entry in entries.items() if entry is not None}
-        if any(entry.modified > started for entry in found.values()):
-            return None
-        return {path: entry.identity for path, entry in found.items()}
+        for path, entry in entries.items():
+            if entry is not None and entry.modified > (_PROCESS if path in imported else started):
+                return None
+        return {path: "" if entry is None else entry.identity for path, entry in entries.items()}
 
 
 def _same(record: Record) -> bool:
     """Whether all files of a note are as they were."""
     for path, identity in record.facts["files"].items():
         entry = storage.find(path)
-        if entry is None or entry.identity != identity:
+        if ("" if entry is None else entry.identity) != identity:
             return False
     return True
+
+
+def _differ(one: Description, other: Description) -> bool:
+    """Whether two networks are not the same, as far as that shows on one machine."""
+    return one.document() != other.document() or not np.allclose(one.probe, other.probe, rtol=1e-3, atol=1e-3)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version, "ood-pipeline": __version__}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _began() -> float:
+    """When this process began; where the system does not tell, now."""
+    with suppress(OSError, ValueError, IndexError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    return time.time()
+
+
+_PROCESS = _began()
 
 
 _PACKAGES = sorted({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -154,6 +195,12 @@ _OTHERS = (*_PACKAGES, "/proc/", "/sys/", "/dev/")
 def _is_own(path: object) -> bool:
     """Whether a file is of neither Python, an installed package nor the system."""
     return isinstance(path, str) and not path.startswith(_OTHERS) and not path.endswith(".pyc")
+
+
+def _own_modules() -> set[str]:
+    """Files of the modules that were imported and are the user's, or of a checkout."""
+    files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
+    return {path for path in files if _is_own(path) and Path(path).is_absolute()}
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -181,11 +228,15 @@ def _watching() -> Iterator[set[str]]:
 @contextmanager
 def settings_kept() -> Iterator[None]:
     """Give torch back, after the block, what networks that ran in it have changed, if it was imported."""
-    name = f"{__package__}.classifier"
-    give_back = sys.modules[name].settings() if name in sys.modules else None
+    give_back = None
+    if "torch" in sys.modules:
+        from pipeline.network.classifier import settings
+
+        give_back = settings()
     try:
         yield
     finally:
+        name = f"{__package__}.classifier"
         if give_back is None and name in sys.modules:
             give_back = sys.modules[name].give_back_first
         if give_back is not None:

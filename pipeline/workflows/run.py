@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -23,6 +23,8 @@ from pipeline.cluster.engine import Engine
 from pipeline.cluster.logs import Logs
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.config import loading, schema
+from pipeline.data import contents
+from pipeline.data.manifest import contents_of
 from pipeline.detectors.base import Detector, Jigsaw, Pass, Scorer, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Statistic, Statistics
@@ -43,7 +45,6 @@ from pipeline.workspace import artifacts, files, leftovers, runs, storage, table
 from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Kept, Store
 from pipeline.workspace.claims import Claims, opened
 from pipeline.workspace.files import Place
-from pipeline.workspace.patience import Unavailable
 
 if TYPE_CHECKING:
     from pipeline.stages import passes
@@ -117,7 +118,7 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         try:
             run.all()
         except BaseException as error:
-            with suppress(Unavailable):
+            with suppress(UserError, OSError):  # what came first is told
                 run.record.close("failed")
             run.tracking.fail(error)
             raise
@@ -160,18 +161,23 @@ def evaluated(
 def working(ready: Prepared, options: Options) -> Iterator[Engine]:
     """The engine that was asked for, with the code of all detectors, and torch as it was after the block."""
     logs = Logs(ready.folder / "logs", options.level)
+    neighbours = any(detector.neighbours for detector in ready.detectors.values())
+    load = partial(_load_libraries, neighbours)
     with (
         settings_kept(),
         threadpool_limits(limits=1),  # what the driver fits has the same bits on any machine of a kind
-        engine.opened(options.engine, ready.workspace, logs, options.threads, _load_libraries) as chosen,
+        engine.opened(options.engine, ready.workspace, logs, options.threads, load) as chosen,
     ):
         chosen.carry(type(part) for detector in ready.detectors.values() for part in detector.parts())
         yield chosen
 
 
-def _load_libraries() -> None:
+def _load_libraries(neighbours: bool) -> None:
     """Import what computes and takes seconds to import; a run that has nothing to do needs none of it."""
-    from pipeline.stages import extract, faiss_shard  # noqa: F401
+    from pipeline.stages import extract  # noqa: F401
+
+    if neighbours:
+        from pipeline.stages import faiss_shard  # noqa: F401
 
 
 @dataclass
@@ -323,9 +329,13 @@ class Run:
                 self.worked = True
                 ours = [job for job in jobs if job.name in names]
                 self._renew(artifact for job in ours for artifact in job.artifacts())
-                numbers = extract.run(
-                    self.engine, ours, self.ready.plan, lambda receipt: shown.advance(receipt["rows"])
-                )
+                try:
+                    numbers = extract.run(
+                        self.engine, ours, self.ready.plan, lambda receipt: shown.advance(receipt["rows"])
+                    )
+                except storage.Changed:
+                    self._forget_contents()
+                    raise
                 self.costs = added(self.costs, numbers)
 
             self.claims.share(
@@ -346,6 +356,12 @@ class Run:
             shown.note += f", {passes:,} passes for extra columns" * bool(passes)
             if numbers["forward_images"]:
                 shown.note += f", {numbers['images_per_second']:,.0f} images/s once running"
+
+    def _forget_contents(self) -> None:
+        """Have images that are known by their bytes be read anew when they are listed next."""
+        for dataset in self.ready.config.datasets:
+            if dataset.identity == "content":
+                contents.forget(contents_of(dataset, self.ready.workspace / "manifests"))
 
     def _describe_extras(self) -> None:
         """Record over how many images the network was asked for more than features."""
@@ -640,8 +656,10 @@ class Run:
     def report(self) -> None:
         """The page with tables and charts."""
         self.begin()
-        self.record.close("finished")
         page = self.ready.folder / "report" / "index.html"
+        if self.record.worked:  # it shows other numbers, should the new one not be finished
+            page.unlink(missing_ok=True)
+        self.record.close("finished")
         with self.stage("report") as shown:
             if self.record.worked or self.options.first == "report" or not page.is_file():
                 report.write(self.ready.folder)

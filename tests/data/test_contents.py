@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.schema import Dataset
-from pipeline.data import contents
+from pipeline.data import contents, manifest
 from pipeline.data.fetch import fetch
 from pipeline.data.manifest import Manifest, compile_manifest
 from pipeline.workspace import storage
@@ -22,6 +22,12 @@ from tests.data.test_changed import archive, folder, picture, table
 def compiled(where: dict[str, Any], tmp_path: Path, **fields: Any) -> Manifest:
     data = Dataset(name="x", role="far_ood", **{"identity": "content", **where, **fields})
     return compile_manifest(data, tmp_path / "manifests")
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of a moment ago count as old ones."""
+    monkeypatch.setattr(contents, "SETTLED", -1.0)
 
 
 @pytest.mark.parametrize("make", [folder, archive, table])
@@ -57,15 +63,41 @@ def test_what_was_read_once_is_not_read_again(tmp_path: Path, monkeypatch: pytes
     picture(path, 9)
     assert compiled(where, tmp_path).digest != first.digest
     assert asked == [str(path)]
-    known = Path(first.path).with_name(contents.FILE)
+    contents.forget(tmp_path / "contents" / "x")
+    compiled(where, tmp_path)
+    (known,) = (tmp_path / "contents" / "x").iterdir()
     content = bytearray(known.read_bytes())
     content[content.index(hashlib.sha256(path.with_name("0.png").read_bytes()).digest()[:8])] ^= 1
     known.write_bytes(bytes(content))
-    for other in known.parent.parent.glob(f"*/{contents.FILE}"):
-        if other != known:
-            other.unlink()
+    del asked[:]
     assert compiled(where, tmp_path).rows == 3  # what is damaged is not believed
-    assert len(asked) == 4
+    assert len(asked) == 3
+
+
+def test_a_listing_that_was_interrupted_goes_on_and_young_files_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, _ = folder(tmp_path)
+    monkeypatch.setattr(contents, "PIECE", 1)
+    monkeypatch.setattr(manifest, "ROW_GROUP", 1)
+    asked: list[str] = []
+
+    def dying(rows: Any) -> Any:
+        asked.extend(rows["uri"].to_pylist())
+        if len(asked) == 2:
+            raise ConnectionAbortedError
+        return fetch(rows)
+
+    monkeypatch.setattr(contents, "fetch", dying)
+    with pytest.raises(ConnectionAbortedError):
+        compiled(where, tmp_path)
+    assert compiled(where, tmp_path).rows == 3
+    assert [Path(uri).name for uri in asked] == ["0.png", "1.png", "1.png", "2.png"]
+    monkeypatch.setattr(contents, "SETTLED", 1e6)
+    contents.forget(tmp_path / "contents" / "x")
+    for _ in range(2):
+        compiled(where, tmp_path)
+    assert len(asked) == 4 + 6
 
 
 def test_files_that_cannot_be_read_are_rows_and_inline_images_need_no_file(tmp_path: Path) -> None:
@@ -89,5 +121,8 @@ def test_bytes_that_were_changed_after_they_were_listed_are_refused(
     stored = bytearray(path.read_bytes())
     stored[stored.index(images[1][20:60]) + 30] ^= 1  # one bit of one image
     path.write_bytes(stored)
+    with pytest.raises(storage.Changed, match=rf"^{path} was changed after it was listed"):
+        list(fetch(rows))
+    path.unlink()
     with pytest.raises(storage.Changed, match=rf"^{path} was changed after it was listed"):
         list(fetch(rows))

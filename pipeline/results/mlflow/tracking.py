@@ -81,9 +81,11 @@ def begin(run: Place, uri: str, experiment: str, fingerprint: str, name: str) ->
 
     Raises:
         UserError: if the URI is neither an SQLite file nor an HTTP server.
-        TrackingError: if MLflow fails; the run folder is then unchanged.
+        TrackingError: if MLflow fails; only what was complete there is then noted as not complete any more.
     """
     uri, old = _absolute(uri), _record(run)
+    if old.get("published"):
+        files.write_json(run / "mlflow.json", old | {"published": False})
     record = {"uri": redact(uri), "experiment": experiment, "fingerprint": fingerprint}
     with _sending(uri, "open the run"):
         client = _client(uri)
