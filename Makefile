@@ -22,7 +22,8 @@ test: install
 test-cluster: install
 	$(BIN)/python -m pytest -m 'cluster and not chaos' tests/cluster tests/jobs
 
-# Takes half an hour: the whole table of architectures, simulations, and every fault of a cluster.
+# Takes three quarters of an hour: the whole table of architectures, simulations, processes killed at many moments of
+# every stage, and every fault of a cluster.
 test-slow: install
 	$(BIN)/python $(PYTEST) -m 'slow and not cluster'
 	$(BIN)/python -m pytest -m chaos tests/cluster

@@ -45,7 +45,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on Ray come first, then files with whole evaluations: they take longest."""
-    whole = {item.path for item in items if "execute" in fixtures_of(item)}
+    whole = {item.path for item in items if {"execute", "undisturbed"} & fixtures_of(item)}
     items.sort(key=lambda item: (group_of(item) != "ray", item.path not in whole))
 
 

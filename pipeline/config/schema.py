@@ -133,6 +133,11 @@ class Dataset(Frozen):
         "number), or a .txt, .csv, .json or .yaml file; null = class folders numbered in sorted order. "
         "npz: label array; idx: label file; parquet: label column; webdataset: key in the .json members",
     )
+    identity: Literal["stat", "content"] = Field(
+        default="stat",
+        description="what an image is known by besides its key: size and time stamp of its file (stat), or "
+        "its bytes (content), which a copy of the dataset has, too; listing then reads every image once",
+    )
     include_labels: tuple[int | str, ...] | None = Field(
         default=None, min_length=1, description="keeps the images of these classes (indices or names)"
     )

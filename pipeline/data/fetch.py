@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import groupby
@@ -13,12 +14,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.workspace import storage
+from pipeline.workspace.patience import Unavailable, is_transient
 
 THREADS = 16
 """Reads of remote files that are under way at once."""
 
 BATCH = 64
 """Rows that are held at once."""
+
+CONTENT = "sha256-"
+"""What identities begin with that are of an image's bytes, rather than of the size and time of its file."""
 
 Content = bytes | Exception
 
@@ -27,7 +32,8 @@ def fetch(table: pa.Table) -> Iterator[Content]:
     """The stored bytes of each row of a manifest, in order, or the exception that reading it raised.
 
     A file that was changed after it was listed ends it with `storage.Changed`: what comes of it must not be
-    kept under the name of what was listed.
+    kept under the name of what was listed. A store that does not answer ends it with `Unavailable`: nothing
+    is known about the image then.
 
     Streams: holds a few rows and at most one row group of a Parquet file, whatever the size of the table.
     Rows of Parquet files are best asked for in one table, in order: each row group is then read once.
@@ -60,60 +66,81 @@ def _content(row: dict[str, Any]) -> Content:
     if row["uri"] is None:
         return EOFError("the archive does not hold all of this image")
     try:
-        return storage.read(row["uri"], row["offset"], row["length"], row["identity"])
-    except storage.Changed:
-        raise
-    except Exception as error:  # a server may answer anything; the row is counted as an error
-        return error
+        known = None if _content_of(row) else row["identity"]
+        return _same(row, storage.read(row["uri"], row["offset"], row["length"], known))
+    except Exception as error:
+        return _final(error, row["uri"])
+
+
+def _final(error: Exception, path: str) -> Exception:
+    """What reading a file raised, as the content of its row: a server may answer anything.
+
+    Raises:
+        Changed: it was that.
+        Unavailable: it was that, or it may be gone when the file is read again.
+    """
+    if isinstance(error, storage.Changed | Unavailable):
+        raise error
+    if is_transient(error):
+        raise Unavailable.after(path, error) from None
+    return error
+
+
+def _same(row: dict[str, Any], content: bytes) -> bytes:
+    """The bytes of an image, which must be those that were listed where these are known."""
+    listed = _content_of(row)
+    if listed and listed != hashlib.sha256(content).hexdigest():
+        raise storage.Changed(row["uri"])
+    return content
+
+
+def _content_of(row: dict[str, Any]) -> str:
+    """The digest of the bytes that were listed; empty where they are known by their file."""
+    identity: str = row["identity"] or ""
+    return identity.removeprefix(CONTENT) if identity.startswith(CONTENT) else ""
 
 
 def _values(path: str, rows: list[dict[str, Any]]) -> Iterator[Content]:
     """Values of a column of one Parquet file; reads only the row groups that the rows lie in."""
     with ExitStack() as stack:
         try:
-            storage.require_unchanged(path, _listed(rows[0]))
+            _require_unchanged(rows[0])
             stream = stack.enter_context(storage.open_input(path))
             file = stack.enter_context(pq.ParquetFile(stream))
-        except storage.Changed:
-            raise
-        except Exception as error:  # as above
-            yield from [error] * len(rows)
+        except Exception as error:
+            yield from [_final(error, path)] * len(rows)
             return
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         starts = np.cumsum([0, *sizes])
         numbers = np.array([row["offset"] for row in rows])
         groups = np.searchsorted(starts[1:-1], numbers, side="right")
         for group in np.unique(groups).tolist():
-            wanted = (numbers[groups == group] - starts[group]).tolist()
-            yield from _picked(file, group, rows[0], wanted)
+            wanted = [row for row, own in zip(rows, groups.tolist(), strict=True) if own == group]
+            yield from _picked(file, group, int(starts[group]), wanted)
 
 
-def _listed(row: dict[str, Any]) -> str:
-    """The identity that a Parquet file had when it was listed."""
-    identity: str = row["identity"]
-    return identity.rpartition("#")[0]
+def _require_unchanged(row: dict[str, Any]) -> None:
+    """Refuse a Parquet file that was changed after it was listed, unless its values tell that themselves."""
+    listed, mark, _ = row["identity"].partition("#")
+    if mark:
+        storage.require_unchanged(row["uri"], listed)
 
 
-def _picked(
-    file: pq.ParquetFile, group: int, manifest_row: dict[str, Any], wanted: list[int]
-) -> Iterator[Content]:
-    """Values of some rows (ascending) of a row group, read in small batches."""
-    path, identity = manifest_row["uri"], _listed(manifest_row)
-    done, start, values = 0, 0, pa.array([])
+def _picked(file: pq.ParquetFile, group: int, start: int, wanted: list[dict[str, Any]]) -> Iterator[Content]:
+    """Values of some rows (ascending) of a row group that begins at `start`, read in small batches."""
+    done, values = 0, pa.array([])
     try:
-        batches = file.iter_batches(BATCH, row_groups=[group], columns=[manifest_row["column"]])
+        batches = file.iter_batches(BATCH, row_groups=[group], columns=[wanted[0]["column"]])
         for row in wanted:
-            while row >= start + len(values):
+            while row["offset"] >= start + len(values):
                 start += len(values)
                 values = _bytes(next(batches, None))
-                storage.require_unchanged(path, identity)
-            value = values[row - start].as_py()
-            yield ValueError("the row has no image bytes") if value is None else value
+                _require_unchanged(row)
+            value = values[row["offset"] - start].as_py()
+            yield ValueError("the row has no image bytes") if value is None else _same(row, value)
             done += 1
-    except storage.Changed:
-        raise
-    except Exception as error:  # as above; what follows in the row group is lost with it
-        yield from [error] * (len(wanted) - done)
+    except Exception as error:  # what follows in the row group is lost with it
+        yield from [_final(error, wanted[0]["uri"])] * (len(wanted) - done)
 
 
 def _bytes(batch: pa.RecordBatch | None) -> pa.Array:

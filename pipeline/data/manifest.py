@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config.schema import ID_ROLES, LABELLED_ROLES, Dataset
-from pipeline.data import filters, formats
+from pipeline.data import contents, filters, formats
+from pipeline.data.contents import Contents
 from pipeline.errors import UserError, unknown
 from pipeline.workspace import files, storage, tables
 from pipeline.workspace.artifacts import name_of
@@ -45,7 +46,7 @@ Its bytes are inline (`bytes`; raw pixels if there is a `shape`), or the file `u
 from `offset` on, or in row `offset` of the Parquet file `uri` the value of `column`. A row with neither `uri`
 nor `bytes` is an image known to be lost. `label` is the class index, -1 where it is unknown; where several
 are right, `accepted` has all of them and `label` the first. `identity` changes with the image: size and time
-stamp of its file, empty for inline bytes."""
+stamp of its file, or the SHA-256 of its bytes; empty for inline bytes."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,19 @@ def compile_manifest(dataset: Dataset, folder: Place, seed: int = 0) -> Manifest
             rows = _regrouped(_taken(whole.path, kept))
         if dataset.role not in ID_ROLES:
             rows = map(_without_labels, rows)
+        if dataset.identity == "content":
+            rows = Contents(folder, dataset.name).of(rows, draft / contents.FILE)
         manifest = _write(rows, draft / "rows.parquet")
         _check(dataset, manifest, whole or manifest)
         if whole is not None and dataset.role in ID_ROLES:
             manifest = replace(
                 manifest, class_count=dict.fromkeys(whole.class_count, 0) | manifest.class_count
             )
-        final = folder / f"{dataset.name}-{manifest.digest[:16]}" / "rows.parquet"
-        files.put(draft / "rows.parquet", final)  # also over an old one: the files may lie elsewhere by now
-        return replace(manifest, path=str(final))
+        final = folder / f"{dataset.name}-{manifest.digest[:16]}"
+        for written in draft.iterdir():  # also over old ones: the files may lie elsewhere by now
+            if written.name in ("rows.parquet", contents.FILE):
+                files.put(written, final / written.name)
+        return replace(manifest, path=str(final / "rows.parquet"))
 
 
 def _listed(dataset: Dataset, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 FORMAT = "model 1"
 """Kind and version of the notes."""
 
-_PACKAGES = ("torch", "torchvision", "timm", "efficientnet-lite-pytorch")
-
 _opened: list[set[str]] = []
 """Files that are opened while a network is built."""
 
@@ -41,7 +38,8 @@ class Network:
 
     def __init__(self, model: schema.Model, seed: int, workspace: Place) -> None:
         self.model, self.seed = model, seed
-        identity = {"model": model.model_dump(mode="json"), "seed": seed, "versions": _versions()}
+        versions = {"python": sys.version, "ood-pipeline": __version__}
+        identity = {"model": model.model_dump(mode="json"), "seed": seed, "versions": versions}
         self.artifact = Store(workspace / "models").artifact(FORMAT, identity)
         self._files: dict[str, str] | None = None
         self._checks: dict[str, str] = {}
@@ -130,14 +128,12 @@ class Network:
         weights = self.model.weights
         named = [] if weights is None or loading.is_name(weights) else [str(loading.resolve(weights))]
         code = [getattr(module, "__file__", "") for module in list(sys.modules.values())]
-        read, found = {*named, *opened, *filter(_is_own, code)}, {}
-        for path in sorted({str(Path(path).absolute()) for path in read}):
-            entry = storage.find(path)
-            if entry is not None and not entry.folder and Path(path).is_file():
-                if entry.modified > started:
-                    return None
-                found[path] = entry.identity
-        return found
+        read = {str(Path(path).absolute()) for path in (*named, *opened, *filter(_is_own, code))}
+        entries = {path: storage.find(path) for path in [*_PACKAGES, *sorted(read)]}
+        found = {path: entry for path, entry in entries.items() if entry is not None}
+        if any(entry.modified > started for entry in found.values()):
+            return None
+        return {path: entry.identity for path, entry in found.items()}
 
 
 def _same(record: Record) -> bool:
@@ -149,25 +145,15 @@ def _same(record: Record) -> bool:
     return True
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version, "ood-pipeline": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+_PACKAGES = sorted({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+"""Folders of Python and of installed packages; their time stamps change when one is installed or upgraded."""
 
-
-_INSTALLED = (
-    *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
-    *("/proc/", "/sys/", "/dev/"),
-)
+_OTHERS = (*_PACKAGES, "/proc/", "/sys/", "/dev/")
 
 
 def _is_own(path: object) -> bool:
-    """Whether a file is no part of Python or of an installed package, whose versions are known."""
-    return isinstance(path, str) and not path.startswith(_INSTALLED) and not path.endswith(".pyc")
+    """Whether a file is of neither Python, an installed package nor the system."""
+    return isinstance(path, str) and not path.startswith(_OTHERS) and not path.endswith(".pyc")
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:

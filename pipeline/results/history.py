@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.workspace import files, runs, storage
 from pipeline.workspace.files import Place
+from pipeline.workspace.patience import Unavailable
 
 GROUPS = ("near_ood", "far_ood")
 
@@ -56,6 +57,8 @@ def _summary(folder: Place) -> Summary | None:
         )
     except FileNotFoundError:
         return None
+    except Unavailable:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         return Summary(name, folder.name, "unreadable", "", reason, 0, 0, ())

@@ -20,6 +20,7 @@ from pipeline.stages.banks import build_bank
 from pipeline.stages.index import BankFiles
 from pipeline.workspace import files, tables
 from pipeline.workspace.artifacts import Artifact, Damaged, Record, Store, opened, saved, write
+from pipeline.workspace.patience import Unavailable
 
 FORMAT = "detector 1"
 """Kind and version of what fitted detectors are kept as."""
@@ -111,7 +112,7 @@ def _fitted(
     def make(_: set[str]) -> None:
         try:
             scorer = detector.fit(training)
-        except Damaged:
+        except (Damaged, Unavailable):
             raise
         except UserError as error:
             artifact.finish(

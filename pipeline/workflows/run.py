@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -43,6 +43,7 @@ from pipeline.workspace import artifacts, files, leftovers, runs, storage, table
 from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Kept, Store
 from pipeline.workspace.claims import Claims, opened
 from pipeline.workspace.files import Place
+from pipeline.workspace.patience import Unavailable
 
 if TYPE_CHECKING:
     from pipeline.stages import passes
@@ -116,7 +117,8 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         try:
             run.all()
         except BaseException as error:
-            run.record.close("failed")
+            with suppress(Unavailable):
+                run.record.close("failed")
             run.tracking.fail(error)
             raise
         if options.last != "report":
@@ -539,7 +541,10 @@ class Run:
     def _describe_index(
         self, searched: index.Index, scorers: Mapping[str, Scorer], banks: Mapping[str, index.BankFiles]
     ) -> None:
-        """Record the banks, and for approximate ones how often the true neighbour is found."""
+        """Record the banks, and for approximate ones how often the true neighbour is found.
+
+        Written at once: a run that is killed later, when the scores are there, does not search again.
+        """
         kind = self.ready.config.index.kind
         rows = self._tables("id")[0].read(0, _RECALL_QUERIES, self._columns())
         for label, bank_files in banks.items():
@@ -555,6 +560,8 @@ class Run:
                 if exact
                 else index.recall(searched, bank_files.folder, bank.queries(rows)),
             }
+        self._refer()
+        self.record.write()
 
     def _columns(self) -> tuple[str, ...]:
         norms = (BLOCK_NORM,) if self.ready.network.taps.blocks else ()

@@ -35,6 +35,7 @@ from pipeline.workspace import files, tables
 from pipeline.workspace.artifacts import Damaged, Kept, Store, mend
 from pipeline.workspace.claims import opened
 from pipeline.workspace.files import Place
+from pipeline.workspace.patience import Unavailable
 
 MOST = 1000
 """Points of one search: each is a column of 8 bytes a row on disk, and 64 KiB of memory in a scoring task."""
@@ -251,6 +252,8 @@ class Search(Run):
         for spec in specs:
             try:
                 found |= super()._passes([spec], replace(store, mode="frozen"))
+            except Unavailable:
+                raise
             except UserError:
                 detectors = self.ready.detectors.items()
                 label = next(label for label, detector in detectors if spec in detector.passes())

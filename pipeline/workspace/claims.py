@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from urllib.parse import parse_qs, urlsplit
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 from pipeline.workspace.files import Place, Remote
+from pipeline.workspace.patience import Unavailable, insist
 
 RENEWAL = 30.0
 """Seconds between two signs of life in an object store."""
@@ -248,29 +249,32 @@ class _Objects:
     """Claims in an object store."""
 
     def __init__(self, workspace: Remote) -> None:
+        self.uri = str(workspace)
         self.store, self.folder = _store(workspace)
         self.owner = {**_owner(), "token": uuid.uuid4().hex}
         self.own: set[str] = set()
         self.over = Event()
-        self._show()
+        insist(self.uri, self._show)
         self.showing = Thread(target=self._keep_showing, name="claims", daemon=True)
         self.showing.start()
 
     def take(self, name: str) -> bool:
-        import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         content = json.dumps(self.owner).encode()
         try:
-            obstore.put(self.store, self._path(name), content, mode="create")
+            self._put(name, content, "create")
         except AlreadyExistsError:
             found = self._read(self._path(name))
-            if found is None or not self._is_silent(found[0]):
+            if found is None or name in self.own:
                 return False
-            try:
-                obstore.put(self.store, self._path(name), content, mode=found[1])
-            except PreconditionError:
-                return False
+            if not self._is_ours(found[0]):  # else the answer was lost when it was made
+                if not self._is_silent(found[0]):
+                    return False
+                try:
+                    self._put(name, content, found[1])
+                except PreconditionError:
+                    return False
         self.own.add(name)
         return True
 
@@ -278,23 +282,20 @@ class _Objects:
         import obstore
 
         self.own.discard(name)
-        found = self._read(self._path(name))
-        if found is not None and found[0].get("token") == self.owner["token"]:
-            with suppress(FileNotFoundError):
-                obstore.delete(self.store, self._path(name))
+        with suppress(FileNotFoundError, Unavailable):  # one that stays is void when its holder is gone
+            found = self._read(self._path(name))
+            if found is not None and self._is_ours(found[0]):
+                insist(self.uri, obstore.delete, self.store, self._path(name))
 
     def holder(self, name: str) -> Owner:
         found = self._read(self._path(name))
         return {} if found is None else found[0]
 
     def busy(self) -> bool:
-        import obstore
-
-        signs = [sign for signs in obstore.list(self.store, f"{self.folder}/alive") for sign in signs]
-        others = [{"token": sign["path"].rpartition("/")[2]} for sign in signs]
-        return any(
-            owner["token"] != self.owner["token"] and not self._is_silent(owner) for owner in others
-        ) or bool(self.own)
+        owners = [{"token": sign["path"].rpartition("/")[2]} for sign in insist(self.uri, self._signs)]
+        return bool(self.own) or any(
+            not self._is_ours(owner) and not self._is_silent(owner) for owner in owners
+        )
 
     def close(self) -> None:
         import obstore
@@ -303,8 +304,22 @@ class _Objects:
         self.showing.join()
         for name in sorted(self.own):
             self.give(name)
-        with suppress(FileNotFoundError):
-            obstore.delete(self.store, self._sign(self.owner))
+        with suppress(FileNotFoundError, Unavailable):
+            insist(self.uri, obstore.delete, self.store, self._sign(self.owner))
+
+    def _put(self, name: str, content: bytes, mode: Any) -> None:
+        import obstore
+
+        insist(self.uri, obstore.put, self.store, self._path(name), content, mode=mode)
+
+    def _signs(self) -> list[Any]:
+        """The signs of life there are."""
+        import obstore
+
+        return [sign for signs in obstore.list(self.store, f"{self.folder}/alive") for sign in signs]
+
+    def _is_ours(self, owner: Owner) -> bool:
+        return bool(owner.get("token") == self.owner["token"])
 
     def _path(self, name: str) -> str:
         return f"{self.folder}/{_hashed(name)[:16]}.json"
@@ -327,26 +342,32 @@ class _Objects:
 
     def _is_silent(self, owner: Owner) -> bool:
         """Whether an owner has given no sign of life for long, by the store's clock."""
-        import obstore
-
-        self._show()
+        insist(self.uri, self._show)
         try:
-            theirs = obstore.head(self.store, self._sign(owner))["last_modified"]
+            theirs = insist(self.uri, self._shown, owner)
         except FileNotFoundError:
             return True
-        ours = obstore.head(self.store, self._sign(self.owner))["last_modified"]
-        return (ours - theirs).total_seconds() > SILENCE
+        return (insist(self.uri, self._shown, self.owner) - theirs).total_seconds() > SILENCE
+
+    def _shown(self, owner: Owner) -> datetime:
+        """When an owner gave the last one."""
+        import obstore
+
+        return obstore.head(self.store, self._sign(owner))["last_modified"]
 
     def _read(self, path: str) -> tuple[Owner, Any] | None:
         """What an object says, and which version of it that was; None if there is none."""
         import obstore
 
-        try:
+        def asked() -> tuple[bytes, Any]:
             found = obstore.get(self.store, path)
-            content = bytes(found.bytes())
+            return bytes(found.bytes()), found.meta
+
+        try:
+            content, meta = insist(self.uri, asked)
         except FileNotFoundError:
             return None
-        version = {name: found.meta[name] for name in ("e_tag", "version") if found.meta[name] is not None}
+        version = {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
         return dict(json.loads(content)), version
 
 
@@ -375,16 +396,20 @@ def _store(workspace: Remote) -> tuple[Any, str]:
     parts = urlsplit(str(workspace))
     options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
     endpoint, scheme = options.get("endpoint_override"), options.get("scheme", "https")
-    plain: Any = {"client_options": {"allow_http": True}} if scheme == "http" else {}
+    silence = timedelta(seconds=storage.SILENCE)
+    asking: Any = {
+        "client_options": {"timeout": silence, "allow_http": scheme == "http"},
+        "retry_config": {"max_retries": storage.TRIES - 1, "retry_timeout": silence * storage.TRIES},
+    }
     url = endpoint if endpoint is None or "://" in endpoint else f"{scheme}://{endpoint}"
     folder = f"{path}/{FOLDER}".lstrip("/")
     if parts.scheme == "s3":
         where: Any = {"endpoint": url} if url else {}
-        return store.S3Store(bucket, region=system.region, **where, **plain), folder
+        return store.S3Store(bucket, region=system.region, **where, **asking), folder
     if parts.scheme in ("gs", "gcs"):
         where = {"base_url": url} if url else {}
         anonymous: Any = {"bearer_token": "anonymous"} if parts.username == "anonymous" else {}
-        return store.GCSStore(bucket, **where, **anonymous, **plain), folder
+        return store.GCSStore(bucket, **where, **anonymous, **asking), folder
     if parts.scheme in ("abfs", "abfss"):
-        return store.from_url(f"{parts.scheme}://{parts.netloc}"), folder
+        return store.from_url(f"{parts.scheme}://{parts.netloc}", **asking), folder
     raise UserError(f"workspace: runs cannot share {workspace}; expected a folder, s3://, gs:// or abfs://.")

@@ -3,6 +3,8 @@
 A local path is used as it is. A URI is percent-encoded after its host, so that any name can be written in
 one; `file://` URIs are local. Credentials and endpoints come from the environment, as each service's own
 tools read them, and only the endpoint may stand in a URI (`?endpoint_override=...`).
+
+What a store may do a moment later is asked for again; what never comes is `patience.Unavailable`.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
@@ -27,12 +29,19 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipeline.errors import UserError
+from pipeline.workspace.patience import insist, is_transient, patient
 
 BUFFER = 2**20
 """Bytes that a sequential reader of a remote file asks for at once."""
 
 CHUNK = 2**23
 """Bytes that a download asks for at once."""
+
+TRIES = 3
+"""How often pyarrow's own client sends a request, before `patience` makes the whole call again."""
+
+SILENCE = 10.0
+"""Seconds without a byte after which a client takes a request for lost."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -82,6 +91,7 @@ def name_of(path: str) -> str:
     return Path(located(path)[1]).name
 
 
+@patient
 def find(path: str) -> Entry | None:
     """The file or folder at a path, or None.
 
@@ -91,11 +101,12 @@ def find(path: str) -> Entry | None:
     """
     system, place = located(path)
     if system is None:
-        return _local_entry(Path(place)) if os.path.lexists(place) else None
+        return _local_entry(Path(place)) if _exists(place) else None
     info = system.get_file_info(place)
     return None if info.type == fs.FileType.NotFound else _remote_entry(path, info)
 
 
+@patient
 def entries(folder: str) -> list[Entry]:
     """What lies in a folder, in the order of the names; links are followed.
 
@@ -121,8 +132,59 @@ def open_input(path: str) -> BinaryIO:
     """
     system, place = located(path)
     if system is None:
-        return Path(place).open("rb")
-    return cast(BinaryIO, io.BufferedReader(system.open_input_file(place), BUFFER))
+        return insist(path, Path(place).open, "rb")
+    return cast(BinaryIO, io.BufferedReader(Reader(path), BUFFER))
+
+
+class Reader(io.RawIOBase):
+    """A remote file to read, without a buffer; a connection that breaks costs only the bytes asked for."""
+
+    def __init__(self, path: str) -> None:
+        """Open it.
+
+        Raises:
+            UserError: a URI that names no usable storage.
+            OSError: no such file, or no access.
+        """
+        system, place = located(path)
+        self._path = path
+        self._open: Callable[[], Any] = lambda: system.open_input_file(place)
+        self._file = insist(path, self._open)
+        self._size, self._position = self._file.size(), 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte."""
+        start: int = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        position = start + offset
+        if position < 0:
+            raise OSError(errno.EINVAL, "before the beginning of the file", self._path)
+        self._position = position
+        return position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read as many bytes as there is room for; fewer only at the end."""
+        size = max(min(len(buffer), self._size - self._position), 0)
+        content = insist(self._path, self._read, size) if size else b""
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+    def readall(self) -> bytes:
+        """Read to the end, at once."""
+        return self.read(max(self._size - self._position, 0)) or b""
+
+    def _read(self, size: int) -> bytes:
+        if self._file.closed:  # by pyarrow, when a connection to Google broke
+            self._file = self._open()
+        return cast(bytes, self._file.read_at(size, self._position))
 
 
 class Changed(UserError):
@@ -136,6 +198,7 @@ class Changed(UserError):
         return Changed, (self.path,)
 
 
+@patient
 def read(
     path: str, offset: int | None = None, length: int | None = None, identity: str | None = None
 ) -> bytes:
@@ -201,6 +264,10 @@ def upload(file: Path, uri: str) -> None:
         UserError: a URI that names no usable storage.
         OSError: no access.
     """
+    insist(uri, _upload, file, uri)
+
+
+def _upload(file: Path, uri: str) -> None:
     system, place = located(uri)
     # Closing a stream completes the object, whatever went wrong before: so everything is written in one
     # call, and in a thread, where no interrupt comes before it. `fs.copy_files` ignores errors of late parts.
@@ -220,8 +287,7 @@ def download(uri: str, file: Path) -> None:
         UserError: a URI that names no usable storage.
         OSError: no such file, or no access.
     """
-    system, place = located(uri)
-    with system.open_input_file(place) as source, file.open("wb") as target:
+    with Reader(uri) as source, file.open("wb") as target:
         shutil.copyfileobj(source, target, CHUNK)
 
 
@@ -233,9 +299,16 @@ def remove(uri: str) -> None:
         OSError: no such file, or no access.
     """
     system, place = located(uri)
-    system.delete_file(place)
+    tries = count()
+
+    def delete() -> None:
+        with suppress(FileNotFoundError) if next(tries) else nullcontext():  # its answer may have been lost
+            system.delete_file(place)
+
+    insist(uri, delete)
 
 
+@patient
 def remove_folder(uri: str) -> None:
     """Delete the folder at a URI and all below it; nothing if there is none.
 
@@ -287,8 +360,14 @@ def located(path: str) -> tuple[Any, str]:
 def _system(scheme: str, host: str, query: str) -> tuple[Any, str]:
     """The file system of a service and the path of its root; made once in a process."""
     uri = f"{scheme}://{host}" + (f"/?{query}" if query else "")
+    if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
+        uri += f"{'&' if query else '/?'}retry_limit_seconds={SILENCE:.0f}"
     try:
-        return cast(tuple[Any, str], fs.FileSystem.from_uri(uri))
+        system, root = insist(uri, fs.FileSystem.from_uri, uri)
+        if system.type_name == "s3":  # as its URI makes it, it asks up to 31 times, five times a second
+            options = system.__reduce__()[1][0] | {"request_timeout": SILENCE}
+            system = fs.S3FileSystem(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(TRIES))
+        return system, root
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{uri}: cannot use this storage: {str(error).splitlines()[0]}.") from None
 
@@ -302,12 +381,24 @@ def _local_uri(path: str) -> str:
     return path
 
 
+def _exists(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except (OSError, ValueError) as error:
+        if is_transient(error):
+            raise
+        return False
+    return True
+
+
 def _local_entry(entry: Path | os.DirEntry[str]) -> Entry:
     uri = _local_uri(os.fspath(entry))
     folder = entry.is_dir()
     try:
         stat = entry.stat()
-    except OSError:  # a dangling link
+    except OSError as error:  # a dangling link
+        if is_transient(error):
+            raise
         return Entry(uri, entry.name, folder, "missing")
     return Entry(uri, entry.name, folder, _identity(stat), stat.st_size)
 

@@ -171,9 +171,8 @@ ROW_GROUP = 1024
 def parquet(path: Place | str) -> pq.ParquetFile:
     """A Parquet file to read; of a remote one only what is asked for is transferred."""
     system, place = storage.located(str(path))
-    return pq.ParquetFile(
-        place, filesystem=system, pre_buffer=system is not None, page_checksum_verification=True
-    )
+    source = place if system is None else storage.Reader(str(path))
+    return pq.ParquetFile(source, pre_buffer=system is not None, page_checksum_verification=True)
 
 
 def read_rows(path: Place | str, start: int, stop: int, names: Sequence[str] | None = None) -> pa.Table:

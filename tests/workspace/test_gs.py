@@ -16,7 +16,7 @@ from pipeline.config import schema
 from pipeline.data.fetch import fetch
 from pipeline.data.manifest import compile_manifest
 from pipeline.errors import UserError
-from pipeline.workspace import artifacts, claims, files, storage, tables
+from pipeline.workspace import artifacts, claims, files, patience, storage, tables
 from pipeline.workspace.files import Place
 from tests.servers import answers, free_port, wait
 from tests.stored import stored
@@ -77,8 +77,11 @@ def test_files_of_a_workspace_are_written_read_and_removed(folder: Place) -> Non
         storage.entries(str(folder))
 
 
-def test_a_store_that_takes_no_claims_is_one_clear_error(folder: Place) -> None:
-    """The server here knows Google's JSON interface; conditional writes go through the other one."""
-    refusal = r"^workspace: gs://.* takes no claims: Generic GCS error.*credentials in the environment"
+def test_a_store_that_takes_no_claims_is_one_clear_error(
+    folder: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server here breaks the connection: it knows only one of Google's two interfaces."""
+    monkeypatch.setattr(patience, "WAIT", 0.01)
+    refusal = r"^gs://.* cannot be reached: Generic GCS error: Error performing PUT .*Look at the store"
     with pytest.raises(UserError, match=refusal), claims.opened(folder):
         raise AssertionError

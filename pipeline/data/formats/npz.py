@@ -60,6 +60,8 @@ def _open(archive: zipfile.ZipFile, name: str, where: str) -> BinaryIO:
 def _labels(stream: BinaryIO, where: str) -> NDArray[Any]:
     try:
         labels: NDArray[Any] = npy.read_array(stream, allow_pickle=False)
+    except UserError:
+        raise
     except ValueError as error:  # objects, or an array that ends early
         raise UserError(f"{where} cannot be read: {error}. Save the labels as integers.") from None
     return labels
@@ -70,5 +72,7 @@ def _header(stream: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, np.dty
         major, _ = npy.read_magic(stream)
         read_header = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
         return read_header(stream)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{where} is not a NumPy array: {error}.") from None

@@ -27,6 +27,7 @@ from pipeline.results.verify._findings import Finding, Tally, Unreadable, same, 
 from pipeline.results.verify._listing import Listing
 from pipeline.workspace import artifacts
 from pipeline.workspace.files import Place
+from pipeline.workspace.patience import Unavailable
 
 _ERRORS = {KEY: pa.string(), "reason": pa.string()}
 
@@ -67,6 +68,8 @@ def _beside(folder: Place, column: str, width: int, part_rows: Sequence[int]) ->
             for features, extra in zip(columns(own, [KEY]), columns(other, [KEY, column]), strict=True):
                 bad = (features[KEY] != extra[KEY]) | ~np.isfinite(extra[column]).all(axis=1)
                 wrong.add(extra[KEY][bad])
+        except Unavailable:
+            raise
         except (Unreadable, ValueError) as error:
             wrong.add([error])
     return wrong.finding(column, "keys of the features, finite values")

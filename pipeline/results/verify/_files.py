@@ -16,6 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pipeline.results.verify._findings import Finding, Tally, Unreadable
 from pipeline.workspace import artifacts, storage, tables
 from pipeline.workspace.files import Place
+from pipeline.workspace.patience import Unavailable
 
 T = TypeVar("T")
 K = TypeVar("K", bound="Kept")
@@ -166,6 +167,8 @@ def reading(path: Place) -> Iterator[None]:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
         raise Unreadable(f"{path}: {place}: {problem['msg']}") from None
+    except Unavailable:
+        raise
     except artifacts.Damaged as damaged:
         raise Unreadable(f"{damaged.path}: {damaged.reason}") from None
     except (OSError, ValueError, pa.ArrowException) as error:
