@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 from memory import Watch
 
+from pipeline.workspace import files
 from pipeline.workspace.runs import located
 
 PROGRAM = (sys.executable, "-m", "pipeline.cli")
@@ -34,8 +34,8 @@ class Done:
 
     @property
     def stages(self) -> dict[str, dict[str, float]]:
-        """Numbers of each stage."""
-        found: dict[str, dict[str, float]] = self.record["stages"]
+        """Numbers of each stage in this command, whatever earlier ones did."""
+        found: dict[str, dict[str, float]] = self.record["executions"][-1]["stages"]
         return found
 
 
@@ -68,7 +68,7 @@ def run(command: str, settings: dict[str, Any], folder: Path, watch: float | Non
     prepare = re.search(r"^prepare +([\d.]+) s", said, re.MULTILINE)
     assert prepare is not None
     record = located(str(folder / "workspace" / "runs" / settings["name"])) / "manifest.json"
-    return Done(seconds, float(prepare[1]), json.loads(record.read_text()), peaks)
+    return Done(seconds, float(prepare[1]), files.read_json(record), peaks)
 
 
 def _watched(process: subprocess.Popen[bytes], period: float) -> dict[str, tuple[int, int]]:

@@ -79,7 +79,7 @@ def _write_photos(folder: Path, count: int) -> list[Path]:
     for name, photo, label in zip(("id", "ood"), photos, ("698", ""), strict=True):
         rows = []
         for number in range(count // 2):
-            left, top = rng.integers(0, photo.width - 480 + 1), rng.integers(0, photo.height - 360 + 1)
+            left, top = (int(rng.integers(0, room + 1)) for room in (photo.width - 480, photo.height - 360))
             cut = photo.crop((left, top, left + 480, top + 360))
             path = folder / f"{name}-{number:03d}.jpg"
             quality, subsampling = int(rng.integers(60, 96)), int(rng.integers(3))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -90,7 +90,11 @@ class Rows:
 
     def parts(self, rows: str) -> Iterator[Tensor]:
         """Normalised images of `train` or `query`, as precise as the last layer."""
-        return (part.to(self.layer.weight.dtype) for part in self.images[rows].split(PART))
+        return (part.to(self.layer.weight.dtype) for part in torch.split(self.images[rows], PART))
+
+    def labels(self) -> Sequence[Tensor]:
+        """Classes of `train`, in the same parts."""
+        return torch.split(self.tensor("train", LABEL), PART)
 
     def measured(self, rows: str, spec: Extra) -> NDArray[Any]:
         """A column of ours that takes more than features."""
@@ -109,14 +113,15 @@ class Rows:
             for rows in ("train", "query") if detector.needs_train() else ("query",):
                 known = getattr(found, rows)
                 if spec.column not in known:
-                    found = replace(found, **{rows: {**known, spec.column: self.measured(rows, spec)}})
+                    more: dict[str, Any] = {rows: {**known, spec.column: self.measured(rows, spec)}}
+                    found = replace(found, **more)
         return found
 
     def double(self) -> Rows:
         """The same with a network that computes in float64."""
         if self.classifier is None:
             return replace(self, layer=deepcopy(self.layer).double())
-        module = deepcopy(self.classifier.module).double()
+        module = deepcopy(self.network).double()
         return replace(self, layer=module.fc, classifier=replace(self.classifier, module=module))
 
     def tensor(self, rows: str, column: str) -> Tensor:
@@ -195,7 +200,8 @@ def fitted_logits(name: str, **options: Any) -> Theirs:
     def score(peer: Any, rows: Rows) -> Tensor:
         detector = getattr(peer, name)(None, **options)
         detector.fit_logits(rows.tensor("train", LOGITS), rows.tensor("train", LABEL))
-        return detector.predict_logits(rows.tensor("query", LOGITS))
+        found: Tensor = detector.predict_logits(rows.tensor("query", LOGITS))
+        return found
 
     return score
 
@@ -206,7 +212,8 @@ def features(make: Callable[[Any, Rows], Any]) -> Theirs:
     def score(peer: Any, rows: Rows) -> Tensor:
         detector = make(peer, rows)
         detector.fit_features(rows.tensor("train", FEATURE), rows.tensor("train", LABEL))
-        return detector.predict_features(rows.tensor("query", FEATURE))
+        found: Tensor = detector.predict_features(rows.tensor("query", FEATURE))
+        return found
 
     return score
 
@@ -219,7 +226,8 @@ def maps(name: str, fitted: bool, **options: Any) -> Theirs:
         train, query = (rows.tensor(each, FEATURE)[:, :, None, None] for each in ("train", "query"))
         if fitted:
             detector.fit_feature_maps(train, rows.tensor("train", LABEL))
-        return detector.predict_feature_maps(query)
+        found: Tensor = detector.predict_feature_maps(query)
+        return found
 
     return score
 
@@ -281,7 +289,7 @@ def ensemble(peer: Any, rows: Rows, weights: list[float]) -> Tensor:
     detector = peer.MultiMahalanobis(stages(rows.network), alpha=weights).to("cpu")
     parts = list(rows.parts("train"))
     with torch.no_grad():
-        detector.fit(list(zip(parts, rows.tensor("train", LABEL).split(PART), strict=True)))
+        detector.fit(list(zip(parts, rows.labels(), strict=True)))
         return torch.cat([detector.predict(part) for part in rows.parts("query")])
 
 
@@ -289,7 +297,7 @@ def gram(peer: Any, rows: Rows) -> Tensor:
     """Theirs, from the maps of images with all their positions; fitted to the true classes."""
     torch.manual_seed(0)
     detector = peer.Gram(tail(rows.network), stages(rows.network), rows.layer.out_features, ORDERS).to("cpu")
-    detector.fit(list(zip(rows.parts("train"), rows.tensor("train", LABEL).split(PART), strict=True)))
+    detector.fit(list(zip(rows.parts("train"), rows.labels(), strict=True)))
     return torch.cat([detector.predict(part) for part in rows.parts("query")])
 
 
@@ -302,7 +310,8 @@ def mcdropout(peer: Any, rows: Rows) -> Tensor:
 def gradnorm(peer: Any, rows: Rows) -> Tensor:
     """Theirs differentiates a model; here the last layer on features."""
     detector = peer.GradNorm(rows.layer, param_filter=lambda name: name == "weight").to("cpu")
-    return detector.predict(rows.tensor("query", FEATURE))
+    found: Tensor = detector.predict(rows.tensor("query", FEATURE))
+    return found
 
 
 def openmax(tail: int) -> Theirs:
@@ -313,7 +322,8 @@ def openmax(tail: int) -> Theirs:
         right = label == rows.tensor("train", PREDICTION)
         detector = peer.OpenMax(None, tailsize=tail, alpha=10)
         detector.fit_logits(train[right], label[right])
-        return detector.predict_logits(rows.tensor("query", LOGITS))
+        found: Tensor = detector.predict_logits(rows.tensor("query", LOGITS))
+        return found
 
     return score
 
@@ -329,7 +339,8 @@ def same_temperature(peer: Any, rows: Rows, ours: Float, theirs: Float) -> float
     """Our MSP at their temperature against theirs."""
     detector = peer.TemperatureScaling(None)
     detector.fit_logits(rows.tensor("train", LOGITS), rows.tensor("train", LABEL))
-    return difference(score(detectors.get("msp")(temperature=detector.t.item()), rows), theirs)
+    msp = detectors.get("msp").model_validate({"temperature": detector.t.item()})
+    return difference(score(msp, rows), theirs)
 
 
 def same_shift(peer: Any, rows: Rows, ours: Float, theirs: Float) -> float:
@@ -352,7 +363,8 @@ def same_means(peer: Any, rows: Rows, ours: Float, theirs: Float) -> float:
     drawn, widths = held_out(train), list(rows.stages.values())
 
     def maps(values: NDArray[Any]) -> list[Tensor]:
-        return [part[:, :, None, None] for part in torch.from_numpy(values).double().split(widths, dim=1)]
+        parts = torch.split(torch.from_numpy(values).double(), widths, dim=1)
+        return [part[:, :, None, None] for part in parts]
 
     def one_hot(batch: Batch) -> Tensor:
         return torch.eye(rows.layer.out_features)[torch.from_numpy(batch[PREDICTION]).long()]
@@ -378,6 +390,7 @@ def same_masks(peer: Any, rows: Rows, ours: Float, theirs: Float) -> float:
     hook = rows.layer.register_forward_pre_hook(lambda _, inputs: masked.append(inputs[0]))
     rows.measured("query", Dropped(samples=SAMPLES))
     hook.remove()
+    assert rows.classifier
     network = deepcopy(rows.network)
     network.avgpool = Played(masked)
     played = replace(rows, layer=network.fc, classifier=replace(rows.classifier, module=network))
@@ -539,14 +552,15 @@ def load() -> Rows:
     """The shipped images through the shipped classifier."""
     network = build()
     network.load_state_dict(load_file(SHIPPED / "resnet.safetensors"))
-    network.avgpool = nn.Sequential(network.avgpool, nn.Dropout(DROPOUT))
+    network.add_module("avgpool", nn.Sequential(network.avgpool, nn.Dropout(DROPOUT)))
     network.eval().requires_grad_(False)
     images = np.load(SHIPPED / "images.npz")
     seen = [images[name] for name in ("id_test_x", "ood_animals_x", "ood_textures_x")]
     train = {**forward(network, images["id_train_x"]), LABEL: images["id_train_y"].astype(np.int32)}
     pixels = {"train": images["id_train_x"][..., None], "query": np.concatenate(seen)[..., None]}
     found = taps.find(network, torch.rand(2, 1, 28, 28))
-    classifier = Classifier(network, TRANSFORM, found, digest="", architecture="")
+    head = network.fc.weight.numpy(), network.fc.bias.numpy()
+    classifier = Classifier(TRANSFORM, found, "", "", np.empty((0, len(head[1])), np.float32), head, network)
     normalised = {rows: classifier.images(values) for rows, values in pixels.items()}
     query = forward(network, np.concatenate(seen))
     return Rows(train, query, network.fc, classifier, pixels, normalised)
@@ -558,7 +572,7 @@ def forward(network: nn.Module, pixels: NDArray[np.uint8]) -> dict[str, NDArray[
     hook = network.get_submodule("fc").register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     scaled = torch.from_numpy((pixels[:, None] / 255 - 0.2860) / 0.3530).float()
     with torch.inference_mode():
-        found = torch.cat([network(part) for part in scaled.split(256)]).numpy()
+        found = torch.cat([network(part) for part in torch.split(scaled, 256)]).numpy()
     hook.remove()
     prediction = found.argmax(axis=1).astype(np.int32)
     return {FEATURE: torch.cat(caught).numpy(), LOGITS: found, PREDICTION: prediction}

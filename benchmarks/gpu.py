@@ -7,6 +7,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,11 +22,11 @@ from gpu_bench import Bench
 
 NETWORKS = ("resnet50", "vit_b_16")
 BENCHMARKS: dict[str, dict[str, Callable[[Bench], results.Section]]] = {
-    "a": {name: lambda bench, name=name: gpu_extraction.measure(bench, name) for name in NETWORKS},
+    "a": {name: partial(gpu_extraction.measure, name=name) for name in NETWORKS},
     "b": {"decoding": gpu_decoding.measure},
     "c": {"search": gpu_search.measure},
     "d": {"evaluation": gpu_evaluation.measure},
-    "e": {name: lambda bench, name=name: gpu_extraction.measure(bench, name, "bf16") for name in NETWORKS},
+    "e": {name: partial(gpu_extraction.measure, name=name, precision="bf16") for name in NETWORKS},
 }
 RESULTS = Path(__file__).with_name("gpu.md")
 

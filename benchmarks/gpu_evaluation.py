@@ -36,7 +36,7 @@ def measure(bench: Bench) -> Section:
     usage = busy.share(0.0, float("inf"))
     stages = done.stages
     rest = done.seconds - done.prepare - sum(stages[name]["seconds"] for name in STAGES)
-    rows = [("prepare", number(done.prepare, "{:.1f}"), "", "")]
+    rows: list[tuple[str, ...]] = [("prepare", number(done.prepare, "{:.1f}"), "", "")]
     for name in STAGES:
         costs = (number(stages[name][key], "{:.1f}") for key in ("seconds", "cpu_seconds", "gpu_seconds"))
         rows.append((name, *costs))
@@ -121,7 +121,7 @@ def _write_images(folder: Path, classes: int, each: int) -> dict[str, int]:
     some = np.arange(max(1, len(test) // 2)) % classes
     mixed = known // 2 + np.roll(known, 1, axis=0) // 2
     patterns = {"train": known[train], "test": known[test], "near": mixed[some], "far": strange[some]}
-    arrays: dict[str, NDArray[Any]] = {f"{name}_x": _noisy(rng, found) for name, found in patterns.items()}
+    arrays: dict[str, Any] = {f"{name}_x": _noisy(rng, found) for name, found in patterns.items()}
     np.savez(folder / "images.npz", train_y=train, test_y=test, **arrays)
     np.save(folder / "patterns.npy", _noisy(rng, known))
     return {name: len(found) for name, found in patterns.items()}

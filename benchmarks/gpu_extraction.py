@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def measure(bench: Bench, name: str, precision: str = "fp32") -> Section:
     if profile:
         bench.rates[f"{TITLES[name]}, {precision}"] = profile[FROM_MEMORY]
     waves = WAVES[name] if precision == "fp32" else 2
-    count = waves * bench.decoders * _plan_rows(settings)
+    count = waves * bench.decoders * _plan(settings).shard_rows
     folder = bench.photos(count, settings["model"]["options"]["num_classes"])
     work = gpu_plain.Work(name, folder, settings, bench.device, bench.decoders)
     loop = tried("plain loop", lambda: fresh(gpu_plain.rate, work))
@@ -91,15 +91,12 @@ def _settings(bench: Bench, name: str, precision: str) -> dict[str, Any]:
     }
 
 
-def _plan(settings: dict[str, Any], digest: str = "") -> shards.Plan:
+def _plan(settings: dict[str, Any]) -> shards.Plan:
+    """Of a network that is not loaded yet."""
     model = schema.Model.model_validate(settings["model"])
     assert isinstance(model.transform, schema.Transform)
     chosen = schema.Extract.model_validate(settings["extract"])
-    return shards.Plan(model, chosen, 0, digest, model.transform)
-
-
-def _plan_rows(settings: dict[str, Any]) -> int:
-    return _plan(settings).shard_rows
+    return shards.Plan(model, chosen, 0, "", model.transform, np.empty((0, 0), np.float32))
 
 
 FROM_MEMORY = "the pipeline's forward pass, from pixels in memory to arrays"
@@ -107,7 +104,9 @@ FROM_MEMORY = "the pipeline's forward pass, from pixels in memory to arrays"
 
 def _profile(settings: dict[str, Any], scratch: Path, seconds: float) -> dict[str, float]:
     """Images per second of one process for more and more of what a model actor does."""
-    plan = _plan(settings, load(_plan(settings).model, 0).digest)
+    plan = _plan(settings)
+    known = load(plan.model, plan.seed)
+    plan = replace(plan, digest=known.digest, probe=known.probe)
     classifier, size = extract.load_in_worker(plan, 1), plan.settings.batch_size
     side = plan.transform.crop
     pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from processes import fresh
 from results import Section
 
 from pipeline.config import schema
-from pipeline.stages import index
+from pipeline.stages import banks, index
 from pipeline.stages.banks import BATCH
 from pipeline.stages.faiss_shard import IndexShard
 from pipeline.stages.index import BankFiles
+from pipeline.workspace.artifacts import Artifact, write
 
 NEIGHBOURS = (50, 1000)
 PIECE = 65_536
@@ -31,18 +34,16 @@ def measure(bench: Bench) -> Section:
     rows, width = bench.size(1_281_167, 5000), bench.size(2048, 64)
     queries, few = bench.size(10_000, 200), bench.size(128, 50)
     folder = bench.scratch / "bank"
-    folder.mkdir()
     found = fresh(_search, folder, rows, width, queries, few, bench.device)
-    for piece in folder.iterdir():
-        piece.unlink()
+    shutil.rmtree(folder)
     return Section(
         title="(c) Exact neighbours",
         text=f"{rows:,} x {width:,} float32, random unit vectors; {queries:,} queries like them. FAISS "
         "alone: one search of all queries in its flat index, and `knn_gpu`, which brings the vectors to the "
         f"GPU first. Ours: `IndexShard` of one shard, {BATCH:,} queries at a time as in scoring, which "
         "computes every distance again in float64 on one thread of the CPU. CPU: FAISS' flat index on all "
-        f"cores. The index is built from {len(_pieces(rows))} files of the workspace and brought to the "
-        "device.",
+        f"cores. The index is built from {len(_pieces(rows))} files of the workspace, whose digests are "
+        "compared, and brought to the device.",
         header=("", "device", "k", "queries", "seconds", "queries/s"),
         rows=found,
         checks=[],
@@ -65,16 +66,12 @@ def _search(
     folder: Path, rows: int, width: int, queries: int, few: int, device: str
 ) -> list[tuple[str, ...]]:
     """Rows of the table; each is printed as soon as it is known."""
-    counts = _pieces(rows)
-    for piece, count in enumerate(counts):
-        np.save(folder / f"bank-{piece:05d}.npy", _vectors(count, width, device, seed=piece))
-    asked = _vectors(queries, width, device, seed=len(counts))
+    bank = _bank(folder, rows, width, device)
+    asked = _vectors(queries, width, device, seed=len(bank.pieces))
     if device == "cuda":
         torch.cuda.empty_cache()
     found = []
-    shard = IndexShard(
-        0, 1, schema.Index(device=device), {"bank": BankFiles(str(folder), tuple(counts), width)}
-    )
+    shard = IndexShard(0, 1, schema.Index(device=device), {"bank": bank})
     found += _row("our index: built", device, 0, rows, lambda: shard.load("bank"))
     for part in _parts(shard, asked, few, device):
         found += _row(*part)
@@ -85,6 +82,21 @@ def _search(
     return found
 
 
+def _bank(folder: Path, rows: int, width: int, device: str) -> BankFiles:
+    """Random vectors as a workspace keeps them."""
+    made = {}
+    for piece, count in enumerate(_pieces(rows)):
+        name, vectors = f"bank-{piece:05d}.npy", _vectors(count, width, device, seed=piece)
+        made[name] = write(folder / name, partial(_save, vectors), rows=count, width=width)
+    artifact = Artifact(folder, banks.FORMAT, {"rows": rows, "width": width})
+    return BankFiles.of(artifact, artifact.finish(made))
+
+
+def _save(vectors: NDArray[np.float32], path: Path) -> None:
+    with path.open("wb") as stream:
+        np.save(stream, vectors)
+
+
 def _parts(
     shard: IndexShard, asked: NDArray[np.float32], few: int, device: str
 ) -> Iterator[tuple[str, str, int, int, Callable[[], Any]]]:
@@ -92,11 +104,11 @@ def _parts(
     plain, vectors = shard.indexes["bank"], shard.vectors["bank"]
     plain.search(asked[:few], 10)  # warms up
     for k in NEIGHBOURS:
-        yield "FAISS alone, flat index", device, k, len(asked), lambda k=k: plain.search(asked, k)
+        yield "FAISS alone, flat index", device, k, len(asked), partial(plain.search, asked, k)
     for k in NEIGHBOURS:
-        yield f"the same, {BATCH:,} at a time", device, k, len(asked), lambda k=k: _in_turns(plain, asked, k)
+        yield f"the same, {BATCH:,} at a time", device, k, len(asked), partial(_in_turns, plain, asked, k)
     for k, count in zip(NEIGHBOURS, (len(asked), min(len(asked), BATCH)), strict=True):
-        yield "our index", device, k, count, lambda k=k, count=count: _ours(shard, asked[:count], k)
+        yield "our index", device, k, count, partial(_ours, shard, asked[:count], k)
     if device == "cuda":
         resources = faiss.StandardGpuResources()
         yield (
@@ -113,7 +125,7 @@ def _parts(
             "cpu",
             k,
             few,
-            lambda k=k: shard.source["bank"].search(asked[:few], k),
+            partial(shard.source["bank"].search, asked[:few], k),
         )
 
 

@@ -121,8 +121,8 @@ def _layers(turns: int, samples: int) -> tuple[float, float]:
     keys = [str(row) for row in range(samples)]
     spec = ParameterGradient(layers=("layer4", "fc"))
     network = deepcopy(classifier.module)
-    weights = [each for name, each in network.named_parameters() if name.startswith(spec.layers)]
-    weights = [each.requires_grad_() for each in weights if each.dim() > 1]
+    chosen = (each for name, each in network.named_parameters() if name.startswith(spec.layers))
+    weights = [each.requires_grad_() for each in chosen if each.dim() > 1]
     torch.set_num_threads(1)
 
     def norms(image: Tensor) -> float:
@@ -134,7 +134,8 @@ def _layers(turns: int, samples: int) -> tuple[float, float]:
         starts = range(0, samples, SHIPPED_BATCH)
         parts = (slice(start, start + SHIPPED_BATCH) for start in starts)
         found = [extras.measure(classifier, spec, pixels[part], keys[part]) for part in parts]
-        return np.concatenate(found).sum(axis=1)
+        total: NDArray[np.float32] = np.concatenate(found).sum(axis=1)
+        return total
 
     images = classifier.images(pixels)
     np.testing.assert_allclose([norms(image) for image in images], batched(), rtol=1e-4)

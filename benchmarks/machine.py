@@ -10,6 +10,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pipeline import __version__
 
@@ -55,9 +56,8 @@ def gpu() -> dict[str, str]:
         found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         found = f"{torch.cuda.device_count()} of unknown name"
-    libraries = (
-        f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-    )
+    cudnn: Any = torch.backends.cudnn
+    libraries = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {cudnn.version()}"
     return {"GPU": "; ".join(found.strip().splitlines()) + " (name, memory, driver)", "for it": libraries}
 
 

@@ -18,9 +18,9 @@ KINDS = {
     "Extractor": "model actor",
     "ray::Worker": "model actor of the extra passes",
     "ray::IndexShard": "index actor",
-    "score_part": "score task",
+    "score_part|_assembled": "score task",
     "_slice_statistics|_write_bank": "fit task",
-    "_evaluate|_flag_part": "evaluate task",
+    "_evaluate": "evaluate task",
 }
 """Process titles that Ray gives its workers -> what is shown."""
 

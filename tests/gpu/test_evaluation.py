@@ -130,7 +130,7 @@ def close(left: NDArray[np.float64], right: NDArray[np.float64], limit: float) -
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(
     on_gpu: Path, changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, done = extract.Extractor.__call__, []
+    whole, done = extract.Extractor.__call__, list[dict[str, Any]]()
 
     def stopping(self: extract.Extractor, row: dict[str, Any]) -> dict[str, Any]:
         if len(done) == 5:

@@ -25,7 +25,8 @@ float32, whose rounding is some 1e-7 of 2."""
 
 def unit(rng: np.random.Generator, rows: int, width: int) -> NDArray[np.float32]:
     vectors = rng.standard_normal((rows, width), np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,9 @@ def files(tmp_path: Path, vectors: NDArray[np.float32]) -> BankFiles:
 
 @pytest.mark.parametrize("k", [1, 50, 1000])
 @pytest.mark.parametrize("of", [1, 3])
-def test_neighbours_are_those_of_the_cpu(files, vectors, queries, of, k) -> None:
+def test_neighbours_are_those_of_the_cpu(
+    files: BankFiles, vectors: NDArray[np.float32], queries: NDArray[np.float32], of: int, k: int
+) -> None:
     expected = search(shards(files, 1), queries, k)
     found = search(shards(files, of, device="cuda"), queries, k)
     np.testing.assert_allclose(found.distance, expected.distance, rtol=0, atol=TIE)
@@ -58,13 +61,13 @@ def test_neighbours_are_those_of_the_cpu(files, vectors, queries, of, k) -> None
     assert all(len(set(row)) == k for row in found.row.tolist())
 
 
-def test_a_search_gives_the_same_bits_again(files, queries) -> None:
+def test_a_search_gives_the_same_bits_again(files: BankFiles, queries: NDArray[np.float32]) -> None:
     one, other = (search(shards(files, 2, device="cuda"), queries, 50) for _ in range(2))
     np.testing.assert_array_equal(one.row, other.row)
     np.testing.assert_array_equal(one.distance, other.distance)
 
 
-def test_distances_are_exact_where_faiss_own_are_lost(tmp_path) -> None:
+def test_distances_are_exact_where_faiss_own_are_lost(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     vectors = (rng.normal(size=(100, 16)) * 1e-4 + 10).astype(np.float32)
     queries = vectors[:32] + np.float32(1e-5)
@@ -72,7 +75,9 @@ def test_distances_are_exact_where_faiss_own_are_lost(tmp_path) -> None:
     np.testing.assert_array_equal(found.distance, faiss_shard.exact_distance(queries, vectors, found.row))
 
 
-def test_an_approximate_index_finds_what_it_finds_on_the_cpu(files, queries) -> None:
+def test_an_approximate_index_finds_what_it_finds_on_the_cpu(
+    files: BankFiles, queries: NDArray[np.float32]
+) -> None:
     """Trained on the CPU, so that lists are the same; a query between two lists may go to the other."""
     expected, found = (
         search(shards(files, 1, kind="IVF16,Flat", device=device), queries, 10) for device in ("cpu", "cuda")
@@ -81,6 +86,6 @@ def test_an_approximate_index_finds_what_it_finds_on_the_cpu(files, queries) -> 
     assert same.mean() > 0.99
 
 
-def test_a_kind_that_gpus_do_not_have_is_a_clear_error(files) -> None:
+def test_a_kind_that_gpus_do_not_have_is_a_clear_error(files: BankFiles) -> None:
     with pytest.raises(UserError, match=r"index\.kind: FAISS has no 'HNSW8,Flat' on GPUs"):
         shards(files, 1, kind="HNSW8,Flat", device="cuda")

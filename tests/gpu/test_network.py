@@ -120,7 +120,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         pixels = np.random.default_rng(0).integers(0, 256, (48, side, side, 3), np.uint8)
     loaded = load(model, 0)
     settings = Extract(batch_size=len(pixels), gpus_per_actor=1)
-    return Case(name, Plan(model, settings, 0, loaded.digest, loaded.transform), pixels)
+    return Case(name, Plan(model, settings, 0, loaded.digest, loaded.transform, loaded.probe), pixels)
 
 
 def differences(found: dict[str, NDArray[np.float32]], expected: dict[str, NDArray[np.float32]]) -> str:
@@ -202,7 +202,9 @@ def large(case: Case) -> Pixels:
 SHORT = r"^extract\.batch_size: \d+ images do not fit into the memory of the GPU \(CUDA out of memory\. Tried"
 
 
-def test_a_batch_that_does_not_fit_names_the_key_to_lower(case: Case, large: Pixels, little_memory) -> None:
+def test_a_batch_that_does_not_fit_names_the_key_to_lower(
+    case: Case, large: Pixels, little_memory: None
+) -> None:
     classifier = case.classifier()
     with pytest.raises(UserError, match=SHORT):
         classifier.forward(large)
@@ -213,7 +215,7 @@ def test_a_batch_that_does_not_fit_names_the_key_to_lower(case: Case, large: Pix
 
 
 def test_the_search_for_a_batch_size_ends_where_memory_does(
-    case: Case, large: Pixels, little_memory, monkeypatch
+    case: Case, large: Pixels, little_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = pa.table({KEY: [f"{row}" for row in range(len(case.pixels))]})
     decoded = extract.Decoded(case.pixels, table.to_pylist(), [])
