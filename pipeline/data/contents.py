@@ -47,7 +47,7 @@ class Contents:
             folder: of its digests alone.
         """
         self.folder = folder
-        pieces = list(folder.glob("*.parquet")) if folder.is_dir() else []
+        pieces: list[Place] = list(folder.glob("*.parquet")) if folder.is_dir() else []
         known = [table for piece in pieces if (table := _read(piece)) is not None]
         whole = pa.concat_tables([_SCHEMA.empty_table(), *known])
         seen = _words(_matrix(whole["seen"], 16))

@@ -299,11 +299,12 @@ class Run:
         wanted = {"always": True, "never": False}.get(self.options.publish, settings.enabled)
         if not wanted or self.options.last != "report" or self.tracking.opening is not None:
             return
-        of = (self.ready.folder, tracking_uri(self.ready.config), settings.experiment, self.ready.fingerprint)
+        place = self.ready.folder, tracking_uri(self.ready.config), settings.experiment
+        name, fingerprint = self.ready.config.name, self.ready.fingerprint
         again = self.record.worked or self.options.publish == "always"
-        complete = None if again else tracking.complete(*of)
+        complete = None if again else tracking.complete(*place, fingerprint)
         if complete is None:
-            self.tracking = Tracked(self.background.submit(tracking.begin, *of, self.ready.config.name))
+            self.tracking = Tracked(self.background.submit(tracking.begin, *place, name, fingerprint))
         else:
             self.tracking = Tracked(None, complete)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 from rich.box import SIMPLE
 from rich.table import Table
@@ -232,7 +233,29 @@ class Search(Run):
             )
             scored = {"id": inside, _MEAN: outside}
             seed, together = self.ready.config.seed, grids.values()
-            return evaluate.run(self.engine, scored, seed, shown.advance, together)[0]
+            table = evaluate.run(self.engine, scored, seed, shown.advance, together)[0]
+        self._require_few_unscored(table, [job.features.rows for job in inside])
+        return table
+
+    def _require_few_unscored(self, table: pa.Table, inside: Sequence[int]) -> None:
+        """Refuse points of a detector that have too few rows in common, though each has a score of most.
+
+        Raises:
+            UserError: names the first point, and the images.
+        """
+        limit = self.ready.config.score.max_unscored_fraction
+        for row in table.filter(pc.not_equal(table["detector"], evaluate.CLASSIFIER)).to_pylist():
+            counts = {"ID": (row["n_id"], sum(inside))}
+            if row["dataset"] in self.features:
+                counts[row["dataset"]] = row["n_ood"], self.features[row["dataset"]].rows
+            for what, (left, rows) in counts.items():
+                if rows - left > limit * rows:
+                    raise UserError(
+                        f"tune.grids: {row['detector']} and the other points of its detector have no common "
+                        f"score for {rows - left:,} of {rows:,} {what} images, more than "
+                        f"score.max_unscored_fraction = {limit:g}. Take out the points that cannot score "
+                        "them, or raise the limit."
+                    )
 
     def _require_features(self, jobs: list[shards.Job]) -> None:
         """All columns of the datasets must be there; here no image goes through the network."""

@@ -30,6 +30,7 @@ RECORD = "_manifest.json"
 
 Arrays = Mapping[str, NDArray[Any]]
 
+_SEAL = "sha256 of the rest"
 _ARRAYS, _INPUTS = "arrays.safetensors", "_inputs.json"
 _log = logging.getLogger(__name__)
 
@@ -259,6 +260,15 @@ def read_record(folder: Place) -> Record:
     return Record(files=listed, **content)
 
 
+def is_older(folder: Place) -> bool:
+    """Whether the record in a folder is one of versions before 0.3, which had no digest of their own."""
+    try:
+        content = files.read_json(folder / RECORD)
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(content, dict) and _SEAL not in content
+
+
 @lru_cache(maxsize=256)
 def digests(folder: str, content: str) -> dict[str, str]:
     """SHA-256 of every file of an artifact of some content, by name; read once in a process.
@@ -371,7 +381,7 @@ def receipt_of(path: Place) -> File | None:
 
 def _seal(path: Place, content: Mapping[str, Any]) -> None:
     """Write a JSON document that holds its own digest."""
-    files.write_json(path, {"sha256 of the rest": digest(content), **content})
+    files.write_json(path, {_SEAL: digest(content), **content})
 
 
 def _unsealed(path: Place) -> dict[str, Any]:
@@ -385,7 +395,7 @@ def _unsealed(path: Place) -> dict[str, Any]:
         content = dict(json.loads(written))
     except (ValueError, TypeError):
         raise Damaged(str(path), "no JSON") from None
-    if content.pop("sha256 of the rest", None) != digest(content):
+    if content.pop(_SEAL, None) != digest(content):
         raise Damaged(str(path), "other bytes than were written")
     return content
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.workspace import files, runs, storage
-from pipeline.workspace.artifacts import Damaged, read_record
+from pipeline.workspace.artifacts import is_older
 from pipeline.workspace.files import Place
 
 KINDS = {"models": 1, "manifests": 1, "features": 1, "fits": 1, "scores": 2}
@@ -66,12 +66,8 @@ def old(workspace: Place) -> list[Leftover]:
     """What versions before 0.3 left behind and nothing reads: runs, and features if there are such runs."""
     found = list(_old_runs(workspace))
     for name, folder in _folders(workspace / "features", "features", 1) if found else ():
-        try:
-            read_record(folder)
-        except Damaged:
+        if is_older(folder):
             found.append(Leftover(name, folder, _size(folder)))
-        except FileNotFoundError:
-            pass
     return found
 
 

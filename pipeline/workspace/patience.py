@@ -69,9 +69,8 @@ class Unavailable(UserError):
 
     def __init__(self, place: str, reason: str) -> None:
         self.place, self.reason = redact(place), redact(reason)
-        super().__init__(
-            f"{self.place} cannot be reached: {self.reason}. Look at the store or the network. {AGAIN}"
-        )
+        where = "the store or the network" if "://" in place else "the disk; remove a file that is lost"
+        super().__init__(f"{self.place} cannot be reached: {self.reason}. Look at {where}. {AGAIN}")
 
     @classmethod
     def after(cls, place: str, error: BaseException) -> Unavailable:

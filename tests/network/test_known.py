@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from safetensors.torch import save_file
 
 from pipeline.config.schema import Model, Transform
 from pipeline.errors import UserError
-from pipeline.network import classifier
+from pipeline.network import classifier, known
 from pipeline.network.classifier import Classifier
 from pipeline.network.known import Network
 from pipeline.workspace import artifacts
+from pipeline.workspace.patience import Unavailable
 from tests.damage import DAMAGES
 
 CODE = """
@@ -26,6 +28,13 @@ def build():
     width = int((Path(__file__).parent / "width.txt").read_text())
     return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 3))
 """
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules that other tests wrote and imported are none of this process."""
+    before = known._own_modules()
+    monkeypatch.setattr(known, "_own_modules", lambda own=known._own_modules: own() - before)
 
 
 @pytest.fixture
@@ -98,6 +107,38 @@ def test_what_may_have_changed_while_it_was_read_is_not_noted(model: Model, tmp_
     assert is_loaded(Network(model, 0, tmp_path / "workspace"))
 
 
+def test_a_file_that_was_looked_for_in_vain_makes_it_be_loaded_when_it_is_there(
+    model: Model, tmp_path: Path
+) -> None:
+    optional = """
+    try:
+        bias = float(Path(__file__).with_name("bias.txt").read_text())
+    except FileNotFoundError:
+        bias = 0.0
+    return """
+    (tmp_path / "net.py").write_text(CODE.replace("    return ", optional.lstrip("\n")))
+    os.utime(tmp_path / "net.py", (1e9, 1e9))
+    noted(model, tmp_path)
+    assert not is_loaded(Network(model, 0, tmp_path / "workspace"))
+    (tmp_path / "bias.txt").write_text("1")
+    assert is_loaded(Network(model, 0, tmp_path / "workspace"))
+
+
+def test_a_module_that_was_changed_since_it_was_imported_is_not_noted(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "imported.py").write_text(CODE)
+    os.utime(tmp_path / "imported.py", (1e9, 1e9))
+    monkeypatch.syspath_prepend(tmp_path)
+    own = model.model_copy(update={"name": "imported:build"})
+    noted(own, tmp_path)
+    assert not is_loaded(Network(own, 0, tmp_path / "workspace"))
+    os.utime(tmp_path / "imported.py")
+    noted(own, tmp_path)
+    assert is_loaded(Network(own, 0, tmp_path / "workspace"))
+    del sys.modules["imported"]
+
+
 def test_a_factory_that_has_its_own_weights_is_always_loaded(model: Model, tmp_path: Path) -> None:
     own = model.model_copy(update={"weights": None})
     noted(own, tmp_path)
@@ -112,6 +153,49 @@ def test_a_damaged_note_is_written_anew(model: Model, tmp_path: Path, damage: st
         path.write_bytes(DAMAGES[damage](path.read_bytes()))
         assert is_loaded(noted(model, tmp_path))
         assert not is_loaded(Network(model, 0, tmp_path / "workspace"))
+
+
+def test_what_says_nothing_about_the_network_is_not_kept(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(*_: object) -> Classifier:
+        raise Unavailable("weights", "busy")
+
+    def full(_: Classifier) -> None:
+        raise UserError("can't allocate memory")
+
+    noted(model, tmp_path)
+    for _ in range(2):
+        network = Network(model, 0, tmp_path / "workspace")
+        with monkeypatch.context() as patch, pytest.raises(Unavailable):
+            patch.setattr(classifier, "load", down)
+            network.check("fits", lambda found: None)
+        with pytest.raises(UserError, match="memory"):
+            network.check("fits", full)
+        network.check("fits", lambda found: None)
+
+
+def test_another_network_than_was_noted_is_refused_once(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted(model, tmp_path)
+    stat = (tmp_path / "width.txt").stat()
+    (tmp_path / "net.py").write_text(CODE.replace("ReLU", "GELU"))
+    os.utime(tmp_path / "net.py", (1e9, 1e9))
+    os.utime(tmp_path / "width.txt", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not is_loaded(Network(model, 0, tmp_path / "workspace"))
+    with pytest.raises(UserError, match=r"^model: it is no longer the network that was noted in models/"):
+        Network(model, 0, tmp_path / "workspace").check("fits", lambda found: None)
+    noted(model, tmp_path).check("fits", lambda found: None)
+
+
+def test_two_runs_may_write_a_note_at_once(model: Model, tmp_path: Path) -> None:
+    (draft,) = noted(model, tmp_path).artifact.folder.parent.glob("*")
+    (draft / ".arrays.safetensors.0123").write_bytes(b"of another run")
+    network = Network(model, 0, tmp_path / "workspace")
+    network.check("fits", lambda found: None)
+    network.note()
+    assert (draft / ".arrays.safetensors.0123").is_file()
 
 
 def test_what_was_tested_is_not_tested_again(

@@ -549,6 +549,12 @@ def test_what_a_silent_server_missed_is_sent_when_it_answers_again(
         server.tell(signal.SIGCONT)
     again = begin(run, server.uri, experiment)
     tracking.publish(again)
+    assert tracking.complete(run, server.uri, experiment, "f1") == again
+    assert tracking.complete(run, server.uri, experiment, "f2") is None
+    with monkeypatch.context() as patch, pytest.raises(tracking.TrackingError):
+        patch.setattr(tracking, "_client", lambda _: 1 / 0)
+        begin(run, server.uri, experiment)
+    assert tracking.complete(run, server.uri, experiment, "f1") is None
 
     assert again.run_id == session.run_id
     assert {n: r.info.status for n, r in runs_of(session).items()} == dict.fromkeys(

@@ -26,7 +26,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from pipeline import detectors
 from pipeline.config import loading
 from pipeline.errors import UserError
-from pipeline.results import verify
+from pipeline.results import report, verify
 from pipeline.stages import passes, prepare
 from pipeline.workflows.run import Outcome
 from pipeline.workspace import files
@@ -325,6 +325,33 @@ def test_a_second_run_makes_no_forward_pass_and_gives_the_same_files(settings, l
     assert manifest == earlier  # costs and dates are those of the execution that did the work
     assert {path: path.read_bytes() for path in folder.glob("scores/*/*.parquet")} == before
     assert (folder / "metrics.json").read_bytes() == metrics
+
+
+def test_a_report_that_was_not_finished_never_leaves_the_old_one(
+    settings, load, execute, monkeypatch
+) -> None:
+    settings["detectors"] = ["msp"]
+    loaded = load(settings)
+    folder = execute(loaded).folder
+    page = folder / "report" / "index.html"
+    assert page.is_file()
+    (folder / "metrics.csv").unlink()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(report, "write", lambda _: 1 / 0)
+        execute(loaded)
+    assert not page.exists()
+    execute(loaded)
+    assert page.is_file()
+
+
+def test_detectors_without_neighbours_need_no_faiss(settings, load, execute, monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "pipeline.stages.faiss_shard", raising=False)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    settings["detectors"] = ["msp"]
+    assert (execute(load(settings)).folder / "metrics.json").is_file()
+    settings["detectors"] = ["knn"]
+    with pytest.raises(UserError, match=r"^FAISS is not installed\."):
+        execute(load(settings))
 
 
 def test_a_run_of_a_protocol_records_it_and_reports_published_numbers_beside_its_own(

@@ -280,6 +280,17 @@ def test_points_of_a_search_are_compared_on_the_rows_that_all_have(finished, tmp
         run.Options(first="fit", **INLINE),
     )
     inside, outside = (pq.read_table(finished.run / "scores" / name) for name in ("held", "val"))
+    with pytest.raises(UserError, match=r"no common score for 2 of 150 ID images, more than .* = 0\.01"):
+        tune.execute(
+            finished.load(
+                detectors=[{"gaps": {"method": "./gaps.py:Gaps"}}],
+                tune={"grids": {"gaps": {"lost": [{}, some, others]}}},
+                score={},
+            ),
+            tmp_path / "other.yaml",
+            Quiet(),
+            run.Options(first="fit", **INLINE),
+        )
     scores = [
         table["energy"].filter(pa.array(~np.isin(np.arange(len(table)), lost))).to_numpy()
         for table, lost in ((inside, [1, 2]), (outside, [5]))

@@ -73,7 +73,7 @@ def complete(run: Place, uri: str, experiment: str, fingerprint: str) -> Session
     return Session(run, uri, old["experiment_id"], old["run_id"])
 
 
-def begin(run: Place, uri: str, experiment: str, fingerprint: str, name: str) -> Session:
+def begin(run: Place, uri: str, experiment: str, name: str, fingerprint: str) -> Session:
     """Open the parent run of an evaluation, or continue the one that `<run>/mlflow.json` names.
 
     Creates the store, the experiment and the run, so that nothing is created while workers run. Another
