@@ -563,7 +563,7 @@ def test_the_command_prints_a_table_and_where_everything_lies_and_imports_no_mor
     settings, load, tmp_path
 ) -> None:
     settings["tracking"] = {"enabled": True}
-    settings["detectors"] += ["odin", "dice", {"grood": {"prototype": "noise", "samples": 40}}]
+    settings["detectors"] = [{"grood": {"prototype": "noise", "samples": 40}}]
     path = tmp_path / "run.yaml"
     path.write_text(loading.dump(load(settings)))
     run = [sys.executable, "-c", WITHOUT, "run", str(path)]
@@ -574,7 +574,7 @@ def test_the_command_prints_a_table_and_where_everything_lies_and_imports_no_mor
         "extract",
         "1,080 of 1,080 images forwarded",
         "Near-OOD",
-        "knn",
+        "grood",
         "report/index.html",
         "mlflow",
     ):
