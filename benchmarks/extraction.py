@@ -22,7 +22,7 @@ from session import Session
 from pipeline.config import loading
 from pipeline.data.manifest import SCHEMA
 from pipeline.network.classifier import load
-from pipeline.stages import extract, shards
+from pipeline.stages import decoding, extract, shards
 from pipeline.workspace import tables
 
 TARGET = 0.9
@@ -67,10 +67,10 @@ def _profile(pixels: NDArray[np.uint8], scratch: Path) -> dict[str, float]:
     }
     given = {**columns, "shape": shapes, "label": [0] * len(pixels)}
     table = pa.Table.from_pydict(dict.fromkeys(SCHEMA.names, [None] * len(pixels)) | given, SCHEMA)
-    decoded = extract.decode_rows(table, plan)
+    decoded = decoding.decode_rows(table, plan)
 
-    def cut() -> Iterator[extract.Decoded]:
-        return (extract.decode_rows(table.slice(start, size), plan) for start in range(0, len(table), size))
+    def cut() -> Iterator[decoding.Decoded]:
+        return (decoding.decode_rows(table.slice(start, size), plan) for start in range(0, len(table), size))
 
     parts: dict[str, Callable[[], Any]] = {
         "network": lambda: [

@@ -22,7 +22,7 @@ from results import Section
 from pipeline.columns import KEY, LABEL
 from pipeline.config import schema
 from pipeline.network.classifier import load
-from pipeline.stages import extract, shards
+from pipeline.stages import decoding, extract, shards
 from pipeline.workspace import tables
 
 TITLES = {"resnet50": "ResNet-50", "vit_b_16": "ViT-B/16"}
@@ -112,8 +112,8 @@ def _profile(settings: dict[str, Any], scratch: Path, seconds: float) -> dict[st
     pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
     images = classifier.images(pixels)
     plain = images.contiguous()
-    rows = [{KEY: f"{row}", LABEL: 0, extract.ACCEPTED: None} for row in range(size)]
-    decoded = extract.Decoded(pixels, rows, [])
+    rows = [{KEY: f"{row}", LABEL: 0, decoding.ACCEPTED: None} for row in range(size)]
+    decoded = decoding.Decoded(pixels, rows, [])
 
     def alone(given: torch.Tensor) -> None:
         with torch.inference_mode():

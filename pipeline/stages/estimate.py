@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.cluster.engine import Engine
 from pipeline.columns import padded
 from pipeline.errors import UserError
-from pipeline.stages import extract, shards
+from pipeline.stages import decoding, extract, shards
 from pipeline.stages.prepare import Prepared
 
 PROBE_IMAGES = 100
@@ -127,9 +127,9 @@ class Prober:
             UserError: if none of the images can be read, or the first batch does not fit.
         """
         classifier = extract.load_in_worker(self.plan, self.threads, compiled=self.plan.settings.compile)
-        extract.decode_rows(table.slice(0, 8), self.plan)  # warms up
+        decoding.decode_rows(table.slice(0, 8), self.plan)  # warms up
         started = time.perf_counter()
-        decoded = extract.decode_rows(table, self.plan)
+        decoded = decoding.decode_rows(table, self.plan)
         decode = len(table) / (time.perf_counter() - started)
         if not decoded.rows:
             key, reason = decoded.errors[0]

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from importlib.metadata import version
 from threading import Lock
@@ -29,34 +29,27 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline import columns
 from pipeline.cluster import attempts
 from pipeline.cluster.attempts import FIRST, Attempt
 from pipeline.cluster.engine import Engine
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
 from pipeline.config import schema
-from pipeline.data import decode
 from pipeline.data.fetch import fetch
 from pipeline.detectors.base import Extra
 from pipeline.errors import UserError
 from pipeline.network import extras
 from pipeline.network.classifier import Classifier, load, make_reproducible
 from pipeline.stages import shards
+from pipeline.stages.decoding import ACCEPTED, OTHERS, Decoded, decode_rows, decode_shard
 from pipeline.stages.identity import device
 from pipeline.stages.shards import Job, Plan, Shard
 from pipeline.workspace import files, tables
 from pipeline.workspace.artifacts import Damaged, write_part
 
-_OTHERS = "rows and errors"
-"""Column beside `pixels` that holds the rest of a `Decoded` on its way to a model actor, as JSON."""
-
 _log = logging.getLogger(__name__)
 _loading = Lock()
 _loaded: WeakSet[nn.Module] = WeakSet()
 """Networks of the workers of this process."""
-
-ACCEPTED = "accepted"
-"""Column of a manifest with the labels that are right, where there are several."""
 
 
 def machine(settings: schema.Extract) -> str:
@@ -68,33 +61,6 @@ def machine(settings: schema.Extract) -> str:
     decoders = dict.fromkeys(("pillow", settings.decoder))
     packages = [f"{name} {version(name)}" for name in ("torch", *decoders)]
     return ", ".join([computes, *packages])
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Images of some manifest rows, ready for the network."""
-
-    pixels: columns.Pixels
-    """(n, H, W, channels) of the readable ones."""
-    rows: list[dict[str, Any]]
-    """Key, label and accepted labels of each."""
-    errors: list[list[str]]
-    """[key, reason] of the others."""
-
-    def batches(self, size: int) -> Iterator[Decoded]:
-        """The same in batches of at most `size` images; the errors come with the first."""
-        for start in range(0, max(len(self.rows), 1), size):
-            stop = start + size
-            errors = [] if start else self.errors
-            yield Decoded(self.pixels[start:stop], self.rows[start:stop], errors)
-
-
-def decode_shard(row: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """The decoded images of a shard as columns beside those that describe it."""
-    shard = Shard(**row)
-    with attempts.begun(shard.part, "decoding") as attempt:
-        found = decode_rows(shard.images(), plan, attempt)
-    return {"pixels": found.pixels, _OTHERS: json.dumps([found.rows, found.errors])}
 
 
 class Extractor:
@@ -111,7 +77,7 @@ class Extractor:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Extract one shard, given as a row of `Shard` fields, or what `decode_shard` made of it."""
         shard = Shard(**{field.name: row[field.name] for field in fields(Shard)})
-        decoded = Decoded(row["pixels"], *json.loads(row[_OTHERS])) if _OTHERS in row else None
+        decoded = Decoded(row["pixels"], *json.loads(row[OTHERS])) if OTHERS in row else None
         with attempts.begun(shard.part, "extracting") as attempt:
             return self._extract(shard, decoded, attempt)
 
@@ -271,40 +237,6 @@ def _keep_freed_memory() -> None:
         map_threshold, trim_threshold = -3, -1
         mallopt(map_threshold, 2**25)
         mallopt(trim_threshold, 2**29)
-
-
-def decode_rows(
-    table: pa.Table,
-    plan: Plan,
-    attempt: Attempt = FIRST,
-    contents: Iterator[bytes | Exception] | None = None,
-) -> Decoded:
-    """Decode rows of a manifest, from the next ones of a `fetch` under way or from one of their own."""
-    pixels, good, errors = [], [], []
-    rows = table.select([KEY, LABEL, ACCEPTED, "shape"]).to_pylist()
-    for row, content in zip(rows, contents or fetch(table), strict=False):
-        if attempt.last:
-            attempt.at([row[KEY]])
-        found = _decoded(content, row.pop("shape"), plan)
-        if isinstance(found, Exception):
-            errors.append([row[KEY], f"{type(found).__name__}: {found}"])
-        else:
-            pixels.append(found)
-            good.append(row)
-    side, channels = plan.transform.crop, plan.transform.channels
-    empty = np.empty((0, side, side, channels), np.uint8)
-    return Decoded(np.stack(pixels) if pixels else empty, good, errors)
-
-
-def _decoded(content: bytes | Exception, shape: list[int] | None, plan: Plan) -> columns.Pixels | Exception:
-    """Pixels of one image, or why there are none."""
-    if isinstance(content, Exception):
-        return content
-    try:
-        raw = None if shape is None else tuple(shape)
-        return decode.decode(content, raw, plan.transform, plan.settings.decoder)
-    except Exception as error:  # any byte string may come along; the row is counted as an error
-        return error
 
 
 def extract_rows(

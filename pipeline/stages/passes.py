@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.learned.logits import logsumexp
 from pipeline.network import extras, taps
 from pipeline.network.classifier import Classifier
-from pipeline.stages import extract
+from pipeline.stages import decoding, extract
 from pipeline.stages.shards import Plan
 
 Result = dict[str, NDArray[Any]]
@@ -49,7 +49,7 @@ class Worker:
         for start in range(0, len(rows), self.size):
             piece = rows[start : start + self.size]
             table = train.take(piece)
-            decoded = extract.decode_rows(table, self.plan)
+            decoded = decoding.decode_rows(table, self.plan)
             if decoded.rows:
                 readable = np.isin(table["key"].to_pylist(), [row["key"] for row in decoded.rows])
                 yield decoded.pixels, piece[readable]

@@ -22,7 +22,7 @@ from pipeline.detectors.base import Dropped, Extra, ParameterGradient, Perturbed
 from pipeline.errors import UserError
 from pipeline.network import extras
 from pipeline.network.classifier import Classifier, load
-from pipeline.stages import estimate, extract
+from pipeline.stages import decoding, estimate, extract
 from pipeline.stages.shards import Plan
 
 pytestmark = pytest.mark.gpu
@@ -218,8 +218,8 @@ def test_the_search_for_a_batch_size_ends_where_memory_does(
     case: Case, large: Pixels, little_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = pa.table({KEY: [f"{row}" for row in range(len(case.pixels))]})
-    decoded = extract.Decoded(case.pixels, table.to_pylist(), [])
-    monkeypatch.setattr(extract, "decode_rows", lambda *_: decoded)
+    decoded = decoding.Decoded(case.pixels, table.to_pylist(), [])
+    monkeypatch.setattr(decoding, "decode_rows", lambda *_: decoded)
     monkeypatch.setattr(estimate, "_SECONDS", 0.1)
     found = estimate.Prober(case.plan, 1).measure(table, [16, len(large), 32])
     assert list(found.forward) == [16]

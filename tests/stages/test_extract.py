@@ -27,7 +27,7 @@ from pipeline.network import extras
 from pipeline.network.classifier import Classifier
 from pipeline.network.classifier import load as load_classifier
 from pipeline.network.known import settings_kept
-from pipeline.stages import extract, identity, shards
+from pipeline.stages import decoding, extract, identity, shards
 from pipeline.workspace import artifacts, files, tables
 
 
@@ -53,8 +53,8 @@ def plan(settings, load, classifier) -> shards.Plan:
 
 def rows_of(
     job: shards.Job, start: int, stop: int, plan: shards.Plan, size: int
-) -> Iterator[extract.Decoded]:
-    return extract.decode_rows(job.manifest.read(start, stop), plan).batches(size)
+) -> Iterator[decoding.Decoded]:
+    return decoding.decode_rows(job.manifest.read(start, stop), plan).batches(size)
 
 
 def write_all(job: shards.Job, plan: shards.Plan) -> None:
@@ -111,7 +111,7 @@ def test_rows_whose_output_is_not_finite_become_errors(job, classifier, plan) ->
 
 def test_of_several_accepted_labels_the_predicted_one_counts_else_the_first(job, classifier, plan) -> None:
     def extracted(rows: pa.Table) -> pa.Table:
-        return extract.extract_rows(classifier, [extract.decode_rows(rows, plan)], plan.settings)[0]
+        return extract.extract_rows(classifier, [decoding.decode_rows(rows, plan)], plan.settings)[0]
 
     rows = job.manifest.read(0, 20)
     plain = extracted(rows)
