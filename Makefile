@@ -11,9 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-cluster test-slow test-gpu coverage check install clean
 
-# One process more than there are CPUs, at most 4: tests wait for servers and for Ray.
-PYTEST = -m pytest --numprocesses $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))") \
-	--dist loadgroup --no-loadscope-reorder
+PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 quickstart: install
 	$(BIN)/ood-pipeline run quickstart

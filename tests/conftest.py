@@ -46,13 +46,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on Ray come first, then files with whole evaluations: they take longest."""
     whole = {item.path for item in items if {"execute", "undisturbed"} & fixtures_of(item)}
-    items.sort(key=lambda item: (not group_of(item).startswith("ray"), item.path not in whole))
+    items.sort(key=lambda item: (group_of(item) != "ray", item.path not in whole))
 
 
 def group_of(item: pytest.Item) -> str:
     """Which tests run in one process with this one: they share costly fixtures."""
     if "ray_session" in fixtures_of(item):
-        return "ray evaluations" if "execute" in fixtures_of(item) else "ray"
+        return "ray"
     return "detectors" if item.path.parent.name == "detectors" else str(item.path)
 
 
