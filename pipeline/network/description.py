@@ -25,8 +25,19 @@ NO_BLOCKS = (
     "drop the detector."
 )
 
+Probe = NDArray[np.float32]
+"""(n, C) answers to fixed noise."""
+
+TOLERANCE = 1e-3
+"""Difference of answers, as a share of the largest, that is put down to how machines round."""
+
 WRONG_SIZE = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
 """What modules raise on images of a size they were not made for."""
+
+
+def same_network(one: Probe, other: Probe) -> bool:
+    """Whether two answers to the probe differ no more than by how machines round."""
+    return one.shape == other.shape and bool(abs(one - other).max() <= TOLERANCE * abs(one).max())
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class Description:
     """SHA-256 of the state dict."""
     architecture: str
     """SHA-256 of the module tree and of the source that built it."""
-    probe: NDArray[np.float32]
+    probe: Probe
     """(n, C) what it answers to fixed noise, on the CPU: tells what the source does not show."""
     head: tuple[NDArray[np.float32], NDArray[np.float32]]
     """Weight (C, D) and bias (C,) of the last linear layer."""

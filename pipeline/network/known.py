@@ -17,12 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pipeline import __version__
 from pipeline.config import loading, schema
 from pipeline.errors import AGAIN, UserError
-from pipeline.network.description import Description
+from pipeline.network.description import Description, same_network
 from pipeline.workspace import storage
 from pipeline.workspace.artifacts import Damaged, Record, Store, digest, mend
 from pipeline.workspace.files import Place
@@ -80,7 +78,7 @@ class Network:
             found = load(self.model, self.seed)
         if self._known is None:
             self._files, self._new = self._read(opened, started, imported), True
-        elif _differ(found, self._known):
+        elif found.document() != self._known.document() or not same_network(found.probe, self._known.probe):
             self.artifact.discard()
             raise UserError(f"model: it is no longer the network that was noted in {self.name}. {AGAIN}")
         return found
@@ -159,11 +157,6 @@ def _same(record: Record) -> bool:
         if ("" if entry is None else entry.identity) != identity:
             return False
     return True
-
-
-def _differ(one: Description, other: Description) -> bool:
-    """Whether two networks are not the same, as far as that shows on one machine."""
-    return one.document() != other.document() or not np.allclose(one.probe, other.probe, rtol=1e-3, atol=1e-3)
 
 
 def _versions() -> dict[str, str]:

@@ -39,6 +39,7 @@ from pipeline.detectors.base import Extra
 from pipeline.errors import UserError
 from pipeline.network import extras
 from pipeline.network.classifier import Classifier, load, make_reproducible
+from pipeline.network.description import same_network
 from pipeline.stages import shards
 from pipeline.stages.decoding import ACCEPTED, OTHERS, Decoded, decode_rows, decode_shard
 from pipeline.stages.identity import device
@@ -218,7 +219,7 @@ def load_in_worker(plan: Plan, threads: int, compiled: bool = False) -> Classifi
         _loaded.add(classifier.module)
     if classifier.digest != plan.digest:
         raise UserError(f"model.weights: {plan.model.weights} is not what the driver loaded; it was changed.")
-    if not shards.same_network(plan.probe, classifier.probe):
+    if not same_network(plan.probe, classifier.probe):
         raise UserError(
             "model: the network answers otherwise on a worker than in the driver, though its weights are the "
             "same. Have the same code and the same packages on all nodes."

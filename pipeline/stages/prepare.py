@@ -114,7 +114,7 @@ class Prepared:
             cut += sorted({artifacts.digest(self.learned(other, {"k"})) for other in others})
         return self.learned(detector) | {"index": cut}
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Digest of what the results depend on."""
         roles = [

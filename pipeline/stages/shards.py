@@ -15,9 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from pipeline.cluster import attempts
@@ -25,6 +23,7 @@ from pipeline.config import schema
 from pipeline.data.manifest import Manifest
 from pipeline.detectors.base import Extra
 from pipeline.errors import AGAIN, UserError
+from pipeline.network.description import Probe, same_network
 from pipeline.workspace import artifacts, files, storage, tables
 from pipeline.workspace.artifacts import Artifact, Damaged, File, Record, saved, write_part
 from pipeline.workspace.files import Place
@@ -40,11 +39,6 @@ FORMAT = "features 1"
 
 PROBE = "probe.safetensors"
 """File beside the features with what the network answered to fixed noise."""
-
-TOLERANCE = 1e-3
-"""Difference of answers, as a share of the largest, that is put down to how machines round."""
-
-Probe = NDArray[np.float32]
 
 _log = logging.getLogger(__name__)
 
@@ -197,11 +191,6 @@ def _probe_of(folder: Place) -> Probe | None:
     except Damaged as damaged:
         artifacts.mend(damaged)
         return None
-
-
-def same_network(one: Probe, other: Probe) -> bool:
-    """Whether two answers to the probe differ no more than by how machines round."""
-    return one.shape == other.shape and bool(abs(one - other).max() <= TOLERANCE * abs(one).max())
 
 
 @dataclass(frozen=True)

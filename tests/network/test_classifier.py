@@ -19,8 +19,8 @@ from pipeline.config.schema import Model, Transform
 from pipeline.errors import UserError
 from pipeline.network import taps
 from pipeline.network.classifier import Classifier, feature_norm, load
+from pipeline.network.description import same_network
 from pipeline.quickstart.resnet import build
-from pipeline.stages import shards
 
 FOLDER = Path(quickstart.__file__).parent
 GREY = Transform(crop=28, mean=(0.286,), std=(0.353,), channels=1)
@@ -412,5 +412,5 @@ class Net(ResNet10):
         found.append(classifier)
     one, two, three = found
     assert (one.digest, one.architecture) == (two.digest, two.architecture)
-    assert not shards.same_network(one.probe, two.probe)
+    assert not same_network(one.probe, two.probe)
     assert one.digest != three.digest

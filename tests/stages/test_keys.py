@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.stages import shards
+from pipeline.network.description import same_network
 
 ASK = """
 import json, sys
@@ -60,4 +60,4 @@ def test_a_network_keeps_its_name_on_another_instruction_set(model: dict[str, An
     own, plain = asked(model, 2), asked(model, 1, **PLAIN)
     assert own[0] == plain[0]
     assert not np.array_equal(own[1], plain[1])  # they do round otherwise
-    assert shards.same_network(own[1], plain[1])
+    assert same_network(own[1], plain[1])
