@@ -20,7 +20,7 @@ test: install
 	$(BIN)/python $(PYTEST)
 
 test-cluster: install
-	$(BIN)/python -m pytest -m 'cluster and not chaos' tests/cluster tests/jobs
+	$(BIN)/python $(PYTEST) -m 'cluster and not chaos' tests/cluster tests/jobs
 
 # Takes three quarters of an hour: the whole table of architectures, simulations, processes killed at many moments of
 # every stage, and every fault of a cluster.

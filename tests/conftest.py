@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline import quickstart
+from pipeline import detectors, quickstart
 from pipeline.cluster.engine import Engine, opened
 from pipeline.config import loading, schema
 from tests.servers import ray
@@ -46,13 +46,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on Ray come first, then files with whole evaluations: they take longest."""
     whole = {item.path for item in items if {"execute", "undisturbed"} & fixtures_of(item)}
-    items.sort(key=lambda item: (group_of(item) != "ray", item.path not in whole))
+    items.sort(key=lambda item: (group_of(item) != "ray_session", item.path not in whole))
 
 
 def group_of(item: pytest.Item) -> str:
     """Which tests run in one process with this one: they share costly fixtures."""
-    if "ray_session" in fixtures_of(item):
-        return "ray"
+    for name in ("ray_session", "site", "head"):
+        if name in fixtures_of(item):
+            return name
     return "detectors" if item.path.parent.name == "detectors" else str(item.path)
 
 
@@ -110,7 +111,12 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(endpoint: str) -> str:
-    """URI of a new bucket, with the server's address: workers started earlier cannot see the environment."""
+    """URI of a new bucket."""
+    return new_bucket(endpoint)
+
+
+def new_bucket(endpoint: str) -> str:
+    """Its URI, with the server's address: workers started earlier cannot see the environment."""
     import boto3
 
     name = f"bucket-{uuid4().hex[:12]}"
@@ -179,6 +185,46 @@ def small(images: Path) -> dict[str, Any]:
         "extract": {"batch_size": 64, "shard_rows": 128, "actors": 1},
         "tracking": {"enabled": False},
     }
+
+
+def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
+    """The small evaluation with every role, statistic, pass and kind of bank."""
+
+    def extra(name: str, role: str, **labels: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "role": role,
+            "format": "npz",
+            "path": str(images),
+            "images": f"{name}_x",
+            **labels,
+        }
+
+    raw["datasets"] += [
+        extra("shifted", "shifted_id", labels="shifted_y"),
+        extra("held", "id_val", labels="held_y"),
+        extra("val", "ood_val"),
+        extra("production", "unlabelled"),
+    ]
+    for entry in raw["datasets"]:
+        entry["limit"] = {"train": 400, "id": 100, "id_val": 100}.get(entry["role"], 64)
+    few = {"samples": 64, "class_samples": 10}
+    changed = {
+        "adascale": {"samples": 50},
+        "featurenorm": {"samples": 64},
+        "grood": few,
+        "grood_norm": few,
+        "knn": {"k": 5},
+        "selectednorm": {"samples": 64},
+    }
+    raw["detectors"] = [
+        *({name: changed.get(name)} for name in detectors.names() if name != "mcdropout"),
+        {"react_dice": {"method": "msp", "steps": ["react", {"dice": {"p": 10}}]}},
+        {"grood_noise": {"method": "grood", "prototype": "noise", "samples": 100}},
+        {"grood_val": {"method": "grood", "prototype": "ood_val"}},
+        {"gradnorm_fc": {"method": "gradnorm", "layers": ["fc"]}},
+    ]
+    return raw
 
 
 @pytest.fixture

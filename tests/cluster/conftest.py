@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from pipeline.cli.progress import Display
-from pipeline.config import loading
-from pipeline.workflows import run
-from tests.cluster.nodes import Results, Site, finished, written
-from tests.conftest import small
+from tests.cluster.nodes import Results, Site, finished, in_one_process, written
+from tests.conftest import everything, small
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +25,7 @@ def site() -> Iterator[Site]:
 
 
 @pytest.fixture(scope="session")
-def everything(images: Path) -> dict[str, Any]:
+def several(images: Path) -> dict[str, Any]:
     """The small evaluation with extra passes, statistics, and two banks on two index shards."""
     settings = small(images)
     settings["detectors"] = [
@@ -47,25 +43,25 @@ def everything(images: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def demanding(everything: dict[str, Any]) -> dict[str, Any]:
-    """The same with actors that need logical GPUs and the special resource; the device is the CPU."""
-    extract = {**everything["extract"], "gpus_per_actor": 1, "device": "cpu", "resources": {"special": 1}}
-    index = {"shards": 3, "gpus_per_shard": 0.25, "cpus_per_shard": 0.25, "device": "cpu"}
-    return {**everything, "extract": extract, "index": index}
+def demanding(images: Path) -> dict[str, Any]:
+    """Every detector, with actors that need logical GPUs and the special resource; the device is the CPU."""
+    settings = everything(small(images), images)
+    settings["extract"] |= {"shard_rows": 32, "actors": 2, "gpus_per_actor": 1, "device": "cpu"}
+    settings["extract"]["resources"] = {"special": 1}
+    settings["index"] = {"shards": 3, "gpus_per_shard": 0.25, "cpus_per_shard": 0.25, "device": "cpu"}
+    return settings
 
 
 @pytest.fixture(scope="session")
-def undisturbed(everything: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Results:
+def undisturbed(several: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What a run in one process gives."""
-    config = written(everything, tmp_path_factory.mktemp("undisturbed"))
-    run.execute(loading.load(str(config)), run.Options(engine="inline"), Display(Console(quiet=True)))
-    return Results.of(config)
+    return in_one_process(several, tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture(scope="session")
-def calm(site: Site, everything: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Results:
+def calm(site: Site, several: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What a run on the cluster gives that nothing happens to: the clock of the seeded faults."""
     site.need_another()
-    config = written(everything, tmp_path_factory.mktemp("calm"))
+    config = written(several, tmp_path_factory.mktemp("calm"))
     finished(site.run(config))
     return Results.of(config)

@@ -14,7 +14,11 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import yaml
+from rich.console import Console
 
+from pipeline.cli.progress import Display
+from pipeline.config import loading
+from pipeline.workflows import run
 from pipeline.workspace import files
 from tests.servers import free_port, wait
 from tests.stored import newest
@@ -167,3 +171,10 @@ class Results:
             scores[folder.name] = {row.pop("key"): row for row in table.to_pylist()}
             assert len(scores[folder.name]) == len(table)
         return cls(scores, (run / "metrics.json").read_bytes(), files.read_json(run / "manifest.json"))
+
+
+def in_one_process(raw: dict[str, Any], folder: Path) -> Results:
+    """What a run of the inline engine gives."""
+    config = written(raw, folder)
+    run.execute(loading.load(str(config)), run.Options(engine="inline"), Display(Console(quiet=True)))
+    return Results.of(config)

@@ -17,8 +17,8 @@ from pipeline.stages import extract
 from pipeline.workflows import run
 from pipeline.workflows.progress import Quiet
 from pipeline.workspace import files
-from tests.conftest import small
-from tests.workflows.test_run import everything, scores
+from tests.conftest import everything, small
+from tests.workflows.test_run import scores
 
 pytestmark = pytest.mark.gpu
 

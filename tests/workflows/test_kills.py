@@ -23,6 +23,9 @@ from tests.stored import newest
 KILLED_TWICE = 10
 """The first of the seeds with which a run is killed again when it goes on."""
 
+KEPT = ("features", "fits", "scores")
+"""Folders of artifacts whose finished parts are never made again."""
+
 
 @dataclass(frozen=True)
 class Undisturbed:
@@ -47,12 +50,26 @@ def test_a_run_that_was_killed_in_one_stage_after_the_other_goes_on_to_the_same_
     undisturbed: Undisturbed, seed: int, tmp_path: Path
 ) -> None:
     evaluation, struck = Evaluation(undisturbed.raw, tmp_path), []
+    finished: dict[Path, int] = {}
     for stage in STAGES:
         status, plan = evaluation.start(drawn(undisturbed.moments, stage, seed), threads=1 + seed)
         assert (status, len(plan.struck())) == (-signal.SIGKILL, 1)
         struck += plan.struck()
+        finished = parts(evaluation.workspace) | finished
     assert evaluation.start(threads=1 + seed)[0] == 0
     assert evaluation.wrong(undisturbed.contents) == [], struck
+    assert {path.relative_to(evaluation.workspace).parts[0] for path in finished} == set(KEPT)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "made again"
+
+
+def parts(workspace: Path) -> dict[Path, int]:
+    """Parts of artifacts that are finished, each with its receipt beside it; when they were written.
+
+    Without the tables of a run, which are put together from them.
+    """
+    receipts = [path for kind in KEPT for path in (workspace / kind).rglob(".*.json")]
+    found = [path.with_name(path.name[1 : -len(".json")]) for path in receipts]
+    return {path: path.stat().st_mtime_ns for path in found if path.exists()}
 
 
 @pytest.mark.slow

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from pipeline.results import report, verify
 from pipeline.stages import passes, prepare
 from pipeline.workflows.run import Outcome
 from pipeline.workspace import files
+from tests.conftest import everything
 from tests.stored import newest
 
 
@@ -37,46 +36,6 @@ def scores(folder: Path, dataset: str) -> dict[str, np.ndarray]:
     """Score columns of a dataset, by key order of the table."""
     table = pq.read_table(folder / "scores" / dataset)
     return {name: table[name].to_numpy() for name in table.column_names}
-
-
-def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
-    """The small evaluation with every role, statistic, pass and kind of bank."""
-
-    def extra(name: str, role: str, **labels: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "role": role,
-            "format": "npz",
-            "path": str(images),
-            "images": f"{name}_x",
-            **labels,
-        }
-
-    raw["datasets"] += [
-        extra("shifted", "shifted_id", labels="shifted_y"),
-        extra("held", "id_val", labels="held_y"),
-        extra("val", "ood_val"),
-        extra("production", "unlabelled"),
-    ]
-    for entry in raw["datasets"]:
-        entry["limit"] = {"train": 400, "id": 100, "id_val": 100}.get(entry["role"], 64)
-    few = {"samples": 64, "class_samples": 10}
-    changed = {
-        "adascale": {"samples": 50},
-        "featurenorm": {"samples": 64},
-        "grood": few,
-        "grood_norm": few,
-        "knn": {"k": 5},
-        "selectednorm": {"samples": 64},
-    }
-    raw["detectors"] = [
-        *({name: changed.get(name)} for name in detectors.names() if name != "mcdropout"),
-        {"react_dice": {"method": "msp", "steps": ["react", {"dice": {"p": 10}}]}},
-        {"grood_noise": {"method": "grood", "prototype": "noise", "samples": 100}},
-        {"grood_val": {"method": "grood", "prototype": "ood_val"}},
-        {"gradnorm_fc": {"method": "gradnorm", "layers": ["fc"]}},
-    ]
-    return raw
 
 
 @pytest.mark.slow
@@ -109,54 +68,13 @@ def test_every_detector_runs_on_an_exported_vision_transformer(
         assert np.ptp(found[name]) > 0
 
 
-DYING = """
-import os, sys
-from pathlib import Path
-from pipeline.quickstart import resnet
-
-def build():
-    network = resnet.build()
-    inner, work = network.forward, []
-
-    def forward(images):
-        work.append(images)
-        if "ray" in sys.modules and len(images) == 64 and len(work) > 5:
-            passing = "pipeline.stages.passes" in sys.modules
-            died = Path(__file__).with_name("died in a pass" if passing else "died in extraction")
-            if sys.argv[0].endswith("default_worker.py") and not died.exists():
-                died.touch()
-                os._exit(1)
-        return inner(images)
-
-    network.forward = forward
-    return network
-"""
-"""A classifier that ends the process of a Ray worker once in extraction and once in an extra pass."""
-
-
-def test_results_do_not_depend_on_the_engine_lost_workers_shards_or_index_shards(
-    settings, images, load, execute, ray_session, tmp_path
+def test_a_run_keeps_the_contract_and_its_scores_are_those_of_independent_formulas(
+    settings, images, load, execute, tmp_path
 ) -> None:
-    """On Ray with actors that hold logical GPUs, and so with decoding in tasks of its own."""
-    raw = everything(settings, images)
-    first = execute(load(raw, "one"), last="evaluate")
-    raw["extract"] |= {"actors": 2, "shard_rows": 96, "gpus_per_actor": 1, "device": "cpu"}
-    raw["index"] = {"shards": 2, "cpus_per_shard": 0.5, "gpus_per_shard": 0.5, "device": "cpu"}
-    (tmp_path / "dying.py").write_text(DYING)
-    raw["model"]["name"] = "./dying.py:build"
-    second = execute(load(raw, "two"), engine="ray", last="score")
-    record = files.read_json(second.folder / "manifest.json")
-    assert {name: record["stages"][name]["retries"] for name in ("extract", "fit")} == {
-        "extract": 1,
-        "fit": 1,
-    }
-    for dataset in ("test", "animals", "textures", "shifted", "val", "production"):
-        left, right = scores(first.folder, dataset), scores(second.folder, dataset)
-        assert [name for name in left if not name.startswith("is_ood.")] == list(right)
-        for name, values in right.items():
-            np.testing.assert_array_equal(left[name], values, err_msg=f"{dataset} {name}")
-    check_contract(first.folder)
-    check_scores(first.folder, tmp_path / "one")
+    """Every detector; tests/cluster compares a run on several nodes with such a one."""
+    folder = execute(load(everything(settings, images)), last="evaluate").folder
+    check_contract(folder)
+    check_scores(folder, tmp_path / "workspace")
 
 
 PERCEPTRON = """
@@ -453,35 +371,6 @@ def test_held_out_images_that_come_later_calibrate_without_another_extra_pass(
     np.testing.assert_allclose(held_out["tempscale"], softened("held"), rtol=1e-5)
     assert abs(held_out["tempscale"] - trained["tempscale"]).max() > 1e-3
     np.testing.assert_array_equal(held_out["featurenorm"], trained["featurenorm"])
-
-
-def test_a_killed_run_is_continued_without_redoing_finished_shards(settings, load, execute, tmp_path) -> None:
-    """In one process; drivers on Ray are killed in tests/cluster."""
-    settings["extract"] |= {"shard_rows": 16, "batch_size": 16, "actors": 1}
-    whole = execute(load(settings, "undisturbed"), last="evaluate")
-    loaded = load(settings, "killed")
-    path = tmp_path / "killed.yaml"
-    path.write_text(loading.dump(loaded))
-    command = [sys.executable, "-m", "pipeline.cli", "run", str(path), "--engine", "inline"]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    features = tmp_path / "killed" / "features"
-    deadline = time.monotonic() + 120
-    while len(list(features.glob("*/.part-*.json"))) < 5 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    parts = [path.with_name(path.name[1:-5]) for path in features.glob("*/.part-*.json")]
-    done = {part: part.stat().st_mtime_ns for part in parts}
-    finished = sum(pq.read_metadata(part).num_rows for part in done)
-    assert 5 * 16 <= finished < 1080
-    resumed = execute(loaded, last="evaluate")
-    assert {part: part.stat().st_mtime_ns for part in done} == done
-    record = files.read_json(resumed.folder / "manifest.json")
-    assert record["stages"]["extract"]["forward_images"] == 1080 - finished
-    for dataset in ("test", "animals", "textures"):
-        for name, values in scores(whole.folder, dataset).items():
-            np.testing.assert_array_equal(values, scores(resumed.folder, dataset)[name])
-    assert (whole.folder / "metrics.json").read_bytes() == (resumed.folder / "metrics.json").read_bytes()
 
 
 @pytest.fixture
