@@ -110,7 +110,9 @@ def _fitted(engine: Engine, chosen: Mapping[str, Detector], train: tables.Table,
     def made_of(detector: Detector, without: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
         return {"detector": detectors.identity(detector, without)}, {"train": train.content}
 
-    return fit.fit_detectors(engine, chosen, _training(train), artifacts.Store(folder), train, made_of)
+    return fit.fit_detectors(
+        engine, chosen, _training(train), artifacts.Store(folder), train, made_of, schema.Index()
+    )
 
 
 def _places(folder: Path, fitted: fit.Fitted) -> dict[str, artifacts.Artifact]:

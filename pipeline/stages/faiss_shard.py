@@ -16,11 +16,9 @@ import numpy as np
 from pipeline.columns import Float
 from pipeline.config import schema
 from pipeline.errors import UserError
-from pipeline.stages.index import BankFiles, Ids, Neighbours, Vectors, device, kept
-from pipeline.workspace import files, storage
-from pipeline.workspace.artifacts import Damaged, Store, mend, opened, write
-
-_FILE = "index.faiss"
+from pipeline.stages.index import FILE, BankFiles, Ids, Neighbours, Vectors, device, kept
+from pipeline.workspace import files
+from pipeline.workspace.artifacts import File, opened, write_part
 
 
 def exact_distance(queries: Vectors, vectors: Vectors, row: Ids) -> Float:
@@ -63,16 +61,16 @@ class IndexShard:
         faiss.omp_set_num_threads(threads)
 
     def load(self, folder: str) -> None:
-        """Build or read back the index of this shard's rows of a bank; nothing if it is there.
+        """Build the index of this shard's rows of a bank, or read the trained one; nothing if it is there.
 
         Raises:
-            UserError: GPU asked for but not in this build of FAISS, or a factory string it refuses.
+            UserError: GPU asked for but not in this build of FAISS.
+            Damaged: vectors or an index that are not what was written.
         """
         if folder in self.indexes:
             return
         bank = self.banks[folder]
-        start = bank.rows * self.number // self.of
-        stop = bank.rows * (self.number + 1) // self.of
+        start, stop = self._cut(bank)
         self.offset[folder] = start
         if self.settings.kind == "flat":
             index = faiss.IndexFlatL2(bank.width)
@@ -82,7 +80,7 @@ class IndexShard:
             self.vectors[folder] = stored.reshape(index.ntotal, bank.width)
         else:
             self.vectors[folder] = np.concatenate(list(bank.ranges(start, stop)))
-            index = self._trained(bank, self.vectors[folder])
+            index = self._trained(bank)
         self.source[folder] = index
         self.indexes[folder] = self._on_device(index)
 
@@ -102,16 +100,14 @@ class IndexShard:
             distance=np.where(found, distance, np.inf),
         )
 
-    def _trained(self, bank: BankFiles, vectors: Vectors) -> Any:
-        """An index by factory string, trained once and kept in the workspace."""
-        artifact = kept(bank, self.settings.kind, self.number, self.of)
-        record = Store(files.at(storage.parent(bank.folder))).ready(artifact)
-        if record is not None:
-            try:
-                with opened(artifact.folder / _FILE, record.files[_FILE].sha256) as file:
-                    return faiss.read_index(str(file))
-            except Damaged as damaged:
-                mend(damaged)
+    def train(self, folder: str, path: str) -> File:
+        """Train an index of this shard's rows of a bank by the factory string, and write it to a path.
+
+        Raises:
+            UserError: if FAISS cannot.
+        """
+        bank = self.banks[folder]
+        vectors = np.concatenate(list(bank.ranges(*self._cut(bank))))
         index = made(self.settings.kind, bank.width)
         try:
             index.train(vectors)
@@ -120,9 +116,21 @@ class IndexShard:
             raise UserError(
                 f"index.kind: {self.settings.kind!r} cannot be trained: {_reason(error)}"
             ) from None
-        written = write(artifact.folder / _FILE, lambda path: faiss.write_index(index, str(path)))
-        artifact.finish({_FILE: written}, alone=False)  # another run may be at the same
-        return index
+        return write_part(files.at(path), lambda local: faiss.write_index(index, str(local)))
+
+    def _cut(self, bank: BankFiles) -> tuple[int, int]:
+        """The rows of a bank that this shard holds: first, and behind the last."""
+        return bank.rows * self.number // self.of, bank.rows * (self.number + 1) // self.of
+
+    def _trained(self, bank: BankFiles) -> Any:
+        """The index that was trained.
+
+        Raises:
+            Damaged: if it is not there, or not what was written.
+        """
+        artifact = kept(bank, self.settings.kind, self.number, self.of)
+        with opened(artifact.folder / FILE, artifact.require().files[FILE].sha256) as file:
+            return faiss.read_index(str(file))
 
     def _on_device(self, index: Any) -> Any:
         if device(self.settings) == "cpu":

@@ -13,11 +13,12 @@ from safetensors.numpy import load_file
 
 from pipeline import imports
 from pipeline.cluster.engine import Engine
+from pipeline.config import schema
 from pipeline.detectors import plain
 from pipeline.detectors.base import Detector, Scorer, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.stages.banks import build_bank
-from pipeline.stages.index import BankFiles
+from pipeline.stages.index import BankFiles, trained
 from pipeline.workspace import files, tables
 from pipeline.workspace.artifacts import Artifact, Damaged, Record, Store, opened, saved, write
 from pipeline.workspace.patience import Unavailable
@@ -54,17 +55,19 @@ def fit_detectors(
     store: Store,
     source: tables.Table | None,
     made_of: MadeOf,
+    searched: schema.Index,
     optional: Container[str] = (),
 ) -> Fitted:
-    """Fit every detector and build the banks.
+    """Fit every detector, build the banks and train their indexes.
 
     Args:
-        engine: builds banks.
+        engine: builds banks and trains indexes.
         chosen: detectors by label.
         training: all that `fit` may read.
-        store: where banks are kept.
+        store: where all that is made is kept.
         source: feature table of the training rows; None if the run has none.
         made_of: what each is fitted to.
+        searched: how banks are.
         optional: labels of detectors that are left out if the training rows do not have what they need.
 
     Raises:
@@ -96,6 +99,9 @@ def fit_detectors(
             fitted.banks[label] = bank_files
             contents |= {bank_files.name: bank_files.content}
         fitted.scorers[label], fitted.contents[label] = scorer, contents
+    indexes = trained(engine, store, fitted.banks.values(), searched)
+    for label, searched_bank in fitted.banks.items():
+        fitted.contents[label] |= indexes.get(searched_bank.folder, {})
     return fitted
 
 

@@ -5,7 +5,7 @@ Neighbours are merged in shard order, ties by row, so any number of shards gives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -21,6 +21,9 @@ from pipeline.workspace.artifacts import Artifact, Record, Store, name_of, opene
 
 FORMAT = "index 1"
 """Kind and version of what trained indexes are kept as."""
+
+FILE = "index.faiss"
+"""What a trained index is kept in."""
 
 AUTO_SHARD_BYTES = 8 * 2**30
 """With `shards: auto` a shard holds at most this much."""
@@ -158,6 +161,70 @@ class Index:
             shard.stop()
 
 
+def shards_of(banks: Iterable[BankFiles], settings: schema.Index) -> int:
+    """How many shards hold all banks of a run.
+
+    Raises:
+        UserError: if there are more of them than vectors in a bank.
+    """
+    found = {bank.folder: bank for bank in banks}.values()
+    size = sum(bank.rows * bank.width * 4 for bank in found)
+    count = max(1, -(-size // AUTO_SHARD_BYTES)) if settings.shards == "auto" else settings.shards
+    smallest = min(bank.rows for bank in found)
+    if count > smallest:
+        raise UserError(f"index.shards is {count} but the smallest bank has {smallest} rows; lower it.")
+    return count
+
+
+def trained(
+    engine: Engine, store: Store, banks: Iterable[BankFiles], settings: schema.Index
+) -> dict[str, dict[str, str]]:
+    """Train the indexes of banks that are not there yet, one for each shard; a flat one is not trained.
+
+    Args:
+        engine: does the work.
+        store: where they are kept, beside the banks.
+        banks: all of the run.
+        settings: of the index.
+
+    Returns:
+        Content digests of the indexes of each bank, by their names, by the bank's folder.
+
+    Raises:
+        UserError: FAISS cannot train such an index; or it is not there and this command may not make it.
+    """
+    found = {bank.folder: bank for bank in banks}
+    if settings.kind == "flat" or not found:
+        return {}
+    count = shards_of(found.values(), settings)
+    indexes = {
+        folder: [kept(bank, settings.kind, number, count) for number in range(count)]
+        for folder, bank in found.items()
+    }
+
+    def make(names: set[str]) -> None:
+        index = _started(engine, found, count, settings)
+        try:
+            for folder, artifacts in indexes.items():
+                asked = []
+                for artifact, shard in zip(artifacts, index.shards, strict=True):
+                    if artifact.name in names:
+                        if done := artifact.begin():
+                            artifact.finish(done)
+                        else:
+                            asked.append((artifact, shard.ask("train", folder, str(artifact.folder / FILE))))
+                for artifact, train in asked:
+                    artifact.finish({FILE: train()})
+        finally:
+            index.stop()
+
+    records = iter(store.shared([each for artifacts in indexes.values() for each in artifacts], make))
+    return {
+        folder: {artifact.name: next(records).content for artifact in artifacts}
+        for folder, artifacts in indexes.items()
+    }
+
+
 def start(
     engine: Engine, files: Iterable[BankFiles], settings: schema.Index, others: Iterable[BankFiles] = ()
 ) -> Index:
@@ -165,17 +232,24 @@ def start(
 
     Args:
         engine: does the work.
-        files: the banks that are searched.
+        files: the banks that are searched; trained indexes of them are there.
         settings: of the index.
         others: banks of the run that need not be searched now, but count where shards are sized.
     """
     banks = {bank.folder: bank for bank in files}
-    sized = banks | {bank.folder: bank for bank in others}
-    size = sum(bank.rows * bank.width * 4 for bank in sized.values())
-    count = max(1, -(-size // AUTO_SHARD_BYTES)) if settings.shards == "auto" else settings.shards
-    smallest = min(bank.rows for bank in banks.values())
-    if count > smallest:
-        raise UserError(f"index.shards is {count} but the smallest bank has {smallest} rows; lower it.")
+    index = _started(engine, banks, shards_of([*banks.values(), *others], settings), settings)
+    try:
+        for folder in banks:
+            for loaded in [shard.ask("load", folder) for shard in index.shards]:
+                loaded()
+    except BaseException:
+        index.stop()
+        raise
+    return index
+
+
+def _started(engine: Engine, banks: Mapping[str, BankFiles], count: int, settings: schema.Index) -> Index:
+    """The shard actors, empty."""
     engine.capacity(settings.needs, "index")
     if not engine.holds(settings.needs, count, spare=1):
         raise UserError(
@@ -186,21 +260,13 @@ def start(
     from pipeline.stages.faiss_shard import IndexShard  # FAISS is for runs that search
 
     needs, threads = settings.needs, engine.threads(settings.needs)
-    index = Index(
+    return Index(
         tuple(
             engine.start(IndexShard, needs, number, count, settings, banks, threads, spread=True)
             for number in range(count)
         ),
         settings.kind == "flat",
     )
-    try:
-        for folder in banks:
-            for loaded in [shard.ask("load", folder) for shard in index.shards]:
-                loaded()
-    except BaseException:
-        index.stop()
-        raise
-    return index
 
 
 def recall(index: Index, folder: str, queries: Vectors) -> float:

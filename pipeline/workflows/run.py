@@ -202,8 +202,6 @@ class Run:
     worked: bool = False
     """Whether it did anything."""
     _afresh: set[str] = field(default_factory=set)
-    _indexes: list[str] = field(default_factory=list)
-    """Names of the trained indexes that were searched."""
 
     def __post_init__(self) -> None:
         self.record = Record(self.ready)
@@ -287,7 +285,7 @@ class Run:
         names |= {self.ready.note, *self.fits.used}
         scored = self._score_jobs(self.fitted) if self.fitted is not None else ()
         names |= {f"scores/{artifact.name}" for job in scored for artifact in job.scores.values()}
-        return sorted(names | set(self._indexes))
+        return sorted(names)
 
     def may_work(self, name: StageName) -> bool:
         """Whether this stage may compute what is missing."""
@@ -430,7 +428,14 @@ class Run:
 
         source = next(iter(self._tables("train")), None)
         self.fitted = fit_detectors(
-            self.engine, self.ready.detectors, training, self.fits, source, made_of, optional
+            self.engine,
+            self.ready.detectors,
+            training,
+            self.fits,
+            source,
+            made_of,
+            self.ready.config.index,
+            optional,
         )
         return training
 
@@ -540,7 +545,6 @@ class Run:
         )
         try:
             if searched is not None:
-                self._note_indexes(searched, banks.values())
                 self._describe_index(searched, fitted.scorers, banks)
             folders = {label: bank.folder for label, bank in banks.items()}
             scoring = Scoring(fitted.scorers, self._columns(), folders, searched)
@@ -548,12 +552,6 @@ class Run:
         finally:
             if searched is not None:
                 searched.stop()
-
-    def _note_indexes(self, searched: index.Index, banks: Iterable[index.BankFiles]) -> None:
-        """Remember the trained indexes of banks."""
-        kind, count = self.ready.config.index.kind, len(searched.shards)
-        for bank in banks if kind != "flat" else ():
-            self._indexes += [index.kept(bank, kind, number, count).name for number in range(count)]
 
     def _describe_index(
         self, searched: index.Index, scorers: Mapping[str, Scorer], banks: Mapping[str, index.BankFiles]

@@ -42,7 +42,6 @@ _LEFT = re.compile(
     | manifests/\.ood-pipeline-\w+/.+          # `ood-pipeline clean` deletes them
     | runs/small/{_DRAFT}                      # all runs of the name write there
     | runs/small/\w+/({_DRAFT} | \.ood-pipeline-\w+/.+)
-    | fits/\w+/\.index\.faiss\.[0-9a-f]{{32}}  # another run may be at the same index
     """,
     re.VERBOSE,
 )

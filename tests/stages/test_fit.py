@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import detectors
 from pipeline.cluster.engine import Engine
+from pipeline.config import schema
 from pipeline.detectors.base import Detector, Training
 from pipeline.detectors.energy import Energy
 from pipeline.detectors.grood import Grood
@@ -24,6 +25,8 @@ from pipeline.workspace import artifacts, tables
 from pipeline.workspace.artifacts import Store
 from tests.damage import DAMAGES
 from tests.stored import stored
+
+FLAT = schema.Index()
 
 
 def feature_table(folder: Path, rows: int, parts: list[int]) -> tables.Table:
@@ -128,7 +131,7 @@ def test_detectors_that_differ_in_k_alone_share_a_bank(engine, tmp_path) -> None
     wanted = {need for each in chosen.values() for need in (*each.statistics(), *each.ood_statistics())}
     found = of(rows, wanted, HEAD)
     training = Training(HEAD.weight, HEAD.bias, train=found, ood_val=found)
-    fitted = fit.fit_detectors(engine, chosen, training, Store(tmp_path / "fits"), table, made_of)
+    fitted = fit.fit_detectors(engine, chosen, training, Store(tmp_path / "fits"), table, made_of, FLAT)
     folders = {label: bank.folder for label, bank in fitted.banks.items()}
     assert len(set(folders.values())) == 3
     assert folders["knn5"] == folders["knn50"] == folders["knn20"]
@@ -140,7 +143,7 @@ def test_a_bank_smaller_than_k_is_refused_with_the_detector_named(engine, tmp_pa
     training = Training(np.zeros((5, 6), np.float32), np.zeros(5, np.float32))
     chosen = {"far": Knn(k=21)}
     with pytest.raises(UserError, match=re.escape("detectors.far: k is 21 but only 20 training rows")):
-        fit.fit_detectors(engine, chosen, training, Store(tmp_path / "fits"), table, made_of)
+        fit.fit_detectors(engine, chosen, training, Store(tmp_path / "fits"), table, made_of, FLAT)
 
 
 def test_optional_detectors_that_the_training_rows_do_not_serve_are_left_out(engine, tmp_path) -> None:
@@ -149,19 +152,19 @@ def test_optional_detectors_that_the_training_rows_do_not_serve_are_left_out(eng
     training = Training(HEAD.weight, HEAD.bias, train=Statistics({nothing: wrong}))
     chosen = {"near": Knn(k=20), "far": Knn(k=21), "she": She()}
     for store in (Store(tmp_path / "fits"), Store(tmp_path / "fits", "frozen")):
-        found = fit.fit_detectors(engine, chosen, training, store, table, made_of, {"far", "she"})
+        found = fit.fit_detectors(engine, chosen, training, store, table, made_of, FLAT, {"far", "she"})
         assert list(found.scorers) == list(found.banks) == ["near"]
         assert found.not_applicable["far"].startswith("k is 21 but only 20 training rows enter the bank")
         assert found.not_applicable["she"].startswith("she: patterns need training rows")
     with pytest.raises(UserError, match=r"^detectors\.she: she: patterns need"):
-        fit.fit_detectors(engine, chosen, training, Store(tmp_path / "fits"), table, made_of, {"far"})
+        fit.fit_detectors(engine, chosen, training, Store(tmp_path / "fits"), table, made_of, FLAT, {"far"})
 
 
 def test_a_bank_that_is_not_there_yet_is_no_reason_to_leave_a_detector_out(engine, tmp_path) -> None:
     table = feature_table(tmp_path / "table", 20, [])
     store, training = Store(tmp_path / "fits", "frozen"), Training(HEAD.weight, HEAD.bias)
     with pytest.raises(UserError, match="fit: no detector in the workspace"):
-        fit.fit_detectors(engine, {"near": Knn(k=1)}, training, store, table, made_of, {"near"})
+        fit.fit_detectors(engine, {"near": Knn(k=1)}, training, store, table, made_of, FLAT, {"near"})
 
 
 class Killed(BaseException):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,8 +17,9 @@ from pipeline.config import loading
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.stages import extract, shards
+from pipeline.stages.index import FILE
 from pipeline.workspace import storage
-from pipeline.workspace.artifacts import RECORD, Artifact, read_record
+from pipeline.workspace.artifacts import RECORD, Artifact, read_record, write
 from tests.damage import DAMAGES
 from tests.stored import newest
 
@@ -240,6 +242,28 @@ def test_what_was_learned_from_other_bytes_is_learned_again(
     assert read_record(folder).content != record.content  # it was taken as it is
     execute(loaded, first="fit", last="score")
     assert kept(workspace) == after
+
+
+def test_scores_are_made_again_when_an_index_was_trained_to_other_bytes(
+    copied: tuple[Config, Path, dict[str, bytes]], execute: Callable[..., Any]
+) -> None:
+    """As on another kind of machine: the same vectors, in other lists."""
+    loaded, workspace, before = copied
+    folder = located(workspace, "index").parent
+    record = read_record(folder)
+    trained = faiss.read_index(str(folder / "index.faiss"))
+    assert isinstance(trained, faiss.IndexIVFFlat)
+    vectors = trained.reconstruct_n(0, trained.ntotal)
+    other = faiss.index_factory(trained.d, "IVF2,Flat")
+    other.train(vectors)
+    other.add(vectors)
+    artifact = Artifact(folder, record.kind, record.identity, record.inputs)
+    artifact.finish({FILE: write(folder / FILE, lambda path: faiss.write_index(other, str(path)))})
+    execute(loaded)
+    after = kept(workspace)
+    changed = [name for name in before if after[name] != before[name] and name.startswith("scores/")]
+    assert changed
+    assert all("/knn-" in name or "/grood-" in name for name in changed)
 
 
 def picture(path: Path, seed: int) -> None:
