@@ -10,17 +10,16 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.config.explanations import explain
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError
+from pipeline.parameters import Frozen
 
 
-class Tune(BaseModel):
+class Tune(Frozen):
     """Parameters to be chosen on the images of the roles `id_val` and `ood_val`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     metric: Literal["auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "detection_error"] = Field(
         default="auroc", description="decides by its mean over the datasets with role ood_val"
@@ -55,7 +54,7 @@ def points(
         try:
             detector = method.model_validate({**fixed, **given})
         except ValidationError as error:
-            raise UserError(explain(error, f"tune.grids.{label}.", method)) from None
+            raise UserError("\n".join(explain(error, f"tune.grids.{label}.", method))) from None
         chosen = {name: detector.model_dump(mode="json")[name] for name in grid}
         text = ", ".join(f"{name}={value}" for name, value in chosen.items())
         found[f"{label}[{text}]"] = {**fixed, **chosen}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipeline.config import documents
+from pipeline.config.documents import Section
 from pipeline.errors import UserError
 
 KEY = "extends"
 
 
-def read(path: Path, library: Path) -> dict[str, Any]:
+def read(path: Path, library: Path) -> Section:
     """The mapping in a YAML file, over that of the file its key `extends` names, and so on.
 
     Sections are merged key by key; a list or a value replaces what it meets. `extends` is a path relative
@@ -21,7 +21,7 @@ def read(path: Path, library: Path) -> dict[str, Any]:
     Raises:
         UserError: a file that is missing, no YAML or no mapping, or that extends itself in the end.
     """
-    data = _mapping(path)
+    data = documents.read(path)
     chain = [path.resolve()]
     while KEY in data:
         path = _find(data.pop(KEY), path, library)
@@ -29,17 +29,7 @@ def read(path: Path, library: Path) -> dict[str, Any]:
             files = " > ".join(file.name for file in [*chain, path])
             raise UserError(f"{chain[0]}: {KEY} goes round in circles: {files}.")
         chain.append(path.resolve())
-        data = _merged(_mapping(path), data)
-    return data
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping with the keys name, model, datasets, detectors")
+        data = _merged(documents.read(path, path.name), data)
     return data
 
 
@@ -53,10 +43,12 @@ def _find(name: Any, source: Path, library: Path) -> Path:
     raise UserError(f"{source}: {KEY}: no such config file: {name}, neither beside this one nor bundled.")
 
 
-def _merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def _merged(base: Section, change: Section) -> Section:
     """A copy of `base` in which sections are merged and everything else is replaced."""
-    result = dict(base)
+    result = Section(base, {**base.places, **change.places})
     for key, value in change.items():
         below = result.get(key)
-        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        if isinstance(below, Section) and isinstance(value, Section):
+            value = _merged(below, value)
+        result[key] = value
     return result

@@ -12,9 +12,10 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import inherit
-from pipeline.config.explanations import explain
+from pipeline.config.documents import Section
+from pipeline.config.explanations import explain, place_told
 from pipeline.config.overrides import apply_override
-from pipeline.config.schema import CLASS_FILES, Config, Dataset, DetectorEntry, Start
+from pipeline.config.schema import CLASS_FILES, Config, Dataset, DetectorEntry, Start, sound
 from pipeline.errors import UserError
 
 
@@ -40,16 +41,29 @@ def read(source: str, overrides: list[str] | None = None) -> tuple[Config, Path]
     data = inherit.read(path, bundled())
     for override in overrides or []:
         apply_override(data, override)
+    wrong: list[str] = []
     try:
         config = Config.model_validate(data)
-        absolute = _absolute(config, path.parent)
-        absolute.built()
-        absolute.points()
+        entries = list(_absolute(config, path.parent).detectors)
     except ValidationError as error:
-        raise UserError(explain(error, f"{path}: ", Config)) from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        wrong, config = explain(error, "", Config, data), None
+        entries = sound(data.get("detectors"))
+    for entry in entries:
+        wrong += _mistakes(entry.build, data)
+    if config is not None and not wrong:
+        wrong = _mistakes(_absolute(config, path.parent).points, data)
+    if config is None or wrong:
+        raise UserError("\n".join(f"{path}: {line}" for line in wrong))
     return config, path.parent
+
+
+def _mistakes(made: Callable[[], object], data: Section) -> list[str]:
+    """What is wrong with a detector, or with a grid, each with its line in the file."""
+    try:
+        made()
+    except UserError as error:
+        return [place_told(line, data) for line in str(error).split("\n")]
+    return []
 
 
 def locate(source: str) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.documents import Section, names, position_of
 from pipeline.errors import UserError, unknown
 
 
@@ -27,7 +28,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         position, labelled = _position(node, last, where)
         node[position] = {last: value} if labelled and isinstance(value, dict | None) else value
     else:
-        node[last] = value
+        _put(node, last, value)
 
 
 def _inside(node: Any, key: str, where: str) -> Any:
@@ -41,26 +42,24 @@ def _inside(node: Any, key: str, where: str) -> Any:
         found = node[position]
     else:
         if node.get(key) is None:
-            node[key] = {}
+            _put(node, key, Section({}, {}))
         found = node[key]
     if not isinstance(found, dict | list):
         raise UserError(f"{where}: {key!r} is a value, not a section")
     return found
 
 
+def _put(node: dict[str, Any], key: str, value: Any) -> None:
+    node[key] = value
+    if isinstance(node, Section):
+        node.places[key] = "--set"
+
+
 def _position(items: list[Any], key: str, where: str) -> tuple[int, bool]:
     """Position of a list item; and whether the key is its whole text or its key, as for detectors."""
     if key.isdecimal() and int(key) < len(items):
         return int(key), False
-    for position, item in enumerate(items):
-        if key in _names(item):
-            return position, isinstance(item, str) or key in item
-    raise UserError(f"{where}: {unknown('item', key, [name for item in items for name in _names(item)])}")
-
-
-def _names(item: Any) -> list[str]:
-    """What a list item is called: its `name` or `label`, else its keys or its text."""
-    if isinstance(item, dict):
-        own = item.get("name", item.get("label"))
-        return [str(key) for key in item] if own is None else [str(own)]
-    return [item] if isinstance(item, str) else []
+    position = position_of(items, key)
+    if position is None:
+        raise UserError(f"{where}: {unknown('item', key, [name for item in items for name in names(item)])}")
+    return position, isinstance(items[position], str) or key in items[position]

@@ -6,13 +6,12 @@ Reads the config file and nothing else; whether paths exist and models fit is ch
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
@@ -25,6 +24,7 @@ from pipeline.config.grids import Tune, points
 from pipeline.detectors._steps import combined
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError, unknown
+from pipeline.parameters import Frozen
 
 Role = Literal["train", "id", "near_ood", "far_ood", "shifted_id", "id_val", "ood_val", "unlabelled"]
 LABELLED_ROLES = ("train", "id", "shifted_id")
@@ -35,6 +35,9 @@ CLASS_FILES = (".txt", ".csv", ".json", ".yaml", ".yml")
 """Endings of files that say which index a class name has."""
 Start = Literal["current", "file", "data"]
 """What a relative path starts from: the current folder, the config file's, or `data` if that is set."""
+LARGEST_SIDE = 16384
+"""Pixels along an image as a network may want it."""
+Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 """A name that is a folder, a column and an MLflow metric at once."""
 
@@ -50,17 +53,13 @@ Resources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_
 """Amounts by names that nodes declare (`ray start --resources`)."""
 
 
-class Frozen(BaseModel):
-    """Base of all sections: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 class Transform(Frozen):
     """From a decoded image to the network's input; the ID normalisation for every dataset."""
 
-    resize: int | None = Field(default=None, ge=1, description="shorter side in pixels; null keeps the size")
-    crop: int = Field(ge=1, description="side of the central square that the network sees")
+    resize: int | None = Field(
+        default=None, ge=1, le=LARGEST_SIDE, description="shorter side in pixels; null keeps the size"
+    )
+    crop: int = Field(ge=1, le=LARGEST_SIDE, description="side of the central square that the network sees")
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, ...] = Field(description="per channel, for pixels scaled to [0, 1]")
     std: tuple[Annotated[float, Field(gt=0)], ...] = Field(description="per channel")
@@ -81,7 +80,7 @@ class Model(Frozen):
     source: str = Field(
         description="torchvision, timm, exported or factory; a file of pipeline/network/sources"
     )
-    name: str = Field(
+    name: Text = Field(
         description="torchvision or timm name; an exported program (.pt2); or 'package.module:function' or "
         "'./file.py:function'"
     )
@@ -119,7 +118,7 @@ class Dataset(Frozen):
         "(limit, limit_per_class, include_labels) is wanted",
     )
     format: str
-    path: str = Field(
+    path: Text = Field(
         description="file or folder, local or a URI; webdataset, parquet: also `*` in the last part; "
         "'package://module/file' for data inside a package"
     )
@@ -152,8 +151,8 @@ class Dataset(Frozen):
 class Extract(Frozen):
     """The forward pass."""
 
-    batch_size: int = Field(default=256, ge=1)
-    shard_rows: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    batch_size: int = Field(default=256, ge=1, le=1_000_000)
+    shard_rows: Literal["auto"] | Annotated[int, Field(ge=1, le=100_000_000)] = Field(
         default="auto",
         description="images per output file, the unit of resume; auto = 2048, less where pixels are many",
     )
@@ -253,7 +252,7 @@ class DetectorEntry(Frozen):
     method: str = Field(
         description="name of a detector; 'package.module:Class' or './file.py:Class' for one of your own"
     )
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default={})
     tuned_on_ood: bool = Field(
         default=False,
         description="parameters were chosen on OOD images; marked wherever a result is shown",
@@ -289,7 +288,7 @@ class DetectorEntry(Frozen):
             detector = method.model_validate(self.parameters)
             return combined(detector, steps) if steps else detector
         except ValidationError as error:
-            raise UserError(explain(error, f"{where}.", method)) from None
+            raise UserError("\n".join(explain(error, f"{where}.", method))) from None
         except UserError as error:
             raise UserError(f"{where}.steps: {error}") from None
 
@@ -311,6 +310,19 @@ def _entries(value: Any) -> Any:
     return entries
 
 
+def sound(value: Any) -> list[DetectorEntry]:
+    """The detectors of a config that has mistakes elsewhere, as far as they can be checked without it."""
+    try:
+        given = _entries(value)
+    except ValueError:
+        return []
+    found = []
+    for entry in given:
+        with suppress(ValidationError):
+            found.append(DetectorEntry.model_validate(entry))
+    return [entry for entry in found if ":" not in entry.method]  # files start from the config's folder
+
+
 def _entry(label: str, given: Any) -> dict[str, Any]:
     """`label: {method: name, steps: [...], parameter: value, ...}` as a detector entry."""
     if not isinstance(given, dict | None):
@@ -324,8 +336,8 @@ class Config(Frozen):
     """One run."""
 
     name: Name
-    seed: int = Field(default=0, ge=0)
-    workspace: str = "./workspace"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    workspace: Text = "./workspace"
     protocol: str | None = Field(default=None, description="name of the benchmark that this is a run of")
     published: str | None = Field(
         default=None, description="table of published numbers of the protocol that the report compares with"
@@ -346,20 +358,22 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Config:
+        wrong: list[str] = []
         for what, found in (
             ("datasets", [dataset.name for dataset in self.datasets]),
             ("detectors", [entry.label for entry in self.detectors]),
         ):
             twice = sorted({name for name in found if found.count(name) > 1})
-            if twice:
-                raise ValueError(f"{what}: the name {twice[0]!r} is used twice; give each its own")
+            wrong += [f"{what}: the name {name!r} is used twice; give each its own" for name in twice]
         reserved = {"id", "near_ood", "far_ood", "fs_near_ood", "fs_far_ood"}
         for dataset in self.datasets:
             if dataset.name in reserved:
-                raise ValueError(f"datasets: {dataset.name!r} is the name of a group; choose another")
+                wrong.append(f"datasets: {dataset.name!r} is the name of a group; choose another")
         for entry in self.detectors:
             if entry.label in (KEY, LABEL, PREDICTION, "classifier") or entry.label.startswith(IS_OOD):
-                raise ValueError(f"detectors: {entry.label!r} is a column of the results; choose another")
+                wrong.append(f"detectors: {entry.label!r} is a column of the results; choose another")
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return self
 
     def built(self) -> dict[str, Detector]:

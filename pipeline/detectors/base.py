@@ -13,19 +13,18 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_serializer
+from pydantic import Field, FiniteFloat, field_serializer
 
 from pipeline.columns import Batch, Float, Mask
 from pipeline.learned.statistics import Statistic, Statistics
+from pipeline.parameters import Frozen
 
 
-class Pass(BaseModel):
+class Pass(Frozen):
     """A small extra pass through the network that a detector needs at fit time.
 
     Equal passes are run once, however many detectors ask for them.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     held_out: ClassVar[bool] = False
     """Whether it takes images of role `id_val` where there are any."""
@@ -82,14 +81,12 @@ class Jigsaw(Pass):
         return 2 * min(self.samples, rows)
 
 
-class Extra(BaseModel):
+class Extra(Frozen):
     """A column that takes the network beyond its one forward pass over an image.
 
     Equal extras are computed once, however many detectors ask for them: for every image that is scored, and
     for the training images if a statistic or a bank reads the column.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     needs: ClassVar[str]
     """What the network must give, in a few words."""
@@ -273,15 +270,13 @@ class Scorer(Protocol):
         ...
 
 
-class Detector(BaseModel):
+class Detector(Frozen):
     """A method with its hyper-parameters, before it has seen data.
 
     A subclass is one file in this package; the file name is its name in the config. A scorer that
     has an attribute `bank` (a `Bank`) finds the Euclidean distances to its `k` nearest neighbours,
     nearest first, in the column `NEIGHBOURS`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: ClassVar[str]
     """Name of the method and its year, as the literature writes them."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from scipy.special import expit
 
 from pipeline.columns import FEATURE, LABEL, PREDICTION, Batch, Float, Mask
@@ -18,12 +18,11 @@ from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Mixup, Noise, Pa
 from pipeline.errors import UserError
 from pipeline.learned.logits import logsumexp
 from pipeline.learned.statistics import Classes
+from pipeline.parameters import Frozen
 
 
-class OodPrototype(BaseModel):
+class OodPrototype(Frozen):
     """Where the OOD prototype comes from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prototype: Literal["mixup", "noise", "proto_mean", "ood_val"] = Field(
         default="mixup",

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipeline.columns import FEATURE, Batch, Float
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Moments, Scatter
+from pipeline.parameters import Frozen
 
 
-class Subspace(BaseModel):
+class Subspace(Frozen):
     """How many directions the principal subspace has."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dim: int | None = Field(
         default=None,

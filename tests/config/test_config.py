@@ -116,6 +116,7 @@ def test_an_unknown_key_is_refused_with_the_file_the_closest_key_and_all_others(
 ):
     message = refusal(key(RAW, path, 1))
     name = path.rpartition(".")[2]
+    path = path.replace("datasets.1", "datasets.test")
     assert f"small.yaml: {path}: unknown key '{name}'. Did you mean '{closest}'?" in message
     assert other in message
     assert len(message.splitlines()) == 1
@@ -134,7 +135,13 @@ def test_an_unknown_detector_is_refused_with_the_file_and_the_closest_detector(r
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("datasets.0.role", "trian", "datasets.0.role: Input should be 'train', 'id'"),
+        ("datasets.0.role", "trian", "datasets.train.role: Input should be 'train', 'id'"),
+        ("seed", 2**64, "seed: Input should be less than"),
+        ("workspace", "", "workspace: String should have at least 1 character"),
+        ("model.transform.std", [float("inf")], "model.transform.std.0: Input should be a finite number"),
+        ("model.transform.mean", [True], "model.transform.mean: YAML reads yes, no"),
+        ("detectors.1", {"knn": {"k": True}}, "detectors.knn.k: YAML reads yes, no"),
+        ("detectors.1", {"react": {"p": float("nan")}}, "detectors.react.p: Input should be"),
         ("seed", -1, "seed: Input should be greater than or equal to 0, got -1"),
         ("name", "a/b", "name: String should match pattern"),
         ("extract.batch_size", 0, "extract.batch_size: Input should be greater than or equal to 1, got 0"),
@@ -168,9 +175,73 @@ def test_a_missing_key_is_named(refusal):
     del raw["model"]["transform"]["crop"]
     del raw["datasets"][1]["path"]
     assert [line.partition("small.yaml: ")[2] for line in refusal(raw).splitlines()] == [
-        "model.transform.crop: Field required.",
-        "datasets.1.path: Field required.",
+        "model.transform.crop: Field required (line 21).",
+        "datasets.test.path: Field required (line 6).",
     ]
+
+
+MISTAKES = """\
+extends: base.yaml
+seed: 1
+extract:
+  batch_size: yes
+  actors: .inf
+datasets:
+- {name: train, role: train, format: npz, path: train.npz}
+- name: test
+  role: id
+  format: npz
+  path: test.npz
+  limt: 3
+detectors:
+- msp
+- knn:
+    k: 0
+- near: {method: enrgy}
+"""
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_line_and_the_file_if_it_is_another(tmp_path):
+    base = {"name": "x", "model": RAW["model"] | {"transform": {"crop": 10**9, "mean": [0.3], "std": [0.3]}}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    path = tmp_path / "mine.yaml"
+    path.write_text(MISTAKES)
+    with pytest.raises(UserError) as caught:
+        loading.load(str(path), ["index.shards=0"])
+    lines = [line.removeprefix(f"{path}: ") for line in str(caught.value).splitlines()]
+    for line, (start, end) in zip(
+        lines,
+        [
+            ("model.transform.crop: Input should be less than", "got 1000000000 (base.yaml, line 5)."),
+            ("datasets.test.limt: unknown key 'limt'. Did you mean 'limit'?", "(line 12)."),
+            ("extract.batch_size: YAML reads yes, no, on", "got True (line 4)."),
+            ("extract.actors: Input should be 'auto', or", "got inf (line 5)."),
+            ("index.shards: Input should be 'auto', or", "got 0 (--set)."),
+            ("detectors.knn.k: Input should be greater", "got 0 (line 16)."),
+            ("detectors.near: unknown detector 'enrgy'", "(line 17)."),
+        ],
+        strict=True,
+    ):
+        assert line.startswith(start), line
+        assert line.endswith(end), line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 1\nname: x\nseed: 2\n", r"the key 'seed' stands here twice, first in line 1\n.*line 3"),
+        ("a: {b: 1, b: 1}", "the key 'b' stands here twice"),
+        (f"seed: {'7' * 5000}", r"4300 digits.*\n.*line 1"),
+        ("a: 2020-13-45", r"month must be in 1\.\.12\n.*line 1"),
+        ("[" * 3000, "nested too deeply"),
+        ("a: " + "x" * 2**20, "larger than 1,048,576 bytes"),
+    ],
+)
+def test_what_yaml_readers_swallow_or_die_of_is_one_clear_error(tmp_path, text, expected):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"^{path}: .*{expected}"):
+        loading.load(str(path))
 
 
 @pytest.mark.parametrize(

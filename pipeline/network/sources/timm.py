@@ -93,5 +93,5 @@ def _automatic(data: dict[str, Any]) -> Transform:
             channels=channels,
         )
     except ValidationError as error:
-        reason = explain(error, "", Transform)
+        reason = "\n".join(explain(error, "", Transform))
         raise UserError(f"model.transform: timm's own is not supported: {reason} Write one out.") from error
