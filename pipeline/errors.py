@@ -11,8 +11,19 @@ AGAIN = "What is finished is kept: run the same command again to go on."
 """End of a message about a failure that does not lie in the config."""
 
 
+_AUTHORITY = re.compile(r'(?<=://)[^\s/?#"<>]*@')
+_SECRET = r"[^=&\s\"<>]*(?:token|key|secret|passw|signature|credential|auth)[^=&\s\"<>]*|sig"
+_QUERY = re.compile(rf"""([?&](?:{_SECRET})=)[^&#\s"<>]+""", re.IGNORECASE)
+
+
 class UserError(ValueError):
-    """A mistake the user can mend: bad config, missing data, weights that do not fit."""
+    """A mistake the user can mend: bad config, missing data, weights that do not fit.
+
+    Its message shows no credentials, wherever it came by them.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 def unknown(what: str, name: str, valid: Iterable[str]) -> str:
@@ -24,5 +35,10 @@ def unknown(what: str, name: str, valid: Iterable[str]) -> str:
 
 
 def redact(text: str) -> str:
-    """The text without the `user:password@` of any URI in it."""
-    return re.sub(r'(?<=://)[^\s/?#"<>]*@', "", text)
+    """The text without the credentials of URIs in it: `user:password@`, and values as in `?token=...`."""
+    return _QUERY.sub(r"\1...", _AUTHORITY.sub("", text))
+
+
+def has_credentials(text: str) -> bool:
+    """Whether a text is a URI with credentials in it."""
+    return "://" in text and redact(text) != text

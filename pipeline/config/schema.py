@@ -235,9 +235,7 @@ class Tracking(Frozen):
     enabled: bool = True
 
     @model_validator(mode="after")
-    def _a_store_without_credentials(self) -> Tracking:
-        if self.uri and "@" in self.uri.partition("://")[2].partition("/")[0]:
-            raise ValueError("a config must not hold credentials; set MLFLOW_TRACKING_USERNAME and _PASSWORD")
+    def _a_store(self) -> Tracking:
         if self.uri is not None and not re.match(r"(sqlite:///|https?://).", self.uri):
             raise ValueError(
                 f"{self.uri} is no MLflow store; give sqlite:///<path>.db or http(s)://<host>:<port>"

@@ -28,7 +28,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, has_credentials
 from pipeline.workspace.patience import insist, is_transient, patient
 
 BUFFER = 2**20
@@ -347,7 +347,7 @@ def located(path: str) -> tuple[Any, str]:
     parts = urlsplit(path)
     if parts.scheme == "file":
         return None, os.fsdecode(unquote_to_bytes(parts.path))
-    if parts.password:
+    if has_credentials(path):
         raise UserError(
             f"{parts.scheme}://...@{parts.hostname}: a path must not hold credentials; "
             "set them in the environment."

@@ -285,6 +285,14 @@ def test_a_detector_cannot_have_the_name_of_a_column_of_the_results(refusal, lab
         ("tracking", "https://anna:s3cret@mlflow.example"),
         ("tracking.experiment.uri", "https://anna:s3cret@mlflow.example"),
         ("trackin.uri", "https://anna:s3cret@mlflow.example"),
+        ("tracking.uri", "http://mlflow.example/?token=s3cret"),
+        ("tracking.uri", "ftp://mlflow.example/?a=1&Api-Key=s3cret"),
+        ("workspace", "s3://anna:s3cret@bucket/prefix"),
+        ("data", "s3://s3cret@bucket/prefix"),
+        ("datasets.0.path", "s3://bucket/x.npz?access_key=anna&secret_key=s3cret"),
+        ("datasets.0.role", "s3://bucket/x.npz?secret_key=s3cret"),
+        ("model.weights", "https://host/w.pt?X-Amz-Signature=s3cret"),
+        ("model.transform", "https://host/w.pt?X-Amz-Credential=s3cret"),
     ],
 )
 def test_credentials_are_refused_and_never_shown(refusal, path, value):
@@ -294,7 +302,10 @@ def test_credentials_are_refused_and_never_shown(refusal, path, value):
 
 def test_credentials_point_to_the_variables_that_hold_them(refusal):
     message = refusal(key(RAW, "tracking.uri", "https://anna:s3cret@mlflow.example"))
-    assert "small.yaml: tracking: a config must not hold credentials; set MLFLOW_TRACKING_USERNAME" in message
+    assert (
+        "small.yaml: tracking.uri: a config must not hold credentials; set them in the environment" in message
+    )
+    assert "MLFLOW_TRACKING_USERNAME" in message
 
 
 @pytest.mark.parametrize("uri", ["https://mlflow.example/~anna@work", "sqlite:////home/anna@work/mlflow.db"])

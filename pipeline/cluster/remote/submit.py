@@ -108,7 +108,7 @@ class Cluster:
     def __init__(self, address: str) -> None:
         """Connect to the server, whose address is that of the cluster's dashboard."""
         self.address = redact(address)
-        if not re.match(r"https?://[^\s/]+", address):
+        if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", address):
             raise UserError(
                 f"--address: got {self.address!r}; expected that of the head, e.g. http://head:8265"
             )
