@@ -6,6 +6,7 @@ to the bit. What a stage hands over must be picklable and must not be written to
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, Protocol, TypeVar, cast
@@ -166,6 +167,10 @@ def opened(
             from pipeline.cluster import inline
 
             return inline.session(logs, threads)
+        if (
+            "RAY_ADDRESS" not in os.environ
+        ):  # Ray reads it when it is imported: it then binds to loopback only
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         from pipeline.cluster import on_ray  # imports Ray
 
         return on_ray.session(workspace, logs)
