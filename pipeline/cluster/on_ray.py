@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import sys
 import tempfile
 import uuid
@@ -39,6 +40,8 @@ T = TypeVar("T")
 RESTARTS = 8
 """How often an actor is started again, and a call repeated, whose process or node died."""
 
+_TOKEN = "RAY_AUTH_TOKEN"
+
 _STOPPING = 10.0
 """Seconds that an actor has to say what it cost; one that is just being started again is not waited for."""
 
@@ -62,7 +65,7 @@ def session(workspace: Place | None, logs: Logs | None) -> Iterator[OnRay]:
     Libraries compute with one thread in the driver, too: what it fits has the same bits on any machine of a
     kind, and with any engine.
     """
-    ours = not ray.is_initialized()
+    ours, token = not ray.is_initialized(), os.environ.get(_TOKEN)
     logs = logs and replace(logs, session=uuid.uuid4().hex[:8])
     try:
         with threadpool_limits(limits=1):
@@ -70,6 +73,8 @@ def session(workspace: Place | None, logs: Logs | None) -> Iterator[OnRay]:
     finally:
         if ours and ray.is_initialized():
             ray.shutdown()
+            if token is None:
+                os.environ.pop(_TOKEN, None)
         if logs is not None:
             logs.merge()
 
@@ -86,6 +91,8 @@ def connect() -> None:
         if (os.cpu_count() or 1) < 2:
             local["num_cpus"] = 2  # one for an index actor, one for the tasks that ask it
         where = {} if "RAY_ADDRESS" in os.environ else local
+        if where and not {_TOKEN, "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            os.environ[_TOKEN] = secrets.token_hex(32)  # else Ray keeps one in a file, which others may read
         try:
             with _without_greeting():
                 ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from importlib.resources import files
@@ -172,4 +173,4 @@ def _beside(start: str, path: str) -> str:
         return path
     if "://" in start and not path.startswith(("/", "~")):
         return f"{start.rstrip('/')}/{path}"
-    return str((Path(start) / Path(path).expanduser()).resolve())
+    return os.path.realpath(Path(start) / Path(path).expanduser())  # a loop of links is told when it is used

@@ -231,7 +231,9 @@ def test_the_architecture_and_the_network_change_with_the_options(factory):
     )
     assert (len(first.head[1]), len(other.head[1])) == (3, 4)
     assert first.architecture != other.architecture
-    with pytest.raises(UserError, match=r"model\.options: .*net\.py:build does not take them: .*'depth'"):
+    with pytest.raises(
+        UserError, match=r"model\.options: .*net\.py:build\(.*\) cannot be called with .*'depth'"
+    ):
         load(model(name=name, weights="random", options={"depth": 4}), 0)
 
 

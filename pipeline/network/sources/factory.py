@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 from torch import nn
 
 from pipeline import imports
@@ -18,12 +21,8 @@ def build(model: schema.Model) -> Built:
             do not fit, or no written-out transform.
     """
     function = imports.load_function(model.name, "model.name")
-    try:
-        module = function(**model.options)
-    except TypeError as error:
-        if not model.options:
-            raise
-        raise UserError(f"model.options: {model.name} does not take them: {error}.") from error
+    _check(function, model)
+    module = function(**model.options)
     if not isinstance(module, nn.Module):
         raise UserError(
             f"model.name: {model.name} returned {type(module).__name__}; expected a torch.nn.Module."
@@ -35,3 +34,19 @@ def build(model: schema.Model) -> Built:
     called = f"{getattr(function, '__qualname__', '')} {sorted(model.options.items())}"
     code = imports.source_of(function) + called.encode()
     return Built(module, model.transform, code)
+
+
+def _check(function: Callable[..., object], model: schema.Model) -> None:
+    """Whether a function can be called with the options of a model."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some that are written in C nobody knows
+        return
+    try:
+        signature.bind(**model.options)
+    except TypeError as error:
+        raise UserError(
+            f"model.options: {model.name}{signature} cannot be called with "
+            f"{model.options or 'no options'}: {error}. Give what it needs, or name a function in model.name "
+            "that needs nothing."
+        ) from None
