@@ -130,7 +130,8 @@ class Dataset(Frozen):
     labels: str | None = Field(
         default=None,
         description="imagefolder, imagelist: what a class name means: 'imagenet1k', 'index' (the name is the "
-        "number), or a .txt, .csv, .json or .yaml file; null = class folders numbered in sorted order. "
+        "number), or a .txt, .csv, .json or .yaml file; null = class folders numbered "
+        "in the order of their names as text (0, 1, 10, 2), as torchvision's ImageFolder does. "
         "npz: label array; idx: label file; parquet: label column; webdataset: key in the .json members",
     )
     identity: Literal["stat", "content"] = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -88,11 +88,20 @@ def is_number(name: str) -> bool:
 
 
 def numbered(names: Iterable[str]) -> dict[str, int]:
-    """Index of each name in sorted order; names that are all numbers are sorted as numbers."""
-    found = sorted(names)
-    if all(map(is_number, found)):
-        found.sort(key=int)
-    return {name: index for index, name in enumerate(found)}
+    """Index of each name in the order of their characters, as torchvision's `ImageFolder` has it."""
+    return {name: index for index, name in enumerate(sorted(names))}
+
+
+def order_note(index: Mapping[str, int]) -> str:
+    """What to know of `numbered` classes whose names are numbers in another order; empty for others."""
+    names = list(index)
+    if not all(map(is_number, names)) or names == sorted(names, key=int):
+        return ""
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return (
+        "class folders are numbered as torchvision's ImageFolder does it, in the order of their names as "
+        f"text ({shown}). If the model was trained with the number in a name as the class, set labels: index"
+    )
 
 
 def named(dataset: Dataset) -> Classes:

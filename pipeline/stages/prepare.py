@@ -415,8 +415,8 @@ def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:
         shown = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
         raise UserError(
             f"datasets.{dataset.name}: {len(absent)} of the head's {classes} classes have no images "
-            f"({shown}). Class folders are numbered in sorted order, and training needs every class; "
-            "add the missing ones."
+            f"({shown}). Class folders are numbered in the order of their names, and training "
+            "needs every class; add the missing ones."
         )
 
 

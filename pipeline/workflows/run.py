@@ -102,6 +102,9 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
         if ready.not_applicable:
             stage.note += f", {len(ready.not_applicable)} more do not apply"
+    for job in ready.jobs.values():
+        for note in job.manifest.notes:
+            display.say(f"{job.dataset}: {note}")
     if found := leftovers.old(ready.workspace):
         size = sum(each.size for each in found) / 2**20
         display.say(

@@ -348,6 +348,18 @@ def test_a_good_evaluation_is_shown_and_not_started(case, command):
     assert_nothing_looks_complete(case.workspace)
 
 
+def test_files_that_are_left_out_are_told_before_a_run(case, command):
+    folder = case.folder / "photos"
+    folder.mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "a.png")
+    (folder / "b.heic").touch()
+    case.dataset("far_ood").update(format="imagefolder", path=str(folder))
+    case.dataset("far_ood").pop("images", None)
+    outcome = command("validate", "--no-probe", case.config())
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "note      far: 1 of 2 files not read: .heic 1 (first: b.heic)\n" in outcome.out
+
+
 def test_of_all_detectors_those_that_do_not_apply_are_shown_with_the_reason(case, command):
     case.raw["detectors"] = "all"
     outcome = command("run", "--dry-run", case.config())

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pipeline.config.loading import resolve
 from pipeline.config.schema import Dataset
 from pipeline.data.manifest import SCHEMA
+from pipeline.data.notes import Seen
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 from pipeline.workspace.storage import Entry
@@ -28,26 +29,42 @@ def located(path: str) -> str:
     return str(resolve(path).absolute())
 
 
-def walk(folder: str, endings: tuple[str, ...]) -> Iterator[tuple[str, Entry]]:
+def walk(folder: str, endings: tuple[str, ...], seen: Seen, inside: str = "") -> Iterator[tuple[str, Entry]]:
     """Files below a folder with their relative paths, depth first in sorted order, one folder in memory.
 
     Links are followed; hidden files and folders such as `.ipynb_checkpoints` are left out.
+
+    Args:
+        folder: where to begin.
+        endings: of the files that are given.
+        seen: counts all files, and a hidden folder as one.
+        inside: path of the folder in that in which the walk began, with a slash at its end.
     """
-    for entry in visible(folder):
-        if entry.folder:
-            for name, found in walk(entry.uri, endings):
-                yield f"{entry.name}/{name}", found
-        elif entry.name.lower().endswith(endings):
-            yield entry.name, entry
+    for entry in storage.entries(folder):
+        name = f"{inside}{entry.name}"
+        if entry.folder and not is_hidden(entry):
+            yield from walk(entry.uri, endings, seen, f"{name}/")
+        elif is_hidden(entry) or not entry.name.lower().endswith(endings):
+            seen.leave_out(spelled(name))
+        else:
+            seen.read()
+            yield name, entry
+
+
+def is_hidden(entry: Entry) -> bool:
+    """Whether a file or folder is no part of any dataset, by its name."""
+    return entry.name.startswith(".")
 
 
 def visible(folder: str) -> list[Entry]:
     """Entries of a folder by name, without hidden ones."""
-    return [entry for entry in storage.entries(folder) if not entry.name.startswith(".")]
+    return [entry for entry in storage.entries(folder) if not is_hidden(entry)]
 
 
-def sources(dataset: Dataset, endings: tuple[str, ...]) -> list[tuple[str, Entry]]:
+def sources(dataset: Dataset, endings: tuple[str, ...], seen: Seen) -> list[tuple[str, Entry]]:
     """The files that `path` means, with their relative paths: one, all below a folder, or those `*` matches.
+
+    `seen` counts what lies in a folder.
 
     Raises:
         UserError: if there are none.
@@ -61,7 +78,7 @@ def sources(dataset: Dataset, endings: tuple[str, ...]) -> list[tuple[str, Entry
         entry = storage.find(path)
         if entry is None:
             raise UserError(f"{where}: no such file or folder: {path}")
-        found = list(walk(path, endings)) if entry.folder else [(entry.name, entry)]
+        found = list(walk(path, endings, seen)) if entry.folder else [(entry.name, entry)]
     if not found:
         raise UserError(f"{where}: no {endings[0]} files in {path}. Check the path.")
     return found

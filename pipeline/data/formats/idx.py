@@ -14,13 +14,14 @@ import pyarrow as pa
 
 from pipeline.config.schema import Dataset
 from pipeline.data.formats import _arrays, _files
+from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 
 _UINT8 = 8
 
 
-def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     """Rows of the image file `path`, labelled by the file `labels` where one is named."""
     where = f"datasets.{dataset.name}"
     try:

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from pipeline.config.schema import Dataset
 from pipeline.data.formats import _arrays, _files
+from pipeline.data.notes import Notes
 from pipeline.errors import UserError, unknown
 
 
-def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     """Rows of the array `images`, labelled by the array `labels` where one is named."""
     path, where = dataset.path, f"datasets.{dataset.name}"
     try:

@@ -19,6 +19,7 @@ from pipeline.config.schema import Dataset
 from pipeline.data import labels
 from pipeline.data.formats import _files
 from pipeline.data.manifest import SCHEMA
+from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 from pipeline.workspace.storage import Entry
@@ -27,9 +28,9 @@ IMAGES = ("image", "bytes", "img", "image_bytes", "jpg", "jpeg", "png", "webp")
 """Columns that are looked for, in this order, where `images` names none."""
 
 
-def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     """One row per row of the files, in the order of their names."""
-    files = _files.sources(dataset, (".parquet",))
+    files = _files.sources(dataset, (".parquet",), notes.files)
     by_path = _paths_are_unique(dataset, files)
     for name, entry in files:
         yield from _batches(dataset, name, entry, by_path)

@@ -20,6 +20,7 @@ import pyarrow as pa
 from pipeline.config.schema import Dataset
 from pipeline.data import labels
 from pipeline.data.formats import _files
+from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 from pipeline.workspace.storage import Entry
@@ -29,9 +30,9 @@ THREADS = 8
 """Remote tars that are listed at once."""
 
 
-def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     """One row per sample with an image, in the order of the tars; keys are `<tar>/<sample>`."""
-    shards = _files.sources(dataset, (".tar", *COMPRESSED))
+    shards = _files.sources(dataset, (".tar", *COMPRESSED), notes.files)
     for name, _ in shards:
         if name.lower().endswith(COMPRESSED):
             raise UserError(
