@@ -33,6 +33,8 @@ ID_ROLES = (*LABELLED_ROLES, "id_val")
 """Roles whose labels, as far as there are any, are classes of the model; those of other roles are dropped."""
 CLASS_FILES = (".txt", ".csv", ".json", ".yaml", ".yml")
 """Endings of files that say which index a class name has."""
+MAX_IMAGE_MIB = 512
+"""Default of `extract.max_image_mib`."""
 Start = Literal["current", "file", "data"]
 """What a relative path starts from: the current folder, the config file's, or `data` if that is set."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
@@ -187,9 +189,19 @@ class Extract(Frozen):
     feature_dtype: Literal["float32", "float16"] = Field(
         default="float32", description="of stored features; float16 halves the cache and rounds them"
     )
+    max_image_mib: int = Field(
+        default=MAX_IMAGE_MIB,
+        ge=1,
+        description="size in MiB of an encoded image above which it is not read but listed as unreadable",
+    )
     max_bad_fraction: float = Field(
         default=0.01, ge=0, le=1, description="share of unreadable images above which the run fails"
     )
+
+    @property
+    def max_image_bytes(self) -> int:
+        """Size of an encoded image above which it is not read."""
+        return self.max_image_mib * 2**20
 
     @property
     def needs(self) -> dict[str, float]:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.config.schema import ID_ROLES, LABELLED_ROLES, Dataset
+from pipeline.config.schema import ID_ROLES, LABELLED_ROLES, MAX_IMAGE_MIB, Dataset
 from pipeline.data import filters, formats
 from pipeline.data.contents import Contents
 from pipeline.data.notes import Notes
@@ -90,13 +90,16 @@ class Manifest:
         return labels
 
 
-def compile_manifest(dataset: Dataset, folder: Place, seed: int = 0) -> Manifest:
+def compile_manifest(
+    dataset: Dataset, folder: Place, seed: int = 0, limit: int = MAX_IMAGE_MIB * 2**20
+) -> Manifest:
     """Compile a dataset below `folder`; equal datasets share one manifest.
 
     Args:
         dataset: what to compile.
         folder: where manifests lie.
-        seed: decides which images `limit` and `limit_per_class` keep.
+        seed: decides which images the filters `limit` and `limit_per_class` keep.
+        limit: most bytes of an image that are read to know it by its content.
 
     Raises:
         UserError: unknown format, missing or unreadable path, array or column, a class without an index,
@@ -116,7 +119,7 @@ def compile_manifest(dataset: Dataset, folder: Place, seed: int = 0) -> Manifest
         if dataset.role not in ID_ROLES:
             rows = map(_without_labels, rows)
         if dataset.identity == "content":
-            rows = Contents(contents_of(dataset, folder)).of(rows)
+            rows = Contents(contents_of(dataset, folder), limit).of(rows)
         manifest = _write(rows, draft / "rows.parquet")
         _check(dataset, manifest, whole or manifest, notes)
         if whole is not None and dataset.role in ID_ROLES:

@@ -147,10 +147,7 @@ def prepare(settings: Config) -> Prepared:
     if any(detector.neighbours for detector in selection.detectors.values()):
         index.check(settings.index.kind, known.head[0].shape[1])
     network.note()
-    manifests = {
-        dataset.name: compile_manifest(dataset, workspace / "manifests", settings.seed)
-        for dataset in settings.datasets
-    }
+    manifests = {dataset.name: _listed(dataset, settings) for dataset in settings.datasets}
     for dataset in settings.datasets:
         _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
         _check_labels(dataset, manifests[dataset.name], len(known.head[1]))
@@ -176,9 +173,7 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
         UserError: if model or training data cannot be opened.
     """
     network = Network(settings.model, settings.seed, files.at(settings.workspace))
-    folder = files.at(settings.workspace) / "manifests"
-    learned = settings.of_role("train", "id_val")
-    manifests = {each.name: compile_manifest(each, folder, settings.seed) for each in learned}
+    manifests = {each.name: _listed(each, settings) for each in settings.of_role("train", "id_val")}
     rows = sum(manifests[dataset.name].rows for dataset in settings.of_role("train"))
     held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
     selection = Selection(dict(found), found)
@@ -187,6 +182,12 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
     selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
     selection.keep(lambda label, detector: check_rows(label, detector, rows))
     return selection.not_applicable
+
+
+def _listed(dataset: Dataset, settings: Config) -> Manifest:
+    """A dataset of a config, compiled."""
+    folder = files.at(settings.workspace) / "manifests"
+    return compile_manifest(dataset, folder, settings.seed, settings.extract.max_image_bytes)
 
 
 @dataclass

@@ -18,9 +18,6 @@ from pipeline.workspace import storage
 from pipeline.workspace.storage import Entry
 from pipeline.workspace.tables import ROW_GROUP
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
-"""Files with other endings are not images of a dataset; case does not matter."""
-
 
 def located(path: str) -> str:
     """A configured path as one of `storage`: a URI, or an absolute local path."""

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pipeline.config.schema import Dataset
 from pipeline.data import labels
+from pipeline.data.decode import EXTENSIONS
 from pipeline.data.formats import _files
 from pipeline.data.labels import Classes
 from pipeline.data.notes import Notes
@@ -44,7 +45,7 @@ def classes(dataset: Dataset) -> Classes:
 
 def _rows(dataset: Dataset, root: str, labelled: Classes | None, notes: Notes) -> Iterator[dict[str, object]]:
     part = 0 if dataset.labels is None else -1
-    for path, entry in _files.walk(root, _files.EXTENSIONS, notes.files):
+    for path, entry in _files.walk(root, EXTENSIONS, notes.files):
         *folders, _ = path.split("/")
         label = -1
         if labelled is not None and folders:

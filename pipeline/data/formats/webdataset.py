@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline.config.schema import Dataset
 from pipeline.data import labels
+from pipeline.data.decode import EXTENSIONS
 from pipeline.data.formats import _files
 from pipeline.data.notes import Notes
 from pipeline.errors import UserError
@@ -63,7 +64,7 @@ def _rows(dataset: Dataset, name: str, shard: Entry) -> Iterator[dict[str, Any]]
             label = _label(dataset, stream, members, where) if labelled and whole else labels.of(None, where)
             lost = tar.cut and not (whole and (label["label"] >= 0 or not labelled))
             for image in members:
-                if _split(image)[1] in _files.EXTENSIONS:
+                if _split(image)[1] in EXTENSIONS:
                     bad = lost or not image.isreg()
                     place = (
                         {} if bad else {"uri": shard.uri, "offset": image.offset_data, "length": image.size}
