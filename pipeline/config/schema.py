@@ -122,13 +122,17 @@ class Dataset(Frozen):
     )
     format: str
     path: str = Field(
-        description="file or folder, local or a URI; webdataset, parquet: also `*` in the last part; "
-        "'package://module/file' for data inside a package"
+        description="file or folder, local or a URI; webdataset, parquet: also `*` in the last part, and "
+        "ranges as {000..012}; 'package://module/file' for data inside a package"
     )
     root: str | None = Field(
         default=None, description="imagelist: folder the listed paths are relative to; null = the list's own"
     )
-    images: str | None = Field(default=None, description="npz: image array; parquet: image column")
+    images: str | None = Field(
+        default=None,
+        description="npz: image array; parquet: image column; webdataset: ending of the image members, "
+        "as input.png",
+    )
     labels: str | None = Field(
         default=None,
         description="imagefolder, imagelist: what a class name means: 'imagenet1k', 'index' (the name is the "

@@ -129,7 +129,7 @@ def _mapping(path: str, where: str) -> dict[str, int]:
         content = stream.read()
     try:
         found = _parsed(content.decode("utf-8-sig"), Path(storage.name_of(_files.located(path))).suffix)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{where}: {path} cannot be read: {error}") from None
     mapping = dict(found)
     wrong = [name for name, index in found if type(index) is not int or index < 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -17,6 +18,8 @@ from pipeline.errors import UserError
 from pipeline.workspace import storage
 from pipeline.workspace.storage import Entry
 from pipeline.workspace.tables import ROW_GROUP
+
+_RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 
 
 def located(path: str) -> str:
@@ -61,24 +64,40 @@ def visible(folder: str) -> list[Entry]:
 def sources(dataset: Dataset, endings: tuple[str, ...], seen: Seen) -> list[tuple[str, Entry]]:
     """The files that `path` means, with their relative paths: one, all below a folder, or those `*` matches.
 
-    `seen` counts what lies in a folder.
+    A range of numbers in it, as `{000..012}`, means all of them, each of which must be there. `seen` counts
+    what lies in a folder.
 
     Raises:
         UserError: if there are none.
     """
     path, where = located(dataset.path), f"datasets.{dataset.name}.path"
-    pattern = storage.name_of(path)
-    if "*" in pattern:
-        listed = visible(storage.parent(path))
-        found = [(entry.name, entry) for entry in listed if _matches(entry, pattern, endings)]
-    else:
-        entry = storage.find(path)
-        if entry is None:
-            raise UserError(f"{where}: no such file or folder: {path}")
-        found = list(walk(path, endings, seen)) if entry.folder else [(entry.name, entry)]
+    found = [each for single in _expanded(path) for each in _sources(single, endings, seen, where)]
     if not found:
         raise UserError(f"{where}: no {endings[0]} files in {path}. Check the path.")
     return found
+
+
+def _sources(path: str, endings: tuple[str, ...], seen: Seen, where: str) -> Iterable[tuple[str, Entry]]:
+    """The files that a path without ranges means."""
+    pattern = storage.name_of(path)
+    if "*" in pattern:
+        listed = visible(storage.parent(path))
+        return [(entry.name, entry) for entry in listed if _matches(entry, pattern, endings)]
+    entry = storage.find(path)
+    if entry is None:
+        raise UserError(f"{where}: no such file or folder: {path}")
+    return walk(path, endings, seen) if entry.folder else [(entry.name, entry)]
+
+
+def _expanded(path: str) -> Iterator[str]:
+    """The paths that one with ranges means: of `a-{08..11}`, `a-08`, `a-09`, `a-10` and `a-11`."""
+    found = _RANGE.search(path)
+    if found is None:
+        yield path
+        return
+    first, last = found.groups()
+    for number in range(int(first), int(last) + 1):
+        yield from _expanded(f"{path[: found.start()]}{number:0{len(first)}}{path[found.end() :]}")
 
 
 def _matches(entry: Entry, pattern: str, endings: tuple[str, ...]) -> bool:
