@@ -27,9 +27,9 @@ from pipeline.detectors.base import Detector
 from pipeline.errors import UserError, unknown
 
 Role = Literal["train", "id", "near_ood", "far_ood", "shifted_id", "id_val", "ood_val", "unlabelled"]
-LABELLED_ROLES = ("train", "id", "shifted_id")
+LABELLED_ROLES = ("id", "shifted_id")
 """Roles whose images all need a label."""
-ID_ROLES = (*LABELLED_ROLES, "id_val")
+ID_ROLES = ("train", *LABELLED_ROLES, "id_val")
 """Roles whose labels, as far as there are any, are classes of the model; those of other roles are dropped."""
 CLASS_FILES = (".txt", ".csv", ".json", ".yaml", ".yml")
 """Endings of files that say which index a class name has."""

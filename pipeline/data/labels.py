@@ -75,8 +75,13 @@ def of(value: Any, where: str) -> dict[str, Any]:
     return {"label": labels[0], "accepted": labels if len(labels) > 1 else None}
 
 
+def read(dataset: Dataset) -> bool:
+    """Whether labels are read where there are any: those of training images may be needed by a detector."""
+    return needed(dataset) or dataset.role == "train"
+
+
 def needed(dataset: Dataset) -> bool:
-    """Whether anything depends on the labels; other datasets need not have any."""
+    """Whether there must be labels, whatever the detectors are."""
     filtered = dataset.include_labels is not None or dataset.limit_per_class is not None
     named = dataset.role in ID_ROLES and dataset.labels is not None
     return dataset.role in LABELLED_ROLES or filtered or named

@@ -240,7 +240,7 @@ MISTAKES = {
         r"datasets\.test: label 5 is outside the head's classes 0\.\.2\. Check that labels and model belong",
     ),
     "class without training rows": (
-        dataset("train", labels="part"),
+        lambda case: (dataset("train", labels="part")(case), case.raw["detectors"].append("mds")),
         r"datasets\.train: 1 of the head's 3 classes have no images \(2\)\..*add the missing ones",
     ),
     "class without a folder": (

@@ -149,8 +149,9 @@ def test_an_image_at_the_root_of_a_labelled_folder_has_no_class_and_is_refused(c
 
 def test_a_labelled_folder_needs_class_folders(compiled, tmp_path):
     save(tmp_path / "set" / "a.png")
-    with pytest.raises(UserError, match=r"datasets\.set\.path: .*set has no class folders; role 'train'"):
-        compiled("imagefolder", tmp_path / "set", role="train")
+    with pytest.raises(UserError, match=r"datasets\.set\.path: .*set has no class folders; role 'id'"):
+        compiled("imagefolder", tmp_path / "set", role="id")
+    assert compiled("imagefolder", tmp_path / "set", role="train").class_count == {-1: 1}
 
 
 def test_a_folder_without_images_is_refused(compiled, tmp_path):

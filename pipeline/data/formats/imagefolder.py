@@ -27,8 +27,8 @@ def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     found = storage.find(root)
     if found is None or not found.folder:
         raise UserError(f"{where}: no such folder: {root}")
-    labelled = classes(dataset) if labels.needed(dataset) else None
-    if labelled is not None and labelled.index == {}:
+    labelled = classes(dataset) if labels.read(dataset) else None
+    if labelled is not None and labelled.index == {} and labels.needed(dataset):
         raise UserError(f"{where}: {root} has no class folders; role {dataset.role!r} needs one per class.")
     if labelled is not None and dataset.labels is None and (order := labels.order_note(labelled.index or {})):
         notes.said.append(order)

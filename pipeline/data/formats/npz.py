@@ -77,8 +77,8 @@ def _labels(stream: BinaryIO, size: int, where: str) -> NDArray[Any]:
     content = stream.read(wanted) if wanted <= size else b""
     if len(content) < wanted:
         raise UserError(
-            f"{where}: the header says {dtype} {shape}, which is {wanted:,} bytes, but there are fewer. Is it "
-            "damaged?"
+            f"{where}: the header says {dtype} {shape}, which is {wanted:,} bytes, but there are fewer. "
+            "Is it damaged?"
         )
     return np.frombuffer(content, dtype).reshape(shape)
 

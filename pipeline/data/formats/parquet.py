@@ -99,7 +99,8 @@ def _columns(dataset: Dataset, schema: pa.Schema, where: str) -> _Columns:
     if labels.needed(dataset) and label not in schema.names:
         raise UserError(f"{where}: no column {label!r}. Name one with `labels:`; the columns are: {known}.")
     path = f"{image}.path" if "path" in fields else "path" if "path" in schema.names else None
-    return _Columns(f"{image}.bytes" if fields else image, path, label if labels.needed(dataset) else None)
+    labelled = labels.read(dataset) and label in schema.names
+    return _Columns(f"{image}.bytes" if fields else image, path, label if labelled else None)
 
 
 def _values(file: pq.ParquetFile, group: int, column: str | None) -> pa.Array | None:

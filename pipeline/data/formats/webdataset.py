@@ -66,7 +66,7 @@ def _listed(dataset: Dataset, shard: tuple[str, Entry]) -> tuple[list[pa.RecordB
 
 def _rows(dataset: Dataset, notes: Notes, name: str, shard: Entry) -> Iterator[dict[str, Any]]:
     """Rows of one tar."""
-    name, labelled = _files.spelled(name), labels.needed(dataset)
+    name, labelled = _files.spelled(name), labels.read(dataset)
     where, prefix = f"datasets.{dataset.name}.path: {name}", name.removesuffix(".tar")
     with storage.open_input(shard.uri) as stream:
         tar, lost, apart = _Tar(stream, where), False, _Apart(where)
