@@ -137,6 +137,8 @@ def _dataset(ready: Prepared, dataset: schema.Dataset) -> dict[str, Any]:
         "notes": list(job.manifest.notes),
         "features": None,
         "errors": None,
+        "first_errors": [],
+        "errors_in": None,
         "machines": {},
         "hash": files.at(job.folder).name.rpartition("-")[2],
         "digest": job.manifest.digest,

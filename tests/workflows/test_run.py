@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -511,9 +512,21 @@ def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(
     strange, settings, load, execute, tmp_path
 ) -> None:
     settings["extract"] |= {"max_bad_fraction": 0.5, "shard_rows": 64}
-    folder = execute(load(settings)).folder
+    outcome = execute(load(settings))
+    folder = outcome.folder
     record = files.read_json(folder / "manifest.json")["datasets"]["strange"]
     assert (record["rows"], record["features"], record["errors"]) == (9, 6, 3)
+    listed = next(tmp_path.glob("workspace/features/strange-*/errors.parquet"))
+    (told,) = outcome.unreadable
+    assert re.match(
+        r"strange: 3 of 9 images could not be used, first: cut\.jpg \(damaged or .*; empty\.jpg", told
+    )
+    assert told.endswith(f"They are in none of the numbers. All are listed in {listed}.")
+    page = (folder / "report" / "index.html").read_text()
+    assert (
+        "could not be used, first: cut.jpg (damaged or incomplete JPEG file: image file is truncated" in page
+    )
+    assert record["notes"] == ["1 of 10 files not read: .txt 1 (first: notes.txt)"]
     assert set(scores(folder, "strange")["key"]) == {name for name, good in strange.items() if good}
     errors = pq.read_table(next(tmp_path.glob("workspace/features/strange-*/errors.parquet")))
     assert set(errors["key"].to_pylist()) == {name for name, good in strange.items() if not good}
@@ -522,7 +535,8 @@ def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(
 
 def test_too_many_bad_images_stop_the_run_and_name_some(strange, settings, load, execute, tmp_path) -> None:
     with pytest.raises(
-        UserError, match=r"strange: 3 of 9 images are bad.*max_bad_fraction.*cut\.jpg \(OSError"
+        UserError,
+        match=r"strange: 3 of 9 images are bad.*max_bad_fraction.*cut\.jpg \(damaged or incomplete JPEG file",
     ):
         execute(load(settings))
     assert not list(tmp_path.glob("workspace/features/strange-*/_manifest.json"))
