@@ -99,7 +99,7 @@ def decode(
 
 def limits() -> dict[str, Any]:
     """What decides, besides the bytes of a file, whether it is decoded."""
-    return {"pixels": MAX_PIXELS, "scanned": MAX_SCANNED, "formats": FORMATS}
+    return {"pixels": MAX_PIXELS, "scanned": MAX_SCANNED, "formats": list(FORMATS)}
 
 
 def _opened(content: bytes) -> Image.Image:
