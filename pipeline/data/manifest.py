@@ -137,11 +137,12 @@ def contents_of(dataset: Dataset, folder: Place) -> Place:
 
 
 def _listed(dataset: Dataset, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same rows; no access, a link that goes round in circles and the like are the user's to mend."""
+    """The same rows; no access, a link that goes round in circles, a damaged table are the user's to mend."""
     try:
         yield from batches
-    except OSError as error:
-        what, why = error.filename or dataset.path, error.strerror or error
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        what = getattr(error, "filename", None) or dataset.path
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"datasets.{dataset.name}.path: cannot read {what}: {why}.") from None
 
 
