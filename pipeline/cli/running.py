@@ -47,6 +47,7 @@ def _execute(settings: Config, options: Options) -> None:
     for name, text in lines.items():
         if text:
             console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)
+    _warn(outcome.unreadable)
     _warn(outcome.unscored)
     show_left_out(outcome.not_applicable)
 

@@ -59,6 +59,9 @@ def show_plan(ready: Prepared) -> None:
         labels, cached = _histogram(job.manifest.class_count), "yes" if job.complete else "no"
         table.add_row(dataset.name, dataset.role, f"{job.manifest.rows:,}", labels, cached)
     console.print(table)
+    for dataset in settings.datasets:
+        for note in ready.jobs[dataset.name].manifest.notes:
+            console.print(f"note      {dataset.name}: {note}", markup=False, soft_wrap=True)
     cost = Cost.of(ready)
     console.print(f"forward   {cost.images:,} images, and at most {cost.extra:,} in extra passes")
     shards = f"{cost.shards:,} shards of {ready.plan.shard_rows:,}"

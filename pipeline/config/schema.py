@@ -27,12 +27,14 @@ from pipeline.errors import UserError, unknown
 from pipeline.parameters import Frozen
 
 Role = Literal["train", "id", "near_ood", "far_ood", "shifted_id", "id_val", "ood_val", "unlabelled"]
-LABELLED_ROLES = ("train", "id", "shifted_id")
+LABELLED_ROLES = ("id", "shifted_id")
 """Roles whose images all need a label."""
-ID_ROLES = (*LABELLED_ROLES, "id_val")
+ID_ROLES = ("train", *LABELLED_ROLES, "id_val")
 """Roles whose labels, as far as there are any, are classes of the model; those of other roles are dropped."""
 CLASS_FILES = (".txt", ".csv", ".json", ".yaml", ".yml")
 """Endings of files that say which index a class name has."""
+MAX_IMAGE_MIB = 512
+"""Default of `extract.max_image_mib`."""
 Start = Literal["current", "file", "data"]
 """What a relative path starts from: the current folder, the config file's, or `data` if that is set."""
 LARGEST_SIDE = 16384
@@ -119,17 +121,22 @@ class Dataset(Frozen):
     )
     format: str
     path: Text = Field(
-        description="file or folder, local or a URI; webdataset, parquet: also `*` in the last part; "
-        "'package://module/file' for data inside a package"
+        description="file or folder, local or a URI; webdataset, parquet: also `*` in the last part, and "
+        "ranges as {000..012}; 'package://module/file' for data inside a package"
     )
     root: str | None = Field(
         default=None, description="imagelist: folder the listed paths are relative to; null = the list's own"
     )
-    images: str | None = Field(default=None, description="npz: image array; parquet: image column")
+    images: str | None = Field(
+        default=None,
+        description="npz: image array; parquet: image column; webdataset: ending of the image members, "
+        "as input.png",
+    )
     labels: str | None = Field(
         default=None,
         description="imagefolder, imagelist: what a class name means: 'imagenet1k', 'index' (the name is the "
-        "number), or a .txt, .csv, .json or .yaml file; null = class folders numbered in sorted order. "
+        "number), or a .txt, .csv, .json or .yaml file; null = class folders numbered "
+        "in the order of their names as text (0, 1, 10, 2), as torchvision's ImageFolder does. "
         "npz: label array; idx: label file; parquet: label column; webdataset: key in the .json members",
     )
     identity: Literal["stat", "content"] = Field(
@@ -185,9 +192,19 @@ class Extract(Frozen):
     feature_dtype: Literal["float32", "float16"] = Field(
         default="float32", description="of stored features; float16 halves the cache and rounds them"
     )
+    max_image_mib: int = Field(
+        default=MAX_IMAGE_MIB,
+        ge=1,
+        description="size in MiB of an encoded image above which it is not read but listed as unreadable",
+    )
     max_bad_fraction: float = Field(
         default=0.01, ge=0, le=1, description="share of unreadable images above which the run fails"
     )
+
+    @property
+    def max_image_bytes(self) -> int:
+        """Size of an encoded image above which it is not read."""
+        return self.max_image_mib * 2**20
 
     @property
     def needs(self) -> dict[str, float]:

@@ -40,13 +40,14 @@ class Contents:
     Memory: 48 bytes for each of these.
     """
 
-    def __init__(self, folder: Place) -> None:
+    def __init__(self, folder: Place, limit: int) -> None:
         """Read what is known.
 
         Args:
             folder: of its digests alone.
+            limit: most bytes of an image that are read; a larger one stays known by its file.
         """
-        self.folder = folder
+        self.folder, self.limit = folder, limit
         pieces: list[Place] = list(folder.glob("*.parquet")) if folder.is_dir() else []
         known = [table for piece in pieces if (table := _read(piece)) is not None]
         whole = pa.concat_tables([_SCHEMA.empty_table(), *known])
@@ -62,7 +63,7 @@ class Contents:
             places = listed.select(_PLACE).to_pylist()
             digests = self._known([_seen(place) for place in places])
             lacking = [number for number, digest in enumerate(digests) if digest is None]
-            read = fetch(listed.take(pa.array(lacking, pa.int64()))) if lacking else ()
+            read = fetch(listed.take(pa.array(lacking, pa.int64())), self.limit) if lacking else ()
             for number, content in zip(lacking, read, strict=True):
                 if isinstance(content, bytes):
                     digests[number] = digest = hashlib.sha256(content).digest()

@@ -4,19 +4,55 @@ Pillow is the reference decoder. Like torchvision it ignores EXIF rotation, take
 animation, and converts colour modes with `Image.convert`. Grey images of 16 bits keep their upper 8 bits,
 as torchvision's `to_dtype(uint8, scale=True)` and Pillow's reading of 16-bit RGB do; `Image.convert` would
 clip them to white.
+
+Bytes are judged before they are decoded: only decoders of `FORMATS` are tried, whatever a file is called, and
+an image is refused for its number of pixels, and for how often a progressive JPEG goes over them. Limits
+count what a file says, never time, so that results do not depend on how busy a machine is.
 """
 
 import io
 import warnings
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from pipeline.columns import Pixels
 from pipeline.config.schema import Transform
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused before their pixels are decoded or resized (decompression bombs)."""
+
+MAX_SCANNED = 2_000_000_000
+"""Pixels times scans of a JPEG: a progressive one goes over all pixels in every scan. Ten or so are usual."""
+
+_ENDINGS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "PPM": (".ppm", ".pgm", ".pbm"),
+    "ICO": (".ico",),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2",),
+}
+_LIBRARIES = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
+"""What an installed Pillow may lack, by its names."""
+
+
+def _is_built(kind: str) -> bool:
+    library = _LIBRARIES.get(kind)
+    known = (*features.modules, *features.codecs)
+    return library is None or (library in known and bool(features.check(library)))
+
+
+FORMATS = tuple(filter(_is_built, _ENDINGS))
+"""Pillow's names of the formats that are decoded; its other decoders, such as that for EPS, never run."""
+
+EXTENSIONS = tuple(ending for kind in FORMATS for ending in _ENDINGS[kind])
+"""Endings of their files; those with others are not images of a dataset. Case does not matter."""
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -43,8 +79,8 @@ def decode(
         (crop, crop, channels) uint8.
 
     Raises:
-        Exception: whatever Pillow raises on bytes that are no readable image.
-        ValueError: an empty file, an image over `MAX_PIXELS`, or one smaller than the crop.
+        ValueError: no readable image, one over the limits, or one smaller than the crop; says why in words
+            for people.
     """
     side, channels = transform.crop, transform.channels
     if shape is not None:
@@ -56,14 +92,79 @@ def decode(
         raise ValueError("empty file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            opened = Image.open(io.BytesIO(content))
-        except UnidentifiedImageError:
-            raise ValueError("not an image of a format that Pillow knows") from None
-        with opened as image:
-            _check_size(*image.size)
+        with _opened(content) as image:
             fast = decoder == "simplejpeg" and image.format == "JPEG" and image.mode in _JPEG_COLOURS
-            return _fit(_fast_jpeg(content, image) if fast else image, transform)
+            return _fit(_loaded(_fast_jpeg(content, image) if fast else image), transform)
+
+
+def limits() -> dict[str, Any]:
+    """What decides, besides the bytes of a file, whether it is decoded."""
+    return {"pixels": MAX_PIXELS, "scanned": MAX_SCANNED, "formats": list(FORMATS)}
+
+
+def _opened(content: bytes) -> Image.Image:
+    """An image of which only the header was read.
+
+    Raises:
+        ValueError: not one of `FORMATS`, or beyond the limits.
+    """
+    if size := _webp_canvas(content):
+        _check_size(*size)  # Pillow allocates it on opening
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise ValueError(
+            f"not a readable image: none of {known}, or damaged at its beginning, which is {content[:12]!r}"
+        ) from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"more than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:
+        raise _damaged("image", error) from None
+    _check_size(*image.size)
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(content, *image.size)
+    return image
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """The image with its pixels decoded.
+
+    Raises:
+        ValueError: they cannot be.
+    """
+    try:
+        image.load()
+    except Exception as error:  # Pillow's decoders raise anything, MemoryError for sizes that a file makes up
+        raise _damaged(f"{image.format} file", error) from None
+    return image
+
+
+def _damaged(what: str, error: Exception) -> ValueError:
+    text = str(error) or type(error).__name__
+    return ValueError(f"damaged or incomplete {what}: {text.splitlines()[0]}")
+
+
+def _webp_canvas(content: bytes) -> tuple[int, int] | None:
+    """Width and height in the header of a WebP file; None for other files."""
+    if len(content) < 30 or content[:4] != b"RIFF" or content[8:12] != b"WEBP":
+        return None
+    if content[12:16] == b"VP8X":
+        return int.from_bytes(content[24:27], "little") + 1, int.from_bytes(content[27:30], "little") + 1
+    bits = int.from_bytes(content[21:25] if content[12:16] == b"VP8L" else content[26:30], "little")
+    if content[12:16] == b"VP8L":
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return bits & 0x3FFF, bits >> 16 & 0x3FFF
+
+
+def _check_scans(content: bytes, width: int, height: int) -> None:
+    """Refuse a JPEG that goes over its pixels too often, by the markers that begin a scan."""
+    scans = content.count(b"\xff\xda")
+    if scans * width * height > MAX_SCANNED:
+        raise ValueError(
+            f"{scans:,} scans over {width} x {height} pixels, more than {MAX_SCANNED:,} pixels in all; save "
+            "it as a baseline JPEG"
+        )
 
 
 def _fast_jpeg(content: bytes, image: Image.Image) -> Image.Image:

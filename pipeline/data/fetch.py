@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -13,8 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.config.schema import MAX_IMAGE_MIB
 from pipeline.workspace import storage
 from pipeline.workspace.patience import Unavailable, is_transient
+from pipeline.workspace.storage import TooLarge
 
 THREADS = 16
 """Reads of remote files that are under way at once."""
@@ -28,23 +31,23 @@ CONTENT = "sha256-"
 Content = bytes | Exception
 
 
-def fetch(table: pa.Table) -> Iterator[Content]:
+def fetch(table: pa.Table, limit: int = MAX_IMAGE_MIB * 2**20) -> Iterator[Content]:
     """The stored bytes of each row of a manifest, in order, or the exception that reading it raised.
 
     A file that was changed after it was listed ends it with `storage.Changed`: what comes of it must not be
     kept under the name of what was listed. A store that does not answer ends it with `Unavailable`: nothing
-    is known about the image then.
+    is known about the image then. An image of more than `limit` bytes is not read: its content is `TooLarge`.
 
     Streams: holds a few rows and at most one row group of a Parquet file, whatever the size of the table.
     Rows of Parquet files are best asked for in one table, in order: each row group is then read once.
     """
     for (kind, file), rows in groupby(_rows(table), key=_place):
         if kind == "parquet":
-            yield from _values(file, list(rows))
+            yield from _values(file, list(rows), limit)
         elif kind == "remote":
-            yield from storage.ahead(_content, rows, THREADS)
+            yield from storage.ahead(partial(_content, limit=limit), rows, THREADS)
         else:
-            yield from map(_content, rows)
+            yield from (_content(row, limit) for row in rows)
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
@@ -60,14 +63,14 @@ def _place(row: dict[str, Any]) -> tuple[str, str]:
     return "remote" if row["uri"] is not None and storage.is_remote(row["uri"]) else "local", ""
 
 
-def _content(row: dict[str, Any]) -> Content:
+def _content(row: dict[str, Any], limit: int) -> Content:
     if row["bytes"] is not None:
         return row["bytes"]  # type: ignore[no-any-return]
     if row["uri"] is None:
         return EOFError("the archive does not hold all of this image")
     try:
         known = None if _content_of(row) else row["identity"]
-        return _same(row, storage.read(row["uri"], row["offset"], row["length"], known))
+        return _same(row, storage.read(row["uri"], row["offset"], row["length"], known, limit))
     except Exception as error:
         return _final(error, row)
 
@@ -81,6 +84,8 @@ def _final(error: Exception, row: dict[str, Any]) -> Exception:
     """
     if isinstance(error, storage.Changed | Unavailable):
         raise error
+    if isinstance(error, TooLarge):
+        return error
     if is_transient(error):
         raise Unavailable.after(row["uri"], error) from None
     if _content_of(row):
@@ -102,7 +107,7 @@ def _content_of(row: dict[str, Any]) -> str:
     return identity.removeprefix(CONTENT) if identity.startswith(CONTENT) else ""
 
 
-def _values(path: str, rows: list[dict[str, Any]]) -> Iterator[Content]:
+def _values(path: str, rows: list[dict[str, Any]], limit: int) -> Iterator[Content]:
     """Values of a column of one Parquet file; reads only the row groups that the rows lie in."""
     with ExitStack() as stack:
         try:
@@ -118,7 +123,7 @@ def _values(path: str, rows: list[dict[str, Any]]) -> Iterator[Content]:
         groups = np.searchsorted(starts[1:-1], numbers, side="right")
         for group in np.unique(groups).tolist():
             wanted = [row for row, own in zip(rows, groups.tolist(), strict=True) if own == group]
-            yield from _picked(file, group, int(starts[group]), wanted)
+            yield from _picked(file, group, int(starts[group]), wanted, limit)
 
 
 def _require_unchanged(row: dict[str, Any]) -> None:
@@ -128,7 +133,9 @@ def _require_unchanged(row: dict[str, Any]) -> None:
         storage.require_unchanged(row["uri"], listed)
 
 
-def _picked(file: pq.ParquetFile, group: int, start: int, wanted: list[dict[str, Any]]) -> Iterator[Content]:
+def _picked(
+    file: pq.ParquetFile, group: int, start: int, wanted: list[dict[str, Any]], limit: int
+) -> Iterator[Content]:
     """Values of some rows (ascending) of a row group that begins at `start`, read in small batches."""
     done, values = 0, pa.array([])
     try:
@@ -139,9 +146,12 @@ def _picked(file: pq.ParquetFile, group: int, start: int, wanted: list[dict[str,
                 values = _bytes(next(batches, None))
                 _require_unchanged(row)
             value = values[row["offset"] - start].as_py()
-            yield (
-                _final(ValueError("the row has no image bytes"), row) if value is None else _same(row, value)
-            )
+            if value is None:
+                yield _final(ValueError("the row has no image bytes"), row)
+            elif len(value) > limit:
+                yield TooLarge(len(value), limit)
+            else:
+                yield _same(row, value)
             done += 1
     except Exception as error:  # what follows in the row group is lost with it
         yield from [_final(error, row) for row in wanted[done:]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -75,8 +75,13 @@ def of(value: Any, where: str) -> dict[str, Any]:
     return {"label": labels[0], "accepted": labels if len(labels) > 1 else None}
 
 
+def read(dataset: Dataset) -> bool:
+    """Whether labels are read where there are any: those of training images may be needed by a detector."""
+    return needed(dataset) or dataset.role == "train"
+
+
 def needed(dataset: Dataset) -> bool:
-    """Whether anything depends on the labels; other datasets need not have any."""
+    """Whether there must be labels, whatever the detectors are."""
     filtered = dataset.include_labels is not None or dataset.limit_per_class is not None
     named = dataset.role in ID_ROLES and dataset.labels is not None
     return dataset.role in LABELLED_ROLES or filtered or named
@@ -88,11 +93,20 @@ def is_number(name: str) -> bool:
 
 
 def numbered(names: Iterable[str]) -> dict[str, int]:
-    """Index of each name in sorted order; names that are all numbers are sorted as numbers."""
-    found = sorted(names)
-    if all(map(is_number, found)):
-        found.sort(key=int)
-    return {name: index for index, name in enumerate(found)}
+    """Index of each name in the order of their characters, as torchvision's `ImageFolder` has it."""
+    return {name: index for index, name in enumerate(sorted(names))}
+
+
+def order_note(index: Mapping[str, int]) -> str:
+    """What to know of `numbered` classes whose names are numbers in another order; empty for others."""
+    names = list(index)
+    if not all(map(is_number, names)) or names == sorted(names, key=int):
+        return ""
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return (
+        "class folders are numbered as torchvision's ImageFolder does it, in the order of their names as "
+        f"text ({shown}). If the model was trained with the number in a name as the class, set labels: index"
+    )
 
 
 def named(dataset: Dataset) -> Classes:
@@ -120,7 +134,7 @@ def _mapping(path: str, where: str) -> dict[str, int]:
         content = stream.read()
     try:
         found = _parsed(content.decode("utf-8-sig"), Path(storage.name_of(_files.located(path))).suffix)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{where}: {path} cannot be read: {error}") from None
     mapping = dict(found)
     wrong = [name for name, index in found if type(index) is not int or index < 0]

@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.config.schema import ID_ROLES, LABELLED_ROLES, Dataset
+from pipeline.config.schema import ID_ROLES, LABELLED_ROLES, MAX_IMAGE_MIB, Dataset
 from pipeline.data import filters, formats
 from pipeline.data.contents import Contents
+from pipeline.data.notes import Notes
 from pipeline.errors import UserError, unknown
 from pipeline.workspace import files, storage, tables
 from pipeline.workspace.artifacts import name_of
@@ -59,6 +60,8 @@ class Manifest:
     """SHA-256 over all rows: the identity of the dataset."""
     class_count: dict[int, int]
     """Rows that accept each label; -1 is unlabelled, 0 a label of which the filters left no row."""
+    notes: tuple[str, ...] = ()
+    """What the reader of its results should know: what was left out, in which order classes are numbered."""
 
     @property
     def name(self) -> str:
@@ -87,13 +90,16 @@ class Manifest:
         return labels
 
 
-def compile_manifest(dataset: Dataset, folder: Place, seed: int = 0) -> Manifest:
+def compile_manifest(
+    dataset: Dataset, folder: Place, seed: int = 0, limit: int = MAX_IMAGE_MIB * 2**20
+) -> Manifest:
     """Compile a dataset below `folder`; equal datasets share one manifest.
 
     Args:
         dataset: what to compile.
         folder: where manifests lie.
-        seed: decides which images `limit` and `limit_per_class` keep.
+        seed: decides which images the filters `limit` and `limit_per_class` keep.
+        limit: most bytes of an image that are read to know it by its content.
 
     Raises:
         UserError: unknown format, missing or unreadable path, array or column, a class without an index,
@@ -103,9 +109,9 @@ def compile_manifest(dataset: Dataset, folder: Place, seed: int = 0) -> Manifest
         raise UserError(
             f"datasets.{dataset.name}.format: {unknown('format', dataset.format, formats.names())}"
         )
-    module = formats.get(dataset.format)
+    module, notes = formats.get(dataset.format), Notes()
     with files.scratch(folder) as draft:
-        rows, whole = _regrouped(_listed(dataset, module.read(dataset))), None
+        rows, whole = _regrouped(_listed(dataset, module.read(dataset, notes))), None
         if filters.wanted(dataset):
             whole = _write(rows, draft / "whole.parquet")
             kept = filters.kept(dataset, whole.path, seed, getattr(module, "classes", None))
@@ -113,16 +119,16 @@ def compile_manifest(dataset: Dataset, folder: Place, seed: int = 0) -> Manifest
         if dataset.role not in ID_ROLES:
             rows = map(_without_labels, rows)
         if dataset.identity == "content":
-            rows = Contents(contents_of(dataset, folder)).of(rows)
+            rows = Contents(contents_of(dataset, folder), limit).of(rows)
         manifest = _write(rows, draft / "rows.parquet")
-        _check(dataset, manifest, whole or manifest)
+        _check(dataset, manifest, whole or manifest, notes)
         if whole is not None and dataset.role in ID_ROLES:
             manifest = replace(
                 manifest, class_count=dict.fromkeys(whole.class_count, 0) | manifest.class_count
             )
         final = folder / f"{dataset.name}-{manifest.digest[:16]}" / "rows.parquet"
         files.put(draft / "rows.parquet", final)  # also over an old one: the files may lie elsewhere by now
-        return replace(manifest, path=str(final))
+        return replace(manifest, path=str(final), notes=notes.sentences)
 
 
 def contents_of(dataset: Dataset, folder: Place) -> Place:
@@ -131,11 +137,12 @@ def contents_of(dataset: Dataset, folder: Place) -> Place:
 
 
 def _listed(dataset: Dataset, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same rows; no access, a link that goes round in circles and the like are the user's to mend."""
+    """The same rows; no access, a link that goes round in circles, a damaged table are the user's to mend."""
     try:
         yield from batches
-    except OSError as error:
-        what, why = error.filename or dataset.path, error.strerror or error
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        what = getattr(error, "filename", None) or dataset.path
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"datasets.{dataset.name}.path: cannot read {what}: {why}.") from None
 
 
@@ -152,10 +159,11 @@ def _write(tables: Iterator[pa.Table], path: Path) -> Manifest:
     return Manifest(str(path), rows, sha.hexdigest(), class_count)
 
 
-def _check(dataset: Dataset, manifest: Manifest, whole: Manifest) -> None:
+def _check(dataset: Dataset, manifest: Manifest, whole: Manifest, notes: Notes) -> None:
     """Refuse a dataset without images before or after its filters, keys used twice, and missing labels."""
     if not whole.rows:
-        raise UserError(f"datasets.{dataset.name}.path: no images in {dataset.path}. Check the path.")
+        told = "".join(f" {note}." for note in notes.sentences)
+        raise UserError(f"datasets.{dataset.name}.path: no images in {dataset.path}. Check the path.{told}")
     if not manifest.rows:
         raise UserError(f"datasets.{dataset.name}: include_labels keeps none of its {whole.rows} images.")
     _check_keys(dataset, Path(manifest.path), manifest.rows)

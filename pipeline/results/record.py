@@ -65,9 +65,10 @@ class Record:
         """Whether there is something new to say."""
         for part in ("protocol", "published") if self.earlier else ():
             self.worked |= self.earlier[part] != self.content[part]
-        for part, what in (("detectors", "uses_ood"), ("datasets", "expected")) if self.earlier else ():
+        told = (("detectors", "uses_ood"), ("datasets", "expected"), ("datasets", "notes"))
+        for part, what in told if self.earlier else ():
             for name, entry in self.earlier[part].items():
-                self.worked |= entry[what] != self.content[part].get(name, entry)[what]
+                self.worked |= entry.get(what) != self.content[part].get(name, entry).get(what)
         if self.earlier and not ready.fresh:
             kept = ("started", "index", "stages", "nodes", "artifacts")
             self.content |= {part: self.earlier[part] for part in kept}
@@ -133,8 +134,11 @@ def _dataset(ready: Prepared, dataset: schema.Dataset) -> dict[str, Any]:
         **dataset.model_dump(include={"role", "format", "path"}),
         "rows": job.manifest.rows,
         "expected": dataset.expected,
+        "notes": list(job.manifest.notes),
         "features": None,
         "errors": None,
+        "first_errors": [],
+        "errors_in": None,
         "machines": {},
         "hash": files.at(job.folder).name.rpartition("-")[2],
         "digest": job.manifest.digest,

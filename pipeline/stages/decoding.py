@@ -61,12 +61,13 @@ def decode_rows(
     """Decode rows of a manifest, from the next ones of a `fetch` under way or from one of their own."""
     pixels, good, errors = [], [], []
     rows = table.select([KEY, LABEL, ACCEPTED, "shape"]).to_pylist()
-    for row, content in zip(rows, contents or fetch(table), strict=False):
+    contents = contents or fetch(table, plan.settings.max_image_bytes)
+    for row, content in zip(rows, contents, strict=False):
         if attempt.last:
             attempt.at([row[KEY]])
         found = _decoded(content, row.pop("shape"), plan)
         if isinstance(found, Exception):
-            errors.append([row[KEY], f"{type(found).__name__}: {found}"])
+            errors.append([row[KEY], reason(found)])
         else:
             pixels.append(found)
             good.append(row)
@@ -84,3 +85,15 @@ def _decoded(content: bytes | Exception, shape: list[int] | None, plan: Plan) ->
         return decode.decode(content, raw, plan.transform, plan.settings.decoder)
     except Exception as error:  # any byte string may come along; the row is counted as an error
         return error
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be used, in words for people."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file: it was moved or deleted, or is a link to nowhere"
+    if isinstance(error, PermissionError):
+        return "no permission to read the file"
+    text = str(getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, ValueError | EOFError):  # of our own, see `fetch` and `decode`
+        return text
+    return f"cannot be read: {text}"

@@ -123,7 +123,7 @@ class Extractor:
 
     def _decode(self, shard: Shard, attempt: Attempt = FIRST) -> Iterator[Decoded]:
         table, size = shard.images(), self.plan.settings.batch_size
-        contents = fetch(table)
+        contents = fetch(table, self.plan.settings.max_image_bytes)
         for start in range(0, len(table), size):
             yield decode_rows(table.slice(start, size), self.plan, attempt, contents)
 

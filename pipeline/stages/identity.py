@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.config import schema
+from pipeline.data import decode
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.network.description import Description
@@ -17,6 +18,7 @@ def identity(network: Description, manifest: Manifest, settings: schema.Extract)
         **described(network),
         "transform": network.transform.model_dump(mode="json"),
         "decoder": settings.decoder,
+        "limits": {**decode.limits(), "mib": settings.max_image_mib},
         "images": manifest.digest,
         "numerics": {
             **settings.model_dump(include={"batch_size", "precision", "channels_last", "compile"}),

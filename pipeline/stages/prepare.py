@@ -147,13 +147,13 @@ def prepare(settings: Config) -> Prepared:
     if any(detector.neighbours for detector in selection.detectors.values()):
         index.check(settings.index.kind, known.head[0].shape[1])
     network.note()
-    manifests = {
-        dataset.name: compile_manifest(dataset, workspace / "manifests", settings.seed)
-        for dataset in settings.datasets
-    }
+    manifests = {dataset.name: _listed(dataset, settings) for dataset in settings.datasets}
     for dataset in settings.datasets:
         _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
-        _check_labels(dataset, manifests[dataset.name], len(known.head[1]))
+    selection.keep(lambda label, detector: check_training_labels(label, detector, settings, manifests))
+    learned = any(_reads_labels(detector, settings) for detector in selection.detectors.values())
+    for dataset in settings.datasets:
+        _check_labels(dataset, manifests[dataset.name], len(known.head[1]), learned)
     held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
     selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
     rows = sum(manifests[dataset.name].rows for dataset in settings.of_role("train"))
@@ -176,17 +176,22 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
         UserError: if model or training data cannot be opened.
     """
     network = Network(settings.model, settings.seed, files.at(settings.workspace))
-    folder = files.at(settings.workspace) / "manifests"
-    learned = settings.of_role("train", "id_val")
-    manifests = {each.name: compile_manifest(each, folder, settings.seed) for each in learned}
+    manifests = {each.name: _listed(each, settings) for each in settings.of_role("train", "id_val")}
     rows = sum(manifests[dataset.name].rows for dataset in settings.of_role("train"))
     held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
     selection = Selection(dict(found), found)
     selection.keep(lambda label, detector: check_data(label, detector, settings))
     selection.keep(lambda label, detector: check_applies(label, detector, network))
+    selection.keep(lambda label, detector: check_training_labels(label, detector, settings, manifests))
     selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
     selection.keep(lambda label, detector: check_rows(label, detector, rows))
     return selection.not_applicable
+
+
+def _listed(dataset: Dataset, settings: Config) -> Manifest:
+    """A dataset of a config, compiled."""
+    folder = files.at(settings.workspace) / "manifests"
+    return compile_manifest(dataset, folder, settings.seed, settings.extract.max_image_bytes)
 
 
 @dataclass
@@ -343,6 +348,31 @@ def _check_layer(label: str, spec: Mixup, known: Description) -> None:
         raise UserError(f"detectors.{label}: {unknown('layer', spec.block, found.layers)}")
 
 
+def _reads_labels(detector: Detector, settings: Config) -> bool:
+    """Whether a detector reads the labels of training images."""
+    calibrated = () if settings.of_role("id_val") else detector.calibration()
+    return LABEL in statistics.columns([*detector.statistics(), *calibrated])
+
+
+def check_training_labels(
+    label: str, detector: Detector, settings: Config, manifests: Mapping[str, Manifest]
+) -> None:
+    """Whether training images have labels, where a detector reads them.
+
+    Raises:
+        UserError: the dataset that lacks some.
+    """
+    for dataset in settings.of_role("train") if _reads_labels(detector, settings) else ():
+        manifest = manifests[dataset.name]
+        count = manifest.class_count.get(-1, 0)
+        if count:
+            raise UserError(
+                f"detectors.{label}: it reads the labels of training images, but {count:,} of "
+                f"{manifest.rows:,} images of {dataset.name} have none. Name them "
+                f"(datasets.{dataset.name}.labels) or use class folders, or drop the detector."
+            )
+
+
 def check_calibration(label: str, detector: Detector, held_out: Mapping[str, Manifest]) -> None:
     """Whether held-out images have labels, where a detector reads them.
 
@@ -397,8 +427,15 @@ def _check_grid(where: str, grid: int, network: Network) -> None:
         raise UserError(f"{where}: {error}") from None
 
 
-def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:
-    """Labels within the head's classes, and every class present where order or training depends on it."""
+def _check_labels(dataset: Dataset, manifest: Manifest, classes: int, learned: bool) -> None:
+    """Labels within the head's classes, and every class present where order or training depends on it.
+
+    Args:
+        dataset: its config.
+        manifest: its images.
+        classes: of the head.
+        learned: whether a detector reads the labels of training images.
+    """
     present = {label for label, count in manifest.class_count.items() if count and label != -1}
     if not present:
         return
@@ -411,12 +448,12 @@ def _check_labels(dataset: Dataset, manifest: Manifest, classes: int) -> None:
     by_order = dataset.format == "imagefolder" and dataset.labels is None
     found = present if dataset.role == "train" else set(manifest.class_count)
     absent = sorted(set(range(classes)) - found)
-    if absent and (dataset.role == "train" or by_order):
+    if absent and (learned if dataset.role == "train" else by_order):
         shown = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
         raise UserError(
             f"datasets.{dataset.name}: {len(absent)} of the head's {classes} classes have no images "
-            f"({shown}). Class folders are numbered in sorted order, and training needs every class; "
-            "add the missing ones."
+            f"({shown}). Class folders are numbered in the order of their names, and training "
+            "needs every class; add the missing ones."
         )
 
 

@@ -34,6 +34,12 @@ SHARD_ROWS, SHARD_PIXELS = 2048, 2**27
 ERRORS = b"errors"
 """Key of the Parquet footer under which a part lists its bad rows as JSON [[key, reason], ...]."""
 
+ERRORS_FILE = "errors.parquet"
+"""File beside the features with key and reason of all bad rows."""
+
+NAMED = 3
+"""Bad rows that are named wherever their number is told."""
+
 FORMAT = "features 1"
 """Kind and version: the number goes up when the bits of features change though their identity does not."""
 
@@ -319,15 +325,20 @@ def require_few_bad(job: Job, plan: Plan) -> None:
     """
     features, limit = job.record(), plan.settings.max_bad_fraction
     if features is not None and features.facts["errors"] > limit * job.manifest.rows:
-        with tables.parquet(job.artifact.folder / "errors.parquet") as file:
-            listed = file.read().to_pylist()
-        raise _too_many(job, [[row["key"], row["reason"]] for row in listed], limit)
+        raise _too_many(job, features.facts["errors"], first_errors(job), limit)
 
 
-def _too_many(job: Job, errors: list[list[str]], limit: float) -> UserError:
-    first = "; ".join(f"{key} ({reason})" for key, reason in errors[:3])
+def first_errors(job: Job) -> list[list[str]]:
+    """[key, reason] of the first bad rows of a dataset that is complete."""
+    with tables.parquet(job.artifact.folder / ERRORS_FILE) as file:
+        batch = next(file.iter_batches(NAMED), None)
+    return [] if batch is None else [[row["key"], row["reason"]] for row in batch.to_pylist()]
+
+
+def _too_many(job: Job, count: int, errors: list[list[str]], limit: float) -> UserError:
+    first = "; ".join(f"{key} ({reason})" for key, reason in errors[:NAMED])
     return UserError(
-        f"datasets.{job.dataset}: {len(errors)} of {job.manifest.rows} images are bad, more than "
+        f"datasets.{job.dataset}: {count} of {job.manifest.rows} images are bad, more than "
         f"extract.max_bad_fraction = {limit:g}. First: {first}. "
         "Mend or remove them, or raise the limit."
     )
@@ -354,12 +365,12 @@ def finish(job: Job, plan: Plan) -> Record:
     if len(errors) > limit * job.manifest.rows:
         for part in bad_parts:  # so that mended files are read again
             artifacts.remove(part)
-        raise _too_many(job, errors, limit)
+        raise _too_many(job, len(errors), errors, limit)
     columns = [[error[position] for error in errors] for position in (0, 1)]
     schema = pa.schema([("key", pa.string()), ("reason", pa.string())])
-    listed = artifacts.write(folder / "errors.parquet", tables.written(pa.table(columns, schema)))
+    listed = artifacts.write(folder / ERRORS_FILE, tables.written(pa.table(columns, schema)))
     return job.artifact.finish(
-        {**parts, PROBE: done[PROBE], "errors.parquet": listed},
+        {**parts, PROBE: done[PROBE], ERRORS_FILE: listed},
         aside=[PROBE],
         dataset=job.dataset,
         rows=job.manifest.rows,

@@ -29,7 +29,7 @@ from pipeline.detectors.base import Detector, Jigsaw, Pass, Scorer, Training, ba
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Statistic, Statistics
 from pipeline.network.known import settings_kept
-from pipeline.results import report
+from pipeline.results import report, unreadable
 from pipeline.results.evaluation import Evaluation
 from pipeline.results.mlflow import tracking
 from pipeline.results.record import Record, added
@@ -88,6 +88,8 @@ class Outcome:
     """Why detectors were left out, by label."""
     unscored: Sequence[str] = ()
     """What is to be said of detectors that could not score all images."""
+    unreadable: Sequence[str] = ()
+    """What is to be said of datasets with images that could not be used."""
 
 
 def execute(settings: schema.Config, options: Options, display: Display) -> Outcome:
@@ -102,6 +104,9 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
         if ready.not_applicable:
             stage.note += f", {len(ready.not_applicable)} more do not apply"
+    for job in ready.jobs.values():
+        for note in job.manifest.notes:
+            display.say(f"{job.dataset}: {note}")
     if found := leftovers.old(ready.workspace):
         size = sum(each.size for each in found) / 2**20
         display.say(
@@ -127,7 +132,8 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         content = run.record.content
         unscored = list(sentences(content["unscored"], content["datasets"]).values())
         left_out = content["not_applicable"]
-        return Outcome(ready.folder, *run.tracking.publish(display), left_out, unscored)
+        lost = [f"{name}: {text}" for name, text in unreadable.sentences(content["datasets"]).items()]
+        return Outcome(ready.folder, *run.tracking.publish(display), left_out, unscored, lost)
 
 
 def evaluated(
@@ -349,6 +355,9 @@ class Run:
             for job in jobs:
                 facts = job.artifact.require().facts
                 counted = {name: facts[name] for name in ("features", "errors", "machines")}
+                if facts["errors"]:
+                    counted["first_errors"] = shards.first_errors(job)
+                    counted["errors_in"] = str(job.artifact.folder / shards.ERRORS_FILE)
                 self.record.content["datasets"][job.dataset] |= counted
             shown.note = f"{numbers['forward_images']:,} of {numbers['images']:,} images forwarded"
             passes = sum(count for name, count in numbers.items() if name.endswith("_passes"))

@@ -13,6 +13,7 @@ import errno
 import io
 import os
 import shutil
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -132,8 +133,20 @@ def open_input(path: str) -> BinaryIO:
     """
     system, place = located(path)
     if system is None:
-        return insist(path, Path(place).open, "rb")
+        return insist(path, _open_regular, place)
     return cast(BinaryIO, io.BufferedReader(Reader(path), BUFFER))
+
+
+def _open_regular(place: str) -> BinaryIO:
+    """A local file to read. What may never end, or waits for somebody to write, is not opened.
+
+    Raises:
+        OSError: no such file, no access, or a pipe, device or socket.
+    """
+    kind = Path(place).stat().st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise OSError(errno.EINVAL, "not a regular file but a pipe, device or socket", place)
+    return Path(place).open("rb")
 
 
 class Reader(io.RawIOBase):
@@ -198,9 +211,20 @@ class Changed(UserError):
         return Changed, (self.path,)
 
 
+class TooLarge(ValueError):
+    """More bytes than are to be read."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(f"{size:,} bytes, more than the {limit:,} that are read")
+
+
 @patient
 def read(
-    path: str, offset: int | None = None, length: int | None = None, identity: str | None = None
+    path: str,
+    offset: int | None = None,
+    length: int | None = None,
+    identity: str | None = None,
+    limit: int | None = None,
 ) -> bytes:
     """Content of a file, or `length` bytes of it from `offset` on.
 
@@ -209,18 +233,26 @@ def read(
         offset: where to begin; None = all of it.
         length: how many bytes; None = to the end.
         identity: what the file had when it was listed; None = whatever it is.
+        limit: most bytes that are read; None = any number.
 
     Raises:
         Changed: it has another identity.
+        TooLarge: it would be more bytes than `limit`.
         UserError: a URI that names no usable storage.
         OSError: no such file, or no access.
         EOFError: a file that ends earlier.
     """
     system, place = located(path)
-    with Path(place).open("rb") if system is None else system.open_input_file(place) as file:
+    opened: Any = _open_regular(place) if system is None else system.open_input_file(place)
+    with opened as file:
+        wanted = length
+        if wanted is None:
+            wanted = os.fstat(file.fileno()).st_size if system is None else file.size()
+        if limit is not None and wanted > limit:
+            raise TooLarge(wanted, limit)
         if offset is not None:
             file.seek(offset)
-        content = cast(bytes, file.read(length) if offset is not None else file.read())
+        content = cast(bytes, file.read(wanted))
         if identity is not None and identity != _identity_of(file, system, place):
             raise Changed(path)
     if length is not None and len(content) < length:
@@ -253,8 +285,8 @@ def _identity_of(file: Any, system: Any, place: str) -> str:
     return f"{file.size()}-{seconds * 10**9}"
 
 
-def _identity(stat: os.stat_result) -> str:
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
+def _identity(found: os.stat_result) -> str:
+    return f"{found.st_size}-{found.st_mtime_ns}"
 
 
 def upload(file: Path, uri: str) -> None:
@@ -395,12 +427,12 @@ def _local_entry(entry: Path | os.DirEntry[str]) -> Entry:
     uri = _local_uri(os.fspath(entry))
     folder = entry.is_dir()
     try:
-        stat = entry.stat()
+        found = entry.stat()
     except OSError as error:  # a dangling link
         if is_transient(error):
             raise
         return Entry(uri, entry.name, folder, "missing")
-    return Entry(uri, entry.name, folder, _identity(stat), stat.st_size)
+    return Entry(uri, entry.name, folder, _identity(found), found.st_size)
 
 
 def _children(system: Any, place: str) -> Iterator[fs.FileInfo]:

@@ -240,7 +240,7 @@ MISTAKES = {
         r"datasets\.test: label 5 is outside the head's classes 0\.\.2\. Check that labels and model belong",
     ),
     "class without training rows": (
-        dataset("train", labels="part"),
+        lambda case: (dataset("train", labels="part")(case), case.raw["detectors"].append("mds")),
         r"datasets\.train: 1 of the head's 3 classes have no images \(2\)\..*add the missing ones",
     ),
     "class without a folder": (
@@ -346,6 +346,18 @@ def test_a_good_evaluation_is_shown_and_not_started(case, command):
     assert re.search(r"train +│ train +│ 30 +│ 3 classes of 10 to 10 ███ +│ no", outcome.out)
     assert "forward   90 images" in outcome.out
     assert_nothing_looks_complete(case.workspace)
+
+
+def test_files_that_are_left_out_are_told_before_a_run(case, command):
+    folder = case.folder / "photos"
+    folder.mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "a.png")
+    (folder / "b.heic").touch()
+    case.dataset("far_ood").update(format="imagefolder", path=str(folder))
+    case.dataset("far_ood").pop("images", None)
+    outcome = command("validate", "--no-probe", case.config())
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "note      far: 1 of 2 files not read: .heic 1 (first: b.heic)\n" in outcome.out
 
 
 def test_of_all_detectors_those_that_do_not_apply_are_shown_with_the_reason(case, command):

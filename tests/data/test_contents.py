@@ -53,9 +53,9 @@ def test_what_was_read_once_is_not_read_again(tmp_path: Path, monkeypatch: pytes
     first = compiled(where, tmp_path)
     asked: list[str] = []
 
-    def seen(rows: Any) -> Any:
+    def seen(rows: Any, limit: int) -> Any:
         asked.extend(rows["uri"].to_pylist())
-        return fetch(rows)
+        return fetch(rows, limit)
 
     monkeypatch.setattr(contents, "fetch", seen)
     assert compiled(where, tmp_path).digest == first.digest
@@ -82,11 +82,11 @@ def test_a_listing_that_was_interrupted_goes_on_and_young_files_are_read_again(
     monkeypatch.setattr(manifest, "ROW_GROUP", 1)
     asked: list[str] = []
 
-    def dying(rows: Any) -> Any:
+    def dying(rows: Any, limit: int) -> Any:
         asked.extend(rows["uri"].to_pylist())
         if len(asked) == 2:
             raise ConnectionAbortedError
-        return fetch(rows)
+        return fetch(rows, limit)
 
     monkeypatch.setattr(contents, "fetch", dying)
     with pytest.raises(ConnectionAbortedError):

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from pipeline.config.schema import Transform
-from pipeline.data.decode import decode, jigsaw
+from pipeline.data.decode import EXTENSIONS, FORMATS, decode, jigsaw
 
 RNG = np.random.default_rng(0)
 SMOOTH = (np.add.outer(np.arange(40), 2 * np.arange(60)) % 256).astype(np.uint8)
@@ -43,13 +43,61 @@ def test_an_empty_file_is_an_error():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_truncated_file_is_an_error_and_not_a_half_grey_image(kind):
     content = encoded(Image.fromarray(RNG.integers(256, size=(40, 60, 3), dtype=np.uint8)), kind)
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(ValueError, match=f"damaged or incomplete {kind} file: .*truncated"):
         decode(content[: len(content) // 2], None, transform())
 
 
-def test_text_is_an_error():
-    with pytest.raises(ValueError, match="not an image of a format that Pillow knows"):
+def test_what_is_no_image_is_an_error_that_shows_how_it_begins():
+    with pytest.raises(ValueError, match=r"not a readable image: none of JPEG, PNG, .*b'<html>404 No'"):
         decode(b"<html>404 Not Found</html>" * 20, None, transform())
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "SGI", "XBM", "PDF", "DDS", "ICNS"])
+def test_only_decoders_of_the_listed_formats_run_whatever_the_file_is_called(kind, monkeypatch):
+    content = encoded(Image.new("1" if kind == "XBM" else "RGB", (64, 64)), kind)
+    started: list[Any] = []
+    monkeypatch.setattr("subprocess.Popen.__init__", lambda *given, **options: started.append(given))
+    monkeypatch.setattr("subprocess.Popen.__del__", lambda process: None)
+    with pytest.raises(ValueError, match="not a readable image"):
+        decode(content, None, transform())
+    assert started == []
+
+
+ENDLESS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\n{} loop\n%%EOF\n"
+
+
+def test_a_program_in_a_file_that_is_called_an_image_is_not_run():
+    with pytest.raises(ValueError, match=r"not a readable image: .*b'%!PS-Adobe-3'"):
+        decode(ENDLESS, None, transform())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *(("JPEG", {}), ("PNG", {}), ("BMP", {}), ("GIF", {}), ("TIFF", {}), ("PPM", {})),
+        *(
+            ("WEBP", {"lossless": True}),
+            ("AVIF", {}),
+            ("JPEG2000", {}),
+            ("MPO", {"append_images": [], "save_all": True}),
+        ),
+        ("ICO", {"sizes": [(40, 40)]}),
+    ],
+)
+def test_every_listed_format_is_read(kind, options):
+    if kind not in (*FORMATS, "MPO"):
+        pytest.skip(f"this Pillow has no {kind}")
+    image = Image.fromarray(COLOUR[:, :40])
+    pixels = decode(encoded(image, kind, **options), None, transform())
+    np.testing.assert_allclose(
+        pixels, COLOUR[:, :40], atol=0 if kind in ("PNG", "BMP", "PPM", "ICO") else 100
+    )
+
+
+def test_the_endings_of_all_formats_that_this_pillow_reads_are_those_of_images():
+    assert {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".ico", ".tif"} <= set(EXTENSIONS)
+    for kind, ending in {"AVIF": ".avif", "JPEG2000": ".jp2", "WEBP": ".webp"}.items():
+        assert (ending in EXTENSIONS) == (kind in FORMATS)
 
 
 def test_a_colour_image_is_its_pixels():
@@ -154,8 +202,39 @@ def test_a_file_that_declares_a_huge_image_is_refused_before_it_is_decoded(side)
     content = bytearray(encoded(Image.fromarray(SMOOTH)))
     content[16:24] = struct.pack(">II", side, side)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    with pytest.raises(Exception, match=r"pixels"):
+    with pytest.raises(ValueError, match=r"pixels, more than 100,000,000|more than 100,000,000 pixels"):
         decode(bytes(content), None, transform())
+
+
+def webp(kind: bytes, body: bytes) -> bytes:
+    chunk = kind + struct.pack("<I", len(body)) + body
+    return b"RIFF" + struct.pack("<I", len(chunk) + 4) + b"WEBP" + chunk
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        webp(b"VP8L", b"\x2f" + struct.pack("<I", 0x3FFF | 0x3FFF << 14) + bytes(9)),
+        webp(b"VP8X", bytes(4) + b"\xff\x3f\0\xff\x3f\0" + bytes(4)),
+        webp(b"VP8 ", b"\x30\x01\0\x9d\x01\x2a\xff\x3f\xff\x3f" + bytes(4)),
+    ],
+    ids=["lossless", "extended", "lossy"],
+)
+def test_a_few_bytes_that_promise_a_huge_canvas_are_refused_before_it_is_allocated(content, monkeypatch):
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ValueError, match=r"163\d\d x 163\d\d pixels, more than 100,000,000"):
+        decode(content, None, transform())
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+def test_a_progressive_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(decoder):
+    content = encoded(Image.new("L", (5000, 4000)), "JPEG", progressive=True)
+    at = content.index(b"\xff\xda")
+    scan = content[at : content.index(b"\xff", at + 2)]
+    with pytest.raises(ValueError, match=r"1\d\d scans over 5000 x 4000 pixels, more than 2,000,000,000"):
+        decode(content[:at] + scan * 100 + content[at:], None, transform(), decoder)
+    few = decode(content, None, transform(), decoder)
+    assert few.shape == (40, 40, 3)
 
 
 def test_an_image_that_is_huge_only_after_resizing_is_refused():
@@ -281,7 +360,7 @@ def test_simplejpeg_gives_the_pixels_of_pillow(mode, options):
 @pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
 def test_a_broken_jpeg_is_an_error_whatever_reads_it(decoder):
     content = encoded(Image.fromarray(RNG.integers(256, size=(40, 60, 3), dtype=np.uint8)), "JPEG")
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(ValueError, match="truncated"):
         decode(content[: len(content) // 2], None, transform(), decoder)
 
 

@@ -101,3 +101,19 @@ def test_a_missing_file_is_refused_with_its_field(compiled, tmp_path, field):
     names[field] = tmp_path / "nowhere"
     with pytest.raises(UserError, match=rf"datasets\.set\.{field}: no such file: .*nowhere"):
         compiled("idx", names["path"], role="id", labels=str(names["labels"]))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2**32 - 1, 2**32 - 1), (2, 0, 4)])
+def test_a_header_of_impossible_images_is_refused(compiled, tmp_path, sizes):
+    (tmp_path / "x").write_bytes(struct.pack(">BBBB3I", 0, 0, 8, 3, *sizes) + bytes(100))
+    with pytest.raises(UserError, match=r"datasets\.set\.path: .*x: the header says \(2, .*Is it damaged"):
+        compiled("idx", tmp_path / "x")
+
+
+def test_headers_that_promise_more_than_there_is_are_refused(compiled, tmp_path):
+    (tmp_path / "x").write_bytes(struct.pack(">BBBB3I", 0, 0, 8, 3, 2**32 - 1, 4, 4) + bytes(100))
+    (tmp_path / "y").write_bytes(struct.pack(">BBBBI", 0, 0, 8, 1, 2**32 - 1) + bytes(100))
+    with pytest.raises(UserError, match=f"ends inside image 6 of {2**32 - 1}"):
+        compiled("idx", tmp_path / "x")
+    with pytest.raises(UserError, match=rf"labels are uint8 \(100,\); expected {2**32 - 1} integers"):
+        compiled("idx", tmp_path / "x", role="id", labels=str(tmp_path / "y"))

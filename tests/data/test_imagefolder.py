@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from pipeline.errors import UserError
 
@@ -68,6 +69,46 @@ def test_class_folders_are_numbered_in_sorted_order(compiled, tmp_path):
     assert manifest.class_count == {0: 1, 1: 2, 3: 1, 4: 1}
 
 
+@pytest.mark.parametrize("names", [range(12), range(1, 13), ["n10", "N9", "10", "9", "-1"]])
+def test_classes_have_the_numbers_that_torchvision_gives_them(compiled, tmp_path, names):
+    for name in names:
+        save(tmp_path / "set" / str(name) / "a.png")
+    manifest = compiled("imagefolder", tmp_path / "set", role="id")
+    theirs = ImageFolder(tmp_path / "set").class_to_idx
+    assert {row["key"].partition("/")[0]: row["label"] for row in rows(manifest)} == theirs
+
+
+def test_numbers_in_another_order_are_told_and_labels_index_takes_them_as_classes(compiled, tmp_path):
+    for number in range(12):
+        save(tmp_path / "set" / str(number) / "a.png")
+    (note,) = compiled("imagefolder", tmp_path / "set", role="id").notes
+    assert "in the order of their names as text (0, 1, 10, 11, 2, ...)" in note
+    assert note.endswith("set labels: index")
+    by_number = compiled("imagefolder", tmp_path / "set", role="id", labels="index")
+    assert {row["key"]: row["label"] for row in rows(by_number)} == {f"{n}/a.png": n for n in range(12)}
+    assert by_number.notes == ()
+
+
+@pytest.mark.parametrize("names", [range(10), ["00", "01", "10"], ["b", "a"], ["10", "9", "x"]])
+def test_nothing_is_said_of_an_order_that_nobody_could_mistake(compiled, tmp_path, names):
+    for name in names:
+        save(tmp_path / "set" / str(name) / "a.png")
+    assert compiled("imagefolder", tmp_path / "set", role="id").notes == ()
+
+
+def test_files_that_are_left_out_are_counted_and_named(compiled, tmp_path):
+    for name in ("a/1.png", "a/2.heic", "b/3.HEIC", "b/x.txt", "b/noending", ".DS_Store", ".git/4.png"):
+        save(tmp_path / "set" / name)
+    (note,) = compiled("imagefolder", tmp_path / "set").notes
+    assert note == "6 of 7 files not read: hidden 2, .heic 2, no ending 1, .txt 1 (first: .DS_Store)"
+
+
+def test_a_folder_of_which_nothing_is_read_says_what_is_there(compiled, tmp_path):
+    save(tmp_path / "set" / "a.heic")
+    with pytest.raises(UserError, match=r"no images in .*set.*1 of 1 files not read: \.heic 1"):
+        compiled("imagefolder", tmp_path / "set")
+
+
 def test_links_are_followed(compiled, tmp_path):
     save(tmp_path / "elsewhere" / "dog" / "a.png")
     (tmp_path / "set").mkdir()
@@ -108,8 +149,9 @@ def test_an_image_at_the_root_of_a_labelled_folder_has_no_class_and_is_refused(c
 
 def test_a_labelled_folder_needs_class_folders(compiled, tmp_path):
     save(tmp_path / "set" / "a.png")
-    with pytest.raises(UserError, match=r"datasets\.set\.path: .*set has no class folders; role 'train'"):
-        compiled("imagefolder", tmp_path / "set", role="train")
+    with pytest.raises(UserError, match=r"datasets\.set\.path: .*set has no class folders; role 'id'"):
+        compiled("imagefolder", tmp_path / "set", role="id")
+    assert compiled("imagefolder", tmp_path / "set", role="train").class_count == {-1: 1}
 
 
 def test_a_folder_without_images_is_refused(compiled, tmp_path):

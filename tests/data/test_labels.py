@@ -75,10 +75,10 @@ def test_with_a_mapping_the_folder_an_image_lies_in_is_its_class(compiled, tree)
     assert manifest.class_count == {1: 1, 281: 2}
 
 
-def test_numbers_as_folder_names_are_sorted_as_numbers_and_may_be_the_index(compiled, tree):
+def test_numbers_as_folder_names_are_sorted_as_text_and_may_be_the_index(compiled, tree):
     folder = tree("0/a.png", "2/a.png", "10/a.png", "9/a.png")
     by_order = labels(compiled("imagefolder", folder, role="id"))
-    assert by_order == {"0/a.png": 0, "2/a.png": 1, "9/a.png": 2, "10/a.png": 3}
+    assert by_order == {"0/a.png": 0, "10/a.png": 1, "2/a.png": 2, "9/a.png": 3}
     by_name = labels(compiled("imagefolder", folder, role="id", labels="index"))
     assert by_name == {"0/a.png": 0, "2/a.png": 2, "9/a.png": 9, "10/a.png": 10}
 

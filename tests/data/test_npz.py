@@ -1,3 +1,4 @@
+import struct
 import zipfile
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 
 from pipeline.config.schema import Dataset
 from pipeline.data.formats import npz
+from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 
 GREY = np.arange(5 * 4 * 6, dtype=np.uint8).reshape(5, 4, 6)
@@ -89,18 +91,20 @@ def test_fortran_order_is_refused(compiled, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [LABELS[:4], LABELS.astype(float), LABELS[:, None]], ids=["short", "float", "two-dimensional"]
+    "wrong",
+    [LABELS[:4], LABELS.astype(float), np.stack([LABELS] * 2, 1)],
+    ids=["short", "float", "two-dimensional"],
 )
 def test_labels_must_be_one_integer_per_image(compiled, tmp_path, wrong):
     np.savez(tmp_path / "a.npz", x=GREY, y=wrong)
-    with pytest.raises(UserError, match=r"datasets\.set\.labels: labels are .*expected 5 integers"):
+    with pytest.raises(UserError, match=r"datasets\.set\.labels: (y: )?labels are .*expected (5 )?integers"):
         compiled("npz", tmp_path / "a.npz", role="id", images="x", labels="y")
 
 
 def test_pickled_labels_are_refused_and_never_run(compiled, tmp_path):
     trace = tmp_path / "trace"
     np.savez(tmp_path / "a.npz", x=GREY, y=np.array([Bomb(str(trace))] * 5, dtype=object))
-    with pytest.raises(UserError, match=r"datasets\.set\.labels: y cannot be read: Object arrays"):
+    with pytest.raises(UserError, match=r"datasets\.set\.labels: y: labels are object .*expected integers"):
         compiled("npz", tmp_path / "a.npz", role="id", images="x", labels="y")
     assert not trace.exists()
 
@@ -160,4 +164,48 @@ def test_labels_that_are_no_class_indices_are_refused(tmp_path):
     np.savez(path, x=np.zeros((2, 4, 4), np.uint8), y=np.array([0, 2**32 + 3], np.uint64))
     given = {"name": "large", "role": "id", "format": "npz", "path": str(path), "images": "x", "labels": "y"}
     with pytest.raises(UserError, match="labels go from 0 to 4294967299; expected class indices"):
-        list(npz.read(Dataset(**given)))
+        list(npz.read(Dataset(**given), Notes()))
+
+
+def header(shape, dtype="|u1", text=None):
+    text = text or f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode("latin1")
+
+
+@pytest.mark.parametrize("shape", [(2**40,), (2**33, 2**7), (-5,), (5, -1)])
+def test_labels_whose_header_lies_are_refused_before_they_take_memory(compiled, tmp_path, shape):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", header((5, 4, 4)) + bytes(80))
+        archive.writestr("y.npy", header(shape, "<i8") + bytes(40))
+    with pytest.raises(UserError, match=r"datasets\.set\.labels: y: (the header says|labels are) int64"):
+        compiled("npz", tmp_path / "a.npz", role="id", images="x", labels="y")
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 2**31, 2**31), (5, -4, -4), (-5, 4, 4), (5, 0, 4), (5, 2**20, 2**10, 3)]
+)
+def test_images_whose_header_lies_are_refused_before_they_take_memory(compiled, tmp_path, shape):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", header(shape) + bytes(80))
+    with pytest.raises(UserError, match=r"datasets\.set\.images: the header says .*Is it damaged"):
+        compiled("npz", tmp_path / "a.npz")
+
+
+def test_more_images_than_there_are_bytes_are_refused(compiled, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", header((2**40, 4, 4)) + bytes(80))
+    with pytest.raises(UserError, match="ends inside image 5 of 1099511627776"):
+        compiled("npz", tmp_path / "a.npz")
+
+
+def test_a_header_that_is_nested_too_deeply_is_refused(compiled, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", header(None, text="(" * 5000 + ")" * 5000))
+    with pytest.raises(UserError, match=r"datasets\.set\.images: x is not a NumPy array"):
+        compiled("npz", tmp_path / "a.npz")
+
+
+def test_labels_in_one_column_are_labels(compiled, tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((5, 4, 4), np.uint8), y=np.arange(5)[:, None])
+    manifest = compiled("npz", tmp_path / "a.npz", role="id", images="x", labels="y")
+    assert manifest.labels().tolist() == [0, 1, 2, 3, 4]

@@ -170,3 +170,21 @@ def test_another_column_of_images_changes_the_digest(written):
     columns = {"image": BYTES, "other": BYTES}
     first, second = (written(columns, role="far_ood", images=name).digest for name in ("image", "other"))
     assert first != second
+
+
+def test_a_flipped_byte_anywhere_is_one_message_or_changes_a_value(compiled, tmp_path):
+    path = tmp_path / "a.parquet"
+    labels = [number % 7 for number in range(500)]
+    table = pa.table({"image": [b"x%d" % number for number in range(500)], "label": labels})
+    pq.write_table(table, path, row_group_size=100)
+    content = path.read_bytes()
+    for place in np.linspace(0, len(content) - 1, 40, dtype=int):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            manifest = compiled("parquet", path, role="id")
+        except UserError as error:
+            assert "datasets.set" in str(error)
+        else:
+            assert manifest.rows == 500

@@ -36,6 +36,95 @@ def test_members_may_be_named_in_any_case_and_script(compiled, contents, write_t
     manifest = compiled("webdataset", tmp_path / "a.tar")
     assert rows(manifest, "key") == [("a/x/1",), ("a/x/2",), ("a/x/3",), ("a/Größe/猫",)]
     assert contents(manifest) == [name.encode() for name in names[:4]]
+    counted, hint = manifest.notes
+    assert counted == "1 of 5 members not read: .png after a second dot 1 (first: y.1.png)"
+    assert "name ends at its first dot: rename members such as y.1.png" in hint
+
+
+def test_members_that_are_neither_image_nor_label_are_counted_and_named(compiled, write_tar, tmp_path):
+    members = {
+        "1.png": b"x",
+        "1.cls": b"0",
+        "1.txt": b"a cat",
+        "2.heic": b"x",
+        "2.cls": b"0",
+        "._1.png": b"x",
+    }
+    write_tar(tmp_path / "set" / "a.tar", members)
+    write_tar(tmp_path / "set" / "b.tar", {"3.png": b"x", "3.cls": b"0", "3.txt": b"a dog"})
+    (tmp_path / "set" / "index.txt").touch()
+    files, members = compiled("webdataset", tmp_path / "set", role="id").notes
+    assert files == "1 of 3 files not read: .txt 1 (first: index.txt)"
+    assert members == "4 of 9 members not read: .txt 2, .heic 1, hidden 1 (first: 1.txt)"
+
+
+def test_where_all_members_have_more_dots_the_refusal_says_what_to_write(compiled, write_tar, tmp_path):
+    write_tar(tmp_path / "a.tar", {"v1.0000.png": b"x", "v1.0000.cls": b"0", "v1.0001.png": b"y"})
+    with pytest.raises(
+        UserError, match=r"no images in .*3 of 3 members not read: .*rename members such as v1"
+    ):
+        compiled("webdataset", tmp_path / "a.tar", role="id")
+
+
+def test_of_samples_with_several_images_the_named_one_is_read(compiled, contents, write_tar, tmp_path):
+    members = {}
+    for name in "ab":
+        members |= {f"{name}.{kind}": kind.encode() for kind in ("cls", "input.PNG", "target.png")}
+    members = {name: b"1" if name.endswith("cls") else content for name, content in members.items()}
+    write_tar(tmp_path / "a.tar", members)
+    manifest = compiled("webdataset", tmp_path / "a.tar", role="id", images="input.png")
+    assert rows(manifest, "key", "label") == [("a/a", 1), ("a/b", 1)]
+    assert contents(manifest) == [b"input.PNG"] * 2
+    assert len(manifest.notes) == 1
+    assert "2 of 6 members not read" in manifest.notes[0]
+
+
+@pytest.mark.parametrize("order", [("png", "cls"), ("cls", "png")])
+def test_images_and_labels_that_do_not_follow_each_other_are_refused(compiled, write_tar, tmp_path, order):
+    members = {f"{n}.{kind}": str(n).encode() for kind in order for n in range(3)}
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(UserError, match=r"sample '0' do not follow each other.*tar --sort=name"):
+        compiled("webdataset", tmp_path / "a.tar", role="id")
+    assert compiled("webdataset", tmp_path / "a.tar").rows == 3
+
+
+def test_a_range_means_all_its_tars_and_misses_none(compiled, write_tar, tmp_path):
+    for number in (8, 9, 10):
+        write_tar(tmp_path / f"s-{number:03}.tar", {"1.png": b"x"})
+    manifest = compiled("webdataset", tmp_path / "s-{008..010}.tar")
+    assert rows(manifest, "key") == [("s-008/1",), ("s-009/1",), ("s-010/1",)]
+    with pytest.raises(UserError, match=r"datasets\.set\.path: no such file or folder: .*s-011\.tar"):
+        compiled("webdataset", tmp_path / "s-{008..999999999}.tar")
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE], ids=repr)
+@pytest.mark.parametrize("size", [2**43, 2**80, -512, -1024])
+def test_a_header_that_lies_about_its_size_is_a_lost_row_or_one_message(compiled, tmp_path, png, kind, size):
+    good = header("1.png", 3) + b"abc".ljust(512, b"\0")
+    (tmp_path / "a.tar").write_bytes(good + header("2.png", size, kind) + bytes(2048))
+    try:
+        manifest = compiled("webdataset", tmp_path / "a.tar")
+    except UserError as error:
+        assert "a.tar: no tar header at byte 1024" in str(error)
+    else:
+        assert rows(manifest, "uri") == [(str(tmp_path / "a.tar"),), (None,)]
+
+
+def test_a_label_of_absurd_size_or_depth_is_refused(compiled, write_tar, tmp_path):
+    for name, content, expected in (
+        ("1.json", b"[" * 100_000, "not valid JSON, or nested too deeply"),
+        ("1.json", b"9" * 5_000, "not valid JSON"),
+        ("1.cls", bytes(2**26 + 1), "67,108,865 bytes are no label"),
+    ):
+        write_tar(tmp_path / "a.tar", {"1.png": b"x", name: content})
+        with pytest.raises(UserError, match=rf"member {name}: {expected}"):
+            compiled("webdataset", tmp_path / "a.tar", role="id")
 
 
 def test_names_that_are_long_or_not_utf8_are_read(compiled, contents, tmp_path):

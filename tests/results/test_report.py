@@ -26,6 +26,7 @@ NEAR = {"cifar-100": "near_ood", "tin": "near_ood"}
 FAR = {"mnist": "far_ood", "svhn": "far_ood", "textures": "far_ood"}
 DETECTORS = ("grood", "knn", "featurenorm")
 SMALL = {"tin": "near_ood", "svhn": "far_ood"}
+NOTE = "1 of 2 files not read: .heic 1 (first: b.heic)"
 METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "detection_error")
 
 
@@ -42,6 +43,7 @@ class Setup:
     passes: bool = True
     index: bool = True
     errors: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
     full_spectrum: bool = False
     rows: int = 120
     published: str | None = None
@@ -139,6 +141,7 @@ def manifest_of(setup):
                 "path": f"data/{name}.npz",
                 "rows": setup.rows + setup.errors.get(name, 0),
                 "expected": setup.rows,
+                "notes": setup.notes.get(name, []),
                 "features": setup.rows,
                 "errors": setup.errors.get(name, 0),
                 "hash": f"{i:02x}" * 32,
@@ -222,7 +225,8 @@ def page_of(run: Path) -> Page:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return make_run(
-        tmp_path_factory.mktemp("runs"), Setup(NEAR | FAR, DETECTORS, uses_ood=("knn",), errors={"svhn": 3})
+        tmp_path_factory.mktemp("runs"),
+        Setup(NEAR | FAR, DETECTORS, uses_ood=("knn",), errors={"svhn": 3}, notes={"mnist": [NOTE]}),
     )
 
 
@@ -275,6 +279,10 @@ def test_every_dataset_has_every_metric_on_the_page(finished, page):
         if row["detector"] != "classifier":
             value, interval = f"{row['value']:.4f}", f"{row['ci_low']:.3f}–{row['ci_high']:.3f}"
             assert value + interval in page.cells["datasets"]
+
+
+def test_what_was_left_out_of_a_dataset_stands_at_the_top(page):
+    assert f"mnist: {NOTE}." in page.text
 
 
 def test_the_page_asks_for_nothing_from_outside(finished, page):

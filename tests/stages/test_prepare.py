@@ -111,6 +111,22 @@ def test_held_out_images_do_for_what_is_only_calibrated(settings, load) -> None:
         prepare.prepare(load(settings))
 
 
+def test_only_detectors_that_read_the_labels_of_training_images_ask_for_them(settings, load) -> None:
+    train = next(each for each in settings["datasets"] if each["role"] == "train")
+    del train["labels"]
+    settings["detectors"] = ["knn", "vim", "msp"]
+    assert [*prepare.prepare(load(settings)).detectors] == ["knn", "vim", "msp"]
+    settings["detectors"] = ["knn", "mds"]
+    with pytest.raises(
+        UserError, match=r"detectors\.mds: it reads the labels of training images, but (.+) of \1 "
+    ):
+        prepare.prepare(load(settings))
+    settings["detectors"] = "all"
+    found = prepare.prepare(load(settings)).not_applicable
+    assert found["mds"].startswith("it reads the labels of training images")
+    assert "knn" not in found
+
+
 @pytest.mark.parametrize("label", ["vim", "residual", "neco"])
 def test_more_directions_than_the_feature_has_are_refused(settings, load, label: str) -> None:
     settings["detectors"] = [{label: {"dim": 129}}]
@@ -261,6 +277,8 @@ def test_folders_with_an_index_need_not_all_be_there(settings, load, tmp_path) -
 
 def test_training_needs_every_class_after_the_filters(settings, load) -> None:
     settings["datasets"][0]["include_labels"] = list(range(9))
+    prepare.prepare(load(settings))  # neither MSP nor k-NN asks for classes
+    settings["detectors"] = ["mds"]
     with pytest.raises(UserError, match=r"datasets\.train: 1 of the head's 10 classes have no images \(9\)"):
         prepare.prepare(load(settings))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -392,17 +393,33 @@ def strange(settings, tmp_path) -> dict[str, bool]:
     picture.convert("P").save(folder / "palette.png", transparency=b"\x00\x80\xff")
     picture.save(folder / "grün.png")
     (folder / "notes.txt").write_text("not one of the dataset's images")
-    names = ("good.png", "whole.jpg", "cmyk.JPEG", "deep.png", "palette.png", "grün.png")
-    return {name: True for name in names} | {"empty.jpg": False, "cut.jpg": False, "text.png": False}
+    (folder / "eps.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n{} loop\n%%EOF\n")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    good = ("good.png", "whole.jpg", "cmyk.JPEG", "deep.png", "palette.png", "grün.png")
+    bad = ("empty.jpg", "cut.jpg", "text.png", "eps.jpg", "pipe.png", "zero.png")
+    return {name: name in good for name in (*good, *bad)}
 
 
 def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(
     strange, settings, load, execute, tmp_path
 ) -> None:
     settings["extract"] |= {"max_bad_fraction": 0.5, "shard_rows": 64}
-    folder = execute(load(settings)).folder
+    outcome = execute(load(settings))
+    folder = outcome.folder
     record = files.read_json(folder / "manifest.json")["datasets"]["strange"]
-    assert (record["rows"], record["features"], record["errors"]) == (9, 6, 3)
+    assert (record["rows"], record["features"], record["errors"]) == (12, 6, 6)
+    listed = next(tmp_path.glob("workspace/features/strange-*/errors.parquet"))
+    (told,) = outcome.unreadable
+    assert re.match(
+        r"strange: 6 of 12 images could not be used, first: cut\.jpg \(damaged or .*; empty\.jpg", told
+    )
+    assert told.endswith(f"They are in none of the numbers. All are listed in {listed}.")
+    page = (folder / "report" / "index.html").read_text()
+    assert (
+        "could not be used, first: cut.jpg (damaged or incomplete JPEG file: image file is truncated" in page
+    )
+    assert record["notes"] == ["1 of 13 files not read: .txt 1 (first: notes.txt)"]
     assert set(scores(folder, "strange")["key"]) == {name for name, good in strange.items() if good}
     errors = pq.read_table(next(tmp_path.glob("workspace/features/strange-*/errors.parquet")))
     assert set(errors["key"].to_pylist()) == {name for name, good in strange.items() if not good}
@@ -411,12 +428,14 @@ def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(
 
 def test_too_many_bad_images_stop_the_run_and_name_some(strange, settings, load, execute, tmp_path) -> None:
     with pytest.raises(
-        UserError, match=r"strange: 3 of 9 images are bad.*max_bad_fraction.*cut\.jpg \(OSError"
+        UserError,
+        match=r"strange: 6 of 12 images are bad.*max_bad_fraction.*cut\.jpg \(damaged or incomplete JPEG",
     ):
         execute(load(settings))
     assert not list(tmp_path.glob("workspace/features/strange-*/_manifest.json"))
     assert files.read_json(newest(tmp_path / "workspace") / "manifest.json")["status"] == "failed"
-    for name in ("empty.jpg", "cut.jpg", "text.png"):
+    for name in (name for name, good in strange.items() if not good):
+        (tmp_path / "strange" / name).unlink()
         shutil.copy(tmp_path / "strange" / "good.png", tmp_path / "strange" / name)
         os.utime(tmp_path / "strange" / name, ns=(1, 1))
     assert execute(load(settings), last="extract").folder.is_dir()

@@ -1,8 +1,9 @@
 """Formats of datasets. A file here is a format; its name is the name used in the config.
 
-It holds a function `read(dataset) -> Iterator[pyarrow.RecordBatch]` that yields rows of `manifest.SCHEMA` in
-a fixed order and raises `UserError` on a path or name that is not there; a format whose classes have names
-also has `classes(dataset) -> Classes`. Modules with an underscore are shared.
+It holds a function `read(dataset, notes) -> Iterator[pyarrow.RecordBatch]` that yields rows of
+`manifest.SCHEMA` in a fixed order, counts in the `notes` what it leaves out, and raises `UserError` on a path
+or name that is not there; a format whose classes have names also has `classes(dataset) -> Classes`. Modules
+with an underscore are shared.
 """
 
 from importlib import import_module

@@ -1,5 +1,6 @@
 """Image arrays as manifest rows: what the formats `npz`, `idx` and `python` share."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -7,11 +8,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.data.decode import MAX_PIXELS
 from pipeline.data.manifest import SCHEMA
 from pipeline.errors import UserError
 
 CHUNK = 1024
-"""Images per record batch."""
+"""Images per record batch, at most."""
+
+CHUNK_BYTES = 2**26
+"""Bytes of a record batch, unless one image has more."""
 
 
 def check_shape(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -21,10 +26,16 @@ def check_shape(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Non
             f"{where}: images are {dtype} {shape}; expected uint8 (N, H, W) or (N, H, W, 1 or 3). "
             "Convert them to 8 bits with channels last."
         )
+    if min(shape) < 0 or min(shape[1:]) < 1 or shape[1] * shape[2] > MAX_PIXELS:
+        raise UserError(
+            f"{where}: the header says {shape}; expected images of 1 to {MAX_PIXELS:,} pixels. Is it damaged?"
+        )
 
 
 def check_labels(where: str, labels: NDArray[Any], images: int) -> NDArray[np.int32]:
-    """Labels as int32, one per image."""
+    """Labels as int32, one per image; an array (N, 1) is one of N labels."""
+    if labels.shape == (images, 1):
+        labels = labels[:, 0]
     if labels.shape != (images,) or labels.dtype.kind not in "iu":
         raise UserError(
             f"{where}: labels are {labels.dtype} {labels.shape}; expected {images} integers, one per image."
@@ -60,9 +71,10 @@ def read_chunks(stream: BinaryIO, shape: tuple[int, ...], where: str) -> Iterato
     Raises:
         UserError: if the stream ends before all images are read.
     """
-    size = int(np.prod(shape[1:]))
-    for start in range(0, shape[0], CHUNK):
-        count = min(CHUNK, shape[0] - start)
+    size = math.prod(shape[1:])
+    most = min(CHUNK, max(CHUNK_BYTES // size, 1))
+    for start in range(0, shape[0], most):
+        count = min(most, shape[0] - start)
         content = stream.read(count * size)
         if len(content) < count * size:
             raise UserError(

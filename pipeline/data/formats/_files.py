@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -12,13 +13,13 @@ import pyarrow as pa
 from pipeline.config.loading import resolve
 from pipeline.config.schema import Dataset
 from pipeline.data.manifest import SCHEMA
+from pipeline.data.notes import Seen
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 from pipeline.workspace.storage import Entry
 from pipeline.workspace.tables import ROW_GROUP
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
-"""Files with other endings are not images of a dataset; case does not matter."""
+_RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 
 
 def located(path: str) -> str:
@@ -28,43 +29,75 @@ def located(path: str) -> str:
     return str(resolve(path).absolute())
 
 
-def walk(folder: str, endings: tuple[str, ...]) -> Iterator[tuple[str, Entry]]:
+def walk(folder: str, endings: tuple[str, ...], seen: Seen, inside: str = "") -> Iterator[tuple[str, Entry]]:
     """Files below a folder with their relative paths, depth first in sorted order, one folder in memory.
 
     Links are followed; hidden files and folders such as `.ipynb_checkpoints` are left out.
+
+    Args:
+        folder: where to begin.
+        endings: of the files that are given.
+        seen: counts all files, and a hidden folder as one.
+        inside: path of the folder in that in which the walk began, with a slash at its end.
     """
-    for entry in visible(folder):
-        if entry.folder:
-            for name, found in walk(entry.uri, endings):
-                yield f"{entry.name}/{name}", found
-        elif entry.name.lower().endswith(endings):
-            yield entry.name, entry
+    for entry in storage.entries(folder):
+        name = f"{inside}{entry.name}"
+        if entry.folder and not is_hidden(entry):
+            yield from walk(entry.uri, endings, seen, f"{name}/")
+        elif is_hidden(entry) or not entry.name.lower().endswith(endings):
+            seen.leave_out(spelled(name))
+        else:
+            seen.read()
+            yield name, entry
+
+
+def is_hidden(entry: Entry) -> bool:
+    """Whether a file or folder is no part of any dataset, by its name."""
+    return entry.name.startswith(".")
 
 
 def visible(folder: str) -> list[Entry]:
     """Entries of a folder by name, without hidden ones."""
-    return [entry for entry in storage.entries(folder) if not entry.name.startswith(".")]
+    return [entry for entry in storage.entries(folder) if not is_hidden(entry)]
 
 
-def sources(dataset: Dataset, endings: tuple[str, ...]) -> list[tuple[str, Entry]]:
+def sources(dataset: Dataset, endings: tuple[str, ...], seen: Seen) -> list[tuple[str, Entry]]:
     """The files that `path` means, with their relative paths: one, all below a folder, or those `*` matches.
+
+    A range of numbers in it, as `{000..012}`, means all of them, each of which must be there. `seen` counts
+    what lies in a folder.
 
     Raises:
         UserError: if there are none.
     """
     path, where = located(dataset.path), f"datasets.{dataset.name}.path"
-    pattern = storage.name_of(path)
-    if "*" in pattern:
-        listed = visible(storage.parent(path))
-        found = [(entry.name, entry) for entry in listed if _matches(entry, pattern, endings)]
-    else:
-        entry = storage.find(path)
-        if entry is None:
-            raise UserError(f"{where}: no such file or folder: {path}")
-        found = list(walk(path, endings)) if entry.folder else [(entry.name, entry)]
+    found = [each for single in _expanded(path) for each in _sources(single, endings, seen, where)]
     if not found:
         raise UserError(f"{where}: no {endings[0]} files in {path}. Check the path.")
     return found
+
+
+def _sources(path: str, endings: tuple[str, ...], seen: Seen, where: str) -> Iterable[tuple[str, Entry]]:
+    """The files that a path without ranges means."""
+    pattern = storage.name_of(path)
+    if "*" in pattern:
+        listed = visible(storage.parent(path))
+        return [(entry.name, entry) for entry in listed if _matches(entry, pattern, endings)]
+    entry = storage.find(path)
+    if entry is None:
+        raise UserError(f"{where}: no such file or folder: {path}")
+    return walk(path, endings, seen) if entry.folder else [(entry.name, entry)]
+
+
+def _expanded(path: str) -> Iterator[str]:
+    """The paths that one with ranges means: of `a-{08..11}`, `a-08`, `a-09`, `a-10` and `a-11`."""
+    found = _RANGE.search(path)
+    if found is None:
+        yield path
+        return
+    first, last = found.groups()
+    for number in range(int(first), int(last) + 1):
+        yield from _expanded(f"{path[: found.start()]}{number:0{len(first)}}{path[found.end() :]}")
 
 
 def _matches(entry: Entry, pattern: str, endings: tuple[str, ...]) -> bool:

@@ -1,7 +1,8 @@
 """A folder tree of image files, at any depth.
 
-Without `labels`, first-level folders are the classes, numbered in sorted order (names that are all numbers:
-sorted as numbers). With `labels`, the class of an image is the name of the folder it lies in.
+Without `labels`, first-level folders are the classes, numbered in the order of their names as text, as
+torchvision's `ImageFolder` does: 0, 1, 10, 2. With `labels`, the class of an image is the name of the folder
+it lies in; `labels: index` takes that name for the number.
 """
 
 from __future__ import annotations
@@ -12,22 +13,26 @@ import pyarrow as pa
 
 from pipeline.config.schema import Dataset
 from pipeline.data import labels
+from pipeline.data.decode import EXTENSIONS
 from pipeline.data.formats import _files
 from pipeline.data.labels import Classes
+from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 
 
-def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     """One row per image file, ordered by relative path, which is the key."""
     root, where = _files.located(dataset.path), f"datasets.{dataset.name}.path"
     found = storage.find(root)
     if found is None or not found.folder:
         raise UserError(f"{where}: no such folder: {root}")
-    labelled = classes(dataset) if labels.needed(dataset) else None
-    if labelled is not None and labelled.index == {}:
+    labelled = classes(dataset) if labels.read(dataset) else None
+    if labelled is not None and labelled.index == {} and labels.needed(dataset):
         raise UserError(f"{where}: {root} has no class folders; role {dataset.role!r} needs one per class.")
-    yield from _files.batched(_rows(dataset, root, labelled))
+    if labelled is not None and dataset.labels is None and (order := labels.order_note(labelled.index or {})):
+        notes.said.append(order)
+    yield from _files.batched(_rows(dataset, root, labelled, notes))
 
 
 def classes(dataset: Dataset) -> Classes:
@@ -38,9 +43,9 @@ def classes(dataset: Dataset) -> Classes:
     return Classes("the class folders", labels.numbered(names))
 
 
-def _rows(dataset: Dataset, root: str, labelled: Classes | None) -> Iterator[dict[str, object]]:
+def _rows(dataset: Dataset, root: str, labelled: Classes | None, notes: Notes) -> Iterator[dict[str, object]]:
     part = 0 if dataset.labels is None else -1
-    for path, entry in _files.walk(root, _files.EXTENSIONS):
+    for path, entry in _files.walk(root, EXTENSIONS, notes.files):
         *folders, _ = path.split("/")
         label = -1
         if labelled is not None and folders:

@@ -17,6 +17,7 @@ from pipeline.config.schema import Dataset
 from pipeline.data import labels
 from pipeline.data.formats import _files
 from pipeline.data.labels import Classes
+from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 
@@ -24,7 +25,7 @@ FOLDERS = 2000
 """Listings of remote folders that are kept while a list is read."""
 
 
-def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     """One row per line; the path as it is listed is the key."""
     where = f"datasets.{dataset.name}.path"
     with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 
 from pipeline.config.schema import Dataset
 from pipeline.data.formats import _arrays, _files
+from pipeline.data.notes import Notes
 from pipeline.errors import UserError, unknown
 
 
-def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     """Rows of the array `images`, labelled by the array `labels` where one is named."""
     path, where = dataset.path, f"datasets.{dataset.name}"
     try:
@@ -26,7 +28,8 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
             labels = None
             if dataset.labels is not None:
                 with _open(archive, dataset.labels, f"{where}.labels") as stream:
-                    labels = _labels(stream, f"{where}.labels: {dataset.labels}")
+                    size = archive.getinfo(f"{dataset.labels}.npy").file_size
+                    labels = _labels(stream, size, f"{where}.labels: {dataset.labels}")
             with _open(archive, name, f"{where}.images") as stream:
                 shape, fortran, dtype = _header(stream, f"{where}.images: {name}")
                 _arrays.check_shape(f"{where}.images", shape, dtype)
@@ -36,7 +39,9 @@ def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
                     None if labels is None else _arrays.check_labels(f"{where}.labels", labels, shape[0])
                 )
                 yield from _arrays.rows(name, _arrays.read_chunks(stream, shape, path), checked)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: it is encrypted
         raise UserError(f"{where}.path: {path} is not a readable .npz file: {error}") from None
 
 
@@ -57,14 +62,25 @@ def _open(archive: zipfile.ZipFile, name: str, where: str) -> BinaryIO:
     return cast(BinaryIO, archive.open(f"{name}.npy"))
 
 
-def _labels(stream: BinaryIO, where: str) -> NDArray[Any]:
-    try:
-        labels: NDArray[Any] = npy.read_array(stream, allow_pickle=False)
-    except UserError:
-        raise
-    except ValueError as error:  # objects, or an array that ends early
-        raise UserError(f"{where} cannot be read: {error}. Save the labels as integers.") from None
-    return labels
+def _labels(stream: BinaryIO, size: int, where: str) -> NDArray[Any]:
+    """An array of labels in a member of `size` bytes.
+
+    Raises:
+        UserError: no array of integers, or one that has more bytes by its header than there are.
+    """
+    shape, _, dtype = _header(stream, where)
+    wanted = math.prod(shape) * dtype.itemsize
+    if dtype.kind not in "iu" or min(shape, default=0) < 0:
+        raise UserError(
+            f"{where}: labels are {dtype} {shape}; expected integers. Save the labels as integers."
+        )
+    content = stream.read(wanted) if wanted <= size else b""
+    if len(content) < wanted:
+        raise UserError(
+            f"{where}: the header says {dtype} {shape}, which is {wanted:,} bytes, but there are fewer. "
+            "Is it damaged?"
+        )
+    return np.frombuffer(content, dtype).reshape(shape)
 
 
 def _header(stream: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -72,7 +88,5 @@ def _header(stream: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, np.dty
         major, _ = npy.read_magic(stream)
         read_header = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
         return read_header(stream)
-    except UserError:
-        raise
-    except ValueError as error:
+    except (ValueError, RecursionError, MemoryError) as error:  # the last two: a header nested too deeply
         raise UserError(f"{where} is not a NumPy array: {error}.") from None

@@ -19,6 +19,7 @@ from pipeline.config.schema import Dataset
 from pipeline.data import labels
 from pipeline.data.formats import _files
 from pipeline.data.manifest import SCHEMA
+from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 from pipeline.workspace.storage import Entry
@@ -27,9 +28,9 @@ IMAGES = ("image", "bytes", "img", "image_bytes", "jpg", "jpeg", "png", "webp")
 """Columns that are looked for, in this order, where `images` names none."""
 
 
-def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     """One row per row of the files, in the order of their names."""
-    files = _files.sources(dataset, (".parquet",))
+    files = _files.sources(dataset, (".parquet",), notes.files)
     by_path = _paths_are_unique(dataset, files)
     for name, entry in files:
         yield from _batches(dataset, name, entry, by_path)
@@ -51,20 +52,37 @@ def _batches(dataset: Dataset, name: str, entry: Entry, by_path: bool) -> Iterat
         columns = _columns(dataset, file.schema_arrow, where)
         identity = f"{entry.identity}#{columns.image}"
         for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
+            count = _rows(file, group, columns.image, where)
             numbers = range(start, start + count)
             paths = _values(file, group, columns.path) if by_path else None
+            given = _values(file, group, columns.label)
+            if any(values is not None and len(values) != count for values in (paths, given)):
+                raise UserError(f"{where}: row group {group} is damaged: its columns differ in length.")
             fields: dict[str, Any] = {
                 "key": [f"{_files.spelled(name)}#{row}" for row in numbers] if paths is None else paths,
                 "uri": [entry.uri] * count,
                 "offset": numbers,
                 "column": [columns.image] * count,
                 "identity": [identity] * count,
-                **_labelled(_values(file, group, columns.label), count, where, start),
+                **_labelled(given, count, where, start),
             }
             nothing = dict.fromkeys(SCHEMA.names, [None] * count)
             yield pa.RecordBatch.from_pydict(nothing | fields, SCHEMA)
             start += count
+
+
+def _rows(file: pq.ParquetFile, group: int, image: str, where: str) -> int:
+    """Rows of a row group.
+
+    Raises:
+        UserError: the file says another number of it than of its images.
+    """
+    found = file.metadata.row_group(group)
+    columns = [found.column(number) for number in range(found.num_columns)]
+    values = next((column.num_values for column in columns if column.path_in_schema == image), None)
+    if values != found.num_rows:
+        raise UserError(f"{where}: row group {group} is damaged: {found.num_rows} rows and {values} images.")
+    return found.num_rows  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -98,7 +116,8 @@ def _columns(dataset: Dataset, schema: pa.Schema, where: str) -> _Columns:
     if labels.needed(dataset) and label not in schema.names:
         raise UserError(f"{where}: no column {label!r}. Name one with `labels:`; the columns are: {known}.")
     path = f"{image}.path" if "path" in fields else "path" if "path" in schema.names else None
-    return _Columns(f"{image}.bytes" if fields else image, path, label if labels.needed(dataset) else None)
+    labelled = labels.read(dataset) and label in schema.names
+    return _Columns(f"{image}.bytes" if fields else image, path, label if labelled else None)
 
 
 def _values(file: pq.ParquetFile, group: int, column: str | None) -> pa.Array | None:

@@ -9,11 +9,12 @@ import pyarrow as pa
 
 from pipeline.config.schema import Dataset
 from pipeline.data.formats import _arrays
+from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.imports import load_function
 
 
-def read(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     """Rows of the arrays that the function returns."""
     where = f"datasets.{dataset.name}"
     function = load_function(dataset.path, f"{where}.path")

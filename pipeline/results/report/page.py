@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.config import published
+from pipeline.results import unreadable
 from pipeline.results.report import plots
 from pipeline.results.report.compare import comparisons, deviations
 from pipeline.results.report.tables import (
@@ -128,6 +129,7 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
         .get_template("template.html")
         .render(
             run=manifest,
+            unreadable=unreadable.sentences(manifest["datasets"]),
             unscored=sentences(manifest.get("unscored", {}), manifest["datasets"]).values(),
             finished=datetime.fromisoformat(manifest["finished"]).astimezone(UTC),
             accuracies=[row for row in results.metrics.to_pylist() if row["metric"] == "id_accuracy"],
