@@ -39,7 +39,8 @@ def metrics_at(id_counts: Counts, ood_counts: Counts) -> Float:
     * fpr95_id: share of OOD <= t at the smallest t with >= 95 % of ID <= t: OOD accepted where ID is kept.
       FPR95 of the papers.
     * fpr95_ood: share of ID >= t at the largest t with >= 95 % of OOD >= t: ID rejected where OOD is caught.
-      FPR95 of OpenOOD since August 2023.
+      FPR95 of OpenOOD since August 2023, which reads it off scikit-learn's `roc_curve`. That leaves out the
+      inside of straight lines: where the next lower scores have as many rows of each set, t is the last one.
     * detection_error: 1 - max over t of (P(OOD > t) + P(ID <= t)) / 2; both classes weigh the same.
 
     Args:
@@ -55,8 +56,8 @@ def metrics_at(id_counts: Counts, ood_counts: Counts) -> Float:
     pairs = 2 * (n_id * n_ood)[..., 0]
     auroc = (ood_counts * (2 * id_upto - id_counts)).sum(-1) / pairs
     error = (pairs - (n_id * (n_ood - ood_upto) + n_ood * id_upto).max(-1)) / pairs
-    aupr_in, fpr95_id = _retrieve(id_counts, ood_counts)
-    aupr_out, fpr95_ood = _retrieve(ood_counts[..., ::-1], id_counts[..., ::-1])
+    aupr_in, fpr95_id, _ = _retrieve(id_counts, ood_counts)
+    aupr_out, _, fpr95_ood = _retrieve(ood_counts[..., ::-1], id_counts[..., ::-1])
     return np.stack([auroc, aupr_in, aupr_out, fpr95_id, fpr95_ood, error], axis=-1)
 
 
@@ -119,10 +120,31 @@ def counted(scores: Sequence[Float]) -> Counts:
     return np.stack([np.bincount(part, minlength=len(distinct)) for part in parts])
 
 
-def _retrieve(positive: Counts, negative: Counts) -> tuple[Float, Float]:
-    """Average precision, and FPR where recall first reaches 95 %; (..., T) counts, most positive first."""
+def _retrieve(positive: Counts, negative: Counts) -> tuple[Float, Float, Float]:
+    """Average precision, and FPR where recall first reaches 95 %, at any score and at a corner of the curve.
+
+    Args:
+        positive: (..., T) rows, most positive first.
+        negative: (..., T) rows, likewise.
+    """
     hits, alarms = positive.cumsum(-1), negative.cumsum(-1)
     precision = hits / np.maximum(hits + alarms, 1)
-    first = (100 * hits >= 95 * hits[..., -1:]).argmax(-1, keepdims=True)
-    rate = np.take_along_axis(alarms, first, -1)[..., 0] / alarms[..., -1]
-    return (positive * precision).sum(-1) / hits[..., -1], rate
+    first = (100 * hits >= 95 * hits[..., -1:]).argmax(-1)
+    corner = np.empty_like(first)
+    for place in np.ndindex(first.shape):
+        corner[place] = _corner(positive[place], negative[place], first[place])
+    at_first, at_corner = (
+        np.take_along_axis(alarms, at[..., None], -1)[..., 0] / alarms[..., -1] for at in (first, corner)
+    )
+    return (positive * precision).sum(-1) / hits[..., -1], at_first, at_corner
+
+
+def _corner(positive: Counts, negative: Counts, first: int) -> int:
+    """The first score from `first` on that `roc_curve` keeps: its step differs from the next one."""
+    there = np.flatnonzero(positive + negative)
+    at = int(there.searchsorted(first))
+    steps = np.stack([positive[there[at:]], negative[there[at:]]])
+    differ = (steps[:, 1:] != steps[:, :-1]).any(0)
+    if at == 0 or not differ.any():  # the ends of the curve are kept
+        return int(there[at] if at == 0 else there[-1])
+    return int(there[at + differ.argmax()])

@@ -363,7 +363,7 @@ def console_table(outcome: Outcome) -> Table:
     shown = METRICS[outcome.metric]
     table = Table(
         title=f"{shown.label} {shown.arrow} on OOD validation images",
-        caption="Means decide, with 95% bootstrap intervals. * chosen, and marked as using OOD data",
+        caption="Means decide, with 95% intervals. * chosen, and marked as using OOD data",
         box=SIMPLE,
     )
     table.add_column("Point", overflow="fold")

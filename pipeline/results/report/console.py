@@ -20,7 +20,7 @@ def console_table(run: Place) -> Table:
     board = leaderboard(results.metrics)
     table = Table(
         title=Text(results.manifest["name"]),
-        caption="Means over the datasets, with 95% bootstrap intervals. * uses OOD data",
+        caption="Means over the datasets, with 95% intervals. * uses OOD data",
         box=SIMPLE,
     )
     table.add_column("Detector", overflow="fold")
