@@ -6,6 +6,7 @@ and nothing depends on the order of the rows. Reads no files and knows no detect
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
@@ -56,8 +57,9 @@ def metrics_at(id_counts: Counts, ood_counts: Counts) -> Float:
     pairs = 2 * (n_id * n_ood)[..., 0]
     auroc = (ood_counts * (2 * id_upto - id_counts)).sum(-1) / pairs
     error = (pairs - (n_id * (n_ood - ood_upto) + n_ood * id_upto).max(-1)) / pairs
-    aupr_in, fpr95_id, _ = _retrieve(id_counts, ood_counts)
-    aupr_out, _, fpr95_ood = _retrieve(ood_counts[..., ::-1], id_counts[..., ::-1])
+    from_above = ood_counts[..., ::-1], id_counts[..., ::-1]
+    aupr_in, fpr95_id = _retrieve(id_counts, ood_counts, _reaching(id_counts))
+    aupr_out, fpr95_ood = _retrieve(*from_above, _corners(*from_above, _reaching(from_above[0])))
     return np.stack([auroc, aupr_in, aupr_out, fpr95_id, fpr95_ood, error], axis=-1)
 
 
@@ -120,31 +122,33 @@ def counted(scores: Sequence[Float]) -> Counts:
     return np.stack([np.bincount(part, minlength=len(distinct)) for part in parts])
 
 
-def _retrieve(positive: Counts, negative: Counts) -> tuple[Float, Float, Float]:
-    """Average precision, and FPR where recall first reaches 95 %, at any score and at a corner of the curve.
-
-    Args:
-        positive: (..., T) rows, most positive first.
-        negative: (..., T) rows, likewise.
-    """
+def _retrieve(positive: Counts, negative: Counts, at: NDArray[np.intp]) -> tuple[Float, Float]:
+    """Average precision, and FPR at a (...) score; (..., T) counts, most positive first."""
     hits, alarms = positive.cumsum(-1), negative.cumsum(-1)
     precision = hits / np.maximum(hits + alarms, 1)
-    first = (100 * hits >= 95 * hits[..., -1:]).argmax(-1)
-    corner = np.empty_like(first)
+    rate = np.take_along_axis(alarms, at[..., None], -1)[..., 0] / alarms[..., -1]
+    return (positive * precision).sum(-1) / hits[..., -1], rate
+
+
+def _reaching(positive: Counts) -> NDArray[np.intp]:
+    """(...) the first score at which recall reaches 95 %."""
+    hits = positive.cumsum(-1)
+    return np.asarray((100 * hits >= 95 * hits[..., -1:]).argmax(-1))
+
+
+def _corners(positive: Counts, negative: Counts, first: NDArray[np.intp]) -> NDArray[np.intp]:
+    """(...) the first scores from `first` on that `roc_curve` keeps: their step differs from the next one."""
+    corners = np.empty_like(first)
     for place in np.ndindex(first.shape):
-        corner[place] = _corner(positive[place], negative[place], first[place])
-    at_first, at_corner = (
-        np.take_along_axis(alarms, at[..., None], -1)[..., 0] / alarms[..., -1] for at in (first, corner)
-    )
-    return (positive * precision).sum(-1) / hits[..., -1], at_first, at_corner
+        corners[place] = _corner(positive[place], negative[place], int(first[place]))
+    return corners
 
 
 def _corner(positive: Counts, negative: Counts, first: int) -> int:
-    """The first score from `first` on that `roc_curve` keeps: its step differs from the next one."""
-    there = np.flatnonzero(positive + negative)
-    at = int(there.searchsorted(first))
-    steps = np.stack([positive[there[at:]], negative[there[at:]]])
-    differ = (steps[:, 1:] != steps[:, :-1]).any(0)
-    if at == 0 or not differ.any():  # the ends of the curve are kept
-        return int(there[at] if at == 0 else there[-1])
-    return int(there[at + differ.argmax()])
+    if not positive[:first].any() and not negative[:first].any():  # the ends of the curve are kept
+        return first
+    later = (first + np.flatnonzero(positive[first:] | negative[first:])).tolist()
+    for here, following in pairwise(later):
+        if positive[here] != positive[following] or negative[here] != negative[following]:
+            return int(here)
+    return int(later[-1])

@@ -35,6 +35,16 @@ class Evaluation:
             return file.read()
 
     @cached_property
+    def differences(self) -> pa.Table:
+        """One row per pair of detectors, dataset or group, and metric, on the same images.
+
+        Columns: detector, other, dataset, group, metric, difference (detector - other), ci_low, ci_high,
+        p_value, p_holm (corrected for all pairs on the dataset).
+        """
+        with tables.parquet(self.folder / "comparisons.parquet") as file:
+            return file.read()
+
+    @cached_property
     def thresholds(self) -> dict[str, float]:
         """By detector: the score that 95 % of the ID images do not exceed; larger ones are flagged as OOD."""
         return dict(files.read_json(self.folder / "thresholds.json"))

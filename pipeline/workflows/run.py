@@ -626,11 +626,11 @@ class Run:
                 for dataset in self.ready.config.datasets:
                     if dataset.name in jobs:
                         roles.setdefault(dataset.role, []).append(jobs[dataset.name])
-                seed = self.ready.config.seed
-                table, thresholds = evaluate.run(self.engine, roles, seed, shown.advance)
+                table, thresholds = evaluate.run(self.engine, roles, shown.advance)
+                pairs = evaluate.paired(self.engine, roles, self.ready.config.seed)
                 for job in roles.get("unlabelled", ()):
                     assemble(self.engine, job, self._scores(job.dataset), thresholds)
-                results.finish(evaluate.write(self.ready.folder, table, thresholds), alone=False)
+                results.finish(evaluate.write(self.ready.folder, table, thresholds, pairs), alone=False)
             self._note_accuracy()
             shown.note = self._accuracy_note()
 

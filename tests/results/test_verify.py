@@ -365,6 +365,14 @@ CASES: dict[str, tuple[Damage, str]] = {
         cell(of_run("metrics.parquet"), "ci_low", 2, 1.0),
         r"metrics +range: .* exceptions: 1 \(",
     ),
+    "comparison lost": (
+        table(of_run("comparisons.parquet"), lambda content: content.slice(1)),
+        r"metrics +comparisons\.parquet: .* exceptions: 1 \(no .* / .* / auroc",
+    ),
+    "p-value edited": (
+        cell(of_run("comparisons.parquet"), "p_holm", 2, -0.5),
+        r"metrics +comparisons\.parquet: .* exceptions: 1 \(p-values of row 2\)",
+    ),
     "metrics.json edited": (
         document(of_run("metrics.json"), 2, "value", value=0.5),
         r"metrics +metrics\.json: .* exceptions: 1 \(row 3\)",

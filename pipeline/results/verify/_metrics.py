@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import combinations, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,11 @@ _TYPES = {
     **dict.fromkeys(("detector", "dataset", "group", "metric"), pa.string()),
     **dict.fromkeys(("value", "ci_low", "ci_high"), pa.float64()),
     **dict.fromkeys(("n_id", "n_ood"), pa.int64()),
+}
+
+_PAIRS = {
+    **dict.fromkeys(("detector", "other", "dataset", "group", "metric"), pa.string()),
+    **dict.fromkeys(("difference", "ci_low", "ci_high", "p_value", "p_holm"), pa.float64()),
 }
 
 
@@ -99,6 +104,7 @@ def examine(run: Run) -> Iterator[Finding]:
     for detector in run.record.detectors:
         yield _values(run, detector, recorded)
     documents = [{**name._asdict(), **found._asdict()} for name, found in rows]
+    yield _pairs(run)
     yield _copy("metrics.json", documents, read(run.folder / "metrics.json", list[dict[str, Any]]))
     yield _copy("metrics.csv", documents, _lines(run))
 
@@ -116,6 +122,26 @@ def _complete(run: Run, names: Sequence[Name]) -> Finding:
     wrong.add(f"no {name}" for name in (Counter(expected) - Counter(names)).elements())
     wrong.add(f"needless {name}" for name in (Counter(names) - Counter(expected)).elements())
     return wrong.finding("metrics", f"{len(expected):,}, each once")
+
+
+def _pairs(run: Run) -> Finding:
+    """Whether every pair of detectors is compared once by every metric, with p-values that fit."""
+    path, names = run.folder / "comparisons.parquet", list(_PAIRS)[:5]
+    require(path, _PAIRS)
+    expected: Counter[tuple[str, ...]] = Counter(
+        (*pair, comparison.dataset, comparison.group, metric)
+        for pair in combinations(run.record.detectors, 2)
+        for comparison in comparisons(run)
+        for metric in METRICS
+    )
+    found, wrong = Counter[tuple[str, ...]](), Tally()
+    for rows in columns(path, [*names, "p_value", "p_holm"]):
+        found.update(zip(*(rows[name].tolist() for name in names), strict=True))
+        fits = (rows["p_value"] >= 0) & (rows["p_value"] <= rows["p_holm"]) & (rows["p_holm"] <= 1)
+        wrong.add(f"p-values of row {number}" for number in np.flatnonzero(~fits).tolist())
+    wrong.add(f"no {' / '.join(name)}" for name in (expected - found).elements())
+    wrong.add(f"needless {' / '.join(name)}" for name in (found - expected).elements())
+    return wrong.finding("comparisons.parquet", f"{expected.total():,} differences, each once")
 
 
 def _copy(file: str, rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> Finding:
