@@ -30,6 +30,7 @@ from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Statistic, Statistics
 from pipeline.network.known import settings_kept
 from pipeline.results import report
+from pipeline.results.cautions import Found, cautions
 from pipeline.results.evaluation import Evaluation
 from pipeline.results.mlflow import tracking
 from pipeline.results.record import Record, added
@@ -88,6 +89,8 @@ class Outcome:
     """Why detectors were left out, by label."""
     unscored: Sequence[str] = ()
     """What is to be said of detectors that could not score all images."""
+    cautions: Sequence[str] = ()
+    """What must be known before the numbers are believed."""
 
 
 def execute(settings: schema.Config, options: Options, display: Display) -> Outcome:
@@ -127,7 +130,8 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         content = run.record.content
         unscored = list(sentences(content["unscored"], content["datasets"]).values())
         left_out = content["not_applicable"]
-        return Outcome(ready.folder, *run.tracking.publish(display), left_out, unscored)
+        link, warning = run.tracking.publish(display)
+        return Outcome(ready.folder, link, warning, left_out, unscored, content["warnings"])
 
 
 def evaluated(
@@ -152,7 +156,7 @@ def evaluated(
     """
     options = Options(fresh=fresh, engine=engine, threads=threads)
     outcome = execute(settings, options, display or Quiet())
-    for text in filter(None, (outcome.warning, *outcome.unscored)):
+    for text in filter(None, (*outcome.cautions, outcome.warning, *outcome.unscored)):
         warnings.warn(text, stacklevel=2)
     return Evaluation(outcome.folder)
 
@@ -631,7 +635,7 @@ class Run:
                 for job in roles.get("unlabelled", ()):
                     assemble(self.engine, job, self._scores(job.dataset), thresholds)
                 results.finish(evaluate.write(self.ready.folder, table, thresholds, pairs), alone=False)
-            self._note_accuracy()
+            self._note_metrics()
             shown.note = self._accuracy_note()
 
     def _results(self) -> Artifact:
@@ -644,10 +648,14 @@ class Run:
         identity = {"fingerprint": self.ready.fingerprint}
         return Artifact(self.ready.folder, evaluate.FORMAT, identity, contents)
 
-    def _note_accuracy(self) -> None:
-        for row in files.read_json(self.ready.folder / "metrics.json"):
+    def _note_metrics(self) -> None:
+        """Record the classifier's accuracy and what must be known before the metrics are believed."""
+        content, folder = self.record.content, self.ready.folder
+        rows = files.read_json(folder / "metrics.json")
+        for row in rows:
             if row["metric"] == "id_accuracy":
-                self.record.content["datasets"][row["dataset"]]["accuracy"] = row["value"]
+                content["datasets"][row["dataset"]]["accuracy"] = row["value"]
+        content["warnings"] = cautions(Found(content, rows, files.read_json(folder / "thresholds.json")))
 
     def _accuracy_note(self) -> str:
         datasets = self.record.content["datasets"].items()

@@ -48,6 +48,7 @@ class Setup:
     rows: int = 120
     published: str | None = None
     not_applicable: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     level: tuple[str, ...] = ()
     """Detectors of which no test tells one from another."""
 
@@ -172,6 +173,7 @@ def manifest_of(setup):
             for label in setup.detectors
         },
         "not_applicable": setup.not_applicable,
+        "warnings": list(setup.warnings),
         "passes": [jigsaw, mixup] if setup.passes else [],
         "index": index if setup.index else {},
         "stages": {
@@ -290,6 +292,14 @@ def test_detectors_that_the_same_images_cannot_tell_from_the_best_are_marked_whe
     value = means(run)[second, "near_ood", "auroc"]["value"]
     assert f"={value:.4f}" in console.export_text()
     assert "level with the best" in report.write(run).read_text()
+
+
+def test_what_must_be_known_first_stands_above_every_number(tmp_path):
+    said = "knn is worse than guessing on <svhn>."
+    source = report.write(make_run(tmp_path, Setup(warnings=(said,), passes=False))).read_text()
+    assert source.count("knn is worse than guessing on &lt;svhn&gt;.") == 1
+    assert source.index("knn is worse") < source.index("ID accuracy")
+    assert "Before you believe" not in report.write(make_run(tmp_path / "sound", Setup())).read_text()
 
 
 def test_the_summary_on_the_page_and_in_the_terminal_show_the_numbers_of_the_metrics(finished, page):

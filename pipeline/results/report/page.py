@@ -128,6 +128,7 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
         .get_template("template.html")
         .render(
             run=manifest,
+            cautions=manifest.get("warnings", []),
             unscored=sentences(manifest.get("unscored", {}), manifest["datasets"]).values(),
             finished=datetime.fromisoformat(manifest["finished"]).astimezone(UTC),
             accuracies=[row for row in results.metrics.to_pylist() if row["metric"] == "id_accuracy"],

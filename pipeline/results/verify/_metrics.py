@@ -99,12 +99,12 @@ def examine(run: Run) -> Iterator[Finding]:
     wrong = Tally()
     wrong.add(name for name, found in rows if not 0 <= found.ci_low <= found.value <= found.ci_high <= 1)
     yield wrong.finding("range", "0 <= ci_low <= value <= ci_high <= 1")
+    yield _pairs(run)
     recorded = dict(rows)
     yield from _accuracies(run, recorded)
     for detector in run.record.detectors:
         yield _values(run, detector, recorded)
     documents = [{**name._asdict(), **found._asdict()} for name, found in rows]
-    yield _pairs(run)
     yield _copy("metrics.json", documents, read(run.folder / "metrics.json", list[dict[str, Any]]))
     yield _copy("metrics.csv", documents, _lines(run))
 
