@@ -41,7 +41,7 @@ FORMAT = "results 2"
 """Kind and version: the number goes up when metrics of the same scores change."""
 
 CLASSIFIER = "classifier"
-"""What stands in the column `detector` of the row with the classifier's accuracy."""
+"""What stands in the column `detector` of the rows with the classifier's accuracy."""
 
 _OOD_GROUPS = ("near_ood", "far_ood")
 
@@ -73,7 +73,11 @@ def run(
         together: labels of detectors that are measured on the rows that all of them have scores of; others
             on all that they have scores of.
     """
-    rows = [row for job in jobs.get("id", ()) for row in _accuracy(job.dataset, job.features)]
+    rows = [
+        _accuracy(job.dataset, role, job.features)
+        for role in ("id", "shifted_id")
+        for job in jobs.get(role, ())
+    ]
     of_each = _of_each(jobs, together)
     thresholds = {}
     for label, (found, threshold) in zip(
@@ -200,12 +204,12 @@ def _column(scores: Iterable[Sequence[tables.Table]]) -> Float:
     return np.concatenate(columns) if columns else np.empty(0)
 
 
-def _accuracy(dataset: str, features: tables.Table) -> list[dict[str, Any]]:
-    """The row with the classifier's accuracy on an ID dataset; its own argmax, not a detector's."""
+def _accuracy(dataset: str, role: str, features: tables.Table) -> dict[str, Any]:
+    """The row with the classifier's accuracy on a dataset of its classes; its argmax, not a detector's."""
     correct = total = 0
     for table in features.columns([LABEL, PREDICTION]):
         correct += int((table[LABEL].to_numpy() == table[PREDICTION].to_numpy()).sum())
         total += len(table)
     estimate = metrics.accuracy(correct, total)
-    row = {"detector": CLASSIFIER, "dataset": dataset, "group": "id", "metric": "id_accuracy"}
-    return [{**row, **estimate._asdict(), "n_id": total, "n_ood": 0}]
+    row = {"detector": CLASSIFIER, "dataset": dataset, "group": role, "metric": "id_accuracy"}
+    return {**row, **estimate._asdict(), "n_id": total, "n_ood": 0}

@@ -94,6 +94,8 @@ def test_accuracy_is_the_classifiers_own_on_each_id_dataset(found, values) -> No
     assert row["detector"] == evaluate.CLASSIFIER
     assert row["value"] == 90 / len(values["more_id"])
     assert row["ci_low"] < row["value"] < row["ci_high"]
+    shifted = rows["shift", "shifted_id", "id_accuracy"]
+    assert (shifted["value"], shifted["n_id"]) == (90 / len(values["shift"]), len(values["shift"]))
 
 
 def test_the_three_files_hold_the_same_rows(found, tmp_path) -> None:

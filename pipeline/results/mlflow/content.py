@@ -45,8 +45,11 @@ def of_run(manifest: Mapping[str, Any], config: object, rows: list[dict[str, Any
         keys = ("rows", "features", "errors", "accuracy")
         metrics += [((key, name), dataset[key]) for key in keys if dataset[key] is not None]
     accuracy = [row for row in rows if row["detector"] not in manifest["detectors"]]
-    several = len(accuracy) > 1
-    metrics += [((row["metric"], *[row["dataset"]] * several), row["value"]) for row in accuracy]
+    alone = sum(row["group"] == "id" for row in accuracy) == 1
+    metrics += [
+        ((row["metric"], *([] if alone and row["group"] == "id" else [row["dataset"]])), row["value"])
+        for row in accuracy
+    ]
     return _content(tags, _flat(config), metrics)
 
 

@@ -111,7 +111,7 @@ def examine(run: Run) -> Iterator[Finding]:
 
 def _complete(run: Run, names: Sequence[Name]) -> Finding:
     """Whether every metric is there once, and no other."""
-    expected = [Name("classifier", name, "id", "id_accuracy") for name in run.of("id")]
+    expected = [_accuracy_on(run, name) for name in run.of("id", "shifted_id")]
     expected += [
         Name(detector, comparison.dataset, comparison.group, metric)
         for detector in run.record.detectors
@@ -163,16 +163,20 @@ def _lines(run: Run) -> list[dict[str, Any]]:
     return found
 
 
+def _accuracy_on(run: Run, dataset: str) -> Name:
+    return Name("classifier", dataset, run.record.datasets[dataset].role, "id_accuracy")
+
+
 def _accuracies(run: Run, recorded: Mapping[Name, Numbers]) -> Iterator[Finding]:
-    """The classifier's accuracy on the ID datasets, counted again."""
-    for dataset in run.of("id"):
+    """The classifier's accuracy on datasets of its classes, counted again."""
+    for dataset in run.of("id", "shifted_id"):
         right = total = 0
         folder = run.scores(dataset)
         for path in parts(folder, kept(folder, Kept).part_rows):
             for rows in columns(path, (LABEL, PREDICTION)):
                 right += int((rows[LABEL] == rows[PREDICTION]).sum())
                 total += len(rows[LABEL])
-        found = recorded.get(Name("classifier", dataset, "id", "id_accuracy"))
+        found = recorded.get(_accuracy_on(run, dataset))
         told = (found.value, found.n_id, found.n_ood) if found else None
         yield same(f"accuracy on {dataset}", (right / max(total, 1), total, 0), told)
         yield same(
