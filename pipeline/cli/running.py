@@ -39,6 +39,7 @@ def _execute(settings: Config, options: Options) -> None:
 
     outcome = run.execute(settings, options, Display(console))
     if options.last in ("evaluate", "report"):
+        _warn(outcome.cautions)
         console.print(report.console_table(outcome.folder))
     lines: dict[str, object] = {"results": outcome.folder}
     if options.last == "report":

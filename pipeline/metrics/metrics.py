@@ -6,6 +6,7 @@ and nothing depends on the order of the rows. Reads no files and knows no detect
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
@@ -39,7 +40,8 @@ def metrics_at(id_counts: Counts, ood_counts: Counts) -> Float:
     * fpr95_id: share of OOD <= t at the smallest t with >= 95 % of ID <= t: OOD accepted where ID is kept.
       FPR95 of the papers.
     * fpr95_ood: share of ID >= t at the largest t with >= 95 % of OOD >= t: ID rejected where OOD is caught.
-      FPR95 of OpenOOD since August 2023.
+      FPR95 of OpenOOD since August 2023, which reads it off scikit-learn's `roc_curve`. That leaves out the
+      inside of straight lines: where the next lower scores have as many rows of each set, t is the last one.
     * detection_error: 1 - max over t of (P(OOD > t) + P(ID <= t)) / 2; both classes weigh the same.
 
     Args:
@@ -55,8 +57,9 @@ def metrics_at(id_counts: Counts, ood_counts: Counts) -> Float:
     pairs = 2 * (n_id * n_ood)[..., 0]
     auroc = (ood_counts * (2 * id_upto - id_counts)).sum(-1) / pairs
     error = (pairs - (n_id * (n_ood - ood_upto) + n_ood * id_upto).max(-1)) / pairs
-    aupr_in, fpr95_id = _retrieve(id_counts, ood_counts)
-    aupr_out, fpr95_ood = _retrieve(ood_counts[..., ::-1], id_counts[..., ::-1])
+    from_above = ood_counts[..., ::-1], id_counts[..., ::-1]
+    aupr_in, fpr95_id = _retrieve(id_counts, ood_counts, _reaching(id_counts))
+    aupr_out, fpr95_ood = _retrieve(*from_above, _corners(*from_above, _reaching(from_above[0])))
     return np.stack([auroc, aupr_in, aupr_out, fpr95_id, fpr95_ood, error], axis=-1)
 
 
@@ -119,10 +122,33 @@ def counted(scores: Sequence[Float]) -> Counts:
     return np.stack([np.bincount(part, minlength=len(distinct)) for part in parts])
 
 
-def _retrieve(positive: Counts, negative: Counts) -> tuple[Float, Float]:
-    """Average precision, and FPR where recall first reaches 95 %; (..., T) counts, most positive first."""
+def _retrieve(positive: Counts, negative: Counts, at: NDArray[np.intp]) -> tuple[Float, Float]:
+    """Average precision, and FPR at a (...) score; (..., T) counts, most positive first."""
     hits, alarms = positive.cumsum(-1), negative.cumsum(-1)
     precision = hits / np.maximum(hits + alarms, 1)
-    first = (100 * hits >= 95 * hits[..., -1:]).argmax(-1, keepdims=True)
-    rate = np.take_along_axis(alarms, first, -1)[..., 0] / alarms[..., -1]
+    rate = np.take_along_axis(alarms, at[..., None], -1)[..., 0] / alarms[..., -1]
     return (positive * precision).sum(-1) / hits[..., -1], rate
+
+
+def _reaching(positive: Counts) -> NDArray[np.intp]:
+    """(...) the first score at which recall reaches 95 %."""
+    hits = positive.cumsum(-1)
+    return np.asarray((100 * hits >= 95 * hits[..., -1:]).argmax(-1))
+
+
+def _corners(positive: Counts, negative: Counts, first: NDArray[np.intp]) -> NDArray[np.intp]:
+    """(...) the first scores from `first` on that `roc_curve` keeps: their step differs from the next one."""
+    corners = np.empty_like(first)
+    for place in np.ndindex(first.shape):
+        corners[place] = _corner(positive[place], negative[place], int(first[place]))
+    return corners
+
+
+def _corner(positive: Counts, negative: Counts, first: int) -> int:
+    if not positive[:first].any() and not negative[:first].any():  # the ends of the curve are kept
+        return first
+    later = (first + np.flatnonzero(positive[first:] | negative[first:])).tolist()
+    for here, following in pairwise(later):
+        if positive[here] != positive[following] or negative[here] != negative[following]:
+            return int(here)
+    return int(later[-1])

@@ -56,6 +56,7 @@ class Record:
             "passes": [],
             "index": {},
             "unscored": {},
+            "warnings": [],
             "stages": {},
             "nodes": {},
             "artifacts": [],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -15,7 +15,7 @@ import pyarrow.csv
 
 from pipeline.cluster.engine import Engine
 from pipeline.columns import LABEL, PREDICTION, Float
-from pipeline.metrics import comparisons, metrics
+from pipeline.metrics import comparisons, metrics, pairs
 from pipeline.stages.score import SCORE, ScoreJob
 from pipeline.workspace import artifacts, files, tables
 from pipeline.workspace.artifacts import File
@@ -29,11 +29,19 @@ SCHEMA = pa.schema(
     ]
 )
 
-FORMAT = "results 1"
+PAIRS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("detector", "other", "dataset", "group", "metric")),
+        *((name, pa.float64()) for name in ("difference", "ci_low", "ci_high", "p_value", "p_holm")),
+    ]
+)
+"""Of `comparisons.parquet`: all pairs of detectors on the same images."""
+
+FORMAT = "results 2"
 """Kind and version: the number goes up when metrics of the same scores change."""
 
 CLASSIFIER = "classifier"
-"""What stands in the column `detector` of the row with the classifier's accuracy."""
+"""What stands in the column `detector` of the rows with the classifier's accuracy."""
 
 _OOD_GROUPS = ("near_ood", "far_ood")
 
@@ -44,7 +52,6 @@ class Scores:
 
     by_role: Mapping[str, Mapping[str, Sequence[tables.Table]]]
     """Each with those of other detectors whose rows without a score do not count either."""
-    seed: int
 
     def of(self, *roles: str) -> dict[str, Sequence[tables.Table]]:
         """Scores of the datasets with these roles, by name."""
@@ -54,7 +61,6 @@ class Scores:
 def run(
     engine: Engine,
     jobs: Mapping[str, Sequence[ScoreJob]],
-    seed: int,
     progress: Callable[[int], None] = lambda _: None,
     together: Iterable[Collection[str]] = (),
 ) -> tuple[pa.Table, dict[str, float]]:
@@ -63,34 +69,63 @@ def run(
     Args:
         engine: does the work.
         jobs: the datasets, scored, by role.
-        seed: of the bootstrap.
         progress: called with 1 after each detector.
         together: labels of detectors that are measured on the rows that all of them have scores of; others
             on all that they have scores of.
     """
-    rows = [row for job in jobs.get("id", ()) for row in _accuracy(job.dataset, job.features)]
-    detectors = list(jobs["id"][0].scores)
-    beside = {label: group for group in together for label in group}
-    scored = {
-        role: {job.dataset: _with_others(job, beside) for job in members} for role, members in jobs.items()
-    }
-    of_each = (
-        Scores(
-            {role: {name: each[label] for name, each in found.items()} for role, found in scored.items()},
-            seed,
-        )
-        for label in detectors
-    )
+    rows = [
+        _accuracy(job.dataset, role, job.features)
+        for role in ("id", "shifted_id")
+        for job in jobs.get(role, ())
+    ]
+    of_each = _of_each(jobs, together)
     thresholds = {}
     for label, (found, threshold) in zip(
-        detectors,
-        engine.in_order(_evaluate, zip(of_each, detectors, strict=True)),
+        of_each,
+        engine.in_order(_evaluate, ((scores, label) for label, scores in of_each.items())),
         strict=True,
     ):
         rows += found
         thresholds[label] = threshold
         progress(1)
     return pa.Table.from_pylist(rows, SCHEMA), thresholds
+
+
+def paired(engine: Engine, jobs: Mapping[str, Sequence[ScoreJob]], seed: int) -> pa.Table:
+    """Differences of all pairs of detectors, on the rows that all of them have scores of.
+
+    Args:
+        engine: does the work.
+        jobs: the datasets, scored, by role.
+        seed: of the paired bootstrap.
+    """
+    labels = list(jobs["id"][0].scores)
+    if len(labels) < 2:
+        return PAIRS.empty_table()
+    of_each = _of_each(jobs, [labels])
+    spectra = zip(*engine.in_order(_sample, ((scores, seed) for scores in of_each.values())), strict=True)
+    rows = []
+    for samples in spectra:
+        group_of = samples[0][1]
+        differences = pairs.differences(dict(zip(labels, (found for found, _ in samples), strict=True)))
+        rows += [{**asdict(each), "group": group_of[each.dataset]} for each in differences]
+    return pa.Table.from_pylist(rows, PAIRS)
+
+
+def _of_each(
+    jobs: Mapping[str, Sequence[ScoreJob]], together: Iterable[Collection[str]]
+) -> dict[str, Scores]:
+    """The scores of every detector, by its label."""
+    beside = {label: group for group in together for label in group}
+    scored = {
+        role: {job.dataset: _with_others(job, beside) for job in members} for role, members in jobs.items()
+    }
+    return {
+        label: Scores(
+            {role: {name: each[label] for name, each in found.items()} for role, found in scored.items()}
+        )
+        for label in jobs["id"][0].scores
+    }
 
 
 def _with_others(job: ScoreJob, beside: Mapping[str, Collection[str]]) -> dict[str, Sequence[tables.Table]]:
@@ -100,38 +135,61 @@ def _with_others(job: ScoreJob, beside: Mapping[str, Collection[str]]) -> dict[s
     return {label: [own, *(scores[other] for other in others[label])] for label, own in scores.items()}
 
 
-def write(folder: Place, table: pa.Table, thresholds: Mapping[str, float]) -> dict[str, File]:
-    """Write metrics.parquet, .csv and .json and thresholds.json; returns what was written, by name."""
+def write(
+    folder: Place, table: pa.Table, thresholds: Mapping[str, float], differences: pa.Table
+) -> dict[str, File]:
+    """Write metrics.parquet, .csv and .json, thresholds.json and comparisons.parquet; returns these files."""
     documents = {"metrics.json": table.to_pylist(), "thresholds.json": dict(thresholds)}
     fills: dict[str, Callable[[Path], None]] = {
         "metrics.parquet": tables.written(table),
+        "comparisons.parquet": tables.written(differences),
         "metrics.csv": lambda path: pyarrow.csv.write_csv(table, path),
         **{name: partial(files.dump_json, value) for name, value in documents.items()},
     }
     return {name: artifacts.write(folder / name, fill) for name, fill in fills.items()}
 
 
+@dataclass(frozen=True)
+class _Spectrum:
+    """What one detector is measured on."""
+
+    inside: Float
+    outside: Mapping[str, Float]
+    members: Mapping[str, Sequence[str]]
+    """OOD datasets of each group."""
+
+    @property
+    def group_of(self) -> dict[str, str]:
+        """The group of each dataset, and of itself."""
+        datasets = {name: group for group, names in self.members.items() for name in names}
+        return datasets | {group: group for group in self.members}
+
+
+def _spectra(scores: Scores) -> Iterator[_Spectrum]:
+    """ID against OOD data; with covariate-shifted ID data also the full spectrum."""
+    spectra = {"": ("id",), "fs_": ("id", "shifted_id")} if scores.of("shifted_id") else {"": ("id",)}
+    for prefix, roles in spectra.items():
+        members = {prefix + role: list(scores.of(role)) for role in _OOD_GROUPS if scores.of(role)}
+        if members:
+            outside = {name: _column([found]) for name, found in scores.of(*_OOD_GROUPS).items()}
+            yield _Spectrum(_column(scores.of(*roles).values()), outside, members)
+
+
 def _evaluate(scores: Scores, label: str) -> tuple[list[dict[str, Any]], float]:
-    """All metric rows of one detector; with covariate-shifted ID data also the full-spectrum ones."""
-    inside = _column(scores.of("id").values())
-    rows = _compare(scores, label, inside, prefix="")
-    if scores.of("shifted_id"):
-        spectrum = np.concatenate([inside, _column(scores.of("shifted_id").values())])
-        rows += _compare(scores, label, spectrum, prefix="fs_")
-    return rows, metrics.threshold(inside)
+    """All metric rows of one detector, and its threshold."""
+    rows = [
+        {"detector": label, "group": spectrum.group_of[result.dataset], **asdict(result)}
+        for spectrum in _spectra(scores)
+        for result in comparisons.compare(spectrum.inside, spectrum.outside, spectrum.members)
+    ]
+    return rows, metrics.threshold(_column(scores.of("id").values()))
 
 
-def _compare(scores: Scores, label: str, inside: Float, prefix: str) -> list[dict[str, Any]]:
-    """Rows of every OOD dataset and of the means of the groups."""
-    members = {prefix + role: list(scores.of(role)) for role in _OOD_GROUPS if scores.of(role)}
-    if not members:
-        return []
-    outside = {name: _column([found]) for name, found in scores.of(*_OOD_GROUPS).items()}
-    group_of = {name: group for group, names in members.items() for name in names}
-    found = comparisons.compare(inside, outside, members, comparisons.Bootstrap(seed=scores.seed))
+def _sample(scores: Scores, seed: int) -> list[tuple[list[pairs.Sample], dict[str, str]]]:
+    """One detector's samples on every spectrum, and the group of each dataset."""
     return [
-        {"detector": label, "group": group_of.get(result.dataset, result.dataset), **asdict(result)}
-        for result in found
+        (pairs.sample(spectrum.inside, spectrum.outside, spectrum.members, seed), spectrum.group_of)
+        for spectrum in _spectra(scores)
     ]
 
 
@@ -146,12 +204,12 @@ def _column(scores: Iterable[Sequence[tables.Table]]) -> Float:
     return np.concatenate(columns) if columns else np.empty(0)
 
 
-def _accuracy(dataset: str, features: tables.Table) -> list[dict[str, Any]]:
-    """The row with the classifier's accuracy on an ID dataset; its own argmax, not a detector's."""
+def _accuracy(dataset: str, role: str, features: tables.Table) -> dict[str, Any]:
+    """The row with the classifier's accuracy on a dataset of its classes; its argmax, not a detector's."""
     correct = total = 0
     for table in features.columns([LABEL, PREDICTION]):
         correct += int((table[LABEL].to_numpy() == table[PREDICTION].to_numpy()).sum())
         total += len(table)
     estimate = metrics.accuracy(correct, total)
-    row = {"detector": CLASSIFIER, "dataset": dataset, "group": "id", "metric": "id_accuracy"}
-    return [{**row, **estimate._asdict(), "n_id": total, "n_ood": 0}]
+    row = {"detector": CLASSIFIER, "dataset": dataset, "group": role, "metric": "id_accuracy"}
+    return {**row, **estimate._asdict(), "n_id": total, "n_ood": 0}

@@ -30,6 +30,7 @@ from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Statistic, Statistics
 from pipeline.network.known import settings_kept
 from pipeline.results import report, unreadable
+from pipeline.results.cautions import Found, cautions
 from pipeline.results.evaluation import Evaluation
 from pipeline.results.mlflow import tracking
 from pipeline.results.record import Record, added
@@ -90,6 +91,8 @@ class Outcome:
     """What is to be said of detectors that could not score all images."""
     unreadable: Sequence[str] = ()
     """What is to be said of datasets with images that could not be used."""
+    cautions: Sequence[str] = ()
+    """What must be known before the numbers are believed."""
 
 
 def execute(settings: schema.Config, options: Options, display: Display) -> Outcome:
@@ -133,7 +136,8 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         unscored = list(sentences(content["unscored"], content["datasets"]).values())
         left_out = content["not_applicable"]
         lost = [f"{name}: {text}" for name, text in unreadable.sentences(content["datasets"]).items()]
-        return Outcome(ready.folder, *run.tracking.publish(display), left_out, unscored, lost)
+        link, warning = run.tracking.publish(display)
+        return Outcome(ready.folder, link, warning, left_out, unscored, lost, content["warnings"])
 
 
 def evaluated(
@@ -158,7 +162,7 @@ def evaluated(
     """
     options = Options(fresh=fresh, engine=engine, threads=threads)
     outcome = execute(settings, options, display or Quiet())
-    for text in filter(None, (outcome.warning, *outcome.unscored)):
+    for text in filter(None, (*outcome.cautions, outcome.warning, *outcome.unscored)):
         warnings.warn(text, stacklevel=2)
     return Evaluation(outcome.folder)
 
@@ -633,12 +637,12 @@ class Run:
                 for dataset in self.ready.config.datasets:
                     if dataset.name in jobs:
                         roles.setdefault(dataset.role, []).append(jobs[dataset.name])
-                seed = self.ready.config.seed
-                table, thresholds = evaluate.run(self.engine, roles, seed, shown.advance)
+                table, thresholds = evaluate.run(self.engine, roles, shown.advance)
+                pairs = evaluate.paired(self.engine, roles, self.ready.config.seed)
                 for job in roles.get("unlabelled", ()):
                     assemble(self.engine, job, self._scores(job.dataset), thresholds)
-                results.finish(evaluate.write(self.ready.folder, table, thresholds), alone=False)
-            self._note_accuracy()
+                results.finish(evaluate.write(self.ready.folder, table, thresholds, pairs), alone=False)
+            self._note_metrics()
             shown.note = self._accuracy_note()
 
     def _results(self) -> Artifact:
@@ -651,10 +655,14 @@ class Run:
         identity = {"fingerprint": self.ready.fingerprint}
         return Artifact(self.ready.folder, evaluate.FORMAT, identity, contents)
 
-    def _note_accuracy(self) -> None:
-        for row in files.read_json(self.ready.folder / "metrics.json"):
+    def _note_metrics(self) -> None:
+        """Record the classifier's accuracy and what must be known before the metrics are believed."""
+        content, folder = self.record.content, self.ready.folder
+        rows = files.read_json(folder / "metrics.json")
+        for row in rows:
             if row["metric"] == "id_accuracy":
-                self.record.content["datasets"][row["dataset"]]["accuracy"] = row["value"]
+                content["datasets"][row["dataset"]]["accuracy"] = row["value"]
+        content["warnings"] = cautions(Found(content, rows, files.read_json(folder / "thresholds.json")))
 
     def _accuracy_note(self) -> str:
         datasets = self.record.content["datasets"].items()

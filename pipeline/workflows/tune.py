@@ -232,8 +232,7 @@ class Search(Run):
                 [jobs[dataset.name] for dataset in self.ready.config.of_role(role)] for role in _DECIDING
             )
             scored = {"id": inside, _MEAN: outside}
-            seed, together = self.ready.config.seed, grids.values()
-            table = evaluate.run(self.engine, scored, seed, shown.advance, together)[0]
+            table = evaluate.run(self.engine, scored, shown.advance, grids.values())[0]
         self._require_few_unscored(table, [job.features.rows for job in inside])
         return table
 
@@ -363,7 +362,7 @@ def console_table(outcome: Outcome) -> Table:
     shown = METRICS[outcome.metric]
     table = Table(
         title=f"{shown.label} {shown.arrow} on OOD validation images",
-        caption="Means decide, with 95% bootstrap intervals. * chosen, and marked as using OOD data",
+        caption="Means decide, with 95% intervals. * chosen, and marked as using OOD data",
         box=SIMPLE,
     )
     table.add_column("Point", overflow="fold")

@@ -22,3 +22,31 @@ def test_nested_parameters_are_flat_and_long_ones_cut_with_an_ellipsis() -> None
     found = content.of_detector("m", manifest, [], 0.5)
     assert found.params == {"a.b": "[1, 2]", "c": "x" * 5999 + "…"}
     assert found.tags["uses_ood"] == "true"
+
+
+def test_what_must_be_known_before_the_numbers_is_a_tag_of_the_run() -> None:
+    manifest = {
+        "fingerprint": "f",
+        "git_commit": None,
+        "model": {"name": "net", "weights_digest": "d"},
+        "warnings": ["a has 3 images.", "knn is worse than guessing."],
+        **{key: {} for key in ("datasets", "versions", "not_applicable", "stages", "detectors")},
+    }
+    found = content.of_run(manifest, {}, [])
+    assert found.tags["warnings"] == "a has 3 images.\nknn is worse than guessing."
+    assert "warnings" not in content.of_run(manifest | {"warnings": []}, {}, []).tags
+
+
+def test_the_accuracy_on_shifted_images_leaves_the_name_of_that_on_id_images_alone() -> None:
+    manifest = {
+        "fingerprint": "f",
+        "git_commit": None,
+        "model": {"name": "net", "weights_digest": "d"},
+        **{key: {} for key in ("datasets", "versions", "not_applicable", "stages", "detectors")},
+    }
+    row = {"detector": "classifier", "metric": "id_accuracy"}
+    rows = [
+        {**row, "dataset": "test", "group": "id", "value": 0.9},
+        {**row, "dataset": "corrupted", "group": "shifted_id", "value": 0.6},
+    ]
+    assert content.of_run(manifest, {}, rows).metrics == {"id_accuracy": 0.9, "id_accuracy/corrupted": 0.6}

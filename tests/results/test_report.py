@@ -6,6 +6,7 @@ from base64 import b64decode
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from io import StringIO
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.results import report
 from pipeline.results.report import plots
 from pipeline.results.report.compare import deviations
 from pipeline.results.report.tables import Results
+from pipeline.stages.evaluate import PAIRS
 from tests.stored import stored
 
 NEAR = {"cifar-100": "near_ood", "tin": "near_ood"}
@@ -48,6 +50,9 @@ class Setup:
     rows: int = 120
     published: str | None = None
     not_applicable: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    level: tuple[str, ...] = ()
+    """Detectors of which no test tells one from another."""
 
 
 def area(inlier, outlier):
@@ -90,6 +95,15 @@ def metric_rows(setup, scores):
                 for metric, value in cells.items()
             ]
     return [*rows, metric_row("classifier", "cifar10_test", "id", "id_accuracy", 0.9137)]
+
+
+def differences(setup):
+    """Every detector differs from every other, by AUROC on near-OOD, but for those that are level."""
+    row = {"dataset": "near_ood", "group": "near_ood", "metric": "auroc", "difference": 0.0}
+    return [
+        row | {"detector": a, "other": b, "p_holm": 0.3 if {a, b} <= set(setup.level) else 0.01}
+        for a, b in combinations(setup.detectors, 2)
+    ]
 
 
 def metric_row(detector, dataset, group, metric, value):
@@ -162,6 +176,7 @@ def manifest_of(setup):
             for label in setup.detectors
         },
         "not_applicable": setup.not_applicable,
+        "warnings": list(setup.warnings),
         "passes": [jigsaw, mixup] if setup.passes else [],
         "index": index if setup.index else {},
         "stages": {
@@ -183,6 +198,7 @@ def make_run(folder: Path, setup: Setup) -> Path:
     run.mkdir(parents=True)
     scores = write_scores(run, setup)
     pq.write_table(pa.Table.from_pylist(metric_rows(setup, scores)), run / "metrics.parquet")
+    pq.write_table(pa.Table.from_pylist(differences(setup), PAIRS), run / "comparisons.parquet")
     (run / "manifest.json").write_text(json.dumps(manifest_of(setup)))
     (run / "thresholds.json").write_text(json.dumps(dict.fromkeys(setup.detectors, 1.64)))
     return run
@@ -260,6 +276,34 @@ def test_the_leaderboard_is_sorted_by_mean_auroc_and_marks_the_best_of_each_colu
         values = [row.cells[i].value for row in board.rows]
         wanted = max(values) if column.metric == "auroc" else min(values)
         assert [row.cells[i].best for row in board.rows] == [value == wanted for value in values]
+
+
+def test_detectors_that_the_same_images_cannot_tell_from_the_best_are_marked_where_they_are(tmp_path):
+    shift = {"grood": 3.0, "knn": 2.9, "featurenorm": 1.0}
+    run = make_run(tmp_path, Setup(SMALL, DETECTORS, shift, level=("grood", "knn"), passes=False))
+    tables = (pq.read_table(run / f"{name}.parquet") for name in ("metrics", "comparisons"))
+    board = report.leaderboard(*tables)
+    level = {
+        (column.group, column.metric): [row.detector for row in board.rows if row.cells[i].level]
+        for i, column in enumerate(board.columns)
+    }
+    best, second = (row.detector for row in board.rows[:2])
+    assert {best, second} == {"grood", "knn"}
+    assert level.pop(("near_ood", "auroc")) == [second]
+    assert not any(level.values())
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(report.console_table(run))
+    value = means(run)[second, "near_ood", "auroc"]["value"]
+    assert f"={value:.4f}" in console.export_text()
+    assert "level with the best" in report.write(run).read_text()
+
+
+def test_what_must_be_known_first_stands_above_every_number(tmp_path):
+    said = "knn is worse than guessing on <svhn>."
+    source = report.write(make_run(tmp_path, Setup(warnings=(said,), passes=False))).read_text()
+    assert source.count("knn is worse than guessing on &lt;svhn&gt;.") == 1
+    assert source.index("knn is worse") < source.index("ID accuracy")
+    assert "Before you believe" not in report.write(make_run(tmp_path / "sound", Setup())).read_text()
 
 
 def test_the_summary_on_the_page_and_in_the_terminal_show_the_numbers_of_the_metrics(finished, page):
@@ -461,7 +505,9 @@ def test_a_new_report_replaces_the_old_one_whole(tmp_path):
     assert not list(run.glob(".report*"))
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "metrics.parquet", "thresholds.json"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "metrics.parquet", "comparisons.parquet", "thresholds.json"]
+)
 def test_an_unfinished_run_is_refused(tmp_path, name):
     run = make_run(tmp_path, Setup())
     (run / name).unlink()

@@ -350,11 +350,11 @@ CASES: dict[str, tuple[Damage, str]] = {
         r"scores/production +flags: .* exceptions: 1 \(production_x/0*2\)",
     ),
     "metric edited": (
-        cell(of_run("metrics.parquet"), "value", 2, 0.5),
+        cell(of_run("metrics.parquet"), "value", 3, 0.5),
         r"metrics +values of msp: .* exceptions: 1 \(.* of msp on .* is 0\.5 .*, computed 0\.",
     ),
     "metric counts edited": (
-        cell(of_run("metrics.parquet"), "n_id", 2, 305),
+        cell(of_run("metrics.parquet"), "n_id", 3, 305),
         r"metrics +values of msp: .* exceptions: 1 \(.*\(305 ID, 150 OOD\), computed .*\(306 ID, 150 OOD\)",
     ),
     "metric lost": (
@@ -362,16 +362,24 @@ CASES: dict[str, tuple[Damage, str]] = {
         r"metrics +metrics: .* exceptions: 1 \(no detection_error of mahalanobis_ensemble on fs_far_ood",
     ),
     "interval beside the value": (
-        cell(of_run("metrics.parquet"), "ci_low", 2, 1.0),
+        cell(of_run("metrics.parquet"), "ci_low", 3, 1.0),
         r"metrics +range: .* exceptions: 1 \(",
     ),
+    "comparison lost": (
+        table(of_run("comparisons.parquet"), lambda content: content.slice(1)),
+        r"metrics +comparisons\.parquet: .* exceptions: 1 \(no .* / .* / auroc",
+    ),
+    "p-value edited": (
+        cell(of_run("comparisons.parquet"), "p_holm", 2, -0.5),
+        r"metrics +comparisons\.parquet: .* exceptions: 1 \(p-values of row 2\)",
+    ),
     "metrics.json edited": (
-        document(of_run("metrics.json"), 2, "value", value=0.5),
-        r"metrics +metrics\.json: .* exceptions: 1 \(row 3\)",
+        document(of_run("metrics.json"), 3, "value", value=0.5),
+        r"metrics +metrics\.json: .* exceptions: 1 \(row 4\)",
     ),
     "metrics.csv edited": (
         text(of_run("metrics.csv"), '"auroc",0', '"auroc",1'),
-        r"metrics +metrics\.csv: .* exceptions: 1 \(row 3\)",
+        r"metrics +metrics\.csv: .* exceptions: 1 \(row 4\)",
     ),
     "truncated metrics": (
         cut(of_run("metrics.parquet")),
@@ -444,10 +452,10 @@ TOGETHER = (
     ("key renamed", "feature part of another network", "identity edited", "image list edited"),
     ("feature narrower", "truncated features", "key twice in the image list", "score row lost"),
     ("null label", "feature part lost", "score column too many", "scores of another run"),
-    ("features lost", "scores lost", "flag changed", "metric lost"),
+    ("features lost", "scores lost", "flag changed", "metric lost", "comparison lost"),
     ("image list lost", "score NaN", "scores in another order", "interval beside the value"),
     ("count edited", "score label changed", "metric edited", "metric counts edited"),
-    ("score null", "flag null", "loss of scores made up"),
+    ("score null", "flag null", "loss of scores made up", "p-value edited"),
     ("truncated scores", "truncated metrics", "threshold lost", "unfinished"),
     ("metrics.json edited", "metrics.csv edited", "accuracy edited", "threshold edited"),
     ("killed while it extracted", "another evaluation", "report lost", "config broken"),

@@ -47,7 +47,7 @@ def found(engine, tmp_path, values) -> tuple[dict, dict[str, float]]:
         "far_ood": ["far"],
     }
     by_role = {role: [jobs[name] for name in names] for role, names in roles.items()}
-    table, thresholds = evaluate.run(engine, by_role, 0)
+    table, thresholds = evaluate.run(engine, by_role)
     rows = {(row["dataset"], row["group"], row["metric"]): row for row in table.to_pylist()}
     assert len(rows) == table.num_rows
     return rows, thresholds
@@ -94,19 +94,21 @@ def test_accuracy_is_the_classifiers_own_on_each_id_dataset(found, values) -> No
     assert row["detector"] == evaluate.CLASSIFIER
     assert row["value"] == 90 / len(values["more_id"])
     assert row["ci_low"] < row["value"] < row["ci_high"]
+    shifted = rows["shift", "shifted_id", "id_accuracy"]
+    assert (shifted["value"], shifted["n_id"]) == (90 / len(values["shift"]), len(values["shift"]))
 
 
 def test_the_three_files_hold_the_same_rows(found, tmp_path) -> None:
     rows, thresholds = found
     table = pa.Table.from_pylist(list(rows.values()), evaluate.SCHEMA)
-    evaluate.write(tmp_path, table, thresholds)
+    evaluate.write(tmp_path, table, thresholds, evaluate.PAIRS.empty_table())
     assert pq.read_table(tmp_path / "metrics.parquet").equals(table)
     assert files.read_json(tmp_path / "metrics.json") == table.to_pylist()
     assert pyarrow.csv.read_csv(tmp_path / "metrics.csv").to_pylist() == table.to_pylist()
 
 
 def test_without_ood_datasets_there_are_thresholds_and_accuracy_only(engine, tmp_path, values) -> None:
-    table, thresholds = evaluate.run(engine, {"id": [scored(tmp_path / "id", values["id"])]}, 0)
+    table, thresholds = evaluate.run(engine, {"id": [scored(tmp_path / "id", values["id"])]})
     assert table["metric"].to_pylist() == ["id_accuracy"]
     assert set(thresholds) == {"d"}
 
@@ -123,7 +125,7 @@ def test_rows_without_a_score_are_in_no_number_and_detectors_may_be_measured_on_
         jobs[name], scores[name] = several(tmp_path / name, table), table
     by_role = {"id": [jobs["id"]], "near_ood": [jobs["near"]]}
     for together in ([], [("a", "b", "c")], [("a", "b"), ("c",)]):
-        table, thresholds = evaluate.run(engine, by_role, 0, together=together)
+        table, thresholds = evaluate.run(engine, by_role, together=together)
         rows = {row["detector"]: row for row in table.to_pylist() if row["metric"] == "auroc"}
         for label in ("a", "b", "c"):
             group = next((group for group in together if label in group), (label,))
@@ -134,6 +136,31 @@ def test_rows_without_a_score_are_in_no_number_and_detectors_may_be_measured_on_
             assert rows[label]["value"] == pytest.approx(auroc(inside, outside), abs=1e-12)
             assert (rows[label]["n_id"], rows[label]["n_ood"]) == (len(inside), len(outside))
             assert thresholds[label] == np.sort(inside)[int(np.ceil(0.95 * len(inside))) - 1]
+
+
+def test_all_pairs_are_compared_on_the_rows_that_all_detectors_have(engine, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    jobs, scores = {}, {}
+    for name, rows, gone in (("id", 60, {"a": [3, 4]}), ("near", 40, {"b": [39]}), ("far", 30, {})):
+        table = {label: rng.normal(name != "id", size=rows) for label in ("a", "b", "c")}
+        for label, lost in gone.items():
+            table[label][lost] = np.nan
+        jobs[name], scores[name] = several(tmp_path / name, table), table
+    by_role = {"id": [jobs["id"]], "near_ood": [jobs["near"]], "far_ood": [jobs["far"]]}
+    table = evaluate.paired(engine, by_role, 0)
+    assert table.equals(evaluate.paired(engine, by_role, 0))
+    rows = table.to_pylist()
+    assert len(rows) == 3 * 6 * 4  # pairs, metrics, two datasets and two groups
+    found = next(row for row in rows if (row["detector"], row["other"], row["dataset"]) == ("a", "c", "near"))
+    assert (found["group"], found["metric"]) == ("near_ood", "auroc")
+    kept = {name: np.isfinite(list(table.values())).all(axis=0) for name, table in scores.items()}
+    a, c = (
+        auroc(scores["id"][label][kept["id"]], scores["near"][label][kept["near"]]) for label in ("a", "c")
+    )
+    assert found["difference"] == pytest.approx(a - c, abs=1e-12)
+    assert all(row["p_value"] <= row["p_holm"] <= 1 for row in rows)
+    alone = {role: [job.only({"a"}) for job in members] for role, members in by_role.items()}
+    assert evaluate.paired(engine, alone, 0).num_rows == 0
 
 
 def several(folder: Path, scores: dict[str, np.ndarray]) -> ScoreJob:

@@ -35,6 +35,7 @@ def of_run(manifest: Mapping[str, Any], config: object, rows: list[dict[str, Any
     tags += [(("model",), model["name"]), (("weights_digest",), model["weights_digest"])]
     tags += [(("features", name), dataset["hash"]) for name, dataset in datasets.items()]
     tags += [(("version", package), version) for package, version in manifest["versions"].items()]
+    tags += [(("warnings",), "\n".join(manifest["warnings"]))] if manifest.get("warnings") else []
     tags += [(("not_applicable", label), reason) for label, reason in manifest["not_applicable"].items()]
     tags += [((key,), commit) for key in ("git_commit", "mlflow.source.git.commit") if commit]
     metrics: list[tuple[tuple[str, ...], Any]] = []
@@ -44,8 +45,11 @@ def of_run(manifest: Mapping[str, Any], config: object, rows: list[dict[str, Any
         keys = ("rows", "features", "errors", "accuracy")
         metrics += [((key, name), dataset[key]) for key in keys if dataset[key] is not None]
     accuracy = [row for row in rows if row["detector"] not in manifest["detectors"]]
-    several = len(accuracy) > 1
-    metrics += [((row["metric"], *[row["dataset"]] * several), row["value"]) for row in accuracy]
+    alone = sum(row["group"] == "id" for row in accuracy) == 1
+    metrics += [
+        ((row["metric"], *([] if alone and row["group"] == "id" else [row["dataset"]])), row["value"])
+        for row in accuracy
+    ]
     return _content(tags, _flat(config), metrics)
 
 

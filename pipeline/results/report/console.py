@@ -13,14 +13,16 @@ from pipeline.workspace.files import Place
 def console_table(run: Place) -> Table:
     """The leaderboard of a finished run for the terminal; best values in green, AUROC below 0.5 in red.
 
+    `=` marks what the test on the same images cannot tell from the best.
+
     Raises:
         UserError: if the run is not finished.
     """
     results = Results.read(run)
-    board = leaderboard(results.metrics)
+    board = leaderboard(results.metrics, results.differences)
     table = Table(
         title=Text(results.manifest["name"]),
-        caption="Means over the datasets, with 95% bootstrap intervals. * uses OOD data",
+        caption="Means over the datasets, with 95% intervals. = level with the best. * uses OOD data",
         box=SIMPLE,
     )
     table.add_column("Detector", overflow="fold")
@@ -37,5 +39,7 @@ def console_table(run: Place) -> Table:
 
 
 def _console_cell(cell: Cell) -> Text:
-    style = "bold green" if cell.best else "red" if cell.below_chance else ""
-    return Text.assemble((f"{cell.value:.4f}", style), (f" {cell.low:.3f}–{cell.high:.3f}", "dim"))
+    style = "bold green" if cell.best else "red" if cell.below_chance else "green" if cell.level else ""
+    return Text.assemble(
+        (f"{'=' * cell.level}{cell.value:.4f}", style), (f" {cell.low:.3f}–{cell.high:.3f}", "dim")
+    )

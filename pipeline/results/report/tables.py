@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -65,6 +65,8 @@ METRICS = {
         "The smallest mean of the two error rates, OOD accepted and ID rejected, over all thresholds.",
     ),
 }
+LEVEL = 0.05
+"""Corrected p-values below tell two detectors apart."""
 SUMMARY = ("auroc", "fpr95_id", "fpr95_ood")
 """Metrics of the leaderboard."""
 OOD = ("near_ood", "far_ood")
@@ -94,6 +96,8 @@ class Cell:
     high: float
     best: bool
     """Whether no other detector is better in this column."""
+    level: bool
+    """Whether it is another than the best, and cannot be told from it on the same images."""
     below_chance: bool
     """Whether it is an AUROC below 0.5: OOD images score lower than ID images."""
 
@@ -121,30 +125,36 @@ class Board:
         ]
 
     @property
+    def level(self) -> bool:
+        """Whether any cell cannot be told from the best."""
+        return any(cell.level for row in self.rows for cell in row.cells)
+
+    @property
     def below_chance(self) -> bool:
         """Whether any cell is an AUROC below 0.5."""
         return any(cell.below_chance for row in self.rows for cell in row.cells)
 
 
-def leaderboard(metrics: pa.Table) -> Board:
+def leaderboard(metrics: pa.Table, differences: pa.Table | None = None) -> Board:
     """One row per detector: the means over near- and far-OOD, whichever there are.
 
     Sorted by the mean of the groups' AUROC, best first.
 
     Args:
         metrics: the table of `metrics.parquet`.
+        differences: the table of `comparisons.parquet`; without it no cell is level with the best.
     """
     rows = metrics.to_pylist()
     means = {row["group"] for row in rows if row["dataset"] == row["group"]}
     columns = tuple(Column(group, group, metric) for group in OOD if group in means for metric in SUMMARY)
     detectors = dict.fromkeys(row["detector"] for row in rows if row["group"] in means)
-    board = _board(rows, columns, list(detectors))
+    board = _board(rows, columns, list(detectors), _told_apart(differences))
     aurocs = [i for i, column in enumerate(columns) if column.metric == "auroc"]
     ranked = sorted(board.rows, key=lambda row: -sum(row.cells[i].value for i in aurocs))
     return Board(columns, tuple(ranked))
 
 
-def metric_boards(metrics: pa.Table) -> dict[str, Board]:
+def metric_boards(metrics: pa.Table, differences: pa.Table | None = None) -> dict[str, Board]:
     """Metric -> its values on every dataset, and the mean of each group of more than one dataset.
 
     Detectors are in the order of the leaderboard, whatever the metric.
@@ -156,31 +166,54 @@ def metric_boards(metrics: pa.Table) -> dict[str, Board]:
         names.pop(group, None)
         shown += [(group, name) for name in [*names, *([group] if len(names) > 1 else [])]]
     order = [row.detector for row in leaderboard(metrics).rows]
-    return {name: _board(rows, tuple(Column(*pair, name) for pair in shown), order) for name in METRICS}
+    apart = _told_apart(differences)
+    return {
+        name: _board(rows, tuple(Column(*pair, name) for pair in shown), order, apart) for name in METRICS
+    }
 
 
-def _board(rows: Sequence[dict[str, Any]], columns: tuple[Column, ...], detectors: Sequence[str]) -> Board:
+_Apart = Mapping[tuple[Column, frozenset[str]], bool]
+"""Whether two detectors can be told apart in a column."""
+
+
+def _told_apart(differences: pa.Table | None) -> _Apart:
+    found = differences.to_pylist() if differences is not None else []
+    return {
+        (
+            Column(row["group"], row["dataset"], row["metric"]),
+            frozenset((row["detector"], row["other"])),
+        ): row["p_holm"] < LEVEL
+        for row in found
+    }
+
+
+def _board(
+    rows: Sequence[dict[str, Any]], columns: tuple[Column, ...], detectors: Sequence[str], apart: _Apart
+) -> Board:
     """The cells of some columns, one row per detector in the order given."""
     found = {(row["detector"], row["group"], row["dataset"], row["metric"]): row for row in rows}
-    best = {
-        column: _best(column.metric, [found[d, *column]["value"] for d in detectors]) for column in columns
-    }
-    return Board(
-        columns,
-        tuple(Row(d, tuple(_cell(found[d, *column], best[column]) for column in columns)) for d in detectors),
-    )
+    best = {column: _best(column, detectors, found) for column in columns}
+
+    def cell(detector: str, column: Column) -> Cell:
+        level = not apart.get((column, frozenset((detector, best[column]))), True)
+        return _cell(found[detector, *column], found[best[column], *column]["value"], level)
+
+    return Board(columns, tuple(Row(d, tuple(cell(d, column) for column in columns)) for d in detectors))
 
 
-def _best(metric: str, values: Sequence[float]) -> float:
-    return max(values) if METRICS[metric].higher_is_better else min(values)
+def _best(column: Column, detectors: Sequence[str], found: Mapping[Any, dict[str, Any]]) -> str:
+    """The detector with the best value in a column."""
+    choose = max if METRICS[column.metric].higher_is_better else min
+    return choose(detectors, key=lambda detector: float(found[detector, *column]["value"]))
 
 
-def _cell(row: dict[str, Any], best: float) -> Cell:
+def _cell(row: dict[str, Any], best: float, level: bool) -> Cell:
     return Cell(
         value=row["value"],
         low=row["ci_low"],
         high=row["ci_high"],
         best=row["value"] == best,
+        level=level and row["value"] != best,
         below_chance=row["metric"] == "auroc" and row["value"] < 0.5,
     )
 
@@ -192,6 +225,8 @@ class Results:
     folder: Place
     manifest: dict[str, Any]
     metrics: pa.Table
+    differences: pa.Table
+    """`comparisons.parquet`."""
     thresholds: dict[str, float]
     """Detector -> score at which 95% of the ID images are accepted."""
 
@@ -202,18 +237,22 @@ class Results:
         Raises:
             UserError: if the run is not finished.
         """
-        for name in ("manifest.json", "metrics.parquet", "thresholds.json"):
+        for name in ("manifest.json", "metrics.parquet", "comparisons.parquet", "thresholds.json"):
             if not (run / name).is_file():
                 raise UserError(
                     f"{run}: not a finished run, got no {name}; expected the folder of a run that has been "
                     "evaluated. Evaluate the run first."
                 )
-        with tables.parquet(run / "metrics.parquet") as file:
-            metrics = file.read()
+        with (
+            tables.parquet(run / "metrics.parquet") as of_each,
+            tables.parquet(run / "comparisons.parquet") as of_pairs,
+        ):
+            metrics, differences = of_each.read(), of_pairs.read()
         return cls(
             folder=run,
             manifest=json.loads((run / "manifest.json").read_text(encoding="utf-8")),
             metrics=metrics,
+            differences=differences,
             thresholds=json.loads((run / "thresholds.json").read_text(encoding="utf-8")),
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import combinations, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,11 @@ _TYPES = {
     **dict.fromkeys(("detector", "dataset", "group", "metric"), pa.string()),
     **dict.fromkeys(("value", "ci_low", "ci_high"), pa.float64()),
     **dict.fromkeys(("n_id", "n_ood"), pa.int64()),
+}
+
+_PAIRS = {
+    **dict.fromkeys(("detector", "other", "dataset", "group", "metric"), pa.string()),
+    **dict.fromkeys(("difference", "ci_low", "ci_high", "p_value", "p_holm"), pa.float64()),
 }
 
 
@@ -94,6 +99,7 @@ def examine(run: Run) -> Iterator[Finding]:
     wrong = Tally()
     wrong.add(name for name, found in rows if not 0 <= found.ci_low <= found.value <= found.ci_high <= 1)
     yield wrong.finding("range", "0 <= ci_low <= value <= ci_high <= 1")
+    yield _pairs(run)
     recorded = dict(rows)
     yield from _accuracies(run, recorded)
     for detector in run.record.detectors:
@@ -105,7 +111,7 @@ def examine(run: Run) -> Iterator[Finding]:
 
 def _complete(run: Run, names: Sequence[Name]) -> Finding:
     """Whether every metric is there once, and no other."""
-    expected = [Name("classifier", name, "id", "id_accuracy") for name in run.of("id")]
+    expected = [_accuracy_on(run, name) for name in run.of("id", "shifted_id")]
     expected += [
         Name(detector, comparison.dataset, comparison.group, metric)
         for detector in run.record.detectors
@@ -116,6 +122,26 @@ def _complete(run: Run, names: Sequence[Name]) -> Finding:
     wrong.add(f"no {name}" for name in (Counter(expected) - Counter(names)).elements())
     wrong.add(f"needless {name}" for name in (Counter(names) - Counter(expected)).elements())
     return wrong.finding("metrics", f"{len(expected):,}, each once")
+
+
+def _pairs(run: Run) -> Finding:
+    """Whether every pair of detectors is compared once by every metric, with p-values that fit."""
+    path, names = run.folder / "comparisons.parquet", list(_PAIRS)[:5]
+    require(path, _PAIRS)
+    expected: Counter[tuple[str, ...]] = Counter(
+        (*pair, comparison.dataset, comparison.group, metric)
+        for pair in combinations(run.record.detectors, 2)
+        for comparison in comparisons(run)
+        for metric in METRICS
+    )
+    found, wrong = Counter[tuple[str, ...]](), Tally()
+    for rows in columns(path, [*names, "p_value", "p_holm"]):
+        found.update(zip(*(rows[name].tolist() for name in names), strict=True))
+        fits = (rows["p_value"] >= 0) & (rows["p_value"] <= rows["p_holm"]) & (rows["p_holm"] <= 1)
+        wrong.add(f"p-values of row {number}" for number in np.flatnonzero(~fits).tolist())
+    wrong.add(f"no {' / '.join(name)}" for name in (expected - found).elements())
+    wrong.add(f"needless {' / '.join(name)}" for name in (found - expected).elements())
+    return wrong.finding("comparisons.parquet", f"{expected.total():,} differences, each once")
 
 
 def _copy(file: str, rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> Finding:
@@ -137,16 +163,20 @@ def _lines(run: Run) -> list[dict[str, Any]]:
     return found
 
 
+def _accuracy_on(run: Run, dataset: str) -> Name:
+    return Name("classifier", dataset, run.record.datasets[dataset].role, "id_accuracy")
+
+
 def _accuracies(run: Run, recorded: Mapping[Name, Numbers]) -> Iterator[Finding]:
-    """The classifier's accuracy on the ID datasets, counted again."""
-    for dataset in run.of("id"):
+    """The classifier's accuracy on datasets of its classes, counted again."""
+    for dataset in run.of("id", "shifted_id"):
         right = total = 0
         folder = run.scores(dataset)
         for path in parts(folder, kept(folder, Kept).part_rows):
             for rows in columns(path, (LABEL, PREDICTION)):
                 right += int((rows[LABEL] == rows[PREDICTION]).sum())
                 total += len(rows[LABEL])
-        found = recorded.get(Name("classifier", dataset, "id", "id_accuracy"))
+        found = recorded.get(_accuracy_on(run, dataset))
         told = (found.value, found.n_id, found.n_ood) if found else None
         yield same(f"accuracy on {dataset}", (right / max(total, 1), total, 0), told)
         yield same(
@@ -179,12 +209,13 @@ def measured(inside: Float, outside: Float) -> list[float]:
         return [np.nan] * len(METRICS)
     is_ood = np.repeat([False, True], [len(inside), len(outside)])
     alarms, hits, _ = roc_curve(is_ood, scores, drop_intermediate=False)
+    caught = roc_curve(is_ood, scores)
     return [
         float(roc_auc_score(is_ood, scores)),
         float(average_precision_score(~is_ood, -scores)),
         float(average_precision_score(is_ood, scores)),
         float(np.mean(outside <= at_95_percent(inside))),
-        float(np.mean(inside >= -at_95_percent(-outside))),
+        float(caught[0][np.argmax(caught[1] >= 0.95)]),
         float(np.min(alarms + 1 - hits) / 2),
     ]
 

@@ -1,0 +1,202 @@
+"""Whether one detector is better than another on the same images.
+
+Differences of the AUROC are tested as DeLong et al. 1988 do, those of other metrics by a paired bootstrap:
+one draw of the images serves all detectors. Of all pairs of detectors on a dataset, p-values of a metric are
+corrected by Holm 1979 ("A simple sequentially rejective multiple test procedure").
+
+Rows are cut at random into at most 1024 groups, which stand for the rows: sums over groups vary as sums over
+rows do, and a sample has one size whatever the number of rows. Where there are fewer rows, each is a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pipeline.columns import Float
+from pipeline.metrics.intervals import averages
+from pipeline.metrics.metrics import METRICS, Counts, checked, counted, metrics_at
+
+GROUPS = 1024
+"""Most groups of rows of a set."""
+RESAMPLES = 200
+"""Of the paired bootstrap; standard errors are good to 5 %."""
+_BINS = 2048
+"""Most distinct scores that a resample tells apart."""
+_Z = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One detector on one OOD dataset or group of them, and how its values vary with the draw of the rows."""
+
+    dataset: str
+    values: Float
+    """(6,) `METRICS`."""
+    added: Float
+    """(G,) what every group of rows adds to the AUROC; with mean 0 over those of a set."""
+    replicates: Float
+    """(R, 6) `METRICS` of resamples, the same ones for every detector."""
+    rows: int
+    """Of the smallest set."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One detector against another, by one of `METRICS` on one OOD dataset or group."""
+
+    detector: str
+    other: str
+    dataset: str
+    metric: str
+    difference: float
+    """Value of the detector minus that of the other, on the rows that all have scores of."""
+    ci_low: float
+    ci_high: float
+    """95 % interval of this difference alone."""
+    p_value: float
+    p_holm: float
+    """Corrected for all pairs on this dataset."""
+
+
+def sample(
+    id_scores: ArrayLike,
+    ood_scores: Mapping[str, ArrayLike],
+    groups: Mapping[str, Sequence[str]],
+    seed: int = 0,
+) -> list[Sample]:
+    """One detector's samples, by dataset and then by group, which are comparable with those of another.
+
+    Args:
+        id_scores: (N,) finite float, higher = more OOD; the same rows in the same order for every detector.
+        ood_scores: dataset -> (M,) finite float, likewise.
+        groups: group -> names of its datasets, at least one.
+        seed: of the draws; the same for every detector.
+
+    Raises:
+        UserError: if a dataset is empty or has a score that is NaN or infinite.
+    """
+    inside = checked(id_scores, "the ID data")
+    drawn_inside = _Draw(len(inside), [seed, 0])
+    found, added_inside, added_outside = {}, {}, {}
+    for number, (name, given) in enumerate(ood_scores.items(), start=1):
+        outside = checked(given, repr(name))
+        drawn_outside = _Draw(len(outside), [seed, number])
+        counts = counted([inside, outside])
+        auroc = averages(*counts)["auroc"]
+        added_inside[name] = drawn_inside.sums(auroc.inside[_ranks(inside)] / len(inside))
+        added_outside[name] = drawn_outside.sums(auroc.outside[_ranks(outside)] / len(outside))
+        places = _bins(inside, outside)
+        width = 1 + max(int(each.max()) for each in places)
+        resampled = (
+            draw.counts(each, width) for draw, each in zip((drawn_inside, drawn_outside), places, strict=True)
+        )
+        added = np.concatenate([added_inside[name], added_outside[name]])
+        rows = min(len(inside), len(outside))
+        found[name] = Sample(name, metrics_at(*counts), added, metrics_at(*resampled), rows)
+    means = []
+    for group, names in groups.items():
+        members = [found[name] for name in names]
+        shared = np.mean([added_inside[name] for name in names], axis=0)
+        apart = [added_outside[name] / len(names) for name in names]
+        means.append(
+            Sample(
+                group,
+                np.mean([member.values for member in members], axis=0),
+                np.concatenate([shared, *apart]),
+                np.mean([member.replicates for member in members], axis=0),
+                min(member.rows for member in members),
+            )
+        )
+    return [*found.values(), *means]
+
+
+def differences(samples: Mapping[str, Sequence[Sample]]) -> Iterator[Difference]:
+    """All pairs of detectors, by dataset and metric.
+
+    Args:
+        samples: of each detector, by its label; all of the same datasets and rows.
+    """
+    for together in zip(*samples.values(), strict=True):
+        for column, metric in enumerate(METRICS):
+            pairs = list(combinations(range(len(together)), 2))
+            tested = [_test(together[first], together[second], column) for first, second in pairs]
+            corrected = holm([p for _, _, p in tested])
+            for (first, second), (difference, error, p), p_holm in zip(pairs, tested, corrected, strict=True):
+                yield Difference(
+                    list(samples)[first],
+                    list(samples)[second],
+                    together[0].dataset,
+                    metric,
+                    difference,
+                    difference - _Z * error,
+                    difference + _Z * error,
+                    p,
+                    p_holm,
+                )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's corrected p-values, in the order of the given ones."""
+    order = np.argsort(p_values, kind="stable")
+    scaled = np.sort(p_values) * np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1) if len(p_values) else scaled
+    return [float(p) for p in corrected]
+
+
+def _test(one: Sample, other: Sample, column: int) -> tuple[float, float, float]:
+    """Difference of a metric, its standard error, and the p-value of no difference."""
+    from scipy.special import ndtr
+
+    difference = float(one.values[column] - other.values[column])
+    if METRICS[column] == "auroc":
+        error = float(np.sqrt(((one.added - other.added) ** 2).sum()))
+    else:
+        error = float((one.replicates[:, column] - other.replicates[:, column]).std(ddof=1))
+    if error < 1e-12:  # both the same on every draw, as of few rows that all are separated or equal
+        if abs(difference) < 1e-12:
+            return difference, 0.0, 1.0
+        error = _Z / 2 / (one.rows + _Z**2)  # half of Wilson's interval of as many rows that all agree
+    return difference, error, float(2 * ndtr(-abs(difference) / error))
+
+
+class _Draw:
+    """Groups of the rows of a set, and how often each is in every resample."""
+
+    def __init__(self, rows: int, seed: Sequence[int]) -> None:
+        rng = np.random.default_rng(seed)
+        self.groups = min(rows, GROUPS)
+        self.group: NDArray[np.intp] = rng.permutation(rows) % self.groups
+        share = np.bincount(self.group) / rows
+        self.weights = rng.multinomial(self.groups, share, size=RESAMPLES).astype(np.float32)
+
+    def sums(self, of_rows: Float) -> Float:
+        """(G,) sums over the rows of each group, scaled for an unbiased variance of a mean of rows."""
+        unbiased = np.sqrt(self.groups / max(self.groups - 1, 1))
+        return np.asarray(np.bincount(self.group, of_rows * unbiased, minlength=self.groups))
+
+    def counts(self, places: NDArray[np.intp], width: int) -> Counts:
+        """(R, width) rows of every resample in each bin, from the bin of each row."""
+        table = np.bincount(self.group * width + places, minlength=self.groups * width)
+        drawn = self.weights @ table.reshape(self.groups, width).astype(np.float32)
+        return drawn.astype(np.int64)
+
+
+def _ranks(scores: Float) -> NDArray[np.intp]:
+    """(N,) position of every score among the distinct ones."""
+    return np.unique(scores, return_inverse=True)[1]
+
+
+def _bins(inside: Float, outside: Float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The bin of every row; neighbouring scores share one only where there are more than 2048."""
+    edges = np.unique(np.concatenate([inside, outside]))
+    if len(edges) > _BINS:
+        shares = np.linspace(0, 1, _BINS // 2)
+        chosen = [np.quantile(scores, shares, method="nearest") for scores in (inside, outside)]
+        edges = np.unique(np.concatenate(chosen))
+    return edges.searchsorted(inside), edges.searchsorted(outside)
