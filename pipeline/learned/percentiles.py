@@ -36,6 +36,11 @@ class Counts(Part):
     count: NDArray[np.int64]
     """(65536,)."""
 
+    @property
+    def negative(self) -> int:
+        """Entries below 0."""
+        return int(self.count[: _HALF // 2].sum())
+
 
 @dataclass(frozen=True)
 class Histogram(Statistic[Counts]):

@@ -187,8 +187,9 @@ def test_detectors_that_need_the_same_eigenvectors_find_them_once(make_rows, mon
         scorer = each.fit(training)
         batch = rows.with_neighbours(scorer, rows.query)
         np.testing.assert_allclose(scorer(batch), score, rtol=1e-12, err_msg=each.name)
-    # Of all rows and within classes, both also of unit features; about 0 and -W⁺b; two stages of pooled maps.
-    assert len(decomposed) == 8
+    # Of all rows and within classes, both also of unit features; of standardised features; about 0 and -W⁺b;
+    # two stages of pooled maps.
+    assert len(decomposed) == 9
     pairs = combinations(decomposed, 2)
     assert all(abs(a - b).max() > 1e-6 for a, b in pairs if a.shape == b.shape)
 
