@@ -576,8 +576,8 @@ EXPLANATIONS = {
     "has ranges by true class, ours by predicted class, by which a new image is compared; each holds out "
     "another tenth of the rows.",
     "mcdropout": "the masks are other draws. With ours played back to theirs nothing differs.",
-    "vra": "theirs takes percentiles of every dimension by itself and raises low entries to the lower one; "
-    "ours takes them over all entries and sets low entries to 0, as recalled from the paper.",
+    "vra": "theirs raises low entries to the lower percentile of their dimension; ours sets them to 0, as "
+    "the authors' code does.",
 }
 """Why a method differs; read only where a difference is measured."""
 

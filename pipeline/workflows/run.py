@@ -88,6 +88,8 @@ class Outcome:
     """Why detectors were left out, by label."""
     unscored: Sequence[str] = ()
     """What is to be said of detectors that could not score all images."""
+    notices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What is to be known of detectors, by label."""
 
 
 def execute(settings: schema.Config, options: Options, display: Display) -> Outcome:
@@ -127,7 +129,8 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         content = run.record.content
         unscored = list(sentences(content["unscored"], content["datasets"]).values())
         left_out = content["not_applicable"]
-        return Outcome(ready.folder, *run.tracking.publish(display), left_out, unscored)
+        published = run.tracking.publish(display)
+        return Outcome(ready.folder, *published, left_out, unscored, content["notices"])
 
 
 def evaluated(
@@ -384,6 +387,7 @@ class Run:
             training = self._fit(self.ready.config.optional)
             assert self.fitted is not None
             self.record.leave_out(self.fitted.not_applicable)
+            self.record.content["notices"] = self.fitted.notices
             self.worked = bool(self.fits.made_now)
             done = [type(spec).__name__.lower() for spec in training.passes]
             count = len(self.fitted.scorers)

@@ -206,7 +206,9 @@ def test_a_class_with_one_training_row_gets_finite_scores(detector, make_rows):
 def test_training_rows_that_are_all_there_twice_change_little(detector, make_rows):
     """Means, covariances, ranges and twice as many neighbours or tails are the same; draws are not."""
     rows = make_rows(rows=400)
-    counts = {name: 2 * getattr(detector, name) for name in ("k", "tail") if hasattr(detector, name)}
+    detector = detector.model_copy(update={"tail": 10} if hasattr(detector, "tail") else {})
+    counts = {"k": 2 * detector.k} if hasattr(detector, "k") else {}
+    counts |= {"tail": 20} if hasattr(detector, "tail") else {}
     other = detector.model_copy(update=counts)
     double = {name: np.concatenate([column, column]) for name, column in rows.train.items()}
     once, twice = rows.score(detector), replace(rows, train=double).score(other)

@@ -197,6 +197,8 @@ def check_left_out(outcome: Outcome, labels: list[str]) -> None:
     record = files.read_json(outcome.folder / "manifest.json")
     assert sorted(record["not_applicable"]) == labels
     assert record["not_applicable"] == outcome.not_applicable
+    assert record["notices"] == outcome.notices
+    assert "this network has 10 classes" in outcome.notices["dice"][0]
     assert record["not_applicable"]["she"] == "no training row is classified correctly."
     assert "no block with maps or tokens" in record["not_applicable"]["featurenorm"]
     applied = {name for name in detectors.names() if name not in labels}
