@@ -141,6 +141,10 @@ class Prototypes:
         return -logsumexp(closer), to_ood
 
 
+_VANISHING = 1e-19
+"""Lengths of gradients whose squares float32 rounds to 0."""
+
+
 class Grood(OodPrototype, Detector):
     """Distance of the gradient to its nearest training gradient.
 
@@ -169,6 +173,18 @@ class Grood(OodPrototype, Detector):
     def fit(self, train: Training) -> GroodScorer:
         """Compute the prototypes."""
         return GroodScorer(self.prototypes(train), self.k)
+
+    def notices(self, train: Training) -> tuple[str, ...]:
+        """Whether features are so long that the gradients of ID images vanish in float32."""
+        found = self.prototypes(train)
+        surest = float(found.log_odds(found.classes + found.ood).max())
+        if surest > np.log(_VANISHING):
+            return ()
+        return (
+            f"at every class mean the gradient is shorter than exp({surest:.0f}), so that float32 rounds the "
+            "distances between those of most ID images to 0: features are long beside 1. grood_norm ranks "
+            "such images, too.",
+        )
 
 
 @dataclass(frozen=True)
