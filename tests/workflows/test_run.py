@@ -448,7 +448,7 @@ def test_held_out_images_that_come_later_calibrate_without_another_extra_pass(
     def softened(dataset: str) -> np.ndarray:
         rows = features(tmp_path / "workspace", "textures")
         known = features(tmp_path / "workspace", dataset)
-        return -softmax(rows["logits"] / temperature(known), axis=1).max(axis=1)
+        return doubt(softmax(rows["logits"] / temperature(known), axis=1))
 
     settings["detectors"] = ["tempscale", {"featurenorm": {"samples": 64}}]
     trained = scores(execute(load(settings), last="score").folder, "textures")
