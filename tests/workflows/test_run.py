@@ -570,7 +570,7 @@ def test_the_command_prints_a_table_and_where_everything_lies_and_imports_no_mor
     settings, load, tmp_path
 ) -> None:
     settings["tracking"] = {"enabled": True}
-    settings["detectors"] = [{"grood": {"prototype": "noise", "samples": 40}}]
+    settings["detectors"] = [{"grood": {"prototype": "noise", "samples": 40}}, "dice"]
     path = tmp_path / "run.yaml"
     path.write_text(loading.dump(load(settings)))
     run = [sys.executable, "-c", WITHOUT, "run", str(path)]
@@ -584,6 +584,7 @@ def test_the_command_prints_a_table_and_where_everything_lies_and_imports_no_mor
         "grood",
         "report/index.html",
         "mlflow",
+        "\nnotice   dice: p = 70 is the paper's for ImageNet, this network has 10 classes. ",
     ):
         assert text in found.stdout
     assert (tmp_path / "workspace" / "mlflow.db").is_file()
