@@ -14,7 +14,7 @@ from pipeline.detectors._rank import require_directions, varied
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
 from pipeline.learned.percentiles import Histogram
-from pipeline.learned.statistics import Scatter
+from pipeline.learned.statistics import Moments, Scatter
 
 _SHARE = 0.9
 
@@ -96,12 +96,12 @@ class Neco(Detector):
         """
         self.check(train.weight.shape[1], train.stages)
         moments = train.train[Scatter()]
-        scale = np.ones_like(moments.mean)
-        variance, direction = moments.spectrum()
-        if self.standardise:
-            own = np.diag(moments.covariance)
-            scale = np.where(varied(own, float(own.sum())), np.sqrt(np.maximum(own, 0)), 1.0)
-            variance, direction = np.linalg.eigh(moments.covariance / np.outer(scale, scale))
+        scale = self._scale(moments)
+        variance, direction = (
+            np.linalg.eigh(moments.covariance / np.outer(scale, scale))
+            if self.standardise
+            else moments.spectrum()
+        )
         held = np.cumsum(np.maximum(variance[::-1], 0))
         reached = 1 + int(np.searchsorted(held, (self.share or _SHARE) * held[-1]))
         dim = self.dim or min(reached, len(held))
@@ -114,6 +114,12 @@ class Neco(Detector):
             of_feature=self.length == "feature" or not self.standardise,
             times_logit=signed if self.max_logit is None else self.max_logit,
         )
+
+    def _scale(self, moments: Moments) -> Float:
+        """(D,) what dimensions are divided by; 1 where they do not vary."""
+        own = np.diag(moments.covariance)
+        vary = varied(own, float(own.sum())) & self.standardise
+        return np.sqrt(np.where(vary, own, 1.0))
 
 
 @dataclass(frozen=True)
