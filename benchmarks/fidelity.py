@@ -335,12 +335,20 @@ def clamped(peer: Any, rows: Rows, ours: Float, theirs: Float, kept: int = 100) 
     return difference(((largest * (1 - largest)) ** 0.1).mean(axis=1), theirs)
 
 
+def probability(ours: Float, rows: Rows) -> Float:
+    """-p of log(1 - p)."""
+    return np.expm1(ours)
+
+
+OF_PROBABILITY = "exp(ours) - 1: theirs is -p, ours log(1 - p)"
+
+
 def same_temperature(peer: Any, rows: Rows, ours: Float, theirs: Float) -> float:
     """Our MSP at their temperature against theirs."""
     detector = peer.TemperatureScaling(None)
     detector.fit_logits(rows.tensor("train", LOGITS), rows.tensor("train", LABEL))
     msp = detectors.get("msp").model_validate({"temperature": detector.t.item()})
-    return difference(score(msp, rows), theirs)
+    return difference(probability(score(msp, rows), rows), theirs)
 
 
 def same_shift(peer: Any, rows: Rows, ours: Float, theirs: Float) -> float:
@@ -421,29 +429,46 @@ ORDERS = [1, 2, 3, 4, 5]
 """Orders of Gram matrices."""
 
 COMPARISONS = (
-    Comparison("msp", logits("MaxSoftmax")),
-    Comparison("msp", logits("MaxSoftmax", t=1000.0), {"temperature": 1000}),
+    Comparison("msp", logits("MaxSoftmax"), scale=probability, scaled=OF_PROBABILITY),
+    Comparison(
+        "msp",
+        logits("MaxSoftmax", t=1000.0),
+        {"temperature": 1000},
+        scale=probability,
+        scaled=OF_PROBABILITY,
+    ),
     Comparison("maxlogit", logits("MaxLogit")),
     Comparison("energy", logits("EnergyBased")),
     Comparison("energy", logits("EnergyBased", t=10.0), {"temperature": 10}),
-    Comparison("entropy", logits("Entropy")),
+    Comparison(
+        "entropy",
+        logits("Entropy"),
+        scale=lambda ours, rows: np.exp(ours),
+        scaled="exp(ours): ours is the logarithm",
+    ),
     Comparison(
         "gen",
         logits("GEN", gamma=0.1, M=100),
         {"gamma": 0.1, "m": 100},
-        scale=lambda ours, rows: ours / rows.layer.out_features,
-        scaled="ours / min(M, C): theirs is the mean",
+        scale=lambda ours, rows: np.exp(ours) / rows.layer.out_features,
+        scaled="exp(ours) / min(M, C): theirs is the mean, ours the logarithm of the sum",
         left=clamped,
     ),
     Comparison(
         "gen",
         logits("GEN", gamma=0.1, M=3),
         {"gamma": 0.1, "m": 3},
-        scale=lambda ours, rows: ours / 3,
-        scaled="ours / min(M, C): theirs is the mean",
+        scale=lambda ours, rows: np.exp(ours) / 3,
+        scaled="exp(ours) / min(M, C): theirs is the mean, ours the logarithm of the sum",
         left=partial(clamped, kept=3),
     ),
-    Comparison("tempscale", fitted_logits("TemperatureScaling"), left=same_temperature),
+    Comparison(
+        "tempscale",
+        fitted_logits("TemperatureScaling"),
+        scale=probability,
+        scaled=OF_PROBABILITY,
+        left=same_temperature,
+    ),
     Comparison("klmatching", fitted_logits("KLMatching")),
     Comparison(
         "openmax",
@@ -501,16 +526,25 @@ COMPARISONS = (
     Comparison("ash", maps("ASH", fitted=False, variant="ash-b", percentile=0.65), {"variant": "b", "p": 65}),
     Comparison("ash", maps("ASH", fitted=False, variant="ash-p", percentile=0.6), {"variant": "p", "p": 60}),
     Comparison("scale", maps("SCALE", fitted=False, percentile=0.85), {"p": 85}),
-    Comparison("odin", odin()),
+    Comparison("odin", odin(), scale=probability, scaled=OF_PROBABILITY),
     Comparison(
         "odin",
         odin(eps=0.02, temperature=1.0),
         {"temperature": 1.0, "noise": 0.02},
+        scale=probability,
+        scaled=OF_PROBABILITY,
     ),
     Comparison("rankfeat", rankfeat(3, 4)),
     Comparison("rankfeat", rankfeat(4), {"blocks": ["last"]}),
     Comparison("gradnorm", layers_gradnorm("layer4", "fc"), {"layers": ["layer4", "fc"]}),
-    Comparison("mcdropout", mcdropout, {"samples": SAMPLES}, left=same_masks),
+    Comparison(
+        "mcdropout",
+        mcdropout,
+        {"samples": SAMPLES},
+        scale=lambda ours, rows: ours - 1,
+        scaled="ours - 1: theirs is -p, ours 1 - p",
+        left=same_masks,
+    ),
     Comparison(
         "mahalanobis_ensemble",
         partial(ensemble, weights=[1, 1, 1, 1]),
@@ -542,8 +576,8 @@ EXPLANATIONS = {
     "has ranges by true class, ours by predicted class, by which a new image is compared; each holds out "
     "another tenth of the rows.",
     "mcdropout": "the masks are other draws. With ours played back to theirs nothing differs.",
-    "vra": "theirs takes percentiles of every dimension by itself and raises low entries to the lower one; "
-    "ours takes them over all entries and sets low entries to 0, as recalled from the paper.",
+    "vra": "theirs raises low entries to the lower percentile of their dimension; ours sets them to 0, as "
+    "the authors' code does.",
 }
 """Why a method differs; read only where a difference is measured."""
 

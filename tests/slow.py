@@ -1,6 +1,7 @@
 """Scores by definition, one image at a time, to compare detectors with."""
 
 import math
+from decimal import Decimal, localcontext
 
 import numpy as np
 
@@ -11,6 +12,40 @@ def energy(logits):
     """-log Σ exp z."""
     largest = max(logits)
     return -largest - math.log(math.fsum(math.exp(z - largest) for z in logits))
+
+
+def probabilities(logits, temperature=1):
+    """Softmax of one image with 60 digits, and 1 - p of each class as the sum of the others."""
+    largest = Decimal(float(max(logits)))
+    powers = [((Decimal(float(z)) - largest) / Decimal(temperature)).exp() for z in logits]
+    total = sum(powers)
+    rest = [sum(powers[:c] + powers[c + 1 :]) / total for c in range(len(powers))]
+    return [power / total for power in powers], rest
+
+
+def msp(logits, temperature=1):
+    """Log(1 - p) of the largest probability p."""
+    with localcontext(prec=60):
+        return float(min(probabilities(logits, temperature)[1]).ln())
+
+
+def entropy(logits, temperature=1):
+    """Log(-Σ p log p)."""
+    with localcontext(prec=60):
+        pairs = zip(*probabilities(logits, temperature), strict=True)
+        return float(sum(-p * (p.ln() if p < 0.9 else _log1p(-rest)) for p, rest in pairs).ln())
+
+
+def gen(logits, gamma, m):
+    """Log Σ (p (1 - p))^γ over the m largest."""
+    with localcontext(prec=60):
+        pairs = sorted(zip(*probabilities(logits), strict=True), reverse=True)[:m]
+        return float(sum((Decimal(gamma) * (p * rest).ln()).exp() for p, rest in pairs).ln())
+
+
+def _log1p(x):
+    """Log(1 + x) by its series, for |x| < 0.1."""
+    return sum((-1) ** (n + 1) * x**n / n for n in range(1, 60))
 
 
 def logits(rows, feature, weight=None):

@@ -50,12 +50,13 @@ def _execute(settings: Config, options: Options) -> None:
             console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)
     _warn(outcome.unreadable)
     _warn(outcome.unscored)
+    _warn((f"{label}: {text}" for label, texts in outcome.notices.items() for text in texts), "notice")
     show_left_out(outcome.not_applicable)
 
 
-def _warn(texts: Iterable[str]) -> None:
+def _warn(texts: Iterable[str], word: str = "warning") -> None:
     for text in texts:
-        console.print(f"{'warning':<8} {text}", markup=False, soft_wrap=True)
+        console.print(f"{word:<8} {text}", markup=False, soft_wrap=True)
 
 
 @app.command()

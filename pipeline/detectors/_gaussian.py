@@ -11,15 +11,10 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.columns import FEATURE, Batch, Float
+from pipeline.detectors._rank import require_covariance, varied
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Classes, ClassSums, Moments, Scatter, normalize
-
-TOLERANCE = 1e-12
-"""Directions with less than this share of the total variance of the training features count as having none.
-
-Float32 features resolve no less: a standard deviation of 10⁻⁶ of the features' spread.
-"""
 
 
 class Mahalanobis(Detector):
@@ -39,7 +34,7 @@ class Mahalanobis(Detector):
         """Whiten.
 
         Raises:
-            UserError: if training rows have no label.
+            UserError: as `whitened`.
         """
         classes, moments = train.train[Classes(unit=self.unit)], train.train[Scatter(unit=self.unit)]
         return whitened(self.name, classes, moments, self.unit, self.relative)
@@ -58,7 +53,7 @@ def whitened(
         relative: whether the distance to the mean of all is subtracted.
 
     Raises:
-        UserError: if rows have no label.
+        UserError: if rows have no label, are too few, or hardly vary within classes.
     """
     if classes.unlabelled_count:
         raise UserError(
@@ -68,21 +63,23 @@ def whitened(
     offset = classes.class_mean - moments.mean
     count = classes.class_count[classes.class_count > 0]
     between = (offset.T * (count / moments.count)) @ offset
-    floor = TOLERANCE * float(np.trace(moments.covariance))
-    whitening = whiten(moments.spectrum(-between), floor)
+    total = float(np.trace(moments.covariance))
+    within = moments.spectrum(-between)
+    require_covariance(within[0], total, int(moments.count), len(count))
+    whitening = whiten(within, total)
     return MahalanobisScorer(
         unit=unit,
         mean=moments.mean,
         whitening=whitening,
         classes=offset @ whitening,
-        background=whiten(moments.spectrum(), floor) if relative else None,
+        background=whiten(moments.spectrum(), total) if relative else None,
     )
 
 
-def whiten(spectrum: tuple[Float, Float], floor: float) -> Float:
-    """(D, R) matrix A with A Aᵀ the pseudo-inverse of a (D, D) covariance; variances up to `floor` are 0."""
+def whiten(spectrum: tuple[Float, Float], total: float) -> Float:
+    """(D, R) matrix A with A Aᵀ the pseudo-inverse of a (D, D) covariance, `total` the variance of all."""
     variance, direction = spectrum
-    kept = variance > floor
+    kept = varied(variance, total)
     whitening: Float = direction[:, kept] / np.sqrt(variance[kept])
     return whitening
 

@@ -42,6 +42,24 @@ class Step(Detector):
         return Stepped(score=Energy(), steps=(self,)).fit(train)
 
 
+_MANY = 200
+"""Classes of the smallest network that a choice made on ImageNet is meant for."""
+
+
+def of_imagenet(choice: str, train: Training, elsewhere: str) -> tuple[str, ...]:
+    """A notice that a paper's choice for ImageNet is used for a network of few classes.
+
+    Args:
+        choice: parameter and value.
+        train: of the network.
+        elsewhere: what is known of other networks, a sentence.
+    """
+    classes = len(train.bias)
+    if classes >= _MANY:
+        return ()
+    return (f"{choice} is the paper's for ImageNet, this network has {classes} classes. {elsewhere}",)
+
+
 def unchanged(feature: Float) -> Float:
     """The feature as it is."""
     return feature
@@ -78,6 +96,10 @@ class Stepped(Detector):
     def statistics(self) -> tuple[Statistic[Any], ...]:
         """What the steps learn from."""
         return tuple(statistic for step in self.steps for statistic in step.statistics())
+
+    def notices(self, train: Training) -> tuple[str, ...]:
+        """Those of the steps."""
+        return tuple(notice for step in self.steps for notice in step.notices(train))
 
     def fit(self, train: Training) -> SteppedScorer:
         """Fit the steps, and the score to the changed last layer."""

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.columns import Float
-from pipeline.detectors._steps import Shape, Step
+from pipeline.detectors._steps import Shape, Step, of_imagenet
 from pipeline.detectors.base import Training
 from pipeline.detectors.scale import largest, sharpening
 
@@ -17,13 +17,13 @@ _DEFAULT = {"s": 90.0, "b": 65.0, "p": 60.0}
 
 
 class Ash(Step):
-    """Activation shaping, applied to the pooled feature as the authors' code does for ResNets on ImageNet.
+    """Activation shaping, applied to the pooled feature as in the authors' code.
 
     Implementations that shape the map before pooling give other numbers. Entries as large as the smallest
-    one that is kept are kept too, whatever their order. Sums count positive entries, which are all of them
-    behind a ReLU: with signed features the ratio of the sums would have no bound. With s, the factor grows
-    with how evenly a feature is spread; where that is true of OOD images, as behind the quickstart's network,
-    they score as more in-distribution.
+    one that is kept are kept too, whatever their order. Sums are over all entries, as in the authors' code:
+    with signed features the ratio of the sums has no bound but the one of `sharpening`. With s, the factor
+    grows with how evenly a feature is spread; where that is true of OOD images, as behind the quickstart's
+    network, they score as more in-distribution.
     """
 
     title: ClassVar[str] = "ASH (2023)"
@@ -36,6 +36,7 @@ class Ash(Step):
         "0 elsewhere; s: multiplied by exp(s1 / s2); b: set to s1 / |K|; p: as they are; "
         "s1 = Σ_j h_j, s2 = Σ_{j in K} h_j"
     )
+    version: ClassVar[int] = 2
 
     variant: Literal["s", "b", "p"] = Field(
         default="s", description="what becomes of the entries that are kept: scaled, made equal, or nothing"
@@ -47,9 +48,21 @@ class Ash(Step):
         description="percentage of the entries pruned; null = the paper's for ImageNet: s 90, b 65, p 60",
     )
 
+    @property
+    def percentage(self) -> float:
+        """Of the entries that are pruned."""
+        return _DEFAULT[self.variant] if self.p is None else self.p
+
     def shape(self, train: Training) -> Shape:
         """Prune, and treat what is left as the variant says."""
-        return Prune(_DEFAULT[self.variant] if self.p is None else self.p, self.variant)
+        return Prune(self.percentage, self.variant)
+
+    def notices(self, train: Training) -> tuple[str, ...]:
+        """Whether the share of the paper's ImageNet network is pruned of another."""
+        if self.percentage != _DEFAULT[self.variant]:
+            return ()
+        elsewhere = "The authors' code prunes 95 % with variant s for CIFAR-10 and CIFAR-100."
+        return of_imagenet(f"p = {self.percentage:g}", train, elsewhere)
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Prune:
         """The shaped feature, (N, D) float64."""
         kept = largest(feature, self.p)
         if self.variant == "b":
-            total = np.maximum(feature, 0).sum(axis=1, keepdims=True)
+            total = feature.sum(axis=1, keepdims=True)
             return np.where(kept, total / kept.sum(axis=1, keepdims=True), 0.0)
         pruned = np.where(kept, feature, 0.0)
         return pruned * sharpening(feature, kept) if self.variant == "s" else pruned

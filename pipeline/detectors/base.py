@@ -56,8 +56,12 @@ class Mixup(Pass):
 class Noise(Pass):
     """Mean feature of the blurred noise images the classifier is least sure about.
 
+    The blur is 5 pixels wide and 7 high, as in the authors' code in OpenOOD.
+
     Result: `mean` (D,) float64 and `samples` () int, the number of images kept.
     """
+
+    version: ClassVar[int] = 2
 
     samples: int = Field(default=1000, ge=10)
     keep: float = Field(default=0.1, gt=0, le=1)
@@ -354,6 +358,10 @@ class Detector(Frozen):
     def fit(self, train: Training) -> Scorer:
         """Fit to the training data."""
         raise NotImplementedError
+
+    def notices(self, train: Training) -> tuple[str, ...]:
+        """What whoever reads the numbers should know of these parameters on these data; a sentence each."""
+        return ()
 
 
 NEIGHBOURS = "neighbours"

@@ -8,9 +8,11 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.columns import Float
-from pipeline.detectors._steps import Step
+from pipeline.detectors._steps import Step, of_imagenet
 from pipeline.detectors.base import Training
 from pipeline.learned.statistics import Classes
+
+_IMAGENET = 70.0
 
 
 class Dice(Step):
@@ -30,7 +32,7 @@ class Dice(Step):
     )
 
     p: float = Field(
-        default=70.0,
+        default=_IMAGENET,
         ge=0,
         lt=100,
         description="percentage of the last layer's weights that is dropped, lowest contributions V first",
@@ -39,6 +41,12 @@ class Dice(Step):
     def statistics(self) -> tuple[Classes]:
         """The mean feature."""
         return (Classes(),)
+
+    def notices(self, train: Training) -> tuple[str, ...]:
+        """Whether the paper's share for ImageNet is dropped of another network."""
+        if self.p != _IMAGENET:
+            return ()
+        return of_imagenet(f"p = {self.p:g}", train, "The paper drops 90 % on CIFAR.")
 
     def weigh(self, weight: Float, train: Training) -> Float:
         """The weight (C, D), 0 where the contribution to the mean training feature's logits is low."""

@@ -10,11 +10,14 @@ from pydantic import Field
 
 from pipeline.columns import LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.learned.logits import softmax
+from pipeline.learned.logits import log_softmax, logsumexp
 
 
 class Gen(Detector):
-    """Generalised entropy of the M largest probabilities; of all where there are fewer classes."""
+    """Generalised entropy of the M largest probabilities; of all where there are fewer classes.
+
+    Given is its logarithm: the same order, also where the entropy rounds to 0.
+    """
 
     title: ClassVar[str] = "GEN (2023)"
     paper: ClassVar[str] = (
@@ -22,9 +25,10 @@ class Gen(Detector):
         "CVPR 2023, openreview:Sie7oeTABS"
     )
     formula: ClassVar[str] = (
-        "score = Σ_{c of the M largest p_c} p_c^γ (1 - p_c)^γ, p = softmax(z); all classes if C < M"
+        "score = log Σ_{c of the M largest p_c} p_c^γ (1 - p_c)^γ, p = softmax(z); all classes if C < M"
     )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
+    version: ClassVar[int] = 2
 
     gamma: float = Field(
         default=0.1, gt=0, le=1, description="γ, the exponent; the smaller, the steeper near 0 and 1"
@@ -44,20 +48,20 @@ class GenScorer:
     m: int
 
     def __call__(self, batch: Batch) -> Float:
-        """Generalised entropy.
+        """Logarithm of the generalised entropy.
 
         Args:
             batch: `logits` (N, C) float.
 
         Returns:
-            (N,) float64 in [0, min(M, C) · 4^-γ].
+            (N,) float64, at most log min(M, C) - γ log 4.
         """
-        probability = softmax(batch[LOGITS])
-        classes = probability.shape[1]
-        first = classes - min(self.m, classes)
-        ordered = np.partition(probability, (first, classes - 1), axis=1)
-        rest = 1 - ordered
-        # 1 - p of the predicted class as a sum: the difference has no digits where the small γ needs them.
-        rest[:, -1] = ordered[:, :-1].sum(axis=1)
-        score: Float = ((ordered * rest)[:, first:] ** self.gamma).sum(axis=1)
-        return score
+        found = log_softmax(batch[LOGITS])
+        rows, rest = np.arange(len(found.doubt)), np.exp(found.probability)
+        rest[rows, found.predicted] = 0
+        rest = np.log1p(-rest)
+        rest[rows, found.predicted] = found.doubt
+        classes = rest.shape[1]
+        largest = np.argpartition(found.probability, -min(self.m, classes), axis=1)[:, -self.m :]
+        both = np.take_along_axis(found.probability + rest, largest, axis=1)
+        return logsumexp(self.gamma * both)

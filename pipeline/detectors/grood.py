@@ -118,15 +118,30 @@ class Prototypes:
             vectors from p_o to h, zero where h = p_o.
         """
         offset = feature - self.ood
-        to_ood = np.sqrt(np.einsum("nd,nd->n", offset, offset))
-        distance = offset @ (-2 * self.classes.T)
-        distance += np.einsum("kd,kd->k", self.classes, self.classes)
-        distance += to_ood[:, None] ** 2
-        np.maximum(distance, 0, out=distance)
-        np.sqrt(distance, out=distance)
-        probability: Float = expit(-to_ood - logsumexp(np.negative(distance, out=distance)))
+        odds, to_ood = self._log_odds(offset)
         offset *= np.divide(1, to_ood, out=np.zeros_like(to_ood), where=to_ood > 0)[:, None]
-        return probability, offset
+        return expit(odds), offset
+
+    def log_odds(self, feature: NDArray[Any]) -> Float:
+        """Log(π_o / (1 - π_o)) of features (N, D): (N,) float64, which never saturates."""
+        return self._log_odds(feature - self.ood)[0]
+
+    def _log_odds(self, offset: Float) -> tuple[Float, Float]:
+        """-log Σ_c exp(d_o - d_c), and d_o, of the differences h - p_o (N, D).
+
+        d_o - d_c comes from the difference of the squares, which keeps its digits however long h is.
+        """
+        to_ood = np.sqrt(np.einsum("nd,nd->n", offset, offset))
+        closer = offset @ (2 * self.classes.T)
+        closer -= np.einsum("kd,kd->k", self.classes, self.classes)  # d_o² - d_c²
+        to_class = np.sqrt(np.maximum(to_ood[:, None] ** 2 - closer, 0))
+        to_class += to_ood[:, None]
+        np.divide(closer, to_class, out=closer, where=to_class > 0)
+        return -logsumexp(closer), to_ood
+
+
+_VANISHING = 1e-19
+"""Lengths of gradients whose squares float32 rounds to 0."""
 
 
 class Grood(OodPrototype, Detector):
@@ -147,6 +162,7 @@ class Grood(OodPrototype, Detector):
         "d_j = ‖h - p_j‖_2, p_c the mean feature of class c"
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
+    version: ClassVar[int] = 2
     neighbours: ClassVar[bool] = True
 
     k: int = Field(
@@ -156,6 +172,18 @@ class Grood(OodPrototype, Detector):
     def fit(self, train: Training) -> GroodScorer:
         """Compute the prototypes."""
         return GroodScorer(self.prototypes(train), self.k)
+
+    def notices(self, train: Training) -> tuple[str, ...]:
+        """Whether features are so long that the gradients of ID images vanish in float32."""
+        found = self.prototypes(train)
+        surest = float(found.log_odds(found.classes + found.ood).max())
+        if surest > np.log(_VANISHING):
+            return ()
+        return (
+            f"at every class mean the gradient is shorter than exp({surest:.0f}), so that float32 rounds the "
+            "distances between those of most ID images to 0: features are long beside 1. grood_norm ranks "
+            "such images, too.",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""GROOD without its index: the norm of the gradient, which is the softmax probability of OOD."""
+"""GROOD without its index: the norm of the gradient, the softmax probability of OOD, as log-odds."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from pipeline.detectors.grood import Grood, OodPrototype, Prototypes
 class GroodNorm(OodPrototype, Detector):
     """L2 norm of GROOD's gradient; no nearest-neighbour search.
 
+    The norm is a probability; its log-odds have the same order, and keep it where the norm rounds to 0 or 1.
     Not in the paper; the authors' code can switch to the L1 norm of the same gradient.
     """
 
     title: ClassVar[str] = "GROOD gradient norm (2025)"
     paper: ClassVar[str] = Grood.paper
     formula: ClassVar[str] = (
-        "score = ‖∂L/∂p_o‖_2 = π_o = exp(-d_o) / (exp(-d_o) + Σ_c exp(-d_c)), d_j = ‖h - p_j‖_2, "
-        "p_c the mean feature of class c"
+        "score = log(π_o / (1 - π_o)), π_o = ‖∂L/∂p_o‖_2 = exp(-d_o) / (exp(-d_o) + Σ_c exp(-d_c)), "
+        "d_j = ‖h - p_j‖_2, p_c the mean feature of class c"
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
+    version: ClassVar[int] = 2
 
     def fit(self, train: Training) -> GroodNormScorer:
         """Compute the prototypes."""
@@ -31,17 +33,17 @@ class GroodNorm(OodPrototype, Detector):
 
 @dataclass(frozen=True)
 class GroodNormScorer:
-    """Norm of the gradient from stored features."""
+    """Norm of the gradient from stored features, as log-odds."""
 
     prototypes: Prototypes
 
     def __call__(self, batch: Batch) -> Float:
-        """Softmax probability of OOD.
+        """Log-odds of OOD.
 
         Args:
             batch: `feature` (N, D) float.
 
         Returns:
-            (N,) float64 in [0, 1].
+            (N,) float64; 0 where OOD is as probable as all classes.
         """
-        return self.prototypes.gradient(batch[FEATURE])[0]
+        return self.prototypes.log_odds(batch[FEATURE])

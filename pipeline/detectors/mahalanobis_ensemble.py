@@ -64,13 +64,12 @@ class MahalanobisEnsemble(Detector):
         """Whiten every stage.
 
         Raises:
-            UserError: if training rows have no label, or there is not one weight for each stage.
+            UserError: as `whitened` for a stage, or if there is not one weight for each.
         """
         self.check(train.weight.shape[1], train.stages)
-        stages = tuple(train.stages.values())
         classes, moments = train.train[Classes(column=_COLUMN)], train.train[Scatter(column=_COLUMN)]
         scorers, parts, start = [], [], 0
-        for width in stages:
+        for stage, width in train.stages.items():
             part = slice(start, start := start + width)
             own = replace(
                 classes,
@@ -78,7 +77,10 @@ class MahalanobisEnsemble(Detector):
                 unlabelled_sum=classes.unlabelled_sum[part],
             )
             cut = Moments(moments.count, moments.mean[part], moments.scatter[part, part])
-            scorers.append(whitened(self.name, own, cut))
+            try:
+                scorers.append(whitened(self.name, own, cut))
+            except UserError as error:
+                raise UserError(f"stage {stage}: {error}") from None
             parts.append(part)
         ranks = [max(scorer.whitening.shape[1], 1) for scorer in scorers]
         weights = [1 / rank for rank in ranks] if self.weights is None else self.weights

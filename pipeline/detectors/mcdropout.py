@@ -24,8 +24,9 @@ class McDropout(Detector):
         "Gal, Ghahramani: Dropout as a Bayesian Approximation: Representing Model Uncertainty in Deep "
         "Learning. ICML 2016, arXiv:1506.02142"
     )
-    formula: ClassVar[str] = "score = -max_c (1/S) Σ_s softmax(z(x; mask_s))_c"
+    formula: ClassVar[str] = "score = 1 - max_c (1/S) Σ_s softmax(z(x; mask_s))_c"
     columns: ClassVar[tuple[str, ...]] = ()
+    version: ClassVar[int] = 2
 
     samples: int = Field(default=10, ge=1, le=1000, description="S, forward passes per image")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of the masks; the same ones on every machine")
@@ -49,13 +50,15 @@ class McDropoutScorer:
     column: str
 
     def __call__(self, batch: Batch) -> Float:
-        """Negative largest probability.
+        """The probability that all but the largest have together: 1 - p would lose the order of sure images.
 
         Args:
             batch: the column of the mean probabilities, (N, C) float.
 
         Returns:
-            (N,) float64 in [-1, -1/C].
+            (N,) float64 in [0, 1 - 1/C].
         """
-        score: Float = -batch[self.column].max(axis=1).astype(np.float64)
+        others = batch[self.column].astype(np.float64)
+        others[np.arange(len(others)), others.argmax(axis=1)] = 0
+        score: Float = others.sum(axis=1)
         return score

@@ -9,19 +9,20 @@ from pydantic import Field, FiniteFloat
 
 from pipeline.columns import LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.learned.logits import softmax
+from pipeline.learned.logits import log_softmax
 
 
 class Msp(Detector):
-    """Maximum softmax probability."""
+    """Maximum softmax probability p, as log(1 - p): the same order, also where p rounds to 1."""
 
     title: ClassVar[str] = "MSP (2017)"
     paper: ClassVar[str] = (
         "Hendrycks, Gimpel: A Baseline for Detecting Misclassified and Out-of-Distribution Examples "
         "in Neural Networks. ICLR 2017, arXiv:1610.02136"
     )
-    formula: ClassVar[str] = "score = -max_c softmax(z / T)_c"
+    formula: ClassVar[str] = "score = log(1 - max_c softmax(z / T)_c)"
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
+    version: ClassVar[int] = 2
 
     temperature: FiniteFloat = Field(
         default=1.0, gt=0, description="T, divides the logits z; above 1 softens the probabilities"
@@ -39,13 +40,12 @@ class MspScorer:
     temperature: float
 
     def __call__(self, batch: Batch) -> Float:
-        """Negative probability of the predicted class.
+        """Logarithm of the probability that all but the predicted class have together.
 
         Args:
             batch: `logits` (N, C) float.
 
         Returns:
-            (N,) float64 in [-1, -1/C].
+            (N,) float64, at most log(1 - 1/C); log 0.05 = -3.0 is a confidence of 95 %.
         """
-        score: Float = -softmax(batch[LOGITS], self.temperature).max(axis=1)
-        return score
+        return log_softmax(batch[LOGITS], self.temperature).doubt

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from pipeline.columns import Batch, Float
 from pipeline.detectors.base import Detector, Perturbed, Training
-from pipeline.learned.logits import softmax
+from pipeline.learned.logits import log_softmax
 
 
 class Odin(Detector):
@@ -26,10 +26,11 @@ class Odin(Detector):
         "Networks. ICLR 2018, arXiv:1706.02690"
     )
     formula: ClassVar[str] = (
-        "score = -max_c softmax(z(x') / T)_c, x' = x - ε sign(-∇_x log softmax(z(x) / T)_ŷ), "
+        "score = log(1 - max_c softmax(z(x') / T)_c), x' = x - ε sign(-∇_x log softmax(z(x) / T)_ŷ), "
         "ŷ = argmax_c z(x)_c"
     )
     columns: ClassVar[tuple[str, ...]] = ()
+    version: ClassVar[int] = 2
 
     temperature: float = Field(default=1000.0, ge=0.01, le=1e6, description="T, divides the logits")
     noise: float = Field(
@@ -61,14 +62,13 @@ class OdinScorer:
     temperature: float
 
     def __call__(self, batch: Batch) -> Float:
-        """Negative largest probability.
+        """As `msp`: log(1 - p) for the largest probability p.
 
         Args:
             batch: the column of the perturbed features, (N, D) float.
 
         Returns:
-            (N,) float64 in [-1, -1/C].
+            (N,) float64, at most log(1 - 1/C).
         """
         logits = np.asarray(batch[self.column], np.float64) @ self.weight.T + self.bias
-        score: Float = -softmax(logits, self.temperature).max(axis=1)
-        return score
+        return log_softmax(logits, self.temperature).doubt

@@ -13,14 +13,15 @@ from pydantic import Field
 
 from pipeline.columns import LABEL, LOGITS, PREDICTION, Batch, Float
 from pipeline.detectors.base import Detector, Training
+from pipeline.errors import UserError
 from pipeline.learned.logits import logsumexp
 from pipeline.learned.statistics import Classes, Head, Part, Statistic, Statistics
 
 _MEANS = Classes(column=LOGITS, correct=True)
 _SHAPES = 1e-2, 1e4
 """Bounds of the Weibull shape; the upper one makes a step of tails that are all the same."""
-_SHARE = 20
-"""A tail is at most one in so many rows of its class."""
+_TAIL, _SHARE = 20, 20
+"""A tail that is not given: so many rows, and at most one in so many of its class."""
 
 
 class OpenMax(Detector):
@@ -30,8 +31,9 @@ class OpenMax(Detector):
     distribution, fitted by maximum likelihood to the largest Euclidean distances of correct training rows
     to their mean logits, shifted so that the smallest of them is 1 as libMR does. The score is the
     log-odds of the unknown class, which orders rows as its probability does and never saturates. A class
-    without a correct training row leaves its logit as it is. Where a class has few rows, its tail is no more
-    than a 20th of them: otherwise half of what is typical would count as extreme.
+    without a correct training row leaves its logit as it is. Unless a tail is given it is 20 distances, as in
+    the paper, and where a class has few rows no more than a 20th of them: otherwise half of what is typical
+    would count as extreme. One that is given is followed, or refused where a class has fewer rows.
     """
 
     title: ClassVar[str] = "OpenMax (2016)"
@@ -42,9 +44,14 @@ class OpenMax(Detector):
         "1 for the others"
     )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
+    version: ClassVar[int] = 2
 
-    tail: int = Field(
-        default=20, ge=2, le=10_000, description="largest distances per class that F_c is fitted to"
+    tail: int | None = Field(
+        default=None,
+        ge=2,
+        le=10_000,
+        description="largest distances per class that F_c is fitted to; null = 20, but at most a 20th of the "
+        "correct rows of the class",
     )
     alpha: int = Field(
         default=10,
@@ -55,13 +62,33 @@ class OpenMax(Detector):
 
     def statistics(self) -> tuple[Classes, Farthest]:
         """Mean logits of each class, and the largest distances from them."""
-        return _MEANS, Farthest(self.tail)
+        return _MEANS, Farthest(self.tail or _TAIL)
 
     def fit(self, train: Training) -> OpenMaxScorer:
-        """Fit a Weibull distribution to the tail of every class."""
-        tail = train.train[Farthest(self.tail)]
-        longest = np.maximum(train.train[_MEANS].class_count // _SHARE, 2)
-        return OpenMaxScorer(means(train.train), *tail.weibull(longest), min(self.alpha, len(train.bias)))
+        """Fit a Weibull distribution to the tail of every class.
+
+        Raises:
+            UserError: if a class has fewer correct training rows than the tail that is given.
+        """
+        tail = train.train[Farthest(self.tail or _TAIL)]
+        return OpenMaxScorer(
+            means(train.train),
+            *tail.weibull(self._longest(train.train[_MEANS].class_count)),
+            min(self.alpha, len(train.bias)),
+        )
+
+    def _longest(self, count: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(C,) how many distances count at most, for so many correct rows of each class (C,)."""
+        if self.tail is None:
+            return np.maximum(count // _SHARE, 2)
+        short = (count > 0) & (count < self.tail)
+        if short.any():
+            label = int(np.argmin(np.where(short, count, self.tail)))
+            raise UserError(
+                f"tail is {self.tail}, but {short.sum()} of {len(count)} classes have fewer correct training "
+                f"rows: class {label} has {count[label]}. Lower tail, or leave it out."
+            )
+        return np.full_like(count, self.tail)
 
 
 def means(known: Statistics) -> Float:

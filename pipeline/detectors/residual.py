@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.columns import FEATURE, Batch, Float
+from pipeline.detectors._rank import require_directions
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Moments, Scatter
@@ -61,9 +62,9 @@ class Residual(Subspace, Detector):
         """Find the subspace.
 
         Raises:
-            UserError: if the subspace is to be as large as the feature.
+            UserError: if the training features have no direction outside the subspace.
         """
-        return residual(Head(train.weight, train.bias), train.train[Scatter()], self.dim)
+        return required(Head(train.weight, train.bias), train.train[Scatter()], self.dim)
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,26 @@ def residual(head: Head, moments: Moments, dim: int | None) -> ResidualScorer:
     Raises:
         UserError: if it is to be as large as the feature.
     """
-    width = head.weight.shape[1]
-    dim = _dimensions(dim, width)
+    origin, (_, direction) = _seen_from_origin(head, moments)
+    return ResidualScorer(origin, direction[:, : len(origin) - _dimensions(dim, len(origin))])
+
+
+def required(head: Head, moments: Moments, dim: int | None) -> ResidualScorer:
+    """The same, if the training features have a residual at all.
+
+    Raises:
+        UserError: if they have none: they are too few, or vary in too few directions.
+    """
+    origin, (variance, _) = _seen_from_origin(head, moments)
+    require_directions(_dimensions(dim, len(origin)), variance, int(moments.count), left=1)
+    return residual(head, moments, dim)
+
+
+def _seen_from_origin(head: Head, moments: Moments) -> tuple[Float, tuple[Float, Float]]:
+    """The origin -W⁺ b (D,), and the spectrum of E[(h - o)(h - o)ᵀ]."""
     origin = -np.linalg.pinv(head.weight.astype(np.float64)) @ head.bias.astype(np.float64)
     offset = moments.mean - origin
-    _, direction = moments.spectrum(np.outer(offset, offset))
-    return ResidualScorer(origin, direction[:, : width - dim])
+    return origin, moments.spectrum(np.outer(offset, offset))
 
 
 def _dimensions(dim: int | None, width: int) -> int:

@@ -9,16 +9,20 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.columns import Float, Mask
-from pipeline.detectors._steps import Shape, Step
+from pipeline.detectors._steps import Shape, Step, of_imagenet
 from pipeline.detectors.base import Training
+
+_IMAGENET = 85.0
+LARGEST = 100.0
+"""Bound of |s1 / s2|, far beyond any that sums of positive entries have."""
 
 
 class Scale(Step):
     """ASH-S without its pruning, applied to the pooled feature as in the authors' code.
 
-    Sums count positive entries, which are all of them behind a ReLU: with signed features the ratio of the
-    sums would have no bound. The factor grows with how evenly a feature is spread; where that is true of
-    OOD images, as behind the quickstart's network, they score as more in-distribution.
+    Sums are over all entries, as in the authors' code: with signed features the ratio of the sums has no
+    bound but the one of `sharpening`. The factor grows with how evenly a feature is spread; where that is
+    true of OOD images, as behind the quickstart's network, they score as more in-distribution.
     """
 
     title: ClassVar[str] = "SCALE (2024)"
@@ -30,14 +34,20 @@ class Scale(Step):
         "score = -log Σ_c exp z_c, z = W h exp(s1 / s2) + b, s1 = Σ_j h_j, "
         "s2 the sum of the (100 - p) % largest entries of h"
     )
+    version: ClassVar[int] = 2
 
     p: float = Field(
-        default=85.0, ge=0, le=99, description="percentage of the entries of h that s2 leaves out"
+        default=_IMAGENET, ge=0, le=99, description="percentage of the entries of h that s2 leaves out"
     )
 
     def shape(self, train: Training) -> Shape:
         """Scale by the row's own factor."""
         return Sharpen(self.p)
+
+    def notices(self, train: Training) -> tuple[str, ...]:
+        """Whether the paper's share for ImageNet is taken of another network."""
+        elsewhere = "The authors' code has none for other data; `tune` finds one for these."
+        return of_imagenet(f"p = {self.p:g}", train, elsewhere) if self.p == _IMAGENET else ()
 
 
 @dataclass(frozen=True)
@@ -61,9 +71,15 @@ def largest(feature: Float, p: float) -> Mask:
 
 
 def sharpening(feature: Float, kept: Mask) -> Float:
-    """(N, 1) float64 exp(s1 / s2): sums of the positive entries, all over those kept; exp(1) for 0 / 0."""
-    positive = np.maximum(feature, 0)
-    everything = positive.sum(axis=1, keepdims=True)
-    top = np.where(kept, positive, 0.0).sum(axis=1, keepdims=True)
-    factor: Float = np.exp(np.divide(everything, top, out=np.ones_like(top), where=top > 0))
+    """(N, 1) float64 exp(s1 / s2): the sum of all entries over that of those kept; exp(1) where s2 is 0.
+
+    The quotient is cut to [-100, 100]: among signed entries s2 may be near 0.
+    """
+    everything = feature.sum(axis=1, keepdims=True)
+    top = np.where(kept, feature, 0.0).sum(axis=1, keepdims=True)
+    near = np.abs(top) * LARGEST <= np.abs(everything)
+    bound = LARGEST * np.where(np.signbit(everything) == np.signbit(top), 1.0, -1.0)
+    ratio = np.divide(everything, top, out=bound, where=~near)
+    ratio[(top == 0) & (everything == 0)] = 1.0
+    factor: Float = np.exp(ratio)
     return factor

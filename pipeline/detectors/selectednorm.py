@@ -11,7 +11,7 @@ from pydantic import Field
 from pipeline.columns import BLOCK_NORM, FEATURE, Batch, Float
 from pipeline.detectors.base import Training
 from pipeline.detectors.featurenorm import FeatureNorm
-from pipeline.learned.logits import logsumexp, softmax
+from pipeline.learned.logits import log_softmax, logsumexp
 from pipeline.learned.statistics import normalize
 
 
@@ -21,10 +21,11 @@ class SelectedNorm(FeatureNorm):
     title: ClassVar[str] = "Selected norm (2023)"
     paper: ClassVar[str] = FeatureNorm.paper
     formula: ClassVar[str] = (
-        "score = -log Σ_c exp z_c or -max_c softmax(z)_c, z = W (f(x; B) · h / ‖h‖_2) + b, "
+        "score = -log Σ_c exp z_c or log(1 - max_c softmax(z)_c), z = W (f(x; B) · h / ‖h‖_2) + b, "
         "B and f(x; B) as in featurenorm"
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, BLOCK_NORM)
+    version: ClassVar[int] = 2
 
     score: Literal["energy", "msp"] = Field(
         default="energy", description="what is computed from the logits z of the rescaled feature"
@@ -53,7 +54,7 @@ class SelectedNormScorer:
     score: Literal["energy", "msp"]
 
     def __call__(self, batch: Batch) -> Float:
-        """MSP or energy, negative.
+        """Negative energy, or as `msp` log(1 - p) for the largest probability p.
 
         Args:
             batch: `feature` (N, D) float, `block_norm` (N, B) float.
@@ -63,5 +64,4 @@ class SelectedNormScorer:
         """
         length = np.asarray(batch[BLOCK_NORM], dtype=np.float64)[:, self.block, None]
         logits = (normalize(batch[FEATURE]) * length) @ self.weight.T + self.bias
-        found: Float = logsumexp(logits) if self.score == "energy" else softmax(logits).max(axis=1)
-        return -found
+        return -logsumexp(logits) if self.score == "energy" else log_softmax(logits).doubt

@@ -27,7 +27,7 @@ class TempScale(Detector):
     """Largest softmax probability at the temperature that calibrates the classifier.
 
     As in the paper on held-out ID images, those of role id_val. Without any it is the training images, on
-    which a classifier is surer: T comes out lower.
+    which a classifier is surer: T comes out lower. As `msp` it gives log(1 - p).
     """
 
     title: ClassVar[str] = "TempScale (2017)"
@@ -35,9 +35,10 @@ class TempScale(Detector):
         "Guo, Pleiss, Sun, Weinberger: On Calibration of Modern Neural Networks. ICML 2017, arXiv:1706.04599"
     )
     formula: ClassVar[str] = (
-        "score = -max_c softmax(z / T)_c, T = argmin_T -Σ_val log softmax(z / T)_y, 0.05 ≤ T ≤ 20"
+        "score = log(1 - max_c softmax(z / T)_c), T = argmin_T -Σ_val log softmax(z / T)_y, 0.05 ≤ T ≤ 20"
     )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
+    version: ClassVar[int] = 2
 
     def calibration(self) -> tuple[Slopes]:
         """The slope of the NLL around its minimum."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
-from pipeline.detectors.residual import Residual, ResidualScorer, Subspace, residual
+from pipeline.detectors.residual import Residual, ResidualScorer, Subspace, required, residual
 from pipeline.learned.logits import logsumexp
 from pipeline.learned.statistics import Head, Part, Scatter, Statistic, Statistics
 
@@ -38,11 +38,11 @@ class Vim(Subspace, Detector):
         """Find the subspace and match the scales.
 
         Raises:
-            UserError: if the subspace is to be as large as the feature.
+            UserError: if the training features have no direction outside the subspace.
         """
         head = Head(train.weight, train.bias)
         return VimScorer(
-            residual(head, train.train[Scatter()], self.dim), train.train[Match(self.dim)].factor
+            required(head, train.train[Scatter()], self.dim), train.train[Match(self.dim)].factor
         )
 
 

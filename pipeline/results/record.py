@@ -53,6 +53,7 @@ class Record:
             "datasets": {dataset.name: _dataset(ready, dataset) for dataset in settings.datasets},
             "detectors": {label: _detector(ready, label) for label in ready.detectors},
             "not_applicable": dict(ready.not_applicable),
+            "notices": {},
             "passes": [],
             "index": {},
             "unscored": {},

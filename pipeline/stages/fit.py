@@ -46,6 +46,8 @@ class Fitted:
     """What scores are made of besides the rows, by label: content digests by name."""
     not_applicable: dict[str, str] = field(default_factory=dict)
     """Why detectors were left out, by label."""
+    notices: dict[str, list[str]] = field(default_factory=dict)
+    """What is to be known of detectors, of those of which there is something, by label."""
 
 
 def fit_detectors(
@@ -81,7 +83,7 @@ def fit_detectors(
         fitted.not_applicable[label] = reason
 
     for label, detector in chosen.items():
-        scorer, contents = _fitted(detector, training, store, *made_of(detector, ()))
+        scorer, contents, notices = _fitted(detector, training, store, *made_of(detector, ()))
         if isinstance(scorer, UserError):
             refuse(label, str(scorer))
             continue
@@ -99,10 +101,17 @@ def fit_detectors(
             fitted.banks[label] = bank_files
             contents |= {bank_files.name: bank_files.content}
         fitted.scorers[label], fitted.contents[label] = scorer, contents
-    indexes = trained(engine, store, fitted.banks.values(), searched)
-    for label, searched_bank in fitted.banks.items():
-        fitted.contents[label] |= indexes.get(searched_bank.folder, {})
+        if notices:
+            fitted.notices[label] = notices
+    _train(engine, store, fitted, searched)
     return fitted
+
+
+def _train(engine: Engine, store: Store, fitted: Fitted, searched: schema.Index) -> None:
+    """Train the indexes of all banks; scores are made of them, too."""
+    indexes = trained(engine, store, fitted.banks.values(), searched)
+    for label, bank in fitted.banks.items():
+        fitted.contents[label] |= indexes.get(bank.folder, {})
 
 
 def _fitted(
@@ -111,8 +120,11 @@ def _fitted(
     store: Store,
     identity: Mapping[str, Any],
     inputs: dict[str, str],
-) -> tuple[Scorer | UserError, dict[str, str]]:
-    """The scorer of a detector, from the workspace or fitted, or why it cannot be fitted; and its content."""
+) -> tuple[Scorer | UserError, dict[str, str], list[str]]:
+    """The scorer of a detector, from the workspace or fitted, or why it cannot be fitted.
+
+    And its content, and what is to be known of it.
+    """
     artifact = store.artifact(FORMAT, identity, inputs)
 
     def make(_: set[str]) -> None:
@@ -125,24 +137,27 @@ def _fitted(
                 {_REFUSED: write(artifact.folder / _REFUSED, partial(files.dump_json, str(error)))}
             )
             return
+        notices = list(detector.notices(training))
         try:
             document, arrays = plain.encode(scorer)
         except TypeError as error:
             _log.info("%s is fitted again in each run: %s", detector.name, error)
             reason = partial(files.dump_json, str(error))
-            artifact.finish({_UNKEPT: write(artifact.folder / _UNKEPT, reason)})
+            artifact.finish({_UNKEPT: write(artifact.folder / _UNKEPT, reason)}, notices=notices)
             return
         artifact.finish(
             {
                 _SCORER: write(artifact.folder / _SCORER, partial(files.dump_json, document)),
                 _ARRAYS: write(artifact.folder / _ARRAYS, saved(arrays)),
-            }
+            },
+            notices=notices,
         )
 
     (record,) = store.shared([artifact], make)
+    notices = list(record.facts.get("notices", ()))
     if _UNKEPT in record.files:
-        return detector.fit(training), inputs
-    return _read(artifact, record, detector), {artifact.name: record.content}
+        return detector.fit(training), inputs, notices
+    return _read(artifact, record, detector), {artifact.name: record.content}, notices
 
 
 def _read(artifact: Artifact, record: Record, detector: Detector) -> Scorer | UserError:

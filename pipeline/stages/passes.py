@@ -140,7 +140,7 @@ class Worker:
         shape = (self.size, transform.channels, transform.crop, transform.crop)
         uniform = torch.tensor(rng.random(shape, dtype=np.float32))
         sigmas = rng.uniform(0.2, 5, self.size).tolist()
-        blurred = [gaussian_blur(image, [7, 5], sigma) for image, sigma in zip(uniform, sigmas, strict=True)]
+        blurred = [gaussian_blur(image, [5, 7], sigma) for image, sigma in zip(uniform, sigmas, strict=True)]
         pixels = torch.stack(blurred).to(self.classifier.device)
         output = self.classifier.forward_images(self.classifier.normalise(pixels), blocks=False)
         return output[FEATURE][:count], logsumexp(output[LOGITS][:count])

@@ -93,6 +93,8 @@ class Outcome:
     """What is to be said of datasets with images that could not be used."""
     cautions: Sequence[str] = ()
     """What must be known before the numbers are believed."""
+    notices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What is to be known of detectors, by label."""
 
 
 def execute(settings: schema.Config, options: Options, display: Display) -> Outcome:
@@ -137,7 +139,8 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
         left_out = content["not_applicable"]
         lost = [f"{name}: {text}" for name, text in unreadable.sentences(content["datasets"]).items()]
         link, warning = run.tracking.publish(display)
-        return Outcome(ready.folder, link, warning, left_out, unscored, lost, content["warnings"])
+        notices = content["notices"]
+        return Outcome(ready.folder, link, warning, left_out, unscored, lost, content["warnings"], notices)
 
 
 def evaluated(
@@ -395,6 +398,7 @@ class Run:
             training = self._fit(self.ready.config.optional)
             assert self.fitted is not None
             self.record.leave_out(self.fitted.not_applicable)
+            self.record.content["notices"] = self.fitted.notices
             self.worked = bool(self.fits.made_now)
             done = [type(spec).__name__.lower() for spec in training.passes]
             count = len(self.fitted.scorers)

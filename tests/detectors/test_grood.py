@@ -110,6 +110,20 @@ def test_far_features_keep_a_finite_gradient(rows):
     np.testing.assert_allclose(np.linalg.norm(direction, axis=1), 1, rtol=1e-12)
 
 
+def test_gradients_that_vanish_in_float32_are_noticed(real, make_rows):
+    detector = Grood()
+    for near in (real, make_rows()):
+        assert detector.notices(near.training(detector)) == ()
+    mixup = near.results[Mixup]
+    long = replace(
+        near,
+        train={**near.train, FEATURE: 1000 * near.train[FEATURE]},
+        results={**near.results, Mixup: {**mixup, "mean": 1000 * mixup["mean"]}},
+    )
+    (notice,) = detector.notices(long.training(detector))
+    assert notice.startswith("at every class mean the gradient is shorter than exp(-")
+
+
 def test_training_rows_without_labels_are_refused(make_rows):
     rows = make_rows()
     unlabelled = {**rows.train, LABEL: np.full_like(rows.train[LABEL], -1)}

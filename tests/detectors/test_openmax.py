@@ -7,6 +7,7 @@ from scipy.stats import weibull_min
 
 from pipeline.columns import LABEL, LOGITS, PREDICTION
 from pipeline.detectors.openmax import OpenMax
+from pipeline.errors import UserError
 
 
 def weibull(values):
@@ -29,7 +30,7 @@ def slow_openmax(rows, tail, alpha):
         if len(own) == 0:
             continue
         mean = own.mean(axis=0)
-        count = min(tail, max(2, len(own) // 20))
+        count = tail or min(20, max(2, len(own) // 20))
         farthest = sorted(np.linalg.norm(own - mean, axis=1))[-count:]
         shift = min(farthest) - 1
         models[c] = mean, shift, *weibull(np.array(farthest) - shift)
@@ -46,15 +47,22 @@ def slow_openmax(rows, tail, alpha):
     return scores
 
 
-@pytest.mark.parametrize(("tail", "alpha"), [(20, 10), (3, 2), (2, 1)])
+@pytest.mark.parametrize(("tail", "alpha"), [(None, 10), (20, 10), (3, 2), (2, 1)])
 def test_the_score_is_the_log_odds_of_the_unknown_class(real, tail, alpha):
     expected = slow_openmax(real, tail, alpha)
     np.testing.assert_allclose(real.score(OpenMax(tail=tail, alpha=alpha)), expected, rtol=1e-6)
 
 
 def test_a_longer_tail_is_fitted_too(blobs):
-    expected = slow_openmax(blobs, 20, 5)
-    np.testing.assert_allclose(blobs.score(OpenMax()), expected, rtol=1e-6)
+    expected = slow_openmax(blobs, 40, 5)
+    np.testing.assert_allclose(blobs.score(OpenMax(tail=40)), expected, rtol=1e-6)
+
+
+def test_a_tail_that_a_class_has_no_rows_for_is_refused(real):
+    detector = OpenMax(tail=500)
+    message = r"tail is 500, but 10 of 10 classes have fewer correct training rows: class \d has \d+\. Lower"
+    with pytest.raises(UserError, match=message):
+        detector.fit(real.training(detector))
 
 
 def test_a_class_without_correct_rows_keeps_its_logit(make_rows):

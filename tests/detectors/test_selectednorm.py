@@ -8,6 +8,7 @@ from pipeline.columns import BLOCK_NORM, FEATURE
 from pipeline.detectors.base import Jigsaw
 from pipeline.detectors.selectednorm import SelectedNorm
 from pipeline.errors import UserError
+from tests import slow
 
 
 def slow_selected_norm(rows, block, score):
@@ -19,7 +20,7 @@ def slow_selected_norm(rows, block, score):
             for weight, bias in zip(rows.weight.tolist(), rows.bias.tolist(), strict=True)
         ]
         total = math.fsum(math.exp(z) for z in logits)
-        scores.append(-math.log(total) if score == "energy" else -math.exp(max(logits)) / total)
+        scores.append(-math.log(total) if score == "energy" else slow.msp(logits))
     return scores
 
 

@@ -61,7 +61,7 @@ def test_a_combination_is_pickled_and_names_all_it_depends_on(real):
     both = combined(Energy(temperature=2), [React(p=80), Dice(p=10)])
     assert both.model_dump() == {
         "score": {"energy": {"temperature": 2.0}},
-        "steps": [{"react": {"p": 80.0}}, {"dice": {"p": 10.0}}],
+        "steps": [{"react": {"p": 80.0, "c": None}}, {"dice": {"p": 10.0}}],
     }
     assert both.name == "react + dice + energy"
     assert both.caption == "ReAct (2021) + DICE (2022) + Energy (2020)"

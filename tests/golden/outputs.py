@@ -106,8 +106,8 @@ def _name(record: dict[str, Any], datasets: Mapping[str, str]) -> str:
     """What an artefact is: kind or class, its version, its parameters, and the rows of a statistic."""
     kind, identity = record["kind"], record["identity"]
     if kind.startswith("bank "):
-        name, _, parameters = identity["detector"][:3]
-        return f"{name} {kind} {_shown(parameters)}"
+        name, versions, parameters = identity["detector"][:3]
+        return f"{name} {'.'.join(map(str, versions))} {kind} {_shown(parameters)}"
     if not kind.startswith("statistic "):
         return f"{kind} {_shown(identity['pass'])}"
     rows = ", ".join(datasets[name] for name in identity["features"])

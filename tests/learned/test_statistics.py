@@ -47,11 +47,11 @@ def cut(batch: dict[str, np.ndarray], size: int) -> list[dict[str, np.ndarray]]:
     ]
 
 
-def merged(batches, wanted: list[Statistic]) -> Statistics:
+def merged(batches, wanted: list[Statistic], head: Head = HEAD) -> Statistics:
     """Statistics as the pipeline computes them: batch by batch, merged in order."""
 
     def sweep(group, known):
-        measures = pickle.loads(pickle.dumps([each.measure(HEAD, known) for each in group]))
+        measures = pickle.loads(pickle.dumps([each.measure(head, known) for each in group]))
         total = [measure(batches[0]) for measure in measures]
         for batch in batches[1:]:
             total = [part.merge(measure(batch)) for part, measure in zip(total, measures, strict=True)]

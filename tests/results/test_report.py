@@ -53,6 +53,7 @@ class Setup:
     warnings: tuple[str, ...] = ()
     level: tuple[str, ...] = ()
     """Detectors of which no test tells one from another."""
+    notices: dict[str, list[str]] = field(default_factory=dict)
 
 
 def area(inlier, outlier):
@@ -177,6 +178,7 @@ def manifest_of(setup):
         },
         "not_applicable": setup.not_applicable,
         "warnings": list(setup.warnings),
+        "notices": setup.notices,
         "passes": [jigsaw, mixup] if setup.passes else [],
         "index": index if setup.index else {},
         "stages": {
@@ -649,6 +651,15 @@ def test_where_no_published_number_has_a_counterpart_no_empty_table_is_shown(tmp
     assert "published" not in page.cells
     assert "near_ood is no mean over the protocol's datasets (near_ood: tin)." in page.text
     assert "no published value has a counterpart in this run" in page.text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_notices_of_detectors_stand_with_the_summary(tmp_path, page):
+    notices = {"knn": ["k = 1 is <small>."], "grood": ["One.", "Two."]}
+    found = page_of(make_run(tmp_path, Setup(notices=notices)))
+    assert "knn: k = 1 is <small>." in found.text
+    assert "grood: One." in found.text and "grood: Two." in found.text
+    assert "is <small>." not in page.text
 
 
 @pytest.mark.usefixtures("undrawn")

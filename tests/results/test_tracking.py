@@ -74,6 +74,7 @@ def write_run(
         "datasets": {"test": dataset("id", accuracy=0.934), "cifar": dataset("near_ood")},
         "detectors": {k: v | {"uses_ood": k == "energy", "columns": []} for k, v in detectors.items()},
         "not_applicable": {"featurenorm": "the model has no block with maps."},
+        "notices": {"energy": ["T is high.", "Very."]},
         "passes": [],
         "index": {"knn-50": {"rows": 10, "kind": "flat", "recall_at_1": 0.75}},
         "stages": {"extract": {"seconds": 12.5, "images_per_second": 2100.0}, "fit": {"seconds": 3.0}},
@@ -189,6 +190,7 @@ def test_the_store_holds_what_the_folder_holds(tmp_path: Path, uri: str, experim
         "version.ood-pipeline": "0.1.0",
         "version.ray": "2.60.0",
         "not_applicable.featurenorm": "the model has no block with maps.",
+        "notice.energy": "T is high. Very.",
         "git_commit": "abc123",
         "mlflow.source.git.commit": "abc123",
     }

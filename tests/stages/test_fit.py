@@ -12,6 +12,8 @@ import pytest
 from pipeline import detectors
 from pipeline.cluster.engine import Engine
 from pipeline.config import schema
+from pipeline.detectors._steps import combined
+from pipeline.detectors.ash import Ash
 from pipeline.detectors.base import Detector, Training
 from pipeline.detectors.energy import Energy
 from pipeline.detectors.grood import Grood
@@ -158,6 +160,19 @@ def test_optional_detectors_that_the_training_rows_do_not_serve_are_left_out(eng
         assert found.not_applicable["she"].startswith("she: patterns need training rows")
     with pytest.raises(UserError, match=r"^detectors\.she: she: patterns need"):
         fit.fit_detectors(engine, chosen, training, Store(tmp_path / "fits"), table, made_of, FLAT, {"far"})
+
+
+def test_notices_of_a_detector_are_kept_with_it(engine, tmp_path) -> None:
+    training = Training(HEAD.weight, HEAD.bias)
+    chosen = {"plain": Energy(), "ash": Ash(), "pruned": combined(Energy(), [Ash(p=80), Ash()])}
+    found = [
+        fit.fit_detectors(engine, chosen, training, Store(tmp_path / "fits"), None, made_of, FLAT)
+        for _ in range(2)
+    ]
+    assert found[0].notices == found[1].notices
+    assert list(found[0].notices) == ["ash", "pruned"]
+    (notice,) = found[0].notices["ash"]
+    assert "this network has 5 classes" in notice
 
 
 def test_a_bank_that_is_not_there_yet_is_no_reason_to_leave_a_detector_out(engine, tmp_path) -> None:

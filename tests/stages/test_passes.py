@@ -169,6 +169,22 @@ def test_noise_keeps_the_images_the_classifier_is_least_sure_about(runner, plan)
     np.testing.assert_allclose(result["mean"], feature[lowest].astype(np.float64).mean(axis=0), rtol=1e-12)
 
 
+def test_noise_is_blurred_5_pixels_wide_and_7_high(plan) -> None:
+    worker, rows, seen = passes.Worker(plan, 1), 16, list[torch.Tensor]()
+    worker.classifier.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    worker.noise(0, rows)
+    rng = np.random.default_rng([plan.seed, 0])
+    uniform = rng.random((rows, 1, 28, 28), dtype=np.float32)
+    for image, sigma, found in zip(uniform, rng.uniform(0.2, 5, rows), seen[0], strict=True):
+        rows_of, columns = (np.exp(-0.5 * (np.arange(-n, n + 1) / sigma) ** 2) for n in (3, 2))
+        padded = np.pad(image[0], ((3, 3), (2, 2)), mode="reflect")
+        expected = np.zeros((28, 28))
+        for y, above in enumerate(rows_of / rows_of.sum()):
+            for x, beside in enumerate(columns / columns.sum()):
+                expected += above * beside * padded[y : y + 28, x : x + 28]
+        np.testing.assert_allclose(found[0].numpy(), (expected - 0.286) / 0.353, atol=1e-5)
+
+
 def test_the_network_is_left_without_hooks(plan, train) -> None:
     worker = passes.Worker(plan, 1)
     worker.mean_map(train, np.arange(20), "layer3")

@@ -37,6 +37,7 @@ def of_run(manifest: Mapping[str, Any], config: object, rows: list[dict[str, Any
     tags += [(("version", package), version) for package, version in manifest["versions"].items()]
     tags += [(("warnings",), "\n".join(manifest["warnings"]))] if manifest.get("warnings") else []
     tags += [(("not_applicable", label), reason) for label, reason in manifest["not_applicable"].items()]
+    tags += [(("notice", label), " ".join(texts)) for label, texts in manifest.get("notices", {}).items()]
     tags += [((key,), commit) for key in ("git_commit", "mlflow.source.git.commit") if commit]
     metrics: list[tuple[tuple[str, ...], Any]] = []
     for stage, numbers in manifest["stages"].items():
