@@ -11,7 +11,7 @@ AGAIN = "What is finished is kept: run the same command again to go on."
 """End of a message about a failure that does not lie in the config."""
 
 
-_AUTHORITY = re.compile(r'(?<=://)[^\s/?#"<>]*@')
+_AUTHORITY = re.compile(r'(?<=://)(?!anonymous@)[^\s/?#"<>]*@')
 _SECRET = r"[^=&\s\"<>]*(?:token|key|secret|passw|signature|credential|auth)[^=&\s\"<>]*|sig"
 _QUERY = re.compile(rf"""([?&](?:{_SECRET})=)[^&#\s"<>]+""", re.IGNORECASE)
 

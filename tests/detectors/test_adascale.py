@@ -62,23 +62,31 @@ def at(rows, moved):
     return replace(rows, query={**rows.query, MOVED: moved.astype(np.float32)})
 
 
-def test_the_most_shifted_images_are_scaled_as_by_scale_at_p_min(rows):
-    far = at(rows, rows.query[FEATURE] + 1000)
+@pytest.fixture
+def unsigned(rows):
+    """As behind a ReLU, which is where the sums of SCALE and AdaSCALE are the same."""
+    return replace(rows, query={**rows.query, FEATURE: np.abs(rows.query[FEATURE])})
+
+
+def test_the_most_shifted_images_are_scaled_as_by_scale_at_p_min(unsigned):
+    far = at(unsigned, unsigned.query[FEATURE] + 1000)
     score = far.score(AdaScale(p_min=40, p_max=90))
-    np.testing.assert_allclose(score, rows.score(Scale(p=40)), rtol=1e-12)
+    np.testing.assert_allclose(score, unsigned.score(Scale(p=40)), rtol=1e-12)
 
 
-def test_the_least_shifted_images_are_scaled_as_by_scale_at_p_max(rows):
+def test_the_least_shifted_images_are_scaled_as_by_scale_at_p_max(unsigned):
     # More than that of any sample, but for images that do not move and of which nothing remains.
-    still = at(rows, rows.query[FEATURE])
-    samples = {**rows.results[Samples], "extra": rows.results[Samples]["feature"] + 1000}
-    still = replace(still, results={**rows.results, Samples: samples})
+    still = at(unsigned, unsigned.query[FEATURE])
+    samples = {**unsigned.results[Samples], "extra": unsigned.results[Samples]["feature"] + 1000}
+    still = replace(still, results={**unsigned.results, Samples: samples})
     score = still.score(AdaScale(p_min=40, p_max=90))
-    np.testing.assert_allclose(score, rows.score(Scale(p=90)), rtol=1e-12)
+    np.testing.assert_allclose(score, unsigned.score(Scale(p=90)), rtol=1e-12)
 
 
-def test_equal_percentiles_are_scale_whatever_moves(rows):
-    np.testing.assert_allclose(rows.score(AdaScale(p_min=85, p_max=85)), rows.score(Scale(p=85)), rtol=1e-12)
+def test_equal_percentiles_are_scale_whatever_moves(unsigned):
+    np.testing.assert_allclose(
+        unsigned.score(AdaScale(p_min=85, p_max=85)), unsigned.score(Scale(p=85)), rtol=1e-12
+    )
 
 
 def test_a_feature_without_positive_entries_keeps_the_energy_of_its_logits(make_rows):

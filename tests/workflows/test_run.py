@@ -232,7 +232,7 @@ def check_contract(folder: Path) -> None:
         assert np.mean(inside[name] <= threshold) >= 0.95
         np.testing.assert_array_equal(production[f"is_ood.{name}"], production[name] > threshold)
     groups = set(pq.read_table(folder / "metrics.parquet")["group"].to_pylist())
-    assert groups == {"id", "near_ood", "far_ood", "fs_near_ood", "fs_far_ood"}
+    assert groups == {"id", "shifted_id", "near_ood", "far_ood", "fs_near_ood", "fs_far_ood"}
     assert yaml.safe_load((folder / "config.yaml").read_text())["name"] == "small"
 
 
