@@ -113,6 +113,8 @@ def _show_probe(working: Engine, ready: Prepared, batch_sizes: bool) -> None:
     )
     for key, reason in found.errors[:5]:
         console.print(f"unreadable  {key}: {reason}", markup=False)
+    if found.numbering is not None:
+        console.print(f"[bold]warning[/]   {found.numbering}: see `labels` of your datasets.")
     for size, rate in found.forward.items() if batch_sizes else ():
         best = "  <- fastest" if rate == max(found.forward.values()) else ""
         console.print(f"batch     {size:>5}  {rate:,.0f} images/s{best}")

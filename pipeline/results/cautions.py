@@ -37,6 +37,13 @@ class Found:
         }
 
 
+def numbering(found: Found) -> Iterator[str]:
+    """Labels in another order than the network's, and networks that guess."""
+    for name, entry in found.manifest["datasets"].items():
+        if entry.get("numbering"):
+            yield f"{name}: {entry['numbering']}: see `labels` of the dataset."
+
+
 def few_images(found: Found) -> Iterator[str]:
     """Datasets with too few images for any number to mean much."""
     for name, entry in found.manifest["datasets"].items():
@@ -93,6 +100,7 @@ def huge_thresholds(found: Found) -> Iterator[str]:
 
 
 KINDS: tuple[Callable[[Found], Iterator[str]], ...] = (
+    numbering,
     few_images,
     few_training_rows,
     below_chance,

@@ -146,6 +146,7 @@ def _dataset(ready: Prepared, dataset: schema.Dataset) -> dict[str, Any]:
         "digest": job.manifest.digest,
         "extras": {extra.column: ready.network.width(extra) for extra in job.extras},
         "accuracy": None,
+        "numbering": None,
     }
 
 

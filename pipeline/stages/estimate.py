@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cluster.engine import Engine
-from pipeline.columns import padded
+from pipeline.columns import LOGITS, padded
 from pipeline.errors import UserError
+from pipeline.metrics.numbering import Numbering, suspicious
+from pipeline.network.classifier import Classifier
 from pipeline.stages import decoding, extract, shards
 from pipeline.stages.prepare import Prepared
 
@@ -78,6 +80,8 @@ class Probe:
     """Images per second and CPU, from stored bytes to pixels."""
     forward: dict[int, float]
     """Images per second of one model actor, by batch size."""
+    numbering: Numbering | None = None
+    """What is suspicious about the order of labels."""
 
 
 def duration(engine: Engine, ready: Prepared, found: Probe) -> tuple[float, int]:
@@ -153,4 +157,16 @@ class Prober:
                     raise
                 raise UserError(f"extract.batch_size: {size} images do not fit: {error}. Lower it.") from None
             rates[size] = count * size / (time.perf_counter() - started)
-        return Probe(len(table), decoded.errors, decode, rates)
+        numbering = self._numbering(classifier, decoded, min(rates))
+        return Probe(len(table), decoded.errors, decode, rates, numbering)
+
+    def _numbering(self, classifier: Classifier, decoded: decoding.Decoded, size: int) -> Numbering | None:
+        """What the network makes of the images that have a label."""
+        predictions = [
+            classifier.forward(padded(batch.pixels, size))[LOGITS][: len(batch.rows)].argmax(axis=1)
+            for batch in decoded.batches(size)
+        ]
+        predicted = np.concatenate(predictions).astype(np.int64)
+        given = [extract.label_of(row, int(one)) for row, one in zip(decoded.rows, predicted, strict=True)]
+        labels = np.array([-1 if label is None else label for label in given], np.int64)
+        return suspicious(labels, predicted, len(classifier.head[1]))

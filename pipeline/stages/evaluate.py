@@ -16,6 +16,7 @@ import pyarrow.csv
 from pipeline.cluster.engine import Engine
 from pipeline.columns import LABEL, PREDICTION, Float
 from pipeline.metrics import comparisons, metrics, pairs
+from pipeline.metrics.numbering import suspicious
 from pipeline.stages.score import SCORE, ScoreJob
 from pipeline.workspace import artifacts, files, tables
 from pipeline.workspace.artifacts import File
@@ -202,6 +203,17 @@ def _column(scores: Iterable[Sequence[tables.Table]]) -> Float:
             there = reduce(pc.and_, (each.is_valid() for each in others), own.is_valid())
             columns.append(own.filter(there).to_numpy())
     return np.concatenate(columns) if columns else np.empty(0)
+
+
+def numbering(features: tables.Table, classes: int) -> str:
+    """What is suspicious about the order of the labels of ID rows, in words; nothing if nothing is."""
+    absent = {LABEL: -1, PREDICTION: 0}
+    found = [
+        [table[name].fill_null(value).to_numpy() for name, value in absent.items()]
+        for table in features.columns([LABEL, PREDICTION])
+    ]
+    labels, predictions = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return str(suspicious(labels, predictions, classes) or "")
 
 
 def _accuracy(dataset: str, role: str, features: tables.Table) -> dict[str, Any]:

@@ -271,7 +271,7 @@ def extract_rows(
         keys = np.array([row[KEY] for row in batch.rows], dtype=object)
         errors += [[key, "the network's output is not finite"] for key in keys[~finite]]
         prediction = output[LOGITS].argmax(axis=1).astype(np.int32)
-        labels = np.array(list(map(_label, batch.rows, prediction.tolist())), dtype=np.int32)
+        labels = np.array(list(map(label_of, batch.rows, prediction.tolist())), dtype=np.int32)
         for name, values in {KEY: keys, LABEL: labels, PREDICTION: prediction, **output}.items():
             columns.setdefault(name, []).append(values[finite])
         if others:
@@ -279,7 +279,7 @@ def extract_rows(
     return _feature_table(classifier, columns, settings), errors, forwarded
 
 
-def _label(row: dict[str, Any], prediction: int) -> int:
+def label_of(row: dict[str, Any], prediction: int) -> int:
     """Label of an image; where several are accepted, the prediction if it is among them, else the first."""
     label: int = prediction if prediction in (row[ACCEPTED] or ()) else row[LABEL]
     return label

@@ -666,6 +666,11 @@ class Run:
         for row in rows:
             if row["metric"] == "id_accuracy":
                 content["datasets"][row["dataset"]]["accuracy"] = row["value"]
+        for job in self.ready.of_role(*schema.ID_ROLES):
+            entry = content["datasets"][job.dataset]
+            if entry["numbering"] is None:  # once: it reads the labels of all rows
+                table, classes = self.features[job.dataset], len(self.ready.network.head[1])
+                entry["numbering"] = evaluate.numbering(table, classes)
         content["warnings"] = cautions(Found(content, rows, files.read_json(folder / "thresholds.json")))
 
     def _accuracy_note(self) -> str:

@@ -66,3 +66,9 @@ def test_each_kind_is_told_with_what_it_is_about(run: Found, said: str) -> None:
 
 def test_few_training_rows_matter_only_to_what_reads_the_feature() -> None:
     assert cautions(found(scores(60, 0), scores(70, 2), train=3, columns="logits")) == []
+
+
+def test_labels_in_another_order_are_told_first() -> None:
+    given = found(scores(20, 0), scores(60, 2))
+    given.manifest["datasets"]["id_set"]["numbering"] = "labels are not the network's"
+    assert cautions(given)[0] == "id_set: labels are not the network's: see `labels` of the dataset."

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from pipeline.columns import LOGITS
 from pipeline.config import schema
 from pipeline.errors import UserError
 from pipeline.network.classifier import fitting
@@ -83,10 +85,11 @@ def test_nothing_readable_is_an_error(ready) -> None:
 
 @pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
 def test_a_batch_that_does_not_fit_ends_the_search(ready, monkeypatch, kind) -> None:
-    def forward(self: Any, pixels: Any) -> None:
+    def forward(self: Any, pixels: Any) -> dict[str, Any]:
         with fitting(len(pixels)):
             if len(pixels) > limit:
                 raise kind("out of memory")
+        return {LOGITS: np.zeros((len(pixels), 10))}
 
     monkeypatch.setattr(estimate.extract.Classifier, "forward", forward)
     monkeypatch.setattr(estimate, "_SECONDS", 0.0)
