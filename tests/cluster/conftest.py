@@ -42,14 +42,19 @@ def several(images: Path) -> dict[str, Any]:
     return settings
 
 
-@pytest.fixture(scope="session")
-def demanding(images: Path) -> dict[str, Any]:
-    """Every detector, with actors that need logical GPUs and the special resource; the device is the CPU."""
-    settings = everything(small(images), images)
-    settings["extract"] |= {"shard_rows": 32, "actors": 2, "gpus_per_actor": 1, "device": "cpu"}
-    settings["extract"]["resources"] = {"special": 1}
-    settings["index"] = {"shards": 3, "gpus_per_shard": 0.25, "cpus_per_shard": 0.25, "device": "cpu"}
-    return settings
+@pytest.fixture(params=["several", pytest.param("every", marks=pytest.mark.chaos)])
+def demanding(request: pytest.FixtureRequest, several: dict[str, Any], images: Path) -> dict[str, Any]:
+    """Some or all detectors, with actors that need logical GPUs and the special resource; all on the CPU."""
+    settings = several if request.param == "several" else everything(small(images), images)
+    extract = {
+        "shard_rows": 32,
+        "actors": 2,
+        "gpus_per_actor": 1,
+        "device": "cpu",
+        "resources": {"special": 1},
+    }
+    index = {"shards": 3, "gpus_per_shard": 0.25, "cpus_per_shard": 0.25, "device": "cpu"}
+    return {**settings, "extract": {**settings["extract"], **extract}, "index": index}
 
 
 @pytest.fixture(scope="session")
