@@ -223,8 +223,8 @@ def _fit(image: Image.Image, transform: Transform) -> Pixels:
 def jigsaw(pixels: Pixels, grid: int, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     """An image and its jigsaw puzzle: the same tiles in another order (Yu et al., CVPR 2023, sec. 3.3).
 
-    Both are cropped to a multiple of `grid`, so that no border tells them apart, and the identity
-    permutation is never drawn.
+    A side that `grid` does not divide is cropped for both, and both are brought back to the size that the
+    network takes: no border tells them apart. The identity permutation is never drawn.
 
     Args:
         pixels: (H, W, channels) uint8.
@@ -232,7 +232,7 @@ def jigsaw(pixels: Pixels, grid: int, rng: np.random.Generator) -> tuple[Pixels,
         rng: source of the permutation.
 
     Returns:
-        The cropped image and its jigsaw, each (grid * (H // grid), grid * (W // grid), channels) uint8.
+        The image and its jigsaw, each (H, W, channels) uint8.
     """
     height, width = pixels.shape[0] // grid, pixels.shape[1] // grid
     whole = pixels[: height * grid, : width * grid]
@@ -243,4 +243,16 @@ def jigsaw(pixels: Pixels, grid: int, rng: np.random.Generator) -> tuple[Pixels,
     while np.array_equal(order, np.arange(grid * grid)):
         order = rng.permutation(grid * grid)
     shuffled = tiles[order].reshape(grid, grid, height, width, -1).swapaxes(1, 2)
-    return whole, np.ascontiguousarray(shuffled.reshape(whole.shape))
+    puzzle = np.ascontiguousarray(shuffled.reshape(whole.shape))
+    if whole.shape == pixels.shape:
+        return whole, puzzle
+    return _resized(whole, pixels.shape), _resized(puzzle, pixels.shape)
+
+
+def _resized(pixels: Pixels, shape: tuple[int, ...]) -> Pixels:
+    """Bilinear, (height, width, channels) of a shape."""
+    channels = [
+        Image.fromarray(pixels[:, :, channel]).resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+        for channel in range(shape[2])
+    ]
+    return np.stack([np.asarray(channel) for channel in channels], axis=2)

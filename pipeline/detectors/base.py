@@ -77,6 +77,7 @@ class Jigsaw(Pass):
     Result: `ratio` (B,) float64, `stderr` (B,) float64 and `samples` () int.
     """
 
+    version: ClassVar[int] = 2
     samples: int = Field(default=10_000, ge=2)
     grid: int = Field(default=3, ge=2)
 

@@ -56,6 +56,19 @@ class FeatureNorm(Detector):
         """
         return FeatureNormScorer(self.chosen(train))
 
+    def notices(self, train: Training) -> tuple[str, ...]:
+        """Whether the premise fails: that images have a larger norm than their jigsaws, in the best block."""
+        if self.block != AUTO:
+            return ()
+        best = train.passes[self._jigsaw()]["ratio"][self._best(train)]
+        if best >= 1:
+            return ()
+        return (
+            "jigsaws of training images have larger norms than the images in every block (the best NormRatio is "
+            f"{best:.3f}, of {train.blocks[self._best(train)]}), so norms do not tell what the network knows: do "
+            "not rely on this detector here, or name another block.",
+        )
+
     def chosen(self, train: Training) -> int:
         """Position of the block in `block_norm`.
 

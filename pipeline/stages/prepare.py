@@ -305,7 +305,7 @@ def check_applies(label: str, detector: Detector, network: Network) -> None:
         if isinstance(spec, Mixup):
             _check_layer(label, spec, network.description)
         if isinstance(spec, Jigsaw):
-            _check_grid(f"detectors.{label}.grid", spec.grid, network)
+            _check_grid(f"detectors.{label}.grid", spec.grid, network.description.transform.crop)
 
 
 def _check_network(label: str, detector: Detector, network: Network) -> None:
@@ -402,29 +402,10 @@ def check_rows(label: str, detector: Detector, rows: int) -> None:
         raise UserError(f"detectors.{label}.k is {k} but there are {rows} training images; lower k.")
 
 
-def _check_grid(where: str, grid: int, network: Network) -> None:
-    """Whether the network takes the slightly smaller images that jigsaws are."""
-    transform = network.description.transform
-    crop, channels = transform.crop, transform.channels
-    side = crop // grid * grid
-    if side == 0:
+def _check_grid(where: str, grid: int, crop: int) -> None:
+    """Whether tiles have a pixel at least."""
+    if grid > crop:
         raise UserError(f"{where} is {grid} but images have {crop} pixels per side; lower grid.")
-    if side == crop:
-        return
-
-    def run(classifier: Classifier) -> None:
-        try:
-            classifier.forward(np.zeros((2, side, side, channels), np.uint8))
-        except WRONG_SIZE as error:
-            raise UserError(
-                f"jigsaws of {grid} x {grid} tiles have {side} pixels per side, which the model "
-                f"does not take ({error}). Choose a grid that divides {crop}, or name the block."
-            ) from None
-
-    try:
-        network.check(["grid", grid], run)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _check_labels(dataset: Dataset, manifest: Manifest, classes: int, learned: bool) -> None:

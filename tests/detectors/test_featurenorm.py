@@ -45,6 +45,16 @@ def test_auto_takes_the_first_block_with_the_highest_finite_ratio(make_rows, rat
     )
 
 
+def test_that_no_block_prefers_images_to_jigsaws_is_told(make_rows):
+    for ratio, told in (([0.9, 0.95], 1), ([0.9, 1.0], 0), ([np.nan, 0.4], 1)):
+        rows = with_ratio(make_rows(), ratio)
+        found = FeatureNorm().notices(rows.training(FeatureNorm()))
+        assert len(found) == told
+        assert all(f"the best NormRatio is {np.nanmax(ratio):.3f}" in text for text in found)
+    named = FeatureNorm(block=rows.training(FeatureNorm()).blocks[0])
+    assert named.notices(rows.training(named)) == ()
+
+
 def test_auto_without_any_ratio_is_an_error(make_rows):
     with pytest.raises(UserError, match="no block has a finite NormRatio"):
         chosen_block(make_rows(), [np.nan, np.nan, np.nan])

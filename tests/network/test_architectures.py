@@ -24,11 +24,6 @@ from tests.network.loaded import Loaded
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "models.md"
 ALL = "all"
-GRID = "all; `featurenorm` with `grid: 4`"
-FIXED = (
-    r"detectors\.(featurenorm|selectednorm)\.grid: jigsaws of 3 x 3 tiles have \d+ pixels per side, "
-    r"which the model does not"
-)
 
 
 @dataclass(frozen=True)
@@ -76,15 +71,14 @@ TABLE = (
         768,
         12,
         "encoder.layers.encoder_layer_8",
-        GRID,
         options={"image_size": 64},
     ),
     Row("torchvision", "swin_t", "head", 768, 15, "features.5.5"),
     Row("torchvision", "maxvit_t", "classifier.5", 512, 6, "blocks.2", size=224),
-    Row("timm", "vit_tiny_patch16_224", "head", 192, 12, "blocks.8", GRID, options=SMALL),
-    Row("timm", "deit_tiny_patch16_224", "head", 192, 12, "blocks.8", GRID, options=SMALL),
-    Row("timm", "beit_base_patch16_224", "head", 768, 12, "blocks.8", GRID, options=SMALL),
-    Row("timm", "mixer_s32_224", "head", 512, 8, "blocks.5", GRID, options=SMALL),
+    Row("timm", "vit_tiny_patch16_224", "head", 192, 12, "blocks.8", options=SMALL),
+    Row("timm", "deit_tiny_patch16_224", "head", 192, 12, "blocks.8", options=SMALL),
+    Row("timm", "beit_base_patch16_224", "head", 768, 12, "blocks.8", options=SMALL),
+    Row("timm", "mixer_s32_224", "head", 512, 8, "blocks.5", options=SMALL),
     Row("timm", "convnext_atto", "head.fc", 320, 4, "stages.2"),
     Row("timm", "resnetv2_50x1_bit", "head.fc", 2048, 4, "stages.2"),
     Row("timm", "tf_efficientnet_lite0", "classifier", 1280, 15, "blocks.4.2"),
@@ -137,7 +131,7 @@ def test_taps_are_found_and_the_head_on_the_feature_gives_the_logits(made: tuple
 
 
 def test_each_detector_applies_or_says_why_not(made: tuple[Row, Classifier]) -> None:
-    row, classifier = made
+    _, classifier = made
     dropouts = [each for each in classifier.module.modules() if isinstance(each, torch.nn.Dropout) and each.p]
     for name in detectors.names():
         detector = detectors.get(name)()
@@ -145,10 +139,6 @@ def test_each_detector_applies_or_says_why_not(made: tuple[Row, Classifier]) -> 
             with pytest.raises(UserError, match="the model has no dropout layer"):
                 check_applies(name, detector, Loaded(classifier))
             continue
-        if name in ("featurenorm", "selectednorm") and row.applies == GRID:
-            with pytest.raises(UserError, match=rf"{FIXED}.*Choose a grid that divides {row.size}"):
-                check_applies(name, detector, Loaded(classifier))
-            detector = detectors.get(name)(grid=4)
         check_applies(name, detector, Loaded(classifier))
 
 

@@ -53,13 +53,13 @@ def flat(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return settings
 
 
-def test_jigsaws_that_the_model_cannot_take_are_refused(flat, load) -> None:
+def test_jigsaws_have_the_size_of_images_so_a_model_of_one_size_takes_them(flat, load) -> None:
     flat["model"]["blocks"] = ["block"]
-    flat["detectors"] = ["featurenorm"]
-    with pytest.raises(UserError, match=r"featurenorm\.grid: jigsaws of 3 x 3 .* 27 pixels.*divides 28"):
-        prepare.prepare(load(flat))
-    flat["detectors"] = [{"featurenorm": {"grid": 4}}]
+    flat["detectors"] = ["featurenorm", {"selectednorm": {"grid": 5}}]
     prepare.prepare(load(flat))
+    flat["detectors"] = [{"featurenorm": {"grid": 29}}]
+    with pytest.raises(UserError, match=r"featurenorm\.grid is 29 but images have 28 pixels per side"):
+        prepare.prepare(load(flat))
 
 
 def test_a_model_without_blocks_says_which_detectors_do_not_apply(flat, load) -> None:

@@ -54,9 +54,6 @@ def test_every_detector_runs_on_an_exported_vision_transformer(
     raw["model"] = {"source": "exported", "name": "vit.pt2", "transform": raw["model"]["transform"]}
     raw["detectors"][-1]["gradnorm_fc"]["layers"] = ["heads.head"]
     raw["datasets"] = [entry for entry in raw["datasets"] if entry["name"] not in ("textures", "production")]
-    for entry in raw["detectors"]:
-        for name in {"featurenorm", "selectednorm"} & set(entry):
-            entry[name]["grid"] = 4
     found = scores(execute(load(raw), last="score").folder, "animals")
     assert set(found) - {"key", "label", "prediction"} >= {
         "featurenorm",

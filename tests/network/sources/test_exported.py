@@ -92,20 +92,14 @@ def test_a_program_has_the_output_and_the_taps_of_its_network(network, tmp_path:
     np.testing.assert_allclose(output["feature"] @ weight.T + bias, plain, atol=1e-4)
 
 
-def test_detectors_apply_as_to_the_network_but_for_the_fixed_size(tmp_path: Path) -> None:
+def test_detectors_apply_as_to_the_network(tmp_path: Path) -> None:
     classifier = exported(export(resnet().eval(), tmp_path / "net.pt2"))
     with pytest.raises(UserError, match=r"no dropout layer with a rate above 0"):
         check_applies("mcdropout", detectors.get("mcdropout")(), Loaded(classifier))
     for name in detectors.names():
         if name == "mcdropout":
             continue
-        if name in ("featurenorm", "selectednorm"):
-            with pytest.raises(UserError, match=r"jigsaws of 3 x 3 tiles have 30 pixels per side"):
-                check_applies(name, detectors.get(name)(), Loaded(classifier))
-        detector = (
-            detectors.get(name)(grid=4) if name in ("featurenorm", "selectednorm") else detectors.get(name)()
-        )
-        check_applies(name, detector, Loaded(classifier))
+        check_applies(name, detectors.get(name)(), Loaded(classifier))
 
 
 def test_a_program_without_blocks_has_no_feature_norm_and_no_layer_to_mix(tmp_path: Path) -> None:
