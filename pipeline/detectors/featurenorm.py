@@ -64,9 +64,9 @@ class FeatureNorm(Detector):
         if best >= 1:
             return ()
         return (
-            "jigsaws of training images have larger norms than the images in every block (the best NormRatio is "
-            f"{best:.3f}, of {train.blocks[self._best(train)]}), so norms do not tell what the network knows: do "
-            "not rely on this detector here, or name another block.",
+            "jigsaws of training images have larger norms than the images in every block (the best NormRatio "
+            f"is {best:.3f}, of {train.blocks[self._best(train)]}), so norms do not tell what the network "
+            "knows: do not rely on this detector here, or name another block.",
         )
 
     def chosen(self, train: Training) -> int:
