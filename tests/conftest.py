@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -156,17 +157,7 @@ def settings(images: Path) -> dict[str, Any]:
 def small(images: Path) -> dict[str, Any]:
     """The raw config of a small evaluation."""
 
-    def dataset(name: str, role: str, labelled: bool = False) -> dict[str, Any]:
-        labels = {"labels": f"{name}_y"} if labelled else {}
-        return {
-            "name": name,
-            "role": role,
-            "format": "npz",
-            "path": str(images),
-            "images": f"{name}_x",
-            **labels,
-        }
-
+    dataset = partial(_dataset, images)
     return {
         "name": "small",
         "model": {
@@ -187,24 +178,20 @@ def small(images: Path) -> dict[str, Any]:
     }
 
 
+def _dataset(images: Path, name: str, role: str, labelled: bool = False) -> dict[str, Any]:
+    arrays = {"images": f"{name}_x"} | ({"labels": f"{name}_y"} if labelled else {})
+    return {"name": name, "role": role, "format": "npz", "path": str(images), **arrays}
+
+
 def everything(raw: dict[str, Any], images: Path) -> dict[str, Any]:
     """The small evaluation with every role, statistic, pass and kind of bank."""
 
-    def extra(name: str, role: str, **labels: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "role": role,
-            "format": "npz",
-            "path": str(images),
-            "images": f"{name}_x",
-            **labels,
-        }
-
+    dataset = partial(_dataset, images)
     raw["datasets"] += [
-        extra("shifted", "shifted_id", labels="shifted_y"),
-        extra("held", "id_val", labels="held_y"),
-        extra("val", "ood_val"),
-        extra("production", "unlabelled"),
+        dataset("shifted", "shifted_id", labelled=True),
+        dataset("held", "id_val", labelled=True),
+        dataset("val", "ood_val"),
+        dataset("production", "unlabelled"),
     ]
     for entry in raw["datasets"]:
         entry["limit"] = {"train": 400, "id": 100, "id_val": 100}.get(entry["role"], 64)
