@@ -11,7 +11,8 @@ AGAIN = "What is finished is kept: run the same command again to go on."
 """End of a message about a failure that does not lie in the config."""
 
 
-_AUTHORITY = re.compile(r'(?<=://)(?!anonymous@)[^\s/?#"<>]*@')
+_NO_SECRET = "(?<!abfs://)(?<!abfss://)(?!anonymous@)"  # there, a container; nobody
+_AUTHORITY = re.compile(rf"""(?<=://)(?:{_NO_SECRET}[^\s/?#"<>]*|[^\s/?#"<>@:]*:[^\s/?#"<>]*)@""")
 _SECRET = r"[^=&\s\"<>]*(?:token|key|secret|passw|signature|credential|auth)[^=&\s\"<>]*|sig"
 _QUERY = re.compile(rf"""([?&](?:{_SECRET})=)[^&#\s"<>]+""", re.IGNORECASE)
 

@@ -314,6 +314,13 @@ def test_an_at_sign_in_a_path_is_no_credential(load, uri):
 
 
 @pytest.mark.parametrize(
+    "uri", ["abfss://container@account.dfs.core.windows.net/x", "gs://anonymous@bucket/x"]
+)
+def test_a_container_and_nobody_are_no_credentials(load, uri):
+    assert load(key(RAW, "workspace", uri)).workspace == uri
+
+
+@pytest.mark.parametrize(
     ("override", "read"),
     [
         ("seed=7", lambda c: c.seed == 7),
