@@ -57,9 +57,8 @@ def _put(node: dict[str, Any], key: str, value: Any) -> None:
 
 def _position(items: list[Any], key: str, where: str) -> tuple[int, bool]:
     """Position of a list item; and whether the key is its whole text or its key, as for detectors."""
-    if key.isdecimal() and int(key) < len(items):
-        return int(key), False
     position = position_of(items, key)
     if position is None:
         raise UserError(f"{where}: {unknown('item', key, [name for item in items for name in names(item)])}")
-    return position, isinstance(items[position], str) or key in items[position]
+    item = items[position]
+    return position, key == item or (isinstance(item, dict) and key in item)

@@ -31,13 +31,14 @@ from pipeline.metrics.metrics import Counts, Estimate
 LEVEL = 0.95
 """Of all intervals."""
 _TAIL = (1 - LEVEL) / 2
-_Z = 1.959963984540054
+Z = 1.959963984540054
+"""Standard errors on either side of an estimate in a 95 % interval."""
 
 
 def wilson(value: float, rows: float) -> tuple[float, float]:
     """Wilson's interval of a share in [0, 1] of so many rows, which need not be a whole number."""
-    centre, slack = value + _Z**2 / (2 * rows), _Z * sqrt(value * (1 - value) / rows + (_Z / rows) ** 2 / 4)
-    scale = 1 + _Z**2 / rows
+    centre, slack = value + Z**2 / (2 * rows), Z * sqrt(value * (1 - value) / rows + (Z / rows) ** 2 / 4)
+    scale = 1 + Z**2 / rows
     return max((centre - slack) / scale, 0.0), min((centre + slack) / scale, 1.0)
 
 

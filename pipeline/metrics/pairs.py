@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.columns import Float
-from pipeline.metrics.intervals import averages
+from pipeline.metrics.intervals import Z, averages
 from pipeline.metrics.metrics import METRICS, Counts, checked, counted, metrics_at
 
 GROUPS = 1024
@@ -27,7 +27,6 @@ RESAMPLES = 200
 """Of the paired bootstrap; standard errors are good to 5 %."""
 _BINS = 2048
 """Most distinct scores that a resample tells apart."""
-_Z = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,8 @@ def differences(samples: Mapping[str, Sequence[Sample]]) -> Iterator[Difference]
                     together[0].dataset,
                     metric,
                     difference,
-                    difference - _Z * error,
-                    difference + _Z * error,
+                    difference - Z * error,
+                    difference + Z * error,
                     p,
                     p_holm,
                 )
@@ -161,7 +160,7 @@ def _test(one: Sample, other: Sample, column: int) -> tuple[float, float, float]
     if error < 1e-12:  # both the same on every draw, as of few rows that all are separated or equal
         if abs(difference) < 1e-12:
             return difference, 0.0, 1.0
-        error = _Z / 2 / (one.rows + _Z**2)  # half of Wilson's interval of as many rows that all agree
+        error = Z / 2 / (one.rows + Z**2)  # half of Wilson's interval of as many rows that all agree
     return difference, error, float(2 * ndtr(-abs(difference) / error))
 
 

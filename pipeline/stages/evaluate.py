@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+from numpy.typing import NDArray
 
 from pipeline.cluster.engine import Engine
 from pipeline.columns import LABEL, PREDICTION, Float
@@ -207,21 +208,24 @@ def _column(scores: Iterable[Sequence[tables.Table]]) -> Float:
 
 def numbering(features: tables.Table, classes: int) -> str:
     """What is suspicious about the order of the labels of ID rows, in words; nothing if nothing is."""
-    absent = {LABEL: -1, PREDICTION: 0}
-    found = [
-        [table[name].fill_null(value).to_numpy() for name, value in absent.items()]
+    labels, predictions = _labelled(features)
+    return str(suspicious(labels, predictions, classes) or "")
+
+
+def _labelled(features: tables.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(N,) labels, -1 where there is none, and predictions of all rows."""
+    parts = [
+        (table[LABEL].fill_null(-1).to_numpy(), table[PREDICTION].to_numpy())
         for table in features.columns([LABEL, PREDICTION])
     ]
-    labels, predictions = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return str(suspicious(labels, predictions, classes) or "")
+    labels, predictions = (np.concatenate(each).astype(np.int64) for each in zip(*parts, strict=True))
+    return labels, predictions
 
 
 def _accuracy(dataset: str, role: str, features: tables.Table) -> dict[str, Any]:
     """The row with the classifier's accuracy on a dataset of its classes; its argmax, not a detector's."""
-    correct = total = 0
-    for table in features.columns([LABEL, PREDICTION]):
-        correct += int((table[LABEL].to_numpy() == table[PREDICTION].to_numpy()).sum())
-        total += len(table)
-    estimate = metrics.accuracy(correct, total)
+    labels, predictions = _labelled(features)
+    total = len(labels)
+    estimate = metrics.accuracy(int((labels == predictions).sum()), total)
     row = {"detector": CLASSIFIER, "dataset": dataset, "group": role, "metric": "id_accuracy"}
     return {**row, **estimate._asdict(), "n_id": total, "n_ood": 0}

@@ -17,7 +17,7 @@ from pipeline.columns import Float
 from pipeline.config import schema
 from pipeline.errors import UserError
 from pipeline.workspace import files, storage
-from pipeline.workspace.artifacts import Artifact, Record, Store, name_of, opened
+from pipeline.workspace.artifacts import Artifact, File, Record, Store, name_of, opened
 
 FORMAT = "index 1"
 """Kind and version of what trained indexes are kept as."""
@@ -206,15 +206,13 @@ def trained(
         index = _started(engine, found, count, settings)
         try:
             for folder, artifacts in indexes.items():
-                asked = []
-                for artifact, shard in zip(artifacts, index.shards, strict=True):
-                    if artifact.name in names:
-                        if done := artifact.begin():
-                            artifact.finish(done)
-                        else:
-                            asked.append((artifact, shard.ask("train", folder, str(artifact.folder / FILE))))
-                for artifact, train in asked:
-                    artifact.finish({FILE: train()})
+                made = [
+                    (artifact, _made(artifact, shard, folder))
+                    for artifact, shard in zip(artifacts, index.shards, strict=True)
+                    if artifact.name in names
+                ]
+                for artifact, files_of in made:
+                    artifact.finish(files_of())
         finally:
             index.stop()
 
@@ -223,6 +221,14 @@ def trained(
         folder: {artifact.name: next(records).content for artifact in artifacts}
         for folder, artifacts in indexes.items()
     }
+
+
+def _made(artifact: Artifact, shard: Actor, folder: str) -> Callable[[], Mapping[str, File]]:
+    """The files of a trained index: those that a killed run left whole, or what its shard begins to train."""
+    if done := artifact.begin():
+        return lambda: done
+    train = shard.ask("train", folder, str(artifact.folder / FILE))
+    return lambda: {FILE: train()}
 
 
 def start(
