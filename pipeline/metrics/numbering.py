@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
-from scipy.stats import binom
 
 BETTER = 0.1
 """Gain in accuracy of another numbering that is told."""
@@ -58,6 +55,8 @@ def suspicious(labels: NDArray[np.int64], predictions: NDArray[np.int64], classe
         predictions: (N,) classes by the network, in [0, classes).
         classes: of the network.
     """
+    from scipy.stats import binom  # takes a second to import
+
     known = (labels >= 0) & (labels < classes)
     labels, predictions = labels[known], predictions[known]
     count = len(labels)
@@ -82,6 +81,9 @@ def suspicious(labels: NDArray[np.int64], predictions: NDArray[np.int64], classe
 
 def _matched(labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
     """The class of the network for each label, one to one, with which most images agree."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
     identity = np.arange(classes)
     pairs = np.concatenate([labels, identity]), np.concatenate([predictions, identity])
     weight = np.concatenate([np.full(len(labels), 2.0 * classes), np.ones(classes)])  # ties: as they are

@@ -630,11 +630,11 @@ class Run:
         """Metrics, thresholds, and flags on unlabelled data."""
         assert self.fitted is not None
         labels, results = list(self.fitted.scorers), self._results()
-        done = results.checked() is not None
-        if not done and not self.may_work("evaluate"):
+        done = results.checked()
+        if done is None and not self.may_work("evaluate"):
             raise UserError("evaluate: not done for this run. Run `ood-pipeline evaluate` first.")
-        with self.stage("evaluate", 0 if done else len(labels)) as shown:
-            if not done:
+        with self.stage("evaluate", len(labels) if done is None else 0) as shown:
+            if done is None:
                 self.worked = True
                 jobs = {job.dataset: job for job in self.scored}
                 roles: dict[str, list[ScoreJob]] = {}
@@ -645,8 +645,9 @@ class Run:
                 pairs = evaluate.paired(self.engine, roles, self.ready.config.seed)
                 for job in roles.get("unlabelled", ()):
                     assemble(self.engine, job, self._scores(job.dataset), thresholds)
-                results.finish(evaluate.write(self.ready.folder, table, thresholds, pairs), alone=False)
-            self._note_metrics()
+                written = evaluate.write(self.ready.folder, table, thresholds, pairs)
+                done = results.finish(written, alone=False, numbering=self._numbering())
+            self._note_metrics(done.facts["numbering"])
             shown.note = self._accuracy_note()
 
     def _results(self) -> Artifact:
@@ -659,18 +660,21 @@ class Run:
         identity = {"fingerprint": self.ready.fingerprint}
         return Artifact(self.ready.folder, evaluate.FORMAT, identity, contents)
 
-    def _note_metrics(self) -> None:
+    def _numbering(self) -> dict[str, str]:
+        """What is suspicious about the labels of the datasets of ID images, by their names."""
+        classes = len(self.ready.network.head[1])
+        names = [job.dataset for job in self.ready.of_role(*schema.ID_ROLES)]
+        return {name: evaluate.numbering(self.features[name], classes) for name in names}
+
+    def _note_metrics(self, numbering: Mapping[str, str]) -> None:
         """Record the classifier's accuracy and what must be known before the metrics are believed."""
         content, folder = self.record.content, self.ready.folder
         rows = files.read_json(folder / "metrics.json")
         for row in rows:
             if row["metric"] == "id_accuracy":
                 content["datasets"][row["dataset"]]["accuracy"] = row["value"]
-        for job in self.ready.of_role(*schema.ID_ROLES):
-            entry = content["datasets"][job.dataset]
-            if entry["numbering"] is None:  # once: it reads the labels of all rows
-                table, classes = self.features[job.dataset], len(self.ready.network.head[1])
-                entry["numbering"] = evaluate.numbering(table, classes)
+        for name, suspicion in numbering.items():
+            content["datasets"][name]["numbering"] = suspicion
         content["warnings"] = cautions(Found(content, rows, files.read_json(folder / "thresholds.json")))
 
     def _accuracy_note(self) -> str:
