@@ -61,7 +61,7 @@ class Noise(Pass):
     Result: `mean` (D,) float64 and `samples` () int, the number of images kept.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     samples: int = Field(default=1000, ge=10)
     keep: float = Field(default=0.1, gt=0, le=1)

@@ -55,7 +55,7 @@ def suspicious(labels: NDArray[np.int64], predictions: NDArray[np.int64], classe
         predictions: (N,) classes by the network, in [0, classes).
         classes: of the network.
     """
-    from scipy.stats import binom  # takes a second to import
+    from scipy.special import bdtr
 
     known = (labels >= 0) & (labels < classes)
     labels, predictions = labels[known], predictions[known]
@@ -74,7 +74,7 @@ def suspicious(labels: NDArray[np.int64], predictions: NDArray[np.int64], classe
             (int(label), int(numbered[label])) for label in np.unique(labels) if numbered[label] != label
         ]
         return Numbering(count, right / count, float(np.mean(numbered[labels] == predictions)), tuple(moved))
-    if classes > 1 and right <= binom.ppf(1 - _UNLIKELY, count, 1 / classes):
+    if classes > 1 and (not right or bdtr(right - 1, count, 1 / classes) < 1 - _UNLIKELY):
         return Numbering(count, right / count, None)
     return None
 

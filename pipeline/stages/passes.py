@@ -134,14 +134,13 @@ class Worker:
 
     def noise(self, piece: int, count: int) -> tuple[NDArray[np.float32], Float]:
         """Penultimate features and logsumexp of the logits of blurred uniform noise, normalised."""
-        from torchvision.transforms.functional import gaussian_blur  # takes a second to import
+        from scipy.ndimage import gaussian_filter
 
         transform, rng = self.classifier.transform, np.random.default_rng([self.seed, piece])
-        shape = (self.size, transform.channels, transform.crop, transform.crop)
-        uniform = torch.tensor(rng.random(shape, dtype=np.float32))
-        sigmas = rng.uniform(0.2, 5, self.size).tolist()
-        blurred = [gaussian_blur(image, [5, 7], sigma) for image, sigma in zip(uniform, sigmas, strict=True)]
-        pixels = torch.stack(blurred).to(self.classifier.device)
+        images = rng.random((self.size, transform.channels, transform.crop, transform.crop), dtype=np.float32)
+        for image, sigma in zip(images, rng.uniform(0.2, 5, self.size), strict=True):
+            gaussian_filter(image, sigma, axes=(1, 2), radius=(3, 2), mode="mirror", output=image)
+        pixels = torch.from_numpy(images).to(self.classifier.device)
         output = self.classifier.forward_images(self.classifier.normalise(pixels), blocks=False)
         return output[FEATURE][:count], logsumexp(output[LOGITS][:count])
 

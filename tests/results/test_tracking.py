@@ -578,6 +578,7 @@ def start_begin(run: Path, uri: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_may_open_one_new_store_that_a_third_left_half_made(tmp_path: Path) -> None:
     """This one begins as soon as the other has begun to make the tables."""
     store = tmp_path / "new" / "mlflow.db"

@@ -131,7 +131,7 @@ ALL = ("/features/train-", "/images/animals/", "/features/test-", "/fits/", "/sc
 @pytest.mark.parametrize(
     ("fault", "places"),
     [
-        ("drop", ("/images/animals/", "/fits/")),
+        ("drop", ("/images/animals/",)),
         pytest.param("drop", ALL, marks=pytest.mark.slow),
         pytest.param("slow down", ALL, marks=pytest.mark.slow),
         pytest.param("cut", ALL, marks=pytest.mark.slow),
