@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from json.encoder import encode_basestring_ascii as _quoted
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,8 @@ from `offset` on, or in row `offset` of the Parquet file `uri` the value of `col
 nor `bytes` is an image known to be lost. `label` is the class index, -1 where it is unknown; where several
 are right, `accepted` has all of them and `label` the first. `identity` changes with the image: size and time
 stamp of its file, or the SHA-256 of its bytes; empty for inline bytes."""
+
+_EMPTY = hashlib.sha256(b"").digest()
 
 
 @dataclass(frozen=True)
@@ -218,9 +221,10 @@ def table_digest(table: pa.Table) -> bytes:
     names = ("key", "bytes", "shape", "label", "identity", "accepted")
     rows = zip(*(table[name].to_pylist() for name in names), strict=True)
     for key, content, shape, label, identity, accepted in rows:
-        several = [] if accepted is None else [accepted]
-        sha.update(json.dumps([key, shape, label, identity, content is None, *several]).encode())
-        sha.update(hashlib.sha256(content or b"").digest())
+        several = "" if accepted is None else f", {json.dumps(accepted)}"
+        known = f"{json.dumps(shape) if shape else 'null'}, {label}, {_quoted(identity)}"
+        sha.update(f"[{_quoted(key)}, {known}, {'true' if content is None else 'false'}{several}]".encode())
+        sha.update(hashlib.sha256(content).digest() if content else _EMPTY)
     return sha.digest()
 
 

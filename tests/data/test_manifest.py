@@ -1,12 +1,14 @@
 import hashlib
+import json
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipeline.config.schema import LABELLED_ROLES, Dataset
 from pipeline.data.formats import _arrays
-from pipeline.data.manifest import compile_manifest
+from pipeline.data.manifest import compile_manifest, table_digest
 from pipeline.errors import UserError
 from pipeline.workspace.tables import ROW_GROUP
 
@@ -210,3 +212,20 @@ def test_the_digest_is_that_of_the_rows_and_not_of_the_code_that_wrote_them(tmp_
         group.update(hashlib.sha256(bytes(range(16 * row, 16 * row + 16))).digest())
     expected = hashlib.sha256(group.digest()).hexdigest()
     assert compile_manifest(dataset, tmp_path / "manifests").digest == expected
+
+
+def test_the_digest_is_that_of_the_rows_as_json(compiled, tmp_path):
+    """Datasets keep the names they have."""
+    names = ['quoted "\\.png', "Ångström\n.png", "smile 😀.png"]
+    for name in names:
+        Image.fromarray(IMAGES[0]).save(tmp_path / name, "PNG")
+    folder = compiled("imagefolder", tmp_path, role="near_ood")
+    arrays = labelled(compiled, save(tmp_path / "arrays" / "a.npz"))
+    for manifest in (folder, arrays):
+        whole = hashlib.sha256()
+        table = manifest.read(0, manifest.rows)
+        for row in table.to_pylist():
+            known = [row["key"], row["shape"], row["label"], row["identity"], row["bytes"] is None]
+            whole.update(json.dumps(known + ([row["accepted"]] if row["accepted"] else [])).encode())
+            whole.update(hashlib.sha256(row["bytes"] or b"").digest())
+        assert table_digest(table) == whole.digest()

@@ -19,6 +19,9 @@ from pipeline.workspace import storage
 from pipeline.workspace.storage import Entry
 from pipeline.workspace.tables import ROW_GROUP
 
+AHEAD = 16
+"""Folders beside each other that are listed at once."""
+
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 
 
@@ -29,21 +32,33 @@ def located(path: str) -> str:
     return str(resolve(path).absolute())
 
 
-def walk(folder: str, endings: tuple[str, ...], seen: Seen, inside: str = "") -> Iterator[tuple[str, Entry]]:
-    """Files below a folder with their relative paths, depth first in sorted order, one folder in memory.
+def walk(folder: str, endings: tuple[str, ...], seen: Seen) -> Iterator[tuple[str, Entry]]:
+    """Files below a folder with their relative paths, depth first in sorted order.
 
-    Links are followed; hidden files and folders such as `.ipynb_checkpoints` are left out.
+    Links are followed; hidden files and folders such as `.ipynb_checkpoints` are left out. Folders beside
+    each other are listed ahead, as over a network each takes an answer of a server; no more than these are
+    in memory.
 
     Args:
         folder: where to begin.
         endings: of the files that are given.
         seen: counts all files, and a hidden folder as one.
-        inside: path of the folder in that in which the walk began, with a slash at its end.
     """
-    for entry in storage.entries(folder):
+    return _walk(storage.entries(folder), endings, seen, "")
+
+
+def _walk(
+    listed: list[Entry], endings: tuple[str, ...], seen: Seen, inside: str
+) -> Iterator[tuple[str, Entry]]:
+    """Files among the entries of a folder, which lies `inside` a path that ends with a slash, and below."""
+    folders = [entry.uri for entry in listed if entry.folder and not is_hidden(entry)]
+    below = (
+        storage.ahead(storage.entries, folders, AHEAD) if len(folders) > 1 else map(storage.entries, folders)
+    )
+    for entry in listed:
         name = f"{inside}{entry.name}"
         if entry.folder and not is_hidden(entry):
-            yield from walk(entry.uri, endings, seen, f"{name}/")
+            yield from _walk(next(below), endings, seen, f"{name}/")
         elif is_hidden(entry) or not entry.name.lower().endswith(endings):
             seen.leave_out(spelled(name))
         else:
@@ -121,7 +136,16 @@ def batched(rows: Iterable[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
     """Rows, given as what they have of `SCHEMA`, in batches."""
     source = iter(rows)
     while some := list(islice(source, ROW_GROUP)):
-        yield pa.RecordBatch.from_pylist(some, SCHEMA)
+        given = set[str]().union(*some)
+        yield pa.RecordBatch.from_arrays(
+            [
+                pa.array([row.get(field.name) for row in some], field.type)
+                if field.name in given
+                else pa.nulls(len(some), field.type)
+                for field in SCHEMA
+            ],
+            schema=SCHEMA,
+        )
 
 
 def spelled(name: str) -> str:
