@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
@@ -36,6 +35,8 @@ class Fdbd(Detector):
 
     def fit(self, train: Training) -> FdbdScorer:
         """Distances between the classes' weights."""
+        from scipy.spatial.distance import cdist  # takes half a second to import
+
         weight = train.weight.astype(np.float64)
         between = cdist(weight, weight)
         bounded = between > 0

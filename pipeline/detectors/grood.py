@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.special import expit
 
 from pipeline.columns import FEATURE, LABEL, PREDICTION, Batch, Float, Mask
 from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Mixup, Noise, Pass, Training
@@ -117,6 +116,8 @@ class Prototypes:
             (N,) float64 in [0, 1], the softmax probability π_o of OOD; and (N, D) float64, the unit
             vectors from p_o to h, zero where h = p_o.
         """
+        from scipy.special import expit  # takes a third of a second to import
+
         offset = feature - self.ood
         odds, to_ood = self._log_odds(offset)
         offset *= np.divide(1, to_ood, out=np.zeros_like(to_ood), where=to_ood > 0)[:, None]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.special import entr
 
 from pipeline.columns import LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
@@ -61,6 +60,8 @@ class KlMatchingScorer:
         Returns:
             (N,) float64, at least 0, in nats.
         """
+        from scipy.special import entr  # takes a third of a second to import
+
         probability = softmax(batch[LOGITS])
         cross = (probability @ -self.log_mean.T).min(axis=1)
         score: Float = np.maximum(cross - entr(probability).sum(axis=1), 0)

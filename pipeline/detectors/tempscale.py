@@ -8,8 +8,6 @@ from functools import partial
 from typing import ClassVar
 
 import numpy as np
-from scipy.interpolate import CubicSpline
-from scipy.optimize import brentq
 
 from pipeline.columns import LABEL, LOGITS, Batch, Float
 from pipeline.detectors.base import Detector, Training
@@ -74,6 +72,9 @@ class SlopeSums(Part):
             return float(1 / self.inverse[0])
         if self.slope[-1] <= 0:
             return float(1 / self.inverse[-1])
+        from scipy.interpolate import CubicSpline  # takes half a second to import
+        from scipy.optimize import brentq
+
         spline = CubicSpline(self.inverse, self.slope)
         return float(1 / brentq(spline, *self.around(), xtol=1e-12))
 
