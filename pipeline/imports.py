@@ -1,6 +1,7 @@
 """Functions and classes that a config names: `package.module:name` or `./file.py:name`. They run as they are.
 
-A function may belong to a class: `package.module:Class.method`.
+A function may belong to a class: `package.module:Class.method`. A file may import modules that lie beside it;
+they count as its code (`beside`).
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from pipeline import beside
 from pipeline.errors import UserError, unknown
 
 T = TypeVar("T")
@@ -54,7 +56,9 @@ def load_class(reference: str, where: str, base: type[T]) -> type[T]:
 
 @cache
 def digest_of(kind: type) -> str:
-    """SHA-256 of the code of a class as it was loaded: all files of its package, or its one file."""
+    """SHA-256 of the code of a class as it was loaded: its whole package, or its file and those beside it."""
+    if beside.is_own(_file(kind)):
+        return hashlib.sha256(source_of(kind)).hexdigest()
     package = sys.modules.get(kind.__module__.partition(".")[0])
     folders = [Path(folder) for folder in getattr(package, "__path__", ())]
     files = {str(file.relative_to(folder)): file for folder in folders for file in folder.rglob("*.py")}
@@ -73,12 +77,28 @@ def foreign(kind: type) -> dict[str, str]:
 
 
 def source_of(function: Callable[..., Any]) -> bytes:
-    """Content of the file a function is defined in; empty where there is none."""
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:  # an object that is called, or a built-in
+    """Content of the file a function is defined in and of modules beside it; empty where there is none."""
+    file = _file(function)
+    if file is None:
         return b""
-    return Path(file).read_bytes() if file else b""
+    found = beside.companions(Path(file))[1].values() if beside.is_own(file) else ()
+    return Path(file).read_bytes() + b"".join(map(beside.content, found))
+
+
+def modules_of(kind: type) -> list[ModuleType]:
+    """The module of a class and those that lie beside its file and were imported."""
+    file = _file(kind)
+    names = beside.companions(Path(file))[1] if file and beside.is_own(file) else ()
+    imported = [sys.modules[name] for name in names if name in beside.homes and name in sys.modules]
+    return [sys.modules[kind.__module__], *imported]
+
+
+def _file(code: Callable[..., Any]) -> str | None:
+    """Where a function or class is defined."""
+    try:
+        return inspect.getsourcefile(inspect.unwrap(code))
+    except TypeError:  # an object that is called, or a built-in
+        return None
 
 
 def _find(reference: str, where: str, what: str) -> tuple[ModuleType, str, Any]:
@@ -113,7 +133,9 @@ def _module(source: str, where: str) -> ModuleType:
     path = Path(source)
     if not path.is_file():
         raise UserError(f"{where}: no such file: {path}")
-    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    package = beside.settle(path.resolve(), where)
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    name = ".".join([*package, f"{path.stem}_{digest}"])
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{where}: {path} is not a Python file.")
@@ -122,6 +144,12 @@ def _module(source: str, where: str) -> ModuleType:
     try:
         # Not by its loader, which takes compiled code for current if size and second of the change are equal.
         exec(compile(path.read_bytes(), path, "exec"), vars(module))
+    except ImportError as error:
+        del sys.modules[name]
+        raise UserError(
+            f"{where}: {path} cannot be imported: {error}. Install what it needs, or have it beside "
+            f"the file: modules are looked for in {beside.companions(path.resolve())[0]}, too."
+        ) from error
     except BaseException:
         del sys.modules[name]
         raise

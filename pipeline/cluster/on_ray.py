@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import secrets
-import sys
 import tempfile
 import uuid
 from collections import deque
@@ -213,7 +212,8 @@ class OnRay:
         """Send foreign classes with their modules' code: workers need not be able to import it."""
         for kind in kinds:
             if imports.is_foreign(kind):
-                cloudpickle.register_pickle_by_value(sys.modules[kind.__module__])
+                for module in imports.modules_of(kind):
+                    cloudpickle.register_pickle_by_value(module)
 
     def cpus(self) -> float:
         """CPUs of the cluster."""

@@ -21,8 +21,8 @@ from pipeline import imports
 from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS, Pixels
 from pipeline.config import schema
 from pipeline.errors import UserError
-from pipeline.network import sources, taps
-from pipeline.network.description import WRONG_SIZE, Description, Layout
+from pipeline.network import heads, sources, taps
+from pipeline.network.description import WRONG_SIZE, Description, Layout, Taps
 
 Traced = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Penultimate feature (N, D), logits (N, C), and FeatureNorm (N,) by block."""
@@ -182,17 +182,23 @@ def load(model: schema.Model, seed: int, device: str = "cpu") -> Classifier:
     torch.manual_seed(seed)
     built = sources.build(model)
     module, transform = built.module, built.transform
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UserError(taps.SCRIPTED)
     module.eval().requires_grad_(False)
+    kept = _to_float32(module)
     try:
         probe = torch.rand(3, transform.channels, transform.crop, transform.crop)
         probe[2] = 10 * torch.randn_like(probe[2])  # what only happens to large values shows here
-        found = taps.find(module, probe, model.head, None if model.blocks == "auto" else model.blocks)
+        found = _tapped(module, probe, model)
     except UserError:
         raise
     except WRONG_SIZE as error:
+        cure = "Check model.transform."
+        if kept is not None:
+            cure = f"Its parameters were {kept} and are float32 here: leave casts out of its forward()."
         raise UserError(
             f"model: it does not run on {transform.channels} x {transform.crop} x {transform.crop} images: "
-            f"{error}. Check model.transform."
+            f"{error}. {cure}"
         ) from error
     code = repr(module).encode() + built.code + _sources(module)
     weight, bias = taps.head_weight(module.get_submodule(found.head))
@@ -206,6 +212,30 @@ def load(model: schema.Model, seed: int, device: str = "cpu") -> Classifier:
         module.to(device),
         device,
     )
+
+
+def _tapped(module: nn.Module, probe: Tensor, model: schema.Model) -> Taps:
+    """The taps of a network; two heads that it averages become one."""
+    blocks = None if model.blocks == "auto" else model.blocks
+    try:
+        return taps.find(module, probe, model.head, blocks)
+    except UserError:
+        if model.head != "auto" or not heads.merge(module, probe):
+            raise
+    return taps.find(module, probe, model.head, blocks)
+
+
+def _to_float32(module: nn.Module) -> str | None:
+    """Make float32 of a network all of whose parameters have another precision, which is returned.
+
+    Values of half precision are the same in float32, those of double precision are rounded; what the network
+    runs in is `extract.precision`.
+    """
+    found = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    if not found or torch.float32 in found:
+        return None
+    module.float()
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
 
 
 def _answers(module: nn.Module, shape: torch.Size) -> NDArray[np.float32]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import __version__
+from pipeline import __version__, beside
 from pipeline.config import loading, schema
 from pipeline.errors import AGAIN, UserError
 from pipeline.network.description import Description, same_network
@@ -35,7 +34,7 @@ FORMAT = "model 1"
 _LIBRARIES = ("torch", "torchvision", "timm")
 
 _opened: list[set[str]] = []
-"""Files that are opened while a network is built."""
+"""Files that are opened, and folders that are looked through, while a network is built."""
 
 
 class Network:
@@ -130,6 +129,9 @@ class Network:
     def _read(self, opened: set[str], started: float, imported: set[str]) -> dict[str, str] | None:
         """The files that decide what the network is, with size and time stamp; None if nobody knows them all.
 
+        Among them are folders that were looked through, and those of Python and of installed packages: their
+        time stamps change when something is added, installed or upgraded.
+
         A factory may read its weights in ways that cannot be seen, and what was changed since it was read, or
         imported, is not what lies there. One that was looked for in vain has no size.
 
@@ -143,7 +145,7 @@ class Network:
         weights = self.model.weights
         named = [] if weights is None or loading.is_name(weights) else [str(loading.resolve(weights))]
         read = {str(Path(path).absolute()) for path in (*named, *opened)} | _own_modules()
-        entries = {path: storage.find(path) for path in [*_PACKAGES, *sorted(read)]}
+        entries = {path: storage.find(path) for path in [*beside.INSTALLED, *sorted(read)]}
         for path, entry in entries.items():
             if entry is not None and entry.modified > (_PROCESS if path in imported else started):
                 return None
@@ -179,10 +181,7 @@ def _began() -> float:
 _PROCESS = _began()
 
 
-_PACKAGES = sorted({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-"""Folders of Python and of installed packages; their time stamps change when one is installed or upgraded."""
-
-_OTHERS = (*_PACKAGES, "/proc/", "/sys/", "/dev/")
+_OTHERS = (*beside.INSTALLED, "/proc/", "/sys/", "/dev/")
 
 
 def _is_own(path: object) -> bool:
@@ -197,7 +196,7 @@ def _own_modules() -> set[str]:
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "open" and _opened and _is_own(arguments[0]):
+    if event in ("open", "os.scandir") and _opened and _is_own(arguments[0]):
         _opened[-1].add(arguments[0])
 
 

@@ -22,6 +22,13 @@ from pipeline.network.description import Layout, Taps
 TOLERANCE = 1e-5
 """Largest difference between the model's logits and `head(feature)`, relative to the largest logit."""
 
+SCRIPTED = (
+    "model: its layers are TorchScript, which runs without Python, so that none can be looked at. Build the "
+    "network from its Python code and give these weights as a state dict (torch.save(torch.jit.load(FILE)"
+    ".state_dict(), 'weights.pt')), or export that network (model.source: exported)."
+)
+"""What is wrong with TorchScript."""
+
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU)
 
 
@@ -48,10 +55,10 @@ def find(model: nn.Module, images: Tensor, head: str = "auto", blocks: tuple[str
             layer, that layer on the penultimate feature does not give the logits, or a named block has
             no map whose channels are certain.
     """
-    calls, logits = _trace(model, images)
+    calls, logits = trace(model, images)
     once = _once(calls)
     chosen = _head(model, calls, logits) if head == "auto" else _named(model, once, head, "model.head")
-    _check_head(once[chosen], logits)
+    _check_head(once[chosen], logits, _alike(calls, logits))
     if blocks is None:
         places = _blocks(model, calls, len(images))
     else:
@@ -103,7 +110,14 @@ def head_weight(head: nn.Module) -> tuple[Tensor, Tensor]:
     return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()
 
 
-def _check_head(call: Call, logits: Tensor) -> None:
+def _alike(calls: list[Call], logits: Tensor) -> list[str]:
+    """Names of the linear layers that have as many outputs as the model."""
+    return [
+        call.name for call in linear(calls) if call.result is not None and call.result.shape == logits.shape
+    ]
+
+
+def _check_head(call: Call, logits: Tensor, alike: list[str]) -> None:
     """Refuse a head that does not turn the penultimate feature into the model's logits."""
     head, name = call.module, call.name
     if not _is_linear(head):
@@ -129,14 +143,24 @@ def _check_head(call: Call, logits: Tensor) -> None:
             "Something that is not linear, such as a ReLU, lies between it and the pooling: no linear layer "
             "gives the logits, and the detectors need one."
         )
+    if len(alike) > 1:
+        raise UserError(
+            f"model.head: {name!r} applied to its input {differs}. {len(alike)} layers have as many outputs "
+            f"({', '.join(alike)}), and the model gives neither that of one nor the mean of two. Write a "
+            "factory (model.source: factory) whose network returns the logits of one of them, or their mean."
+        )
     raise UserError(
         f"model.head: {name!r} applied to its input {differs}. "
         "Something follows the layer; name the true last one."
     )
 
 
-def _trace(model: nn.Module, images: Tensor) -> tuple[list[Call], Tensor]:
-    """Run one batch and record every module call in order of completion."""
+def trace(model: nn.Module, images: Tensor) -> tuple[list[Call], Tensor]:
+    """Run one batch and record every module call in order of completion.
+
+    Raises:
+        UserError: its output is no logits.
+    """
     calls: list[Call] = []
 
     def recorder(name: str) -> Callable[[Any, Any, Any], None]:
@@ -146,7 +170,7 @@ def _trace(model: nn.Module, images: Tensor) -> tuple[list[Call], Tensor]:
 
         return record
 
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, part in model.named_modules() if name and not _is_scripted(part)]
     with hooked(model, {name: recorder(name) for name in names}), torch.inference_mode():
         logits = model(images)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
@@ -170,6 +194,10 @@ def _named(model: nn.Module, once: dict[str, Call], name: str, where: str) -> st
     raise UserError(f"{where}: {unknown('layer', name, existing)}")
 
 
+def _is_scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
+
+
 def _class(module: nn.Module) -> str:
     """Name of a module's class without its package."""
     return channels.kind(module).rpartition(".")[2]
@@ -188,13 +216,20 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _class(module) == "Linear"
 
 
+def linear(calls: list[Call]) -> list[Call]:
+    """The calls of linear layers and 1x1 convolutions that ran exactly once."""
+    return [call for call in _once(calls).values() if _is_linear(call.module)]
+
+
 def _head(model: nn.Module, calls: list[Call], logits: Tensor) -> str:
     """The last linear layer that gives the logits, or as many of them at several positions."""
-    linear = [call for call in reversed(_once(calls).values()) if _is_linear(call.module)]
-    whole = [call for call in linear if call.result is not None and call.result.numel() == logits.numel()]
-    for call in whole or linear:
+    last_first = linear(calls)[::-1]
+    whole = [call for call in last_first if call.result is not None and call.result.numel() == logits.numel()]
+    for call in whole or last_first:
         if len(head_weight(call.module)[0]) == logits.shape[1]:
             return call.name
+    if any(map(_is_scripted, model.modules())):
+        raise UserError(SCRIPTED)
     last = next((call for call in reversed(calls) if not list(call.module.children())), None)
     what = f"{last.name!r} ({_class(last.module)})" if last else type(model).__name__
     raise UserError(

@@ -207,6 +207,7 @@ def test_mistakes_are_named(settings, load, own, method, parameters, message) ->
 
 
 STEP = """
+import divisors_of_mine
 from pipeline.detectors._steps import Step
 
 class Halve(Step):
@@ -216,7 +217,7 @@ class Halve(Step):
         return halve
 
 def halve(feature):
-    return feature / 2
+    return divisors_of_mine.divide(feature)
 """
 
 
@@ -232,8 +233,11 @@ def test_what_the_driver_alone_can_import_travels_and_a_step_is_part_of_the_iden
         {"halved": {"method": "energy", "steps": [step]}},
     ]
     found = []
-    for engine, text in {"ray": STEP, "inline": STEP.replace("/ 2", "/ 4")}.items():
-        (tmp_path / "halve.py").write_text(text)
+    (tmp_path / "halve.py").write_text(STEP)
+    for engine, divisor in {"ray": 2, "inline": 4}.items():
+        (tmp_path / "divisors_of_mine.py").write_text(
+            f"def divide(feature):\n    return feature / {divisor}\n"
+        )
         execute(load(settings), last="extract")
         outcome = execute(load(settings), first="fit", last="score", engine=engine)
         found.append({name: scores(outcome, name) for name in ("mine", "halved")})

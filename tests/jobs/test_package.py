@@ -102,10 +102,10 @@ def test_relative_files_travel_under_their_names_and_all_other_paths_stay(fill):
         ("files/2/data.npz", None, "y"),
         ("files/2/data.npz", None, "y"),
         ("files/3/data.npz", None, "files/4/y.gz"),
-        ("files/5/data.py:images", None, None),
+        ("files/0/data.py:images", None, None),
         ("package.data:images", None, None),
-        ("files/6/l.txt", "/data/images", None),
-        ("gs://b/x", None, "files/7/classes.yaml"),
+        ("files/5/l.txt", "/data/images", None),
+        ("gs://b/x", None, "files/6/classes.yaml"),
         ("/data/*.tar", None, None),
         ("~/images", None, "imagenet1k"),
     ]
@@ -117,12 +117,36 @@ def test_relative_files_travel_under_their_names_and_all_other_paths_stay(fill):
     assert loaded.detectors == sent.detectors
 
 
+def test_a_file_of_code_is_sent_with_the_modules_beside_it(fill, tmp_path):
+    clone = tmp_path / "laptop" / "nets"
+    (clone / "models" / "__pycache__").mkdir(parents=True)
+    code = {
+        "net.py": "from models import parts\nimport torch",
+        "data.py": "import tools",
+        "tools.py": "",
+        "unused.py": "",
+        "models/__init__.py": "",
+        "models/parts.py": "import tools",
+        "models/sizes.json": "{}",
+        "models/__pycache__/parts.pyc": "",
+    }
+    for name, text in code.items():
+        (clone / name).write_text(text)
+    sent, folder = fill(RAW)
+    assert (sent.model.name, sent.datasets[3].path) == ("files/0/net.py:build", "files/0/data.py:images")
+    found = {path.relative_to(folder / "files/0").as_posix() for path in (folder / "files/0").rglob("*.*")}
+    assert found == code.keys() - {"unused.py", "models/__pycache__/parts.pyc"}
+    assert (folder / "files/0/models/parts.py").read_text() == "import tools"
+    raw = change("model.name", "./nets/models/parts.py:build")
+    assert fill(raw)[0].model.name == "files/0/models/parts.py:build"
+
+
 def test_below_an_absolute_data_folder_everything_is_the_clusters(fill):
     sent, folder = fill(RAW, "data=/data/all")
     assert sent.data == "/data/all"
     assert (sent.model.name, sent.model.weights) == ("files/0/net.py:build", "../weights/w.pt")
     assert sent.datasets[0].path == "data.npz"
-    assert sent.datasets[3].path == "files/1/data.py:images"
+    assert sent.datasets[3].path == "files/0/data.py:images"
     assert loading.load(str(folder / "config.yaml")).datasets[0].path == "/data/all/data.npz"
     assert fill(RAW, "data=s3://bucket/all")[0].datasets[5].path == "l.txt"
 

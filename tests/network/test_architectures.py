@@ -77,6 +77,8 @@ TABLE = (
     Row("torchvision", "maxvit_t", "classifier.5", 512, 6, "blocks.2", size=224),
     Row("timm", "vit_tiny_patch16_224", "head", 192, 12, "blocks.8", options=SMALL),
     Row("timm", "deit_tiny_patch16_224", "head", 192, 12, "blocks.8", options=SMALL),
+    Row("timm", "deit_tiny_distilled_patch16_224", "head_dist.mean", 384, 12, "blocks.8", options=SMALL),
+    Row("timm", "levit_128s", "head_dist.linear.mean", 384, 7, "stages.1", size=224),
     Row("timm", "beit_base_patch16_224", "head", 768, 12, "blocks.8", options=SMALL),
     Row("timm", "mixer_s32_224", "head", 512, 8, "blocks.5", options=SMALL),
     Row("timm", "convnext_atto", "head.fc", 320, 4, "stages.2"),

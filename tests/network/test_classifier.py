@@ -402,11 +402,11 @@ class Net(ResNet10):
     found = []
     for helper, body, offset in (("one", "x", 0.0), ("two", "x * 0.5", 0.0), ("three", "x", 1.0)):
         folder = tmp_path / helper
-        folder.mkdir()
-        (folder / "changer.py").write_text(f"def change(x):\n    return {body}\n")
+        (folder / "elsewhere").mkdir(parents=True)
+        (folder / "elsewhere" / "changer.py").write_text(f"def change(x):\n    return {body}\n")
         (folder / "net.py").write_text(code.format(offset=offset))
         with pytest.MonkeyPatch.context() as patch:
-            patch.syspath_prepend(str(folder))
+            patch.syspath_prepend(str(folder / "elsewhere"))
             patch.delitem(sys.modules, "changer", raising=False)
             weights = str(FOLDER / "resnet.safetensors")
             classifier = load(model(name=f"{folder}/net.py:Net", weights=weights), seed=0)

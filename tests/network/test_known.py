@@ -124,6 +124,19 @@ def test_a_file_that_was_looked_for_in_vain_makes_it_be_loaded_when_it_is_there(
     assert is_loaded(Network(model, 0, tmp_path / "workspace"))
 
 
+def test_a_package_beside_it_is_looked_through_again(model: Model, tmp_path: Path) -> None:
+    package = tmp_path / "parts_of_a_known_network"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (tmp_path / "net.py").write_text(CODE + f"\nimport {package.name}\n")
+    for path in (package / "__init__.py", package, tmp_path / "net.py"):
+        os.utime(path, (1e9, 1e9))
+    noted(model, tmp_path)
+    assert not is_loaded(Network(model, 0, tmp_path / "workspace"))
+    (package / "more.py").write_text("")
+    assert is_loaded(Network(model, 0, tmp_path / "workspace"))
+
+
 def test_a_module_that_was_changed_since_it_was_imported_is_not_noted(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,7 +189,7 @@ def test_a_model_that_does_not_end_in_a_linear_layer_is_refused(model, expected)
 def test_a_head_before_the_mean_over_positions_is_the_same_head_after_it(end):
     model = Net(end)
     assert find(model).head == "end.head"
-    calls, logits = taps._trace(model, torch.rand(2, 3, 12, 12))
+    calls, logits = taps.trace(model, torch.rand(2, 3, 12, 12))
     source = next(call.source for call in calls if call.name == "end.head")
     weight, bias = taps.head_weight(end.head)
     feature = taps.penultimate(end.head, source)

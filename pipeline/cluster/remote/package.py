@@ -9,9 +9,10 @@ code is sent alone, without modules that lie beside it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from pipeline import beside
 from pipeline.cluster.remote import environment
 from pipeline.config import loading
 from pipeline.config.schema import Config, Start
@@ -49,7 +50,7 @@ def fill(folder: Path, source: str, overrides: list[str], variables: Mapping[str
     (folder / CONFIG).write_text(loading.dump(sent), encoding="utf-8")
     for name, file in files.items():
         target = folder / name
-        target.parent.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
     code = folder / "pipeline"
     shutil.copytree(Path(__file__).parents[2], code, ignore=shutil.ignore_patterns("__pycache__"))
@@ -68,7 +69,14 @@ def contents(folder: Path) -> Iterator[tuple[str, int]]:
 def _relocated(settings: Config, base: Path) -> tuple[Config, dict[str, Path]]:
     """The config for the cluster, and the files that go along by their names in the package."""
     _check(settings)
-    names: dict[Path, str] = {}
+    files: dict[str, Path] = {}
+    numbers: dict[Path, int] = {}
+
+    def send(file: Path, origin: Path, name: Path) -> str:
+        """One file; those of one origin lie together."""
+        sent = f"{FILES}/{numbers.setdefault(origin, len(numbers))}/{name.as_posix()}"
+        files[sent] = file
+        return sent
 
     def place(field: str, path: str, start: Start) -> str:
         if not _is_here(path) or (start == "data" and settings.data is not None):
@@ -81,10 +89,22 @@ def _relocated(settings: Config, base: Path) -> tuple[Config, dict[str, Path]]:
                 f"{field}: no such file: {file}. A relative path means a file of this machine, which is sent "
                 "with the job; what the cluster has needs an absolute path or a URI."
             )
-        return names.setdefault(file, f"{FILES}/{len(names)}/{file.name}")
+        if start != "file":
+            return send(file, file, Path(file.name))
+        code = file.resolve()
+        root, found = beside.companions(code)
+        for each in (part for module in found.values() for part in _parts(module)):
+            send(each, root, each.relative_to(root))
+        return send(code, root, code.relative_to(root))
 
     sent = loading.relocated(settings, place)
-    sizes = {file: file.stat().st_size for file in names}
+    _require_small(files.values())
+    return sent, files
+
+
+def _require_small(files: Iterable[Path]) -> None:
+    """Refuse files that Ray would not take."""
+    sizes = {file: file.stat().st_size for file in files}
     total = sum(sizes.values())
     if total > LIMIT:
         largest = max(sizes, key=lambda file: sizes[file])
@@ -92,7 +112,16 @@ def _relocated(settings: Config, base: Path) -> tuple[Config, dict[str, Path]]:
             f"{largest} has {_mib(sizes[largest])} MiB, all files of the config {_mib(total)}; at most "
             f"{_mib(LIMIT)} are sent with a job. Put it on storage that all nodes see; give its path there."
         )
-    return sent, {name: file for file, name in names.items()}
+
+
+def _parts(module: Path) -> list[Path]:
+    """All files of a module or package but compiled and hidden ones."""
+    if not module.is_dir():
+        return [module]
+    inside = ((file, file.relative_to(module).parts) for file in sorted(module.rglob("*")) if file.is_file())
+    return [
+        file for file, names in inside if not any(name.startswith((".", "__pycache__")) for name in names)
+    ]
 
 
 def _mib(size: int) -> str:

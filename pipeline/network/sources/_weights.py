@@ -45,6 +45,12 @@ def load(module: nn.Module, weights: str) -> None:
             "Save the model's state dict, best as .safetensors."
         ) from None
     except Exception as error:
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"model.weights: {path} is a TorchScript archive, and nothing in it was run. If you trust "
+                "it, make a state dict of it: "
+                f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pt')."
+            ) from None
         raise UserError(f"model.weights: {path} cannot be read: {error}. Check the file.") from error
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
