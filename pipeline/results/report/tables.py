@@ -99,7 +99,7 @@ class Cell:
     level: bool
     """Whether it is another than the best, and cannot be told from it on the same images."""
     below_chance: bool
-    """Whether it is an AUROC below 0.5: OOD images score lower than ID images."""
+    """Whether it is an AUROC whose interval lies below 0.5: OOD images score lower than ID images."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _cell(row: dict[str, Any], best: float, level: bool) -> Cell:
         high=row["ci_high"],
         best=row["value"] == best,
         level=level and row["value"] != best,
-        below_chance=row["metric"] == "auroc" and row["value"] < 0.5,
+        below_chance=row["metric"] == "auroc" and row["ci_high"] < 0.5,
     )
 
 
