@@ -54,6 +54,16 @@ def few_images(found: Found) -> Iterator[str]:
             )
 
 
+def no_labels(found: Found) -> Iterator[str]:
+    """Datasets of ID images that lack labels, and what is unknown for it."""
+    for row in found.metrics:
+        if row["metric"] == "id_accuracy" and row["value"] is None:
+            yield (
+                f"{row['dataset']} has images without a label: ID accuracy, OSCR, AURC and AUGRC on it are "
+                "unknown."
+            )
+
+
 def few_training_rows(found: Found) -> Iterator[str]:
     """Fewer training rows than dimensions, where a detector reads the feature."""
     entries = found.manifest["datasets"].values()
@@ -105,6 +115,7 @@ def huge_thresholds(found: Found) -> Iterator[str]:
 KINDS: tuple[Callable[[Found], Iterator[str]], ...] = (
     numbering,
     few_images,
+    no_labels,
     few_training_rows,
     below_chance,
     no_information,
