@@ -27,7 +27,7 @@ _ORDER = (
     *("run", "extract", "fit", "score", "evaluate", "report", "tune"),
     *("submit", "status", "stop"),
     *("validate", "detectors", "doctor", "verify"),
-    *("runs", "clean"),
+    *("runs", "compare", "clean"),
 )
 """Of the commands in the help."""
 

@@ -25,13 +25,14 @@ from pipeline.cli.app import (
     load,
 )
 from pipeline.cli.validate import show_left_out, show_plan
+from pipeline.cli.workspace import show_comparison
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
-    from pipeline.workflows.run import Options, StageName
+    from pipeline.workflows.run import Options, Outcome, StageName
 
 
-def _execute(settings: Config, options: Options) -> None:
+def _execute(settings: Config, options: Options) -> Outcome:
     """Run stages and show what came of them."""
     from pipeline.cli.progress import Display
     from pipeline.results import report
@@ -52,6 +53,7 @@ def _execute(settings: Config, options: Options) -> None:
     _warn(outcome.unscored)
     _warn((f"{label}: {text}" for label, texts in outcome.notices.items() for text in texts), "notice")
     show_left_out(outcome.not_applicable)
+    return outcome
 
 
 def _warn(texts: Iterable[str], word: str = "warning") -> None:
@@ -71,6 +73,13 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and show the plan; start nothing.")
     ] = False,
+    seeds: Annotated[
+        str, typer.Option(metavar="N,N,...", help="A run for each of these seeds, and their mean ± std.")
+    ] = "",
+    weights: Annotated[
+        list[str],
+        typer.Option(metavar="WEIGHTS", help="A run for each of several weights of the model; repeat it."),
+    ] = [],  # noqa: B006
     engine: EngineName = "ray",
     threads: Threads = 0,
     verbose: Verbose = 0,
@@ -79,15 +88,41 @@ def run(
 
     Example: `ood-pipeline run quickstart --set extract.batch_size=64 --workspace /tmp/ood`
     """
-    settings = load(source, overrides, workspace)
+    repeats = [load(source, [*overrides, *each], workspace) for each in _repeats(seeds, weights)]
     from pipeline.stages.prepare import prepare
     from pipeline.workflows.run import Options
 
-    if dry_run:
-        show_plan(prepare(settings))
-    else:
-        chosen = Options(fresh=fresh, wait=wait, engine=engine, threads=threads or None, level=level(verbose))
-        _execute(settings, chosen)
+    chosen = Options(fresh=fresh, wait=wait, engine=engine, threads=threads or None, level=level(verbose))
+    done = []
+    for settings in repeats:
+        if dry_run:
+            show_plan(prepare(settings))
+        else:
+            done.append(_execute(settings, chosen))
+    if len(done) > 1:
+        from pipeline.results.comparing import compared
+        from pipeline.results.evaluation import opened
+
+        show_comparison(compared([opened(outcome.folder) for outcome in done], ["auroc"]))
+
+
+def _repeats(seeds: str, weights: list[str]) -> list[list[str]]:
+    """The overrides of each run: every seed with every weights.
+
+    Raises:
+        UserError: seeds that are no numbers, or something given twice.
+    """
+    from pipeline.errors import UserError
+
+    numbers = [text.strip() for text in seeds.split(",")] if seeds else []
+    if not all(text.isdecimal() for text in numbers):
+        raise UserError(f"--seeds: got {seeds!r}; expected numbers with commas between them, as 0,1,2.")
+    for option, given in (("--seeds", numbers), ("--weights", weights)):
+        if len(set(given)) < len(given):
+            raise UserError(f"{option}: {', '.join(given)}: one is given twice. Give each its own.")
+    by_seed = [[f"seed={number}"] for number in numbers] or [[]]
+    by_weights = [[f"model.weights={json.dumps(each)}"] for each in weights] or [[]]
+    return [[*seed, *each] for seed in by_seed for each in by_weights]
 
 
 def _stage(name: StageName, summary: str) -> None:

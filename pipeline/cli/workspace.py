@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.box import SIMPLE
@@ -13,6 +13,7 @@ from rich.text import Text
 from pipeline.cli.app import app, console
 
 if TYPE_CHECKING:
+    from pipeline.results.comparing import Comparing
     from pipeline.workspace.files import Place
 
 Folder = Annotated[str, typer.Option("--workspace", help="Folder or URI of the workspace.")]
@@ -45,6 +46,65 @@ def runs(workspace: Folder = "workspace") -> None:
         (console if console.is_terminal else Console(width=200, highlight=False)).print(table)
     else:
         console.print(f"no runs in {workspace}", markup=False)
+
+
+@app.command()
+def compare(
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Run folders, paths or URIs: <workspace>/runs/<name>[/<id>]."),
+    ],
+    metric: Annotated[
+        list[str], typer.Option(help="auroc (default), oscr, aurc, fpr95_id, ...; may be repeated.")
+    ] = [],  # noqa: B006 - typer copies defaults
+    dataset: Annotated[
+        list[str],
+        typer.Option(help="Or a group; may be repeated. Default: means over groups, and ID datasets."),
+    ] = [],  # noqa: B006
+    group: Annotated[
+        bool,
+        typer.Option(
+            help="Runs of one config that differ in seed or weights alone become one column: mean ± std."
+        ),
+    ] = True,
+    format: Annotated[
+        Literal["table", "csv", "markdown", "latex", "html", "json"],
+        typer.Option(help="csv and json have a row for every value."),
+    ] = "table",
+    out: Annotated[str, typer.Option(metavar="FILE", help="Write it there; default: the terminal.")] = "",
+) -> None:
+    """Compare detectors of several runs, of any workspaces: values, ranks, tests on the same images, cost.
+
+    Example: `ood-pipeline compare ./workspace/runs/quickstart --metric auroc --metric aurc --format markdown`
+    """
+    from pipeline.results.evaluation import opened
+
+    evaluations = [opened(folder) for folder in folders]
+    from pipeline.results.comparing import compared
+    from pipeline.results.report import leaderboards
+
+    found = compared(evaluations, metric or ["auroc"], dataset, group)
+    if format == "table" and not out:
+        show_comparison(found)
+        return
+    text = leaderboards.FORMATS["markdown" if format == "table" else format](found)
+    if out:
+        from pipeline.workspace import files
+
+        files.write_text(files.at(out), text)
+    else:
+        typer.echo(text, nl=False)
+
+
+def show_comparison(found: Comparing) -> None:
+    """Runs side by side in the terminal."""
+    from pipeline.results.report import leaderboards
+
+    (console if console.is_terminal else Console(width=200, highlight=False)).print(
+        leaderboards.console_table(found)
+    )
+    for note in found.notes:
+        console.print(f"note     {note}", markup=False, soft_wrap=True)
 
 
 @app.command()

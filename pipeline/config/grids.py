@@ -7,22 +7,36 @@ sampled or seeded.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import product
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from pipeline.config.explanations import explain
 from pipeline.detectors.base import Detector
-from pipeline.errors import UserError
+from pipeline.errors import UserError, unknown
+from pipeline.metrics.fpr import FPR
+from pipeline.metrics.metrics import against_ood, named
 from pipeline.parameters import Frozen
+
+
+def _decides(metric: str) -> str:
+    """A metric of ID against OOD images that needs no labels."""
+    known = [each.name for each in against_ood() if not each.needs_labels]
+    with suppress(KeyError):
+        if metric in known or isinstance(named(metric), FPR):
+            return metric
+    raise ValueError(unknown("metric", metric, known).rstrip("."))
 
 
 class Tune(Frozen):
     """Parameters to be chosen on the images of the roles `id_val` and `ood_val`."""
 
-    metric: Literal["auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "detection_error"] = Field(
-        default="auroc", description="decides by its mean over the datasets with role ood_val"
+    metric: Annotated[str, AfterValidator(_decides)] = Field(
+        default="auroc",
+        description="decides by its mean over the datasets with role ood_val: auroc, aupr_in, aupr_out, "
+        "detection_error, fpr95_id or fpr95_ood, or FPR at another level, as fpr90_id",
     )
     grids: dict[str, dict[str, Any]] = Field(
         default={}, description="values to try by label and parameter: {knn: {k: [5, 20, 50]}}"

@@ -24,6 +24,7 @@ from pipeline.config.grids import Tune, points
 from pipeline.detectors._steps import combined
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError, unknown
+from pipeline.metrics.metrics import LEVEL
 from pipeline.parameters import Frozen
 
 Role = Literal["train", "id", "near_ood", "far_ood", "shifted_id", "id_val", "ood_val", "unlabelled"]
@@ -224,6 +225,17 @@ class Score(Frozen):
     )
 
 
+class Metrics(Frozen):
+    """How detectors are measured."""
+
+    fpr_level: float = Field(
+        default=LEVEL,
+        gt=0,
+        lt=1,
+        description="share of the positive images that FPR is measured at; 0.95 gives fpr95_id and fpr95_ood",
+    )
+
+
 class Index(Frozen):
     """The nearest-neighbour index over training rows."""
 
@@ -368,6 +380,7 @@ class Config(Frozen):
     extract: Extract = Extract()
     index: Index = Index()
     score: Score = Score()
+    metrics: Metrics = Metrics()
     tracking: Tracking = Tracking()
     tune: Tune | None = None
 

@@ -2,23 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
-from pipeline.metrics import intervals
-from pipeline.metrics.metrics import METRICS, Counts, Estimate, checked, counted, metrics_at
+from pipeline.metrics.base import Estimate, Metric
+from pipeline.metrics.metrics import FAILURES, LEVEL, against_ood, checked, counted
 
 
 @dataclass(frozen=True)
 class Result:
-    """One of `METRICS` on one OOD dataset, or its mean over the group that `dataset` names."""
+    """A metric on one dataset, or its mean over the group that `dataset` names."""
 
     dataset: str
     metric: str
-    value: float
-    ci_low: float
-    ci_high: float
+    value: float | None
+    """None where labels lack that it needs; so is its interval."""
+    ci_low: float | None
+    ci_high: float | None
     n_id: int
     n_ood: int
 
@@ -27,6 +29,8 @@ def compare(
     id_scores: ArrayLike,
     ood_scores: Mapping[str, ArrayLike],
     groups: Mapping[str, Sequence[str]],
+    right: ArrayLike | None = None,
+    level: float = LEVEL,
 ) -> list[Result]:
     """All metrics of one detector on every OOD dataset, and their unweighted means over every group.
 
@@ -34,9 +38,12 @@ def compare(
         id_scores: (N,) finite float, higher = more OOD.
         ood_scores: dataset -> (M,) finite float, higher = more OOD.
         groups: group -> names of its datasets, at least one.
+        right: (N,) bool, which ID rows the classifier puts into their class; without it, metrics that need
+            labels are left out.
+        level: share at which FPR is measured, in (0, 1).
 
     Returns:
-        Datasets and then groups, in the order given; `METRICS` within each, with 95 % intervals.
+        Datasets and then groups, in the order given; metrics within each, with 95 % intervals.
 
     Raises:
         UserError: if a dataset is empty or has a score that is NaN or infinite.
@@ -49,41 +56,45 @@ def compare(
     members = [(name, [i]) for i, name in enumerate(names)]
     members += [(group, _positions(group, datasets, names)) for group, datasets in groups.items()]
     inside = checked(id_scores, "the ID data")
-    measured = [_Measured(*counted([inside, checked(ood_scores[name], repr(name))])) for name in names]
-    results = []
+    outside = [checked(ood_scores[name], repr(name)) for name in names]
+    known = None if right is None else np.asarray(right, dtype=np.bool_)
+    metrics = [each for each in against_ood(level) if known is not None or not each.needs_labels]
+    measured: list[dict[str, Any]] = []
+    for scores in outside:
+        rows = counted(inside, scores, known)
+        measured.append({each.name: each.uncertain(float(each.value(rows)), rows) for each in metrics})
+    results, estimates = [], dict[tuple[Any, ...], Estimate]()
     for name, chosen in members:
-        parts = [measured[i] for i in chosen]
-        n_ood = sum(int(part.ood_counts.sum()) for part in parts)
-        results += [Result(name, metric, *_mean(metric, parts), len(inside), n_ood) for metric in METRICS]
+        n_ood = sum(len(outside[i]) for i in chosen)
+        for metric in metrics:
+            where = metric.name, *chosen
+            if where not in estimates:
+                parts = [measured[i][metric.name] for i in chosen]
+                estimates[where] = type(parts[0]).mean(parts)
+            results.append(Result(name, metric.name, *estimates[where], len(inside), n_ood))
     return results
 
 
-class _Measured:
-    """All metrics on one OOD dataset, with what their intervals are made of."""
+def failures(dataset: str, scores: ArrayLike, right: ArrayLike) -> list[Result]:
+    """How well the scores of an ID dataset tell what the classifier has wrong, with 95 % intervals.
 
-    def __init__(self, id_counts: Counts, ood_counts: Counts) -> None:
-        values = dict(zip(METRICS, metrics_at(id_counts, ood_counts).tolist(), strict=True))
-        self.id_counts, self.ood_counts = id_counts[id_counts > 0], ood_counts[ood_counts > 0]
-        averages = intervals.averages(id_counts, ood_counts)
-        self.averages = {name: part._replace(value=values[name]) for name, part in averages.items()}
-        rate_at = partial(intervals.rate_at, level=0.95)
-        self.rates = {
-            "fpr95_id": rate_at(values["fpr95_id"], positive=id_counts, negative=ood_counts, shared=True),
-            "fpr95_ood": rate_at(
-                values["fpr95_ood"], positive=ood_counts[::-1], negative=id_counts[::-1], shared=False
-            ),
-        }
-        self.error = intervals.minimum_of(values["detection_error"], id_counts, ood_counts)
+    Args:
+        dataset: its name.
+        scores: (N,) finite float, higher = less sure.
+        right: (N,) bool, which rows the classifier puts into their class.
 
+    Raises:
+        UserError: if there is no row, or a score is NaN or infinite.
+    """
+    rows = counted(checked(scores, repr(dataset)), right=np.asarray(right, dtype=np.bool_))
 
-def _mean(metric: str, parts: Sequence[_Measured]) -> Estimate:
-    """The unweighted mean of a metric over some datasets."""
-    if metric in parts[0].averages:
-        outside = [part.ood_counts for part in parts]
-        return intervals.average([part.averages[metric] for part in parts], parts[0].id_counts, outside)
-    if metric in parts[0].rates:
-        return intervals.rate([part.rates[metric] for part in parts])
-    return intervals.minimum([part.error for part in parts])
+    def estimate(metric: Metric) -> Estimate:
+        uncertain = metric.uncertain(float(metric.value(rows)), rows)
+        found: Estimate = type(uncertain).mean([uncertain])
+        return found
+
+    total = int(rows.n_inside)
+    return [Result(dataset, metric.name, *estimate(metric), total, 0) for metric in FAILURES]
 
 
 def _positions(group: str, members: Sequence[str], names: Sequence[str]) -> list[int]:

@@ -13,20 +13,24 @@ classifier again. None has zero width: equal or separated scores of a few rows l
   about effect measures", Statistics in Medicine 27).
 * A smallest mean of two rates (detection error): Wilson's intervals of both, joined likewise, moved by the
   bias of a minimum.
+* Areas under risk-coverage curves (AURC, AUGRC): the variance of what each ID row adds (the projection of a
+  U-statistic, or the influence function), on the logit scale as above. Never wider than the best and the
+  worst ranking give at the limits of Wilson's interval of the error rate.
 
 The mean of several OOD sets is treated as one value of the rows of all; the sets share the ID rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import exp, log, pi, sqrt
-from typing import NamedTuple
+from typing import Self
 
 import numpy as np
 
 from pipeline.columns import Float
-from pipeline.metrics.metrics import Counts, Estimate
+from pipeline.metrics.base import Counted, Counts, Estimate
 
 LEVEL = 0.95
 """Of all intervals."""
@@ -42,17 +46,92 @@ def wilson(value: float, rows: float) -> tuple[float, float]:
     return max((centre - slack) / scale, 0.0), min((centre + slack) / scale, 1.0)
 
 
-class Average(NamedTuple):
-    """A metric that is an average over rows, and what each row adds to it."""
+Added = tuple[Counts, Float]
+"""Rows at each of some scores, and what each of these rows adds to a value; with mean 0 over the rows."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the rows of a set of the second and fourth powers of what each adds."""
+
+    rows: int
+    second: float
+    fourth: float
+
+    @classmethod
+    def of(cls, added: Sequence[Added]) -> Self:
+        """From one or more kinds of rows."""
+        rows, second, fourth = 0, 0.0, 0.0
+        for counts, each in added:
+            squares = each * each
+            weighted = counts * squares
+            rows += int(counts.sum())
+            second += float(weighted.sum())
+            fourth += float((weighted * squares).sum())
+        return cls(rows, second, fourth)
+
+    def scaled(self, factor: float) -> Moments:
+        """Where every row adds so many times as much."""
+        return Moments(self.rows, self.second * factor**2, self.fourth * factor**4)
+
+
+@dataclass(frozen=True)
+class Average:
+    """A metric that is an average over rows of both sets."""
 
     value: float
-    inside: Float
-    """(T,) of an ID row at each distinct ID score, with mean 0 over the rows."""
-    outside: Float
-    """(U,) of an OOD row at each distinct OOD score, likewise."""
+    inside: tuple[Added, ...]
+    outside: Moments
+
+    @classmethod
+    def of(cls, value: float, inside: Sequence[Added], outside: Added) -> Self:
+        """From (T,) counts and (T,) what is added: of one or more kinds of ID rows, and of OOD rows."""
+        there = ((counts > 0, counts, each) for counts, each in inside)
+        return cls(value, tuple((counts[at], each[at]) for at, counts, each in there), Moments.of([outside]))
+
+    @classmethod
+    def mean(cls, parts: Sequence[Self]) -> Estimate:
+        """The mean over OOD sets, which have the same ID rows."""
+        value = float(np.mean([part.value for part in parts]))
+        kinds = zip(*(part.inside for part in parts), strict=True)
+        inside = [(kind[0][0], sum(each for _, each in kind) / len(kind)) for kind in kinds]
+        added = [Moments.of(inside), *(part.outside.scaled(1 / len(parts)) for part in parts)]
+        return _on_logit_scale(value, added, *wilson(value, min(each.rows for each in added)))
 
 
-class Rate(NamedTuple):
+@dataclass(frozen=True)
+class Failures:
+    """A metric that is an average over ID rows, and depends on which of them the classifier has right."""
+
+    value: float
+    added: Moments
+    low: float
+    high: float
+    """What no ranking of these rows goes beyond, at the limits of Wilson's interval of the error rate."""
+
+    @classmethod
+    def of(
+        cls,
+        value: float,
+        right: Added,
+        wrong: Added,
+        best: Callable[[float], float],
+        worst: Callable[[float], float],
+    ) -> Self:
+        """From what right and wrong rows add, and the value of the best and worst ranking by error rate."""
+        added = Moments.of([right, wrong])
+        low, high = wilson(int(wrong[0].sum()) / added.rows, added.rows)
+        return cls(value, added, best(low), worst(high))
+
+    @classmethod
+    def mean(cls, parts: Sequence[Self]) -> Estimate:
+        """Of one set."""
+        (only,) = parts
+        return _on_logit_scale(only.value, [only.added], only.low, only.high)
+
+
+@dataclass(frozen=True)
+class Rate:
     """The share of one set at a quantile of the other, and at the limits of this quantile."""
 
     value: float
@@ -63,8 +142,37 @@ class Rate(NamedTuple):
     shared: bool
     """Whether the quantile is one of the ID rows, which all OOD sets share; otherwise the share is."""
 
+    @classmethod
+    def at(cls, value: float, level: float, ranked: Counted, shared: bool) -> Self:
+        """The share of `outside` rows at the quantile `level` of `inside` ones; most positive first."""
+        hits, alarms = ranked.inside_upto, ranked.outside_upto
+        n_hits, n_alarms = int(hits[-1]), int(alarms[-1])
 
-class Minimum(NamedTuple):
+        def share(rank: float) -> float:
+            whole = np.floor(rank) + np.arange(2)
+            at = alarms[np.minimum(hits.searchsorted(whole), len(hits) - 1)] / n_alarms
+            shares = np.where(whole < 1, 0.0, np.where(whole > n_hits, 1.0, at))
+            return float(shares[0] + (rank - whole[0]) * (shares[1] - shares[0]))
+
+        low, high = map(share, quantile_ranks(n_hits, level))
+        return cls(value, n_alarms, low, high, shared)
+
+    @classmethod
+    def mean(cls, parts: Sequence[Self]) -> Estimate:
+        """The mean over OOD sets."""
+        values = np.array([part.value for part in parts])
+        own = np.abs(np.array([wilson(part.value, part.rows) for part in parts]) - values[:, None])
+        at_quantile = np.abs(
+            np.array([(min(p.low, p.value), max(p.high, p.value)) for p in parts]) - values[:, None]
+        )
+        shared, apart = (at_quantile, own) if parts[0].shared else (own, at_quantile)
+        below, above = np.hypot(shared.mean(axis=0), np.sqrt((apart**2).sum(axis=0)) / len(parts))
+        value = float(values.mean())
+        return _estimate(value, value - below, value + above)
+
+
+@dataclass(frozen=True)
+class Minimum:
     """A smallest mean of two error rates: of OOD and of ID rows."""
 
     value: float
@@ -73,22 +181,27 @@ class Minimum(NamedTuple):
     inside: float
     n_inside: int
 
+    @classmethod
+    def mean(cls, parts: Sequence[Self]) -> Estimate:
+        """The mean over OOD sets.
 
-def average(parts: Sequence[Average], inside: Counts, outside: Sequence[Counts]) -> Estimate:
-    """The mean of an `Average` over OOD sets, whose (T,) and (U,) rows are counted at distinct scores."""
-    value = float(np.mean([part.value for part in parts]))
-    added = [(inside, np.mean([part.inside for part in parts], axis=0))]
-    added += [(counts, part.outside / len(parts)) for counts, part in zip(outside, parts, strict=True)]
-    smallest = min(int(counts.sum()) for counts, _ in added)
-    variance = spread = 0.0
-    for counts, each in added:
-        rows, squares = int(counts.sum()), each**2
-        second, fourth = float((counts * squares).sum()), float((counts * squares**2).sum())
-        variance += second / rows**2
-        spread += (fourth - second**2 / rows) / rows**4
-    low, high = wilson(value, smallest)
+        The upper limit is moved by the bias of a minimum, the lower one by half of it: at hundreds of rows
+        the bias is smaller than in the limit.
+        """
+        value = float(np.mean([part.value for part in parts]))
+        outside = np.array([np.subtract(wilson(p.outside, p.n_outside), p.outside) for p in parts])
+        inside = np.array([np.subtract(wilson(p.inside, p.n_inside), p.inside) for p in parts])
+        below, above = np.hypot(np.sqrt((outside**2).sum(axis=0)) / len(parts), inside.mean(axis=0)) / 2
+        bias = float(np.mean([_bias(part) for part in parts]))
+        return _estimate(value, value - below + bias / 2, value + above + bias)
+
+
+def _on_logit_scale(value: float, added: Sequence[Moments], low: float, high: float) -> Estimate:
+    """The interval of a sum over independent sets of rows, within limits."""
+    variance = sum(each.second / each.rows**2 for each in added)
+    spread = sum((each.fourth - each.second**2 / each.rows) / each.rows**4 for each in added)
     rounding = 1e-24
-    if smallest > 1 and variance > rounding and 0 < value < 1:
+    if min(each.rows for each in added) > 1 and variance > rounding and 0 < value < 1:
         from scipy.special import stdtrit
 
         freedom = max(2 * variance**2 / spread, 2.0) if spread > 0 else 2.0
@@ -96,33 +209,6 @@ def average(parts: Sequence[Average], inside: Counts, outside: Sequence[Counts])
         odds = log(value / (1 - value))
         low, high = max(low, _share(odds - step)), min(high, _share(odds + step))
     return _estimate(value, low, high)
-
-
-def rate(parts: Sequence[Rate]) -> Estimate:
-    """The mean of a `Rate` over OOD sets."""
-    values = np.array([part.value for part in parts])
-    own = np.abs(np.array([wilson(part.value, part.rows) for part in parts]) - values[:, None])
-    at_quantile = np.abs(
-        np.array([(min(p.low, p.value), max(p.high, p.value)) for p in parts]) - values[:, None]
-    )
-    shared, apart = (at_quantile, own) if parts[0].shared else (own, at_quantile)
-    below, above = np.hypot(shared.mean(axis=0), np.sqrt((apart**2).sum(axis=0)) / len(parts))
-    value = float(values.mean())
-    return _estimate(value, value - below, value + above)
-
-
-def minimum(parts: Sequence[Minimum]) -> Estimate:
-    """The mean of a `Minimum` over OOD sets.
-
-    The upper limit is moved by the bias of a minimum, the lower one by half of it: at hundreds of rows the
-    bias is smaller than in the limit.
-    """
-    value = float(np.mean([part.value for part in parts]))
-    outside = np.array([np.subtract(wilson(p.outside, p.n_outside), p.outside) for p in parts])
-    inside = np.array([np.subtract(wilson(p.inside, p.n_inside), p.inside) for p in parts])
-    below, above = np.hypot(np.sqrt((outside**2).sum(axis=0)) / len(parts), inside.mean(axis=0)) / 2
-    bias = float(np.mean([_bias(part) for part in parts]))
-    return _estimate(value, value - below + bias / 2, value + above + bias)
 
 
 def _bias(found: Minimum) -> float:
@@ -163,62 +249,6 @@ def quantile_ranks(rows: int, share: float) -> tuple[float, float]:
         return (below + above) / 2
 
     return rank(1 - _TAIL), rank(_TAIL)
-
-
-def averages(id_counts: Counts, ood_counts: Counts) -> dict[str, Average]:
-    """AUROC and average precisions with what every row adds, from (T,) rows at every score, ascending."""
-    n_id, n_ood = id_counts.sum(), ood_counts.sum()
-    below, above = id_counts.cumsum() - id_counts / 2, n_ood - ood_counts.cumsum() + ood_counts / 2
-    value = float((ood_counts * below).sum() / (n_id * n_ood))
-    positive_in = _precision(id_counts, ood_counts)
-    positive_out = _precision(ood_counts[::-1], id_counts[::-1])
-    added = {
-        "auroc": (value, above / n_ood - value, below / n_id - value),
-        "aupr_in": positive_in,
-        "aupr_out": (positive_out[0], positive_out[2][::-1], positive_out[1][::-1]),
-    }
-    return {
-        name: Average(value, inside[id_counts > 0], outside[ood_counts > 0])
-        for name, (value, inside, outside) in added.items()
-    }
-
-
-def _precision(positive: Counts, negative: Counts) -> tuple[float, Float, Float]:
-    """Average precision and what positive and negative rows add to it; (T,) rows, most positive first.
-
-    The derivatives of the sum over positive rows of hits / (hits + alarms).
-    """
-    hits, alarms = positive.cumsum(), negative.cumsum()
-    n_hits, n_alarms, found = hits[-1], alarms[-1], (hits + alarms).astype(np.float64)
-    precision = hits / found
-    value = float((positive * precision).sum() / n_hits)
-    by_hit, by_alarm = (np.cumsum((positive * part / found**2)[::-1])[::-1] for part in (alarms, hits))
-    added = precision + by_hit
-    lost = -by_alarm * (n_alarms / n_hits)
-    return value, added - (positive * added).sum() / n_hits, lost - (negative * lost).sum() / n_alarms
-
-
-def rate_at(value: float, level: float, positive: Counts, negative: Counts, shared: bool) -> Rate:
-    """The share of negative rows at the quantile `level` of the positive ones; (T,), most positive first."""
-    hits, alarms = positive.cumsum(), negative.cumsum()
-    n_hits, n_alarms = int(hits[-1]), int(alarms[-1])
-
-    def share(rank: float) -> float:
-        whole = np.floor(rank) + np.arange(2)
-        at = alarms[np.minimum(hits.searchsorted(whole), len(hits) - 1)] / n_alarms
-        shares = np.where(whole < 1, 0.0, np.where(whole > n_hits, 1.0, at))
-        return float(shares[0] + (rank - whole[0]) * (shares[1] - shares[0]))
-
-    low, high = map(share, quantile_ranks(n_hits, level))
-    return Rate(value, n_alarms, low, high, shared)
-
-
-def minimum_of(value: float, id_counts: Counts, ood_counts: Counts) -> Minimum:
-    """The smallest mean of the error rates and both of them there; (T,) rows at every score, ascending."""
-    accepted, kept = ood_counts.cumsum(), id_counts.cumsum()
-    n_ood, n_id = int(accepted[-1]), int(kept[-1])
-    best = int((accepted * n_id - kept * n_ood).argmin())
-    return Minimum(value, float(accepted[best] / n_ood), n_ood, float(1 - kept[best] / n_id), n_id)
 
 
 def _share(odds: float) -> float:

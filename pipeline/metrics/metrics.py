@@ -1,66 +1,68 @@
-"""How well a detector's scores tell OOD rows from ID rows, exactly.
+"""All metrics by name, and what they have in common: scores are checked and counted.
 
-A score is higher for rows that look more OOD. Rows are counted at distinct scores, so ties are never split
-and nothing depends on the order of the rows. Reads no files and knows no detector.
+One metric more is a file beside this one and a line in `against_ood` or `FAILURES`. Reads no files and knows
+no detector.
 """
 
-from collections.abc import Sequence
+import re
 from fractions import Fraction
-from itertools import pairwise
 from math import ceil
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from pipeline.columns import Float
+from pipeline.columns import Float, Mask
 from pipeline.errors import UserError
+from pipeline.metrics.augrc import AUGRC
+from pipeline.metrics.aupr import AUPR
+from pipeline.metrics.aurc import AURC
+from pipeline.metrics.auroc import AUROC
+from pipeline.metrics.base import Counted, Estimate, Metric
+from pipeline.metrics.detection_error import DetectionError
+from pipeline.metrics.fpr import FPR
+from pipeline.metrics.oscr import OSCR
 
-METRICS: tuple[str, ...] = ("auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "detection_error")
-"""Names of the metrics in the order of the last axis of `metrics_at`, which defines them."""
+LEVEL = 0.95
+"""Share that FPR is measured at unless another one is given."""
+
+FAILURES: tuple[Metric, ...] = (AURC(), AUGRC())
+"""Metrics of ID rows alone: whether the score tells those that the classifier has wrong."""
 
 
-Counts = NDArray[np.int64]
-
-
-class Estimate(NamedTuple):
-    """A share in [0, 1] and its confidence interval, which holds the value."""
-
-    value: float
-    ci_low: float
-    ci_high: float
-
-
-def metrics_at(id_counts: Counts, ood_counts: Counts) -> Float:
-    """All metrics, from the number of rows at every score t in ascending order.
-
-    * auroc: P(OOD > ID) + P(OOD = ID) / 2.
-    * aupr_in, aupr_out: average precision (steps, not trapezoids) with ID or with OOD as the positive
-      class; depends on the ratio of the sizes.
-    * fpr95_id: share of OOD <= t at the smallest t with >= 95 % of ID <= t: OOD accepted where ID is kept.
-      FPR95 of the papers.
-    * fpr95_ood: share of ID >= t at the largest t with >= 95 % of OOD >= t: ID rejected where OOD is caught.
-      FPR95 of OpenOOD since August 2023, which reads it off scikit-learn's `roc_curve`. That leaves out the
-      inside of straight lines: where the next lower scores have as many rows of each set, t is the last one.
-    * detection_error: 1 - max over t of (P(OOD > t) + P(ID <= t)) / 2; both classes weigh the same.
+def against_ood(level: float = LEVEL) -> tuple[Metric, ...]:
+    """Metrics of ID against OOD rows, in the order of all tables.
 
     Args:
-        id_counts: (..., T) int64, not all 0; scores that no row has are allowed.
-        ood_counts: (..., T) int64, likewise.
-
-    Returns:
-        (..., 6) float64 in [0, 1], in the order of `METRICS`. Each but the average precisions is one division
-        of integers, which fit below 2**31 rows on each side.
+        level: of FPR, in (0, 1).
     """
-    id_upto, ood_upto = id_counts.cumsum(-1), ood_counts.cumsum(-1)
-    n_id, n_ood = id_upto[..., -1:], ood_upto[..., -1:]
-    pairs = 2 * (n_id * n_ood)[..., 0]
-    auroc = (ood_counts * (2 * id_upto - id_counts)).sum(-1) / pairs
-    error = (pairs - (n_id * (n_ood - ood_upto) + n_ood * id_upto).max(-1)) / pairs
-    from_above = ood_counts[..., ::-1], id_counts[..., ::-1]
-    aupr_in, fpr95_id = _retrieve(id_counts, ood_counts, _reaching(id_counts))
-    aupr_out, fpr95_ood = _retrieve(*from_above, _corners(*from_above, _reaching(from_above[0])))
-    return np.stack([auroc, aupr_in, aupr_out, fpr95_id, fpr95_ood, error], axis=-1)
+    return (
+        AUROC(),
+        AUPR("in"),
+        AUPR("out"),
+        FPR("id", level),
+        FPR("ood", level),
+        DetectionError(),
+        OSCR(),
+    )
+
+
+METRICS: tuple[str, ...] = tuple(metric.name for metric in against_ood())
+"""Names of the metrics of ID against OOD rows at the usual level of FPR."""
+
+
+def named(name: str) -> Metric:
+    """The metric of a name, as in fpr95_id.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {metric.name: metric for metric in (*against_ood(level_of(name)), *FAILURES)}[name]
+
+
+def level_of(name: str) -> float:
+    """The share that FPR of a name is measured at; the usual one for other metrics."""
+    found = re.fullmatch(r"fpr(\d+(?:\.\d+)?)_(?:id|ood)", name)
+    return float(Fraction(found[1]) / 100) if found else LEVEL
 
 
 def threshold(id_scores: ArrayLike, acceptance: float = 0.95) -> float:
@@ -115,40 +117,17 @@ def checked(scores: ArrayLike, where: str) -> Float:
     return checked
 
 
-def counted(scores: Sequence[Float]) -> Counts:
-    """(S, T) rows of each of the S sets at each of the T distinct scores of all, ascending."""
-    distinct, ranks = np.unique(np.concatenate(scores), return_inverse=True)
-    parts = np.split(ranks, np.cumsum([len(part) for part in scores])[:-1])
-    return np.stack([np.bincount(part, minlength=len(distinct)) for part in parts])
+def counted(inside: Float, outside: Float | None = None, right: Mask | None = None) -> Counted:
+    """Rows at each of the distinct scores of all.
 
-
-def _retrieve(positive: Counts, negative: Counts, at: NDArray[np.intp]) -> tuple[Float, Float]:
-    """Average precision, and FPR at a (...) score; (..., T) counts, most positive first."""
-    hits, alarms = positive.cumsum(-1), negative.cumsum(-1)
-    precision = hits / np.maximum(hits + alarms, 1)
-    rate = np.take_along_axis(alarms, at[..., None], -1)[..., 0] / alarms[..., -1]
-    return (positive * precision).sum(-1) / hits[..., -1], rate
-
-
-def _reaching(positive: Counts) -> NDArray[np.intp]:
-    """(...) the first score at which recall reaches 95 %."""
-    hits = positive.cumsum(-1)
-    return np.asarray((100 * hits >= 95 * hits[..., -1:]).argmax(-1))
-
-
-def _corners(positive: Counts, negative: Counts, first: NDArray[np.intp]) -> NDArray[np.intp]:
-    """(...) the first scores from `first` on that `roc_curve` keeps: their step differs from the next one."""
-    corners = np.empty_like(first)
-    for place in np.ndindex(first.shape):
-        corners[place] = _corner(positive[place], negative[place], int(first[place]))
-    return corners
-
-
-def _corner(positive: Counts, negative: Counts, first: int) -> int:
-    if not positive[:first].any() and not negative[:first].any():  # the ends of the curve are kept
-        return first
-    later = (first + np.flatnonzero(positive[first:] | negative[first:])).tolist()
-    for here, following in pairwise(later):
-        if positive[here] != positive[following] or negative[here] != negative[following]:
-            return int(here)
-    return int(later[-1])
+    Args:
+        inside: (N,) scores of ID rows.
+        outside: (M,) scores of OOD rows.
+        right: (N,) which ID rows the classifier has right, if it is known.
+    """
+    nothing = np.empty(0)
+    outside = nothing if outside is None else outside
+    distinct, ranks = np.unique(np.concatenate([inside, outside]), return_inverse=True)
+    of_id, of_ood = ranks[: len(inside)], ranks[len(inside) :]
+    kinds = of_id, of_ood, of_id[right] if right is not None else of_id[:0]
+    return Counted(*(np.bincount(kind, minlength=len(distinct)) for kind in kinds))

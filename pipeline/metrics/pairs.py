@@ -17,9 +17,10 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.columns import Float
-from pipeline.metrics.intervals import Z, averages
-from pipeline.metrics.metrics import METRICS, Counts, checked, counted, metrics_at
+from pipeline.columns import Float, Mask
+from pipeline.metrics.base import Counted, Counts, Metric
+from pipeline.metrics.intervals import Z
+from pipeline.metrics.metrics import FAILURES, LEVEL, against_ood, checked, counted
 
 GROUPS = 1024
 """Most groups of rows of a set."""
@@ -31,22 +32,24 @@ _BINS = 2048
 
 @dataclass(frozen=True)
 class Sample:
-    """One detector on one OOD dataset or group of them, and how its values vary with the draw of the rows."""
+    """One detector on one dataset or group of them, and how its values vary with the draw of the rows."""
 
     dataset: str
+    metrics: tuple[str, ...]
+    """Names of M metrics."""
     values: Float
-    """(6,) `METRICS`."""
+    """(M,) of the rows."""
     added: Float
     """(G,) what every group of rows adds to the AUROC; with mean 0 over those of a set."""
     replicates: Float
-    """(R, 6) `METRICS` of resamples, the same ones for every detector."""
+    """(R, M) of resamples, the same ones for every detector."""
     rows: int
     """Of the smallest set."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One detector against another, by one of `METRICS` on one OOD dataset or group."""
+    """One detector against another, by one metric on one dataset or group."""
 
     detector: str
     other: str
@@ -67,6 +70,8 @@ def sample(
     ood_scores: Mapping[str, ArrayLike],
     groups: Mapping[str, Sequence[str]],
     seed: int = 0,
+    right: ArrayLike | None = None,
+    level: float = LEVEL,
 ) -> list[Sample]:
     """One detector's samples, by dataset and then by group, which are comparable with those of another.
 
@@ -75,28 +80,33 @@ def sample(
         ood_scores: dataset -> (M,) finite float, likewise.
         groups: group -> names of its datasets, at least one.
         seed: of the draws; the same for every detector.
+        right: (N,) bool, which ID rows the classifier puts into their class; without it, metrics that need
+            labels are left out.
+        level: share at which FPR is measured.
 
     Raises:
         UserError: if a dataset is empty or has a score that is NaN or infinite.
     """
     inside = checked(id_scores, "the ID data")
+    known = None if right is None else np.asarray(right, dtype=np.bool_)
+    metrics = [each for each in against_ood(level) if known is not None or not each.needs_labels]
     drawn_inside = _Draw(len(inside), [seed, 0])
     found, added_inside, added_outside = {}, {}, {}
     for number, (name, given) in enumerate(ood_scores.items(), start=1):
         outside = checked(given, repr(name))
         drawn_outside = _Draw(len(outside), [seed, number])
-        counts = counted([inside, outside])
-        auroc = averages(*counts)["auroc"]
-        added_inside[name] = drawn_inside.sums(auroc.inside[_ranks(inside)] / len(inside))
-        added_outside[name] = drawn_outside.sums(auroc.outside[_ranks(outside)] / len(outside))
-        places = _bins(inside, outside)
-        width = 1 + max(int(each.max()) for each in places)
-        resampled = (
-            draw.counts(each, width) for draw, each in zip((drawn_inside, drawn_outside), places, strict=True)
-        )
+        rows = counted(inside, outside, known)
+        above, below = _placements(rows)
+        added_inside[name] = drawn_inside.sums(above[_ranks(inside)] / len(inside))
+        added_outside[name] = drawn_outside.sums(below[_ranks(outside)] / len(outside))
         added = np.concatenate([added_inside[name], added_outside[name]])
-        rows = min(len(inside), len(outside))
-        found[name] = Sample(name, metrics_at(*counts), added, metrics_at(*resampled), rows)
+        edges = _edges([inside, outside])
+        resampled = Counted(
+            drawn_inside.counts(edges.searchsorted(inside), len(edges)),
+            drawn_outside.counts(edges.searchsorted(outside), len(edges)),
+            _right(drawn_inside, inside, edges, known),
+        )
+        found[name] = _sample(name, metrics, rows, resampled, added, min(len(inside), len(outside)))
     means = []
     for group, names in groups.items():
         members = [found[name] for name in names]
@@ -105,6 +115,7 @@ def sample(
         means.append(
             Sample(
                 group,
+                members[0].metrics,
                 np.mean([member.values for member in members], axis=0),
                 np.concatenate([shared, *apart]),
                 np.mean([member.replicates for member in members], axis=0),
@@ -114,6 +125,50 @@ def sample(
     return [*found.values(), *means]
 
 
+def sample_failures(dataset: str, scores: ArrayLike, right: ArrayLike, seed: int = 0) -> Sample:
+    """One detector's sample of `FAILURES` on the rows of an ID dataset.
+
+    Args:
+        dataset: its name.
+        scores: (N,) finite float, higher = less sure; the same rows in the same order for every detector.
+        right: (N,) bool, which rows the classifier puts into their class.
+        seed: of the draws; the same for every detector.
+
+    Raises:
+        UserError: if there is no row, or a score is NaN or infinite.
+    """
+    inside, known = checked(scores, repr(dataset)), np.asarray(right, dtype=np.bool_)
+    drawn, edges = _Draw(len(inside), [seed, 0]), _edges([inside])
+    counts = drawn.counts(edges.searchsorted(inside), len(edges))
+    resampled = Counted(counts, right=_right(drawn, inside, edges, known))
+    rows = counted(inside, right=known)
+    return _sample(dataset, FAILURES, rows, resampled, np.empty(0), len(inside))
+
+
+def _sample(
+    dataset: str, metrics: Sequence[Metric], rows: Counted, resampled: Counted, added: Float, smallest: int
+) -> Sample:
+    values, replicates = (
+        np.stack([metric.value(each) for metric in metrics], axis=-1) for each in (rows, resampled)
+    )
+    return Sample(dataset, tuple(metric.name for metric in metrics), values, added, replicates, smallest)
+
+
+def _placements(rows: Counted) -> tuple[Float, Float]:
+    """What ID rows add to the AUROC at each distinct ID score, and OOD rows at theirs; DeLong et al. 1988."""
+    above = (rows.n_outside - rows.outside_upto + rows.outside / 2) / rows.n_outside
+    below = (rows.inside_upto - rows.inside / 2) / rows.n_inside
+    value = (rows.outside * below).sum() / rows.n_outside
+    return above[rows.inside > 0] - value, below[rows.outside > 0] - value
+
+
+def _right(drawn: _Draw, inside: Float, edges: Float, known: Mask | None) -> Counts:
+    """(R, B) rows of every resample in each bin that the classifier has right."""
+    if known is None:
+        return np.empty(0, np.int64)
+    return drawn.counts(edges.searchsorted(inside), len(edges), known)
+
+
 def differences(samples: Mapping[str, Sequence[Sample]]) -> Iterator[Difference]:
     """All pairs of detectors, by dataset and metric.
 
@@ -121,7 +176,7 @@ def differences(samples: Mapping[str, Sequence[Sample]]) -> Iterator[Difference]
         samples: of each detector, by its label; all of the same datasets and rows.
     """
     for together in zip(*samples.values(), strict=True):
-        for column, metric in enumerate(METRICS):
+        for column, metric in enumerate(together[0].metrics):
             pairs = list(combinations(range(len(together)), 2))
             tested = [_test(together[first], together[second], column) for first, second in pairs]
             corrected = holm([p for _, _, p in tested])
@@ -153,7 +208,7 @@ def _test(one: Sample, other: Sample, column: int) -> tuple[float, float, float]
     from scipy.special import ndtr
 
     difference = float(one.values[column] - other.values[column])
-    if METRICS[column] == "auroc":
+    if one.metrics[column] == "auroc":
         error = float(np.sqrt(((one.added - other.added) ** 2).sum()))
     else:
         error = float((one.replicates[:, column] - other.replicates[:, column]).std(ddof=1))
@@ -179,9 +234,10 @@ class _Draw:
         unbiased = np.sqrt(self.groups / max(self.groups - 1, 1))
         return np.asarray(np.bincount(self.group, of_rows * unbiased, minlength=self.groups))
 
-    def counts(self, places: NDArray[np.intp], width: int) -> Counts:
-        """(R, width) rows of every resample in each bin, from the bin of each row."""
-        table = np.bincount(self.group * width + places, minlength=self.groups * width)
+    def counts(self, places: NDArray[np.intp], width: int, some: Mask | slice = slice(None)) -> Counts:
+        """(R, width) rows of every resample in each bin, from the bin of each row; of all rows or of some."""
+        cells = (self.group * width + places)[some]
+        table = np.bincount(cells, minlength=self.groups * width)
         drawn = self.weights @ table.reshape(self.groups, width).astype(np.float32)
         return drawn.astype(np.int64)
 
@@ -191,11 +247,10 @@ def _ranks(scores: Float) -> NDArray[np.intp]:
     return np.unique(scores, return_inverse=True)[1]
 
 
-def _bins(inside: Float, outside: Float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """The bin of every row; neighbouring scores share one only where there are more than 2048."""
-    edges = np.unique(np.concatenate([inside, outside]))
+def _edges(sets: Sequence[Float]) -> Float:
+    """Upper ends of bins; neighbouring scores share one only where there are more than 2048."""
+    edges = np.unique(np.concatenate(sets))
     if len(edges) > _BINS:
         shares = np.linspace(0, 1, _BINS // 2)
-        chosen = [np.quantile(scores, shares, method="nearest") for scores in (inside, outside)]
-        edges = np.unique(np.concatenate(chosen))
-    return edges.searchsorted(inside), edges.searchsorted(outside)
+        edges = np.unique(np.concatenate([np.quantile(each, shares, method="nearest") for each in sets]))
+    return edges

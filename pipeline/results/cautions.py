@@ -27,10 +27,10 @@ class Found:
     thresholds: Mapping[str, float]
     """By detector."""
 
-    def by_dataset(self, detector: str, metric: str) -> dict[str, float]:
-        """A metric of a detector on every OOD dataset against the ID data."""
+    def by_dataset(self, detector: str, metric: str) -> dict[str, Mapping[str, Any]]:
+        """The rows of a metric of a detector, of every OOD dataset against the ID data."""
         return {
-            row["dataset"]: row["value"]
+            row["dataset"]: row
             for row in self.metrics
             if (row["detector"], row["metric"]) == (detector, metric) and row["group"] in COMPARED
             if row["dataset"] != row["group"]
@@ -54,6 +54,16 @@ def few_images(found: Found) -> Iterator[str]:
             )
 
 
+def no_labels(found: Found) -> Iterator[str]:
+    """Datasets of ID images that lack labels, and what is unknown for it."""
+    for row in found.metrics:
+        if row["metric"] == "id_accuracy" and row["value"] is None:
+            yield (
+                f"{row['dataset']} has images without a label: ID accuracy, OSCR, AURC and AUGRC on it are "
+                "unknown."
+            )
+
+
 def few_training_rows(found: Found) -> Iterator[str]:
     """Fewer training rows than dimensions, where a detector reads the feature."""
     entries = found.manifest["datasets"].values()
@@ -68,12 +78,15 @@ def few_training_rows(found: Found) -> Iterator[str]:
 
 
 def below_chance(found: Found) -> Iterator[str]:
-    """Detectors that rank OOD images below ID images."""
+    """Detectors that rank OOD images below ID images, and not by the draw of the images alone."""
     for detector in found.manifest["detectors"]:
-        values = found.by_dataset(detector, "auroc")
-        below = [f"{name} ({value:.3f})" for name, value in values.items() if value < 0.5]
+        rows = found.by_dataset(detector, "auroc")
+        below = [f"{name} ({row['value']:.3f})" for name, row in rows.items() if row["ci_high"] < 0.5]
         if below:
-            yield f"{detector} is worse than guessing (AUROC below 0.5) on {', '.join(below)}."
+            yield (
+                f"{detector} is worse than guessing (AUROC below 0.5, with its whole interval) on "
+                f"{', '.join(below)}."
+            )
 
 
 def no_information(found: Found) -> Iterator[str]:
@@ -81,7 +94,7 @@ def no_information(found: Found) -> Iterator[str]:
     for detector in found.manifest["detectors"]:
         errors = found.by_dataset(detector, "detection_error")
         aurocs = found.by_dataset(detector, "auroc")
-        names = [name for name, error in errors.items() if error == aurocs[name] == 0.5]
+        names = [name for name, row in errors.items() if row["value"] == aurocs[name]["value"] == 0.5]
         if names:
             yield (
                 f"{detector} does not tell {', '.join(names)} from the ID images at any threshold; "
@@ -102,6 +115,7 @@ def huge_thresholds(found: Found) -> Iterator[str]:
 KINDS: tuple[Callable[[Found], Iterator[str]], ...] = (
     numbering,
     few_images,
+    no_labels,
     few_training_rows,
     below_chance,
     no_information,

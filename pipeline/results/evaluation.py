@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.columns import Float
+from pipeline.columns import KEY, LABEL, PREDICTION, Float, Mask
 from pipeline.errors import UserError, unknown
 from pipeline.metrics import pairs
+from pipeline.metrics.metrics import LEVEL
+from pipeline.results.cautions import COMPARED
 from pipeline.stages.evaluate import PAIRS
 from pipeline.workspace import files, tables
 from pipeline.workspace.files import Place
@@ -81,65 +84,126 @@ class Evaluation:
         """Differences of all detectors of this run and another one on the same images.
 
         Columns are those of `differences`. A detector goes by `<id of its run>/<label>`. Compared are the
-        OOD datasets that both runs have in the same role, against the ID datasets that both have, on the rows
-        that all detectors have scores of. Memory grows with rows and detectors: 8 bytes each.
+        rows that all detectors have scores of. Memory grows with rows and detectors: 8 bytes each.
 
         Raises:
-            UserError: the runs are one, have no ID and OOD dataset in common, or other images in one.
+            UserError: the runs are one, or have no OOD dataset, or others than each other, or other images.
         """
-        ours, theirs = self.record["datasets"], other.record["datasets"]
-        roles = {
-            name: entry["role"]
-            for name, entry in ours.items()
-            if entry["role"] in ("id", "near_ood", "far_ood")
-            and theirs.get(name, {}).get("role") == entry["role"]
-        }
-        shared = set(roles.values())
-        if self.folder.name == other.folder.name or "id" not in shared or shared == {"id"}:
+        reason = other_data(self, other)
+        if self.folder == other.folder or reason:
             raise UserError(
-                f"{self.folder} and {other.folder}: nothing to compare; expected two runs with an ID and an "
-                "OOD dataset of the same name and role."
+                f"{self.folder} and {other.folder}: nothing to compare: {reason or 'they are one run'}. "
+                "Run both on the same data."
             )
-        scores: dict[str, dict[str, Float]] = {}
-        for name in roles:
-            for label, column in self._beside(other, name).items():
-                scores.setdefault(label, {})[name] = column
-        groups = {
-            role: [name for name in roles if roles[name] == role] for role in dict.fromkeys(roles.values())
-        }
-        samples = {
-            label: pairs.sample(
-                np.concatenate([columns[name] for name in groups["id"]]),
-                {name: columns[name] for name in roles if roles[name] != "id"},
-                {role: names for role, names in groups.items() if role != "id"},
-                self.record["seed"],
-            )
-            for label, columns in scores.items()
-        }
-        rows = pairs.differences(samples)
-        return pa.Table.from_pylist(
-            [{**asdict(row), "group": roles.get(row.dataset, row.dataset)} for row in rows], PAIRS
-        )
+        rows = [
+            {
+                **asdict(found),
+                "detector": f"{run.folder.name}/{label}",
+                "other": f"{against.folder.name}/{beside}",
+                "group": group,
+            }
+            for (run, label), (against, beside), group, found in differences([self, other])
+        ]
+        return pa.Table.from_pylist(rows, PAIRS)
 
-    def _beside(self, other: Evaluation, dataset: str) -> dict[str, Float]:
-        """Scores of all detectors of two runs on a dataset, on the rows that all have scores of."""
-        found = {}
-        for run in (self, other):
-            table = tables.Table.open(run.folder / "scores" / dataset)
-            found[run.folder.name] = pa.concat_tables(table.columns(["key", *run.record["detectors"]]))
-        keys = [table["key"].combine_chunks() for table in found.values()]
-        if not keys[0].equals(keys[1]):
-            raise UserError(
-                f"{dataset}: other images in {self.folder} ({len(keys[0]):,}) than in {other.folder} "
-                f"({len(keys[1]):,}); expected the same, in the same order. Run both on the same data."
-            )
-        columns = {
-            f"{run.folder.name}/{label}": found[run.folder.name][label].combine_chunks()
-            for run in (self, other)
-            for label in run.record["detectors"]
-        }
-        there = reduce(pc.and_, (column.is_valid() for column in columns.values()))
-        return {label: column.filter(there).to_numpy() for label, column in columns.items()}
+
+Entry = tuple[Evaluation, str]
+"""A detector of a run, by its label."""
+
+
+def other_data(first: Evaluation, other: Evaluation) -> str:
+    """Why two runs were not measured on the same images; empty if they were.
+
+    The datasets that are compared must have the same names, roles and images: the same digest of their
+    listing, which holds keys, labels, and what identifies each image.
+    """
+    ours, theirs = (_roles(run) for run in (first, other))
+    if "id" not in ours.values() or set(ours.values()) == {"id"}:
+        return "no ID and OOD dataset in the first run"
+    if ours != theirs:
+        names = ", ".join(
+            sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        )
+        return f"other datasets than in the first run ({names})"
+    for name in ours:
+        known, found = (run.record["datasets"][name] for run in (first, other))
+        if known["digest"] != found["digest"]:
+            return f"other images in {name} ({found['rows']:,}) than in the first run ({known['rows']:,})"
+    return ""
+
+
+def differences(runs: Sequence[Evaluation]) -> Iterator[tuple[Entry, Entry, str, pairs.Difference]]:
+    """All pairs of detectors of runs on the same images: both, the group of the dataset, and the difference.
+
+    On the rows that all of them have scores of, joined by their keys. p-values are corrected for all pairs.
+    Memory grows with rows and detectors: 8 bytes each.
+
+    Args:
+        runs: finished ones, each of the `other_data` of none.
+    """
+    roles, level = _roles(runs[0]), runs[0].record.get("metrics", {}).get("fpr_level", LEVEL)
+    seed = runs[0].record["seed"]
+    rows = {name: _beside(runs, name) for name in roles}
+    members = {
+        role: [name for name in roles if roles[name] == role] for role in dict.fromkeys(roles.values())
+    }
+    spectra = {"": ("id",), "fs_": ("id", "shifted_id")} if "shifted_id" in members else {"": ("id",)}
+    for prefix, inside in spectra.items():
+        groups = {prefix + role: members[role] for role in ("near_ood", "far_ood") if role in members}
+        group_of = {name: group for group, names in groups.items() for name in (*names, group)}
+
+        def sampled(entry: Entry, inside: Sequence[str] = inside, groups: Any = groups) -> list[pairs.Sample]:
+            known = [rows[name][entry] for role in inside for name in members[role]]
+            values, right = (np.concatenate(each) for each in zip(*known, strict=True))
+            outside = {name: rows[name][entry][0] for names in groups.values() for name in names}
+            return pairs.sample(values, outside, groups, seed, right, level)
+
+        yield from _paired(rows, sampled, group_of)
+    for role in ("id", "shifted_id"):
+        for name in members.get(role, ()):
+
+            def failing(entry: Entry, name: str = name) -> list[pairs.Sample]:
+                return [pairs.sample_failures(name, *rows[name][entry], seed)]
+
+            yield from _paired(rows, failing, {name: role})
+
+
+def _paired(
+    rows: Mapping[str, Mapping[Entry, Any]],
+    sampled: Callable[[Entry], Sequence[pairs.Sample]],
+    group_of: Mapping[str, str],
+) -> Iterator[tuple[Entry, Entry, str, pairs.Difference]]:
+    """The differences of samples of all detectors."""
+    entries = {str(number): entry for number, entry in enumerate(next(iter(rows.values())))}
+    for found in pairs.differences({name: sampled(entry) for name, entry in entries.items()}):
+        yield entries[found.detector], entries[found.other], group_of[found.dataset], found
+
+
+def _roles(run: Evaluation) -> dict[str, str]:
+    """The datasets that are compared, and their roles."""
+    datasets = run.record["datasets"].items()
+    return {name: entry["role"] for name, entry in datasets if entry["role"] in COMPARED}
+
+
+def _beside(runs: Sequence[Evaluation], dataset: str) -> dict[Entry, tuple[Float, Mask]]:
+    """Scores of all detectors of runs, and which rows the classifier has right, on the rows that all have."""
+    columns: dict[Entry, pa.Array] = {}
+    right: dict[Evaluation, pa.Array] = {}
+    keys = None
+    for run in runs:
+        labels = list(run.record["detectors"])
+        parts = tables.Table.open(run.folder / "scores" / dataset).columns([KEY, LABEL, PREDICTION, *labels])
+        table = pa.concat_tables(parts).combine_chunks()
+        keys = table[KEY] if keys is None else keys
+        if not table[KEY].equals(keys):
+            table = table.take(pc.index_in(keys, value_set=table[KEY].combine_chunks()))
+        right[run] = pc.equal(table[LABEL], table[PREDICTION])
+        columns |= {(run, label): table[label] for label in labels}
+    there = reduce(pc.and_, (column.is_valid() for column in columns.values()))
+    return {
+        (run, label): (column.filter(there).to_numpy(), right[run].filter(there).to_numpy())
+        for (run, label), column in columns.items()
+    }
 
 
 def opened(run: str | Place) -> Evaluation:

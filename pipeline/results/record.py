@@ -38,6 +38,7 @@ class Record:
             "started": now(),
             "finished": None,
             "seed": settings.seed,
+            "metrics": settings.metrics.model_dump(),
             "protocol": settings.protocol,
             "published": settings.published,
             "versions": _versions(),

@@ -15,8 +15,9 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from pipeline.cluster.engine import Engine
-from pipeline.columns import LABEL, PREDICTION, Float
+from pipeline.columns import LABEL, PREDICTION, Float, Mask
 from pipeline.metrics import comparisons, metrics, pairs
+from pipeline.metrics.metrics import LEVEL
 from pipeline.metrics.numbering import suspicious
 from pipeline.stages.score import SCORE, ScoreJob
 from pipeline.workspace import artifacts, files, tables
@@ -39,12 +40,13 @@ PAIRS = pa.schema(
 )
 """Of `comparisons.parquet`: all pairs of detectors on the same images."""
 
-FORMAT = "results 2"
+FORMAT = "results 3"
 """Kind and version: the number goes up when metrics of the same scores change."""
 
 CLASSIFIER = "classifier"
 """What stands in the column `detector` of the rows with the classifier's accuracy."""
 
+_ID_ROLES = ("id", "shifted_id")
 _OOD_GROUPS = ("near_ood", "far_ood")
 
 
@@ -54,6 +56,8 @@ class Scores:
 
     by_role: Mapping[str, Mapping[str, Sequence[tables.Table]]]
     """Each with those of other detectors whose rows without a score do not count either."""
+    right: Mapping[str, Mask | None]
+    """Which rows of a dataset of ID images the classifier puts into their class; None where labels lack."""
 
     def of(self, *roles: str) -> dict[str, Sequence[tables.Table]]:
         """Scores of the datasets with these roles, by name."""
@@ -65,6 +69,7 @@ def run(
     jobs: Mapping[str, Sequence[ScoreJob]],
     progress: Callable[[int], None] = lambda _: None,
     together: Iterable[Collection[str]] = (),
+    level: float = LEVEL,
 ) -> tuple[pa.Table, dict[str, float]]:
     """Metrics of all detectors and their thresholds at 95 % ID acceptance.
 
@@ -74,17 +79,19 @@ def run(
         progress: called with 1 after each detector.
         together: labels of detectors that are measured on the rows that all of them have scores of; others
             on all that they have scores of.
+        level: share at which FPR is measured.
     """
+    right = _right_of(jobs)
     rows = [
-        _accuracy(job.dataset, role, job.features)
-        for role in ("id", "shifted_id")
+        _accuracy(job.dataset, role, job.features.rows, right[job.dataset])
+        for role in _ID_ROLES
         for job in jobs.get(role, ())
     ]
-    of_each = _of_each(jobs, together)
+    of_each = _of_each(jobs, together, right)
     thresholds = {}
     for label, (found, threshold) in zip(
         of_each,
-        engine.in_order(_evaluate, ((scores, label) for label, scores in of_each.items())),
+        engine.in_order(_evaluate, ((scores, label, level) for label, scores in of_each.items())),
         strict=True,
     ):
         rows += found
@@ -93,19 +100,23 @@ def run(
     return pa.Table.from_pylist(rows, SCHEMA), thresholds
 
 
-def paired(engine: Engine, jobs: Mapping[str, Sequence[ScoreJob]], seed: int) -> pa.Table:
+def paired(
+    engine: Engine, jobs: Mapping[str, Sequence[ScoreJob]], seed: int, level: float = LEVEL
+) -> pa.Table:
     """Differences of all pairs of detectors, on the rows that all of them have scores of.
 
     Args:
         engine: does the work.
         jobs: the datasets, scored, by role.
         seed: of the paired bootstrap.
+        level: share at which FPR is measured.
     """
     labels = list(jobs["id"][0].scores)
     if len(labels) < 2:
         return PAIRS.empty_table()
-    of_each = _of_each(jobs, [labels])
-    spectra = zip(*engine.in_order(_sample, ((scores, seed) for scores in of_each.values())), strict=True)
+    of_each = _of_each(jobs, [labels], _right_of(jobs))
+    work = ((scores, seed, level) for scores in of_each.values())
+    spectra = zip(*engine.in_order(_sample, work), strict=True)
     rows = []
     for samples in spectra:
         group_of = samples[0][1]
@@ -115,7 +126,9 @@ def paired(engine: Engine, jobs: Mapping[str, Sequence[ScoreJob]], seed: int) ->
 
 
 def _of_each(
-    jobs: Mapping[str, Sequence[ScoreJob]], together: Iterable[Collection[str]]
+    jobs: Mapping[str, Sequence[ScoreJob]],
+    together: Iterable[Collection[str]],
+    right: Mapping[str, Mask | None],
 ) -> dict[str, Scores]:
     """The scores of every detector, by its label."""
     beside = {label: group for group in together for label in group}
@@ -124,7 +137,8 @@ def _of_each(
     }
     return {
         label: Scores(
-            {role: {name: each[label] for name, each in found.items()} for role, found in scored.items()}
+            {role: {name: each[label] for name, each in found.items()} for role, found in scored.items()},
+            right,
         )
         for label in jobs["id"][0].scores
     }
@@ -156,6 +170,7 @@ class _Spectrum:
     """What one detector is measured on."""
 
     inside: Float
+    right: Mask | None
     outside: Mapping[str, Float]
     members: Mapping[str, Sequence[str]]
     """OOD datasets of each group."""
@@ -173,37 +188,88 @@ def _spectra(scores: Scores) -> Iterator[_Spectrum]:
     for prefix, roles in spectra.items():
         members = {prefix + role: list(scores.of(role)) for role in _OOD_GROUPS if scores.of(role)}
         if members:
-            outside = {name: _column([found]) for name, found in scores.of(*_OOD_GROUPS).items()}
-            yield _Spectrum(_column(scores.of(*roles).values()), outside, members)
+            outside = {name: _scored(found)[0] for name, found in scores.of(*_OOD_GROUPS).items()}
+            inside = [_classified(scores, name, found) for name, found in scores.of(*roles).items()]
+            values, right = zip(*inside, strict=True)
+            known = [each for each in right if each is not None]
+            whole = np.concatenate(known) if len(known) == len(right) else None
+            yield _Spectrum(np.concatenate(values), whole, outside, members)
 
 
-def _evaluate(scores: Scores, label: str) -> tuple[list[dict[str, Any]], float]:
+def _evaluate(scores: Scores, label: str, level: float) -> tuple[list[dict[str, Any]], float]:
     """All metric rows of one detector, and its threshold."""
     rows = [
         {"detector": label, "group": spectrum.group_of[result.dataset], **asdict(result)}
         for spectrum in _spectra(scores)
-        for result in comparisons.compare(spectrum.inside, spectrum.outside, spectrum.members)
+        for result in _compared(spectrum, level)
     ]
-    return rows, metrics.threshold(_column(scores.of("id").values()))
+    for role in _ID_ROLES:
+        for name, found in scores.of(role).items():
+            values, right = _classified(scores, name, found)
+            if right is not None:
+                results = comparisons.failures(name, values, right)
+            else:
+                results = [_unknown(name, metric.name, len(values)) for metric in metrics.FAILURES]
+            rows += [{"detector": label, "group": role, **asdict(result)} for result in results]
+    inside = [_scored(found)[0] for found in scores.of("id").values()]
+    return rows, metrics.threshold(np.concatenate([np.empty(0), *inside]))
 
 
-def _sample(scores: Scores, seed: int) -> list[tuple[list[pairs.Sample], dict[str, str]]]:
-    """One detector's samples on every spectrum, and the group of each dataset."""
-    return [
-        (pairs.sample(spectrum.inside, spectrum.outside, spectrum.members, seed), spectrum.group_of)
-        for spectrum in _spectra(scores)
-    ]
+def _compared(spectrum: _Spectrum, level: float) -> Iterator[comparisons.Result]:
+    """The metrics on a spectrum; null those that lack labels."""
+    names = spectrum.outside, spectrum.members, spectrum.right, level
+    found = {(each.dataset, each.metric): each for each in comparisons.compare(spectrum.inside, *names)}
+    for dataset in spectrum.group_of:
+        for metric in metrics.against_ood(level):
+            known = found[dataset, "auroc"]
+            lacking = _unknown(dataset, metric.name, known.n_id, known.n_ood)
+            yield found.get((dataset, metric.name), lacking)
 
 
-def _column(scores: Iterable[Sequence[tables.Table]]) -> Float:
-    """One detector's scores of some datasets: of the rows that it, and those beside it, have scores of."""
-    columns = []
-    for found in scores:
-        for parts in zip(*(table.columns([SCORE]) for table in found), strict=True):
-            own, *others = (part[SCORE] for part in parts)
-            there = reduce(pc.and_, (each.is_valid() for each in others), own.is_valid())
-            columns.append(own.filter(there).to_numpy())
-    return np.concatenate(columns) if columns else np.empty(0)
+def _unknown(dataset: str, metric: str, n_id: int, n_ood: int = 0) -> comparisons.Result:
+    """A metric that lacks labels."""
+    return comparisons.Result(dataset, metric, None, None, None, n_id, n_ood)
+
+
+def _sample(scores: Scores, seed: int, level: float) -> list[tuple[list[pairs.Sample], dict[str, str]]]:
+    """One detector's samples on every spectrum and dataset of ID images, and the group of each dataset."""
+    samples = []
+    for spectrum in _spectra(scores):
+        rows = spectrum.inside, spectrum.outside, spectrum.members
+        samples.append((pairs.sample(*rows, seed, spectrum.right, level), spectrum.group_of))
+    for role in _ID_ROLES:
+        for name, found in scores.of(role).items():
+            values, right = _classified(scores, name, found)
+            if right is not None:
+                samples.append(([pairs.sample_failures(name, values, right, seed)], {name: role}))
+    return samples
+
+
+def _classified(scores: Scores, dataset: str, found: Sequence[tables.Table]) -> tuple[Float, Mask | None]:
+    """One detector's scores of a dataset of ID images, and which of these rows the classifier has right."""
+    values, there = _scored(found)
+    right = scores.right[dataset]
+    return values, None if right is None else right[there]
+
+
+def _scored(found: Sequence[tables.Table]) -> tuple[Float, Mask]:
+    """One detector's scores of the rows that it, and those beside it, have scores of, and which these are."""
+    columns, kept = [np.empty(0)], [np.empty(0, np.bool_)]
+    for parts in zip(*(table.columns([SCORE]) for table in found), strict=True):
+        own, *others = (part[SCORE] for part in parts)
+        there = reduce(pc.and_, (each.is_valid() for each in others), own.is_valid())
+        columns.append(own.filter(there).to_numpy())
+        kept.append(there.to_numpy())
+    return np.concatenate(columns), np.concatenate(kept)
+
+
+def _right_of(jobs: Mapping[str, Sequence[ScoreJob]]) -> dict[str, Mask | None]:
+    """Which rows of the datasets of ID images the classifier has right; None where labels lack."""
+    found: dict[str, Mask | None] = {}
+    for job in (job for role in _ID_ROLES for job in jobs.get(role, ())):
+        labels, predictions = _labelled(job.features)
+        found[job.dataset] = labels == predictions if (labels >= 0).all() else None
+    return found
 
 
 def numbering(features: tables.Table, classes: int) -> str:
@@ -222,10 +288,7 @@ def _labelled(features: tables.Table) -> tuple[NDArray[np.int64], NDArray[np.int
     return labels, predictions
 
 
-def _accuracy(dataset: str, role: str, features: tables.Table) -> dict[str, Any]:
+def _accuracy(dataset: str, role: str, rows: int, right: Mask | None) -> dict[str, Any]:
     """The row with the classifier's accuracy on a dataset of its classes; its argmax, not a detector's."""
-    labels, predictions = _labelled(features)
-    total = len(labels)
-    estimate = metrics.accuracy(int((labels == predictions).sum()), total)
-    row = {"detector": CLASSIFIER, "dataset": dataset, "group": role, "metric": "id_accuracy"}
-    return {**row, **estimate._asdict(), "n_id": total, "n_ood": 0}
+    row = {"detector": CLASSIFIER, "group": role, **asdict(_unknown(dataset, "id_accuracy", rows))}
+    return row if right is None else {**row, **metrics.accuracy(int(right.sum()), rows)._asdict()}

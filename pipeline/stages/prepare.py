@@ -20,6 +20,7 @@ from pipeline.data.manifest import Manifest, compile_manifest
 from pipeline.detectors.base import Detector, Extra, Jigsaw, Mixup
 from pipeline.errors import UserError, unknown
 from pipeline.learned import statistics
+from pipeline.metrics.metrics import LEVEL
 from pipeline.network.description import NO_BLOCKS, WRONG_SIZE, Description
 from pipeline.network.known import Network
 from pipeline.stages import identity, index, shards
@@ -121,7 +122,9 @@ class Prepared:
             (dataset.role, dataset.name, self.jobs[dataset.name].name) for dataset in self.config.datasets
         ]
         scored = {label: self.scoring(label) for label in self.detectors}
-        return artifacts.digest([scored, roles, self.config.seed])
+        level = self.config.metrics.fpr_level
+        measured = [] if level == LEVEL else [{"fpr_level": level}]
+        return artifacts.digest([scored, roles, self.config.seed, *measured])
 
 
 def prepare(settings: Config) -> Prepared:

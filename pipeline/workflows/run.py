@@ -641,8 +641,9 @@ class Run:
                 for dataset in self.ready.config.datasets:
                     if dataset.name in jobs:
                         roles.setdefault(dataset.role, []).append(jobs[dataset.name])
-                table, thresholds = evaluate.run(self.engine, roles, shown.advance)
-                pairs = evaluate.paired(self.engine, roles, self.ready.config.seed)
+                level = self.ready.config.metrics.fpr_level
+                table, thresholds = evaluate.run(self.engine, roles, shown.advance, level=level)
+                pairs = evaluate.paired(self.engine, roles, self.ready.config.seed, level)
                 for job in roles.get("unlabelled", ()):
                     assemble(self.engine, job, self._scores(job.dataset), thresholds)
                 written = evaluate.write(self.ready.folder, table, thresholds, pairs)

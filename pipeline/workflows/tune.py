@@ -26,7 +26,7 @@ from pipeline.config.grids import Tune
 from pipeline.config.schema import Config, Dataset, DetectorEntry
 from pipeline.detectors.base import Pass, Scorer
 from pipeline.errors import UserError
-from pipeline.results.report.tables import METRICS
+from pipeline.metrics.metrics import level_of, named
 from pipeline.results.unscored import sentences
 from pipeline.stages import evaluate, index, shards
 from pipeline.stages.prepare import Prepared, prepare
@@ -232,7 +232,8 @@ class Search(Run):
                 [jobs[dataset.name] for dataset in self.ready.config.of_role(role)] for role in _DECIDING
             )
             scored = {"id": inside, _MEAN: outside}
-            table = evaluate.run(self.engine, scored, shown.advance, grids.values())[0]
+            level = level_of(self.ready.config.tune.metric if self.ready.config.tune else "")
+            table = evaluate.run(self.engine, scored, shown.advance, grids.values(), level)[0]
         self._require_few_unscored(table, [job.features.rows for job in inside])
         return table
 
@@ -243,7 +244,7 @@ class Search(Run):
             UserError: names the first point, and the images.
         """
         limit = self.ready.config.score.max_unscored_fraction
-        for row in table.filter(pc.not_equal(table["detector"], evaluate.CLASSIFIER)).to_pylist():
+        for row in table.filter(pc.equal(table["metric"], "auroc")).to_pylist():
             counts = {"ID": (row["n_id"], sum(inside))}
             if row["dataset"] in self.features:
                 counts[row["dataset"]] = row["n_ood"], self.features[row["dataset"]].rows
@@ -299,7 +300,7 @@ def _chosen(grids: Grids, table: pa.Table, metric: str) -> tuple[Point, ...]:
     for row in table.to_pylist():
         if row["metric"] == metric:
             rows.setdefault(row["detector"], {})[row["dataset"]] = row
-    sign = 1 if METRICS[metric].higher_is_better else -1
+    sign = 1 if named(metric).higher_is_better else -1
     found: list[Point] = []
     for detector, tried in grids.items():
         points = [_point(detector, entry, rows[label]) for label, entry in tried.items()]
@@ -359,7 +360,7 @@ def _text(tuned: Config, metric: str, table: Place) -> str:
 
 def console_table(outcome: Outcome) -> Table:
     """All points for the terminal; the chosen ones in green."""
-    shown = METRICS[outcome.metric]
+    shown = named(outcome.metric)
     table = Table(
         title=f"{shown.label} {shown.arrow} on OOD validation images",
         caption="Means decide, with 95% intervals. * chosen, and marked as using OOD data",

@@ -37,7 +37,7 @@ from pipeline.workspace import claims
 COMMAND = Path(sys.executable).parent / "ood-pipeline"
 SUBCOMMANDS = (
     *("run", "extract", "fit", "score", "evaluate", "report", "validate", "detectors", "doctor"),
-    *("submit", "status", "stop", "tune", "verify", "runs", "clean"),
+    *("submit", "status", "stop", "tune", "verify", "runs", "compare", "clean"),
 )
 
 NET = """

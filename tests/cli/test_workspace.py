@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli import main
@@ -159,3 +162,42 @@ def test_a_workspace_that_is_not_there_or_in_use_is_refused(tmp_path: Path) -> N
         found = runner.invoke(main.app, ["clean", "--workspace", str(tmp_path)])
     assert isinstance(found.exception, UserError)
     assert "in use" in str(found.exception)
+
+
+def test_the_example_of_compare_runs_and_two_parameters_are_two_columns(
+    runs: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    _, folders = runs
+    help_text = (
+        CliRunner().invoke(main.app, ["compare", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    )
+    (example,) = re.findall(r"Example: ood-pipeline (compare [^│\n]*)", help_text)
+    one = command(*shlex.split(example.replace("./workspace/runs/quickstart", str(folders[0]))))
+    assert "### Near-OOD: AUROC ↑" in one
+    assert "### ID, test: AURC ↓" in one
+    out = tmp_path / "out.csv"
+    assert command("compare", *map(str, folders[:2]), "--format", "csv", "--out", str(out)) == ""
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert {row["column"] for row in rows} == {f"small/{folder.name}" for folder in folders[:2]}
+    assert {row["level"] for row in rows if row["detector"] == "msp"} <= {"True", ""}
+    table = command("compare", *map(str, folders[:2]))
+    assert all(f"{float(row['value']):.4f}" in table for row in rows)
+
+
+def test_repeats_share_features_and_are_summarised(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["datasets"] = [entry for entry in settings["datasets"] if entry["role"] != "train"]
+    settings["detectors"] = ["msp"]
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    run = ("run", str(path), "--workspace", str(tmp_path / "workspace"), "--engine", "inline")
+    output = command(*run, "--seeds", "0,1")
+    assert "small (2 runs)" in output
+    assert "± 0.0000" in output
+    records = [
+        files.read_json(found) for found in (tmp_path / "workspace").glob("runs/small/*/manifest.json")
+    ]
+    assert sorted(record["seed"] for record in records) == [0, 1]
+    assert sorted(record["stages"]["extract"]["forward_images"] for record in records) == [0, 580]
+    for wrong in ("0,0", "0,x"):
+        with pytest.raises(UserError, match="--seeds"):
+            command(*run, "--seeds", wrong)

@@ -586,8 +586,11 @@ def test_the_points_of_the_grids_keep_the_other_parameters(load):
 
 
 def test_an_unknown_metric_to_tune_by_is_refused(load):
-    with pytest.raises(UserError, match=r"tune\.metric: Input should be 'auroc'.*, got 'aurok'"):
+    with pytest.raises(UserError, match=r"tune\.metric: unknown metric 'aurok'. Did you mean 'auroc'"):
         load(RAW, "tune.metric=aurok")
+    with pytest.raises(UserError, match="unknown metric 'oscr'"):
+        load(RAW, "tune.metric=oscr")  # images to tune by need no labels
+    assert load(RAW, "tune.metric=fpr99.5_id").tune.metric == "fpr99.5_id"
 
 
 def test_datasets_of_a_role_come_in_config_order(load):

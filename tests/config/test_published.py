@@ -11,7 +11,8 @@ import pytest
 from pipeline import detectors
 from pipeline.config import loading, published
 from pipeline.errors import UserError
-from pipeline.results.report.tables import GROUPS, METRICS
+from pipeline.metrics.metrics import METRICS
+from pipeline.results.report.tables import GROUPS
 
 TABLES = sorted(path.stem for path in (loading.bundled() / "published").glob("*.csv"))
 COLUMNS = ["protocol", "model", "detector", "dataset", "metric", "value", "std", "source"]

@@ -7,15 +7,14 @@ import pytest
 
 from pipeline.metrics.comparisons import compare
 from pipeline.metrics.intervals import quantile_ranks
-from pipeline.metrics.metrics import METRICS
-from tests.metrics.coverage import AUROCS, SIZES, Case, misses
+from tests.metrics.coverage import AUROCS, SIZES, UNLABELLED, Case, misses
 from tests.metrics.test_metrics import by_dataset, large_cases, small_cases
 
 
 @pytest.mark.parametrize("auroc", [0.58, 0.95])
 def test_95_percent_of_the_intervals_hold_the_truth(auroc: float) -> None:
     held = 1 - misses(Case(auroc, 300, 300), repeats=250).sum(axis=0)
-    assert (held > 0.91).all(), dict(zip(METRICS, held, strict=True))
+    assert (held > 0.91).all(), dict(zip(UNLABELLED, held, strict=True))
 
 
 @pytest.mark.slow
@@ -23,7 +22,7 @@ def test_95_percent_of_the_intervals_hold_the_truth(auroc: float) -> None:
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_coverage_is_93_to_97_percent(auroc: float, sizes: tuple[int, int]) -> None:
     repeats = 1000
-    held = dict(zip(METRICS, 1 - misses(Case(auroc, *sizes), repeats).sum(axis=0), strict=True))
+    held = dict(zip(UNLABELLED, 1 - misses(Case(auroc, *sizes), repeats).sum(axis=0), strict=True))
     noise = 3 * np.sqrt(0.95 * 0.05 / repeats)
     few = min(sizes) < 300  # 15 rows or fewer beyond the threshold, and less than one misranked: cautious
     for metric, share in held.items():
@@ -45,7 +44,7 @@ def test_fifteen_separated_images_leave_the_truth_open_and_more_of_them_less() -
     assert few["auroc"].ci_low == pytest.approx(15 / (15 + 1.96**2), abs=1e-4)
     assert few["detection_error"].ci_high > 0.1
     assert few["fpr95_id"].ci_high > 0.5  # no row is sure to lie above the 95 % quantile of 15
-    for metric in METRICS:
+    for metric in UNLABELLED:
         assert 0 < many[metric].ci_high - many[metric].ci_low < 0.01
 
 
@@ -55,7 +54,7 @@ def test_more_rows_narrow_an_interval_by_the_square_root() -> None:
     for n in (2_000, 32_000):
         results = compare(rng.normal(size=n), {"ood": rng.normal(1.5, 1, n)}, {})
         widths.append([result.ci_high - result.ci_low for result in results])
-    assert np.divide(*widths) == pytest.approx(np.full(len(METRICS), 4), rel=0.2)
+    assert np.divide(*widths) == pytest.approx(np.full(len(UNLABELLED), 4), rel=0.2)
 
 
 def test_the_variance_of_the_auroc_is_that_of_delong() -> None:
@@ -102,7 +101,7 @@ def test_a_group_of_equal_sets_is_less_certain_than_independent_ones_would_be() 
     rng = np.random.default_rng(4)
     sets = {name: rng.normal(1.5, 1, 3000) for name in "abcd"}
     table = by_dataset(compare(rng.normal(size=200), sets, {"all": list(sets)}))
-    for metric in METRICS:
+    for metric in UNLABELLED:
         widths = {name: found[metric].ci_high - found[metric].ci_low for name, found in table.items()}
         # The ID rows are few and shared: their draw does not average out.
         assert 0.7 * widths["a"] < widths["all"] <= 1.05 * max(widths[name] for name in sets), metric

@@ -8,8 +8,10 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from pipeline.errors import UserError
+from pipeline.metrics.base import Counted
 from pipeline.metrics.comparisons import compare
-from pipeline.metrics.metrics import METRICS, accuracy, metrics_at, threshold
+from pipeline.metrics.metrics import FAILURES, accuracy, against_ood, named, threshold
+from tests.metrics.coverage import UNLABELLED
 
 
 def values(id_scores, ood_scores):
@@ -158,11 +160,34 @@ def test_95_percent_is_reached_by_19_of_20_rows_and_not_by_18():
     assert values([0.5, 1.5, 2.5], np.arange(20.0))["fpr95_ood"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("level", [0.9, 0.999, 0.07])
+def test_fpr_is_measured_at_the_level_asked_for_which_is_in_its_name(level):
+    id_scores, ood_scores = large_cases()["heavy ties"]
+    found = {result.metric: result for result in compare(id_scores, {"o": ood_scores}, {}, level=level)}
+    percent = f"{100 * level:g}"
+    every = roc_curve(
+        np.arange(3700) < 3000, -np.concatenate([id_scores, ood_scores]), drop_intermediate=False
+    )
+    result = found[f"fpr{percent}_id"]
+    assert result.value == pytest.approx(every[0][np.argmax(every[1] >= level)])
+    assert result.ci_low < result.value < result.ci_high
+    assert named(f"fpr{percent}_ood").label == f"FPR{percent}, OOD caught"
+
+
+def test_every_metric_is_found_by_its_name_and_no_other_is():
+    for metric in (*against_ood(), *against_ood(0.995), *FAILURES):
+        assert (named(metric.name).name, named(metric.name).label) == (metric.name, metric.label)
+    for name in ("fpr95", "fpr95_in", "auc"):
+        with pytest.raises(KeyError):
+            named(name)
+
+
 def test_a_stack_of_counts_gives_the_metrics_of_each_row_and_ignores_scores_without_rows():
     rng = np.random.default_rng(2)
     id_counts, ood_counts = rng.integers(0, 4, (2, 3, 5, 12))
-    stacked = metrics_at(id_counts, ood_counts)
-    assert stacked.shape == (3, 5, len(METRICS))
+    counts = Counted(id_counts, ood_counts)
+    stacked = np.stack([metric.value(counts) for metric in against_ood() if not metric.needs_labels], axis=-1)
+    assert stacked.shape == (3, 5, len(UNLABELLED))
     for position in np.ndindex(3, 5):
         here = id_counts[position], ood_counts[position]
         rows = [np.repeat(np.arange(12.0), counts) for counts in here]
@@ -182,17 +207,17 @@ def test_the_order_of_the_rows_changes_no_bit():
 def test_results_come_by_dataset_and_then_by_group_with_the_metrics_in_order():
     ood_scores = {"b": [1.0, 2.0], "a": [3.0], "c": [0.0]}
     results = compare([0.0, 1.0], ood_scores, {"near": ["a", "b"], "far": ["c"]})
-    expected = [(name, metric) for name in ("b", "a", "c", "near", "far") for metric in METRICS]
+    expected = [(name, metric) for name in ("b", "a", "c", "near", "far") for metric in UNLABELLED]
     assert [(result.dataset, result.metric) for result in results] == expected
     assert {result.n_id for result in results} == {2}
-    assert [result.n_ood for result in results[:: len(METRICS)]] == [2, 1, 1, 3, 1]
+    assert [result.n_ood for result in results[:: len(UNLABELLED)]] == [2, 1, 1, 3, 1]
 
 
 def test_a_group_is_the_unweighted_mean_of_its_datasets_and_not_wider_than_the_widest():
     rng = np.random.default_rng(4)
     ood_scores = {name: rng.normal(shift, 1, size) for name, shift, size in [("a", 0.5, 60), ("b", 1, 900)]}
     table = by_dataset(compare(rng.normal(size=500), ood_scores, {"near": ["a", "b"], "far": ["b"]}))
-    for metric in METRICS:
+    for metric in UNLABELLED:
         a, b, near, far = (table[name][metric] for name in ("a", "b", "near", "far"))
         assert near.value == (a.value + b.value) / 2
         assert 0 < near.ci_high - near.ci_low <= max(a.ci_high - a.ci_low, b.ci_high - b.ci_low)

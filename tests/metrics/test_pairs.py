@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import norm
 
 from pipeline.metrics import pairs
-from pipeline.metrics.metrics import METRICS
 from pipeline.metrics.pairs import differences, holm, sample
+from tests.metrics.coverage import UNLABELLED
 from tests.metrics.test_metrics import from_sklearn
 
 
@@ -50,8 +50,8 @@ def test_the_error_of_other_metrics_is_that_of_a_paired_bootstrap(n: int) -> Non
     for _ in range(50):
         rows, others = rng.integers(0, n, (2, n))
         a, b = (from_sklearn(x[rows], y[others]) for x, y in scores.values())
-        replicates.append([a[metric] - b[metric] for metric in METRICS])
-    for metric, expected in zip(METRICS, np.std(replicates, axis=0), strict=True):
+        replicates.append([a[metric] - b[metric] for metric in UNLABELLED])
+    for metric, expected in zip(UNLABELLED, np.std(replicates, axis=0), strict=True):
         found = compared(scores)[metric]
         assert (found.ci_high - found.ci_low) / 3.92 == pytest.approx(expected, rel=0.35), metric
 
@@ -69,7 +69,7 @@ def test_equal_detectors_are_told_apart_in_5_percent_of_draws_and_better_ones_in
         for better in (0.0, 0.6)
     }
     assert (share[0.0] < 0.15).all()
-    assert share[0.6][METRICS.index("auroc")] > 0.9
+    assert share[0.6][UNLABELLED.index("auroc")] > 0.9
 
 
 def test_a_detector_is_not_told_from_itself_and_a_guess_is_from_a_perfect_one() -> None:

@@ -64,6 +64,13 @@ def test_each_kind_is_told_with_what_it_is_about(run: Found, said: str) -> None:
     assert re.search(said, sentence)
 
 
+def test_an_auroc_below_one_half_by_chance_is_not_worse_than_guessing() -> None:
+    given = found(np.arange(400.0), np.arange(400.0) - 3.5)
+    (auroc,) = (row for row in given.metrics if row["metric"] == "auroc" and row["dataset"] == "near_ood_set")
+    assert 0.49 < auroc["value"] < 0.5 < auroc["ci_high"]
+    assert cautions(given) == []
+
+
 def test_few_training_rows_matter_only_to_what_reads_the_feature() -> None:
     assert cautions(found(scores(60, 0), scores(70, 2), train=3, columns="logits")) == []
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from pipeline.stages import evaluate
 from pipeline.stages.score import ScoreJob
 from pipeline.workspace import files
 from pipeline.workspace.artifacts import Artifact
+from tests.metrics import labelled
+from tests.metrics.coverage import UNLABELLED
 from tests.stored import stored
 
 
@@ -98,6 +101,45 @@ def test_accuracy_is_the_classifiers_own_on_each_id_dataset(found, values) -> No
     assert (shifted["value"], shifted["n_id"]) == (90 / len(values["shift"]), len(values["shift"]))
 
 
+def test_failures_are_detected_on_each_id_dataset_and_full_spectrum_needs_the_labels_of_all(
+    found, values
+) -> None:
+    rows, _ = found
+    for name, role in (("more_id", "id"), ("shift", "shifted_id")):
+        right = (np.arange(len(values[name])) < 90).tolist()
+        expected = float(labelled.aurc(values[name].tolist(), right))
+        assert rows[name, role, "aurc"]["value"] == pytest.approx(expected, abs=1e-12)
+        assert (rows[name, role, "augrc"]["n_id"], rows[name, role, "augrc"]["n_ood"]) == (len(right), 0)
+    inside = ["id", "more_id", "shift"]
+    scores = np.concatenate([values[name] for name in inside])
+    right = np.concatenate([np.arange(len(values[name])) < 90 for name in inside])
+    expected = float(labelled.oscr(scores.tolist(), right.tolist(), values["far"].tolist()))
+    assert rows["far", "fs_far_ood", "oscr"]["value"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_what_lacks_labels_is_null_and_the_rest_is_there(engine, tmp_path, values) -> None:
+    jobs = {name: scored(tmp_path / name, values[name], 90) for name in ("id", "near_a")}
+    labels = pa.table(
+        {"label": np.full(len(values["id"]), -1), "prediction": np.zeros(len(values["id"]), int)}
+    )
+    unlabelled = replace(jobs["id"], features=stored(tmp_path / "unlabelled", [labels]))
+    table, _ = evaluate.run(engine, {"id": [unlabelled], "near_ood": [jobs["near_a"]]})
+    rows = table.to_pylist()
+    assert {row["metric"] for row in rows if row["value"] is None} == {"id_accuracy", "oscr", "aurc", "augrc"}
+    assert all(row["ci_low"] is None and row["n_id"] > 0 for row in rows if row["value"] is None)
+    assert {row["metric"] for row in rows if row["value"] is not None} == set(UNLABELLED)
+
+
+def test_fpr_is_measured_at_the_level_asked_for(engine, tmp_path, values) -> None:
+    jobs = {name: scored(tmp_path / name, values[name]) for name in ("id", "near_a")}
+    roles = {"id": [jobs["id"]], "near_ood": [jobs["near_a"]]}
+    table, thresholds = evaluate.run(engine, roles, level=0.8)
+    row = next(row for row in table.to_pylist() if row["metric"] == "fpr80_id")
+    limit = np.sort(values["id"])[int(np.ceil(0.8 * len(values["id"]))) - 1]
+    assert row["value"] == np.mean(values["near_a"] <= limit)
+    assert thresholds["d"] > limit  # that of 95 %
+
+
 def test_the_three_files_hold_the_same_rows(found, tmp_path) -> None:
     rows, thresholds = found
     table = pa.Table.from_pylist(list(rows.values()), evaluate.SCHEMA)
@@ -109,7 +151,7 @@ def test_the_three_files_hold_the_same_rows(found, tmp_path) -> None:
 
 def test_without_ood_datasets_there_are_thresholds_and_accuracy_only(engine, tmp_path, values) -> None:
     table, thresholds = evaluate.run(engine, {"id": [scored(tmp_path / "id", values["id"])]})
-    assert table["metric"].to_pylist() == ["id_accuracy"]
+    assert table["metric"].to_pylist() == ["id_accuracy", "aurc", "augrc"]
     assert set(thresholds) == {"d"}
 
 
@@ -150,7 +192,7 @@ def test_all_pairs_are_compared_on_the_rows_that_all_detectors_have(engine, tmp_
     table = evaluate.paired(engine, by_role, 0)
     assert table.equals(evaluate.paired(engine, by_role, 0))
     rows = table.to_pylist()
-    assert len(rows) == 3 * 6 * 4  # pairs, metrics, two datasets and two groups
+    assert len(rows) == 3 * (7 * 4 + 2)  # pairs, metrics of two datasets and two groups, and of ID images
     found = next(row for row in rows if (row["detector"], row["other"], row["dataset"]) == ("a", "c", "near"))
     assert (found["group"], found["metric"]) == ("near_ood", "auroc")
     kept = {name: np.isfinite(list(table.values())).all(axis=0) for name, table in scores.items()}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.published import Published, members
-from pipeline.results.report.tables import GROUPS, METRICS, Results
+from pipeline.metrics.metrics import named
+from pipeline.results.report.tables import GROUPS, Results
 
 CLASSIFIER = "classifier"
 """What stands in the column `detector` of the ID accuracy."""
@@ -35,7 +36,7 @@ class Comparison:
         """Title of the metric."""
         if self.published.metric == "id_accuracy":
             return "ID accuracy ↑"
-        metric = METRICS[self.published.metric]
+        metric = named(self.published.metric)
         return f"{metric.label} {metric.arrow}"
 
     @property

@@ -6,7 +6,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.results.report.tables import GROUPS, METRICS, SUMMARY, Cell, Results, leaderboard
+from pipeline.results.report.tables import GROUPS, Cell, Results, leaderboard, summary
 from pipeline.workspace.files import Place
 
 
@@ -26,8 +26,8 @@ def console_table(run: Place) -> Table:
         box=SIMPLE,
     )
     table.add_column("Detector", overflow="fold")
-    for name in SUMMARY:
-        table.add_column(f"{METRICS[name].label} {METRICS[name].arrow}", justify="right")
+    for metric in summary(results.metrics).values():
+        table.add_column(f"{metric.label} {metric.arrow}", justify="right")
     for group in dict.fromkeys(column.group for column in board.columns):
         table.add_section()
         table.add_row(Text(GROUPS[group], "bold"))

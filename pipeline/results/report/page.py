@@ -14,14 +14,16 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.config import published
+from pipeline.metrics.metrics import FAILURES
 from pipeline.results import unreadable
 from pipeline.results.report import plots
 from pipeline.results.report.compare import comparisons, deviations
 from pipeline.results.report.tables import (
     GROUPS,
-    METRICS,
     OOD,
     Results,
+    compared,
+    failure_board,
     leaderboard,
     metric_boards,
 )
@@ -133,9 +135,10 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
             cautions=manifest.get("warnings", []),
             unscored=sentences(manifest.get("unscored", {}), manifest["datasets"]).values(),
             finished=datetime.fromisoformat(manifest["finished"]).astimezone(UTC),
-            accuracies=[row for row in results.metrics.to_pylist() if row["metric"] == "id_accuracy"],
-            metrics=METRICS,
+            accuracies=_accuracies(results),
+            metrics=compared(results.metrics) | {metric.name: metric for metric in FAILURES},
             summary=leaderboard(results.metrics, results.differences),
+            failures=failure_board(results.metrics, results.differences),
             boards=metric_boards(results.metrics, results.differences),
             comparisons=comparisons(results, known),
             deviations=deviations(manifest["datasets"], known[0].protocol) if known else [],
@@ -151,6 +154,12 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
             ood=results.datasets(*OOD),
         )
     )
+
+
+def _accuracies(results: Results) -> list[dict[str, Any]]:
+    """Rows of the classifier's accuracy, where it is known."""
+    rows = results.metrics.to_pylist()
+    return [row for row in rows if row["metric"] == "id_accuracy" and row["value"] is not None]
 
 
 @cache

@@ -18,57 +18,15 @@ import pyarrow.compute as pc
 
 from pipeline.columns import IS_OOD, Float
 from pipeline.errors import UserError
+from pipeline.metrics.auroc import AUROC
+from pipeline.metrics.base import Metric
+from pipeline.metrics.fpr import FPR
+from pipeline.metrics.metrics import FAILURES, named
 from pipeline.workspace import tables
 from pipeline.workspace.files import Place
 
-
-class Metric(NamedTuple):
-    """How a metric is shown."""
-
-    label: str
-    higher_is_better: bool
-    meaning: str
-
-    @property
-    def arrow(self) -> str:
-        """Where the better values are."""
-        return "↑" if self.higher_is_better else "↓"
-
-
-METRICS = {
-    "auroc": Metric(
-        "AUROC", True, "The chance that an OOD image scores higher than an ID image. 0.5 is guessing."
-    ),
-    "fpr95_id": Metric(
-        "FPR95, ID kept",
-        False,
-        "With 95% of the ID images kept, the share of OOD images accepted. The convention of the papers.",
-    ),
-    "fpr95_ood": Metric(
-        "FPR95, OOD caught",
-        False,
-        "With 95% of the OOD images caught, the share of ID images rejected. The convention of OpenOOD.",
-    ),
-    "aupr_in": Metric(
-        "AUPR, ID positive",
-        True,
-        "Average precision with ID as the positive class. Depends on the ratio of ID to OOD images.",
-    ),
-    "aupr_out": Metric(
-        "AUPR, OOD positive",
-        True,
-        "Average precision with OOD as the positive class. Depends on the ratio of ID to OOD images.",
-    ),
-    "detection_error": Metric(
-        "Detection error",
-        False,
-        "The smallest mean of the two error rates, OOD accepted and ID rejected, over all thresholds.",
-    ),
-}
 LEVEL = 0.05
 """Corrected p-values below tell two detectors apart."""
-SUMMARY = ("auroc", "fpr95_id", "fpr95_ood")
-"""Metrics of the leaderboard."""
 OOD = ("near_ood", "far_ood")
 """Roles of the datasets that are compared with ID, and groups of the leaderboard."""
 GROUPS = {
@@ -77,6 +35,19 @@ GROUPS = {
     "fs_near_ood": "Near-OOD, full spectrum",
     "fs_far_ood": "Far-OOD, full spectrum",
 }
+ID_GROUPS = {"id": "ID", "shifted_id": "Shifted ID"}
+"""Roles of the datasets whose failures are detected."""
+
+
+def compared(metrics: pa.Table) -> dict[str, Metric]:
+    """The metrics of ID against OOD images in a table, by name and in its order."""
+    rows = zip(metrics["group"].to_pylist(), metrics["metric"].to_pylist(), strict=True)
+    return {name: named(name) for name in dict.fromkeys(name for group, name in rows if group in GROUPS)}
+
+
+def summary(metrics: pa.Table) -> dict[str, Metric]:
+    """Those of the leaderboard."""
+    return {name: metric for name, metric in compared(metrics).items() if isinstance(metric, AUROC | FPR)}
 
 
 class Column(NamedTuple):
@@ -99,7 +70,7 @@ class Cell:
     level: bool
     """Whether it is another than the best, and cannot be told from it on the same images."""
     below_chance: bool
-    """Whether it is an AUROC below 0.5: OOD images score lower than ID images."""
+    """Whether it is an AUROC whose interval lies below 0.5: OOD images score lower than ID images."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +92,8 @@ class Board:
     def spans(self) -> list[tuple[str, int]]:
         """Title of each group of neighbouring columns, and how many columns it has."""
         return [
-            (GROUPS[group], len(list(columns))) for group, columns in groupby(self.columns, lambda c: c.group)
+            ((GROUPS | ID_GROUPS)[group], len(list(columns)))
+            for group, columns in groupby(self.columns, lambda c: c.group)
         ]
 
     @property
@@ -146,7 +118,9 @@ def leaderboard(metrics: pa.Table, differences: pa.Table | None = None) -> Board
     """
     rows = metrics.to_pylist()
     means = {row["group"] for row in rows if row["dataset"] == row["group"]}
-    columns = tuple(Column(group, group, metric) for group in OOD if group in means for metric in SUMMARY)
+    columns = tuple(
+        Column(group, group, metric) for group in OOD if group in means for metric in summary(metrics)
+    )
     detectors = dict.fromkeys(row["detector"] for row in rows if row["group"] in means)
     board = _board(rows, columns, list(detectors), _told_apart(differences))
     aurocs = [i for i, column in enumerate(columns) if column.metric == "auroc"]
@@ -168,8 +142,25 @@ def metric_boards(metrics: pa.Table, differences: pa.Table | None = None) -> dic
     order = [row.detector for row in leaderboard(metrics).rows]
     apart = _told_apart(differences)
     return {
-        name: _board(rows, tuple(Column(*pair, name) for pair in shown), order, apart) for name in METRICS
+        name: _board(rows, tuple(Column(*pair, name) for pair in shown), order, apart)
+        for name in compared(metrics)
+        if all(row["value"] is not None for row in rows if row["metric"] == name)
     }
+
+
+def failure_board(metrics: pa.Table, differences: pa.Table | None = None) -> Board:
+    """Every detector as one of failures of the classifier, on each dataset of ID images that has labels.
+
+    Sorted by the mean of AURC, best first.
+    """
+    names = [metric.name for metric in FAILURES]
+    rows = [row for row in metrics.to_pylist() if row["metric"] in names and row["value"] is not None]
+    found = dict.fromkeys((row["group"], row["dataset"]) for row in rows)
+    columns = tuple(Column(*pair, name) for pair in found for name in names)
+    detectors = list(dict.fromkeys(row["detector"] for row in rows))
+    board = _board(rows, columns, detectors, _told_apart(differences))
+    ranked = sorted(board.rows, key=lambda row: sum(cell.value for cell in row.cells[:: len(names)]))
+    return Board(columns, tuple(ranked))
 
 
 _Apart = Mapping[tuple[Column, frozenset[str]], bool]
@@ -203,7 +194,7 @@ def _board(
 
 def _best(column: Column, detectors: Sequence[str], found: Mapping[Any, dict[str, Any]]) -> str:
     """The detector with the best value in a column."""
-    choose = max if METRICS[column.metric].higher_is_better else min
+    choose = max if named(column.metric).higher_is_better else min
     return choose(detectors, key=lambda detector: float(found[detector, *column]["value"]))
 
 
@@ -214,7 +205,7 @@ def _cell(row: dict[str, Any], best: float, level: bool) -> Cell:
         high=row["ci_high"],
         best=row["value"] == best,
         level=level and row["value"] != best,
-        below_chance=row["metric"] == "auroc" and row["value"] < 0.5,
+        below_chance=row["metric"] == "auroc" and row["ci_high"] < 0.5,
     )
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -61,6 +62,17 @@ class Model(BaseModel):
     blocks: list[str]
 
 
+class Measured(BaseModel):
+    """How detectors were measured."""
+
+    fpr_level: float = 0.95
+
+    @property
+    def level(self) -> Fraction:
+        """The share that FPR is measured at."""
+        return Fraction(str(self.fpr_level))
+
+
 class Record(BaseModel):
     """What is recounted of `manifest.json`."""
 
@@ -68,6 +80,7 @@ class Record(BaseModel):
     fingerprint: str
     status: str
     seed: int
+    metrics: Measured = Measured()
     model: Model
     datasets: dict[str, Dataset]
     detectors: dict[str, dict[str, Any]]

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import combinations, zip_longest
+from math import ceil
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +18,12 @@ import pyarrow as pa
 from pyarrow import csv
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from pipeline.columns import LABEL, PREDICTION, Float
-from pipeline.results.verify._files import Kept, Run, columns, kept, parts, read, reading, require
+from pipeline.columns import LABEL, PREDICTION, Float, Mask
+from pipeline.results.verify._files import NULL, Kept, Run, columns, kept, parts, read, reading, require
 from pipeline.results.verify._findings import Finding, Tally, same
 
-METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "detection_error")
-"""Names of the metrics of every comparison."""
+FAILURES = ("aurc", "augrc")
+"""Names of the metrics of every dataset of ID images."""
 
 _TOLERANCE = 1e-9
 _TYPES = {
@@ -73,6 +75,12 @@ class Comparison:
     outside: tuple[str, ...]
 
 
+def metrics(level: Fraction) -> tuple[str, ...]:
+    """Names of the metrics of every comparison, where FPR is measured at a level."""
+    fpr = f"fpr{float(100 * level):.10g}"
+    return "auroc", "aupr_in", "aupr_out", f"{fpr}_id", f"{fpr}_ood", "detection_error", "oscr"
+
+
 def comparisons(run: Run) -> list[Comparison]:
     """What every detector is measured on; with covariate-shifted ID data also the full spectrum."""
     spectra = {"": ("id",), "fs_": ("id", "shifted_id")} if run.of("shifted_id") else {"": ("id",)}
@@ -116,7 +124,13 @@ def _complete(run: Run, names: Sequence[Name]) -> Finding:
         Name(detector, comparison.dataset, comparison.group, metric)
         for detector in run.record.detectors
         for comparison in comparisons(run)
-        for metric in METRICS
+        for metric in metrics(run.record.metrics.level)
+    ]
+    expected += [
+        Name(detector, dataset, run.record.datasets[dataset].role, metric)
+        for detector in run.record.detectors
+        for dataset in run.of("id", "shifted_id")
+        for metric in FAILURES
     ]
     wrong = Tally()
     wrong.add(f"no {name}" for name in (Counter(expected) - Counter(names)).elements())
@@ -132,7 +146,13 @@ def _pairs(run: Run) -> Finding:
         (*pair, comparison.dataset, comparison.group, metric)
         for pair in combinations(run.record.detectors, 2)
         for comparison in comparisons(run)
-        for metric in METRICS
+        for metric in metrics(run.record.metrics.level)
+    )
+    expected.update(
+        (*pair, dataset, run.record.datasets[dataset].role, metric)
+        for pair in combinations(run.record.detectors, 2)
+        for dataset in run.of("id", "shifted_id")
+        for metric in FAILURES
     )
     found, wrong = Counter[tuple[str, ...]](), Tally()
     for rows in columns(path, [*names, "p_value", "p_holm"]):
@@ -186,43 +206,83 @@ def _accuracies(run: Run, recorded: Mapping[Name, Numbers]) -> Iterator[Finding]
 
 def _values(run: Run, detector: str, recorded: Mapping[Name, Numbers]) -> Finding:
     """All metrics of one detector, computed again from its scores."""
-    datasets = run.of("id", "shifted_id", "near_ood", "far_ood")
-    scores = {name: np.concatenate([*run.column(detector, [name]), np.empty(0)]) for name in datasets}
-    wrong, count = Tally(), 0
+    level = run.record.metrics.level
+    scores = {name: np.concatenate([*run.column(detector, [name]), np.empty(0)]) for name in _compared(run)}
+    right = {name: _right(run, detector, name) for name in run.of("id", "shifted_id")}
+    wrong, computed = Tally(), dict[Name, tuple[float, int, int]]()
     for comparison in comparisons(run):
-        inside = np.concatenate([scores[name] for name in comparison.inside])
-        values = np.mean([measured(inside, scores[name]) for name in comparison.outside], axis=0)
+        inside, known = (np.concatenate([of[name] for name in comparison.inside]) for of in (scores, right))
+        values = [measured(inside, scores[name], known, level) for name in comparison.outside]
         sizes = len(inside), sum(len(scores[name]) for name in comparison.outside)
-        for metric, value in zip(METRICS, values.tolist(), strict=True):
-            name = Name(detector, comparison.dataset, comparison.group, metric)
-            found, count = recorded.get(name), count + 1
-            if found is None or found.differs(value, *sizes):
-                told = f"{found.value:.6g} ({found.n_id} ID, {found.n_ood} OOD)" if found else "missing"
-                wrong.add([f"{name} is {told}, computed {value:.6g} ({sizes[0]} ID, {sizes[1]} OOD)"])
-    return wrong.finding(f"values of {detector}", f"{count:,} as computed from the scores")
+        where = detector, comparison.dataset, comparison.group
+        for metric, value in zip(metrics(level), np.mean(values, axis=0).tolist(), strict=True):
+            computed[Name(*where, metric)] = (value, *sizes)
+    for name, known in right.items():
+        for metric, value in zip(FAILURES, failures(scores[name], known), strict=True):
+            place = Name(detector, name, run.record.datasets[name].role, metric)
+            computed[place] = value, len(known), 0
+    for place, (value, n_id, n_ood) in computed.items():
+        found = recorded.get(place)
+        if found is None or found.differs(value, n_id, n_ood):
+            told = f"{found.value:.6g} ({found.n_id} ID, {found.n_ood} OOD)" if found else "missing"
+            wrong.add([f"{place} is {told}, computed {value:.6g} ({n_id} ID, {n_ood} OOD)"])
+    return wrong.finding(f"values of {detector}", f"{len(computed):,} as computed from the scores")
 
 
-def measured(inside: Float, outside: Float) -> list[float]:
-    """`METRICS` of ID and OOD scores; NaN if a score is not finite, or there is none."""
+def _compared(run: Run) -> list[str]:
+    return run.of("id", "shifted_id", "near_ood", "far_ood")
+
+
+def _right(run: Run, detector: str, dataset: str) -> Mask:
+    """Which rows of a dataset that a detector has scores of the classifier has right."""
+    folder, found = run.scores(dataset), [np.empty(0, np.bool_)]
+    for path in parts(folder, kept(folder, Kept).part_rows):
+        read_rows = columns(path, (LABEL, PREDICTION, detector), nullable=[detector])
+        found += [(rows[LABEL] == rows[PREDICTION])[~rows[NULL + detector]] for rows in read_rows]
+    return np.concatenate(found)
+
+
+def measured(inside: Float, outside: Float, right: Mask, level: Fraction) -> list[float]:
+    """`metrics` of ID and OOD scores; NaN if a score is not finite, or there is none."""
     scores = np.concatenate([inside, outside])
     if not len(inside) or not len(outside) or not np.isfinite(scores).all():
-        return [np.nan] * len(METRICS)
+        return [np.nan] * len(metrics(level))
     is_ood = np.repeat([False, True], [len(inside), len(outside)])
     alarms, hits, _ = roc_curve(is_ood, scores, drop_intermediate=False)
     caught = roc_curve(is_ood, scores)
+    reached = (caught[1] * len(outside)).round() * level.denominator >= level.numerator * len(outside)
+    kept_right = np.sort(inside[right])
+    above = (kept_right.searchsorted(outside, side) for side in ("left", "right"))
     return [
         float(roc_auc_score(is_ood, scores)),
         float(average_precision_score(~is_ood, -scores)),
         float(average_precision_score(is_ood, scores)),
-        float(np.mean(outside <= at_95_percent(inside))),
-        float(caught[0][np.argmax(caught[1] >= 0.95)]),
+        float(np.mean(outside <= at_share(inside, level))),
+        float(caught[0][np.argmax(reached)]),
         float(np.min(alarms + 1 - hits) / 2),
+        float(np.mean(sum(above)) / 2 / len(inside)),
     ]
 
 
-def at_95_percent(scores: Float) -> float:
-    """The smallest score that at least 95 % of the scores do not exceed."""
-    return float(np.sort(scores)[-(-95 * len(scores) // 100) - 1])
+def failures(scores: Float, right: Mask) -> list[float]:
+    """`FAILURES` of the scores of ID images; NaN if a score is not finite, or there is none."""
+    if not len(scores) or not np.isfinite(scores).all():
+        return [np.nan] * len(FAILURES)
+    order = np.argsort(scores, kind="stable")
+    _, place, tied = np.unique(scores[order], return_inverse=True, return_counts=True)
+    wrong = ~right[order]
+    expected = (np.bincount(place, wrong) / tied)[place]  # of equal scores, each order counts as much
+    accuracy = float(np.mean(right))
+    told = float(roc_auc_score(wrong, scores[order])) if 0 < accuracy < 1 else 0.5
+    return [
+        float(np.mean(np.cumsum(expected) / np.arange(1, len(scores) + 1))),
+        (1 - told) * accuracy * (1 - accuracy) + (1 - accuracy) ** 2 / 2,
+    ]
+
+
+def at_share(scores: Float, level: Fraction) -> float:
+    """The smallest score that at least such a share of the scores does not exceed."""
+    return float(np.sort(scores)[ceil(level * len(scores)) - 1])
 
 
 def thresholds(run: Run) -> Iterator[Finding]:
@@ -231,5 +291,5 @@ def thresholds(run: Run) -> Iterator[Finding]:
     yield same("detectors", sorted(run.record.detectors), sorted(recorded))
     for detector in run.record.detectors:
         inside = np.concatenate([*run.column(detector, run.of("id")), np.empty(0)])
-        computed = at_95_percent(inside) if len(inside) else None
+        computed = at_share(inside, Fraction(95, 100)) if len(inside) else None
         yield same(f"threshold of {detector}", computed, recorded.get(detector))

@@ -1,0 +1,248 @@
+"""Several runs beside each other: values, ranks, what the same images cannot tell apart, and what it cost.
+
+Reads run folders alone, of any number of workspaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UserError, unknown
+from pipeline.metrics.metrics import FAILURES, against_ood, named
+from pipeline.results.evaluation import Evaluation, differences, other_data
+
+LEVEL = 0.05
+"""Corrected p-values below tell two detectors apart."""
+_ALONE = ("name", "seed", "workspace", "tracking", "tune", "published")
+"""Keys of a config in which repeats of one evaluation may differ, besides the weights of the model."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One run, or several repeats of one evaluation."""
+
+    name: str
+    runs: tuple[Evaluation, ...]
+    foreign: str = ""
+    """Why its images are not those of the first column; empty if they are."""
+
+    def costs(self) -> dict[str, float | None]:
+        """Seconds per million images by what they are spent on, mean over the runs that did the work."""
+        found: dict[str, list[float]] = {"extraction": [], "scores of all detectors": []}
+        for run in self.runs:
+            extract, score = (run.record["stages"].get(name, {}) for name in ("extract", "score"))
+            if extract.get("images_per_second"):
+                found["extraction"].append(1e6 / extract["images_per_second"])
+            if score.get("rows"):
+                found["scores of all detectors"].append(1e6 * score["seconds"] / score["rows"])
+        return {what: mean(values) if values else None for what, values in found.items()}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A metric of a detector in a column, on a dataset or the mean over a group."""
+
+    column: str
+    detector: str
+    dataset: str
+    group: str
+    metric: str
+    value: float
+    ci_low: float | None
+    """95 % interval; None of a mean over repeats."""
+    ci_high: float | None
+    std: float | None
+    """Sample standard deviation over repeats; None of a single run."""
+    n: int
+    """Number of runs."""
+    rank: int | None
+    """Among all detectors of all columns with the images of the first; None for those with others."""
+    level: bool | None
+    """Whether the same images cannot tell it from the best; None where that was not tested."""
+
+
+_Place = tuple[str, str, str]
+"""Metric, group and dataset."""
+_Entry = tuple[str, str]
+"""Column and detector."""
+_Summary = tuple[float, float | None, float | None, float | None, int]
+"""Value, interval, deviation and number of runs."""
+_Tests = Mapping[tuple[_Place, frozenset[Any]], float]
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """Columns, and a cell for each detector, place and column that has it."""
+
+    columns: tuple[Column, ...]
+    metrics: tuple[str, ...]
+    datasets: tuple[str, ...]
+    """Names of datasets and groups; none given: the groups, and the ID datasets."""
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What a reader must know."""
+        said = [
+            f"{column.name}: {column.foreign}: no rank and no test."
+            for column in self.columns
+            if column.foreign
+        ]
+        if any(len(column.runs) > 1 for column in self.columns):
+            said.append(
+                "Means over repeats ± their standard deviation; where there are repeats, nothing is tested."
+            )
+        return said
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """By metric, place, detector and column.
+
+        Raises:
+            UserError: no run has such a metric or dataset.
+        """
+        tests = self._tests()
+        return [cell for place, found in self._values().items() for cell in self._ranked(place, found, tests)]
+
+    def _ranked(self, place: _Place, found: Mapping[_Entry, _Summary], tests: _Tests) -> Iterator[Cell]:
+        """The cells of one metric on one dataset or group."""
+        metric, group, dataset = place
+        sign = -1 if shown(metric)[1] else 1
+        foreign = {column.name for column in self.columns if column.foreign}
+        ours = {entry: sign * each[0] for entry, each in found.items() if entry[0] not in foreign}
+        best = min(ours, key=lambda entry: ours[entry], default=None)
+        for entry, summary in found.items():
+            rank = 1 + sum(other < ours[entry] for other in ours.values()) if entry in ours else None
+            p = tests.get((place, frozenset({best, entry})))
+            level = None if p is None else p >= LEVEL
+            value, low, high, std, n = summary
+            yield Cell(*entry, dataset, group, metric, value, low, high, std, n, rank, level)
+
+    def records(self) -> list[dict[str, Any]]:
+        """One row per cell, for programs."""
+        costs = {
+            column.name: {
+                f"{what.split()[0]}_seconds_per_million": each for what, each in column.costs().items()
+            }
+            for column in self.columns
+        }
+        return [asdict(cell) | costs[cell.column] for cell in self.cells]
+
+    def _values(self) -> dict[_Place, dict[_Entry, _Summary]]:
+        """Values by metric and dataset, and then by column and detector."""
+        rows: dict[_Place, dict[_Entry, list[Mapping[str, Any]]]] = {}
+        for column in self.columns:
+            for row in (row for run in column.runs for row in run.metrics.to_pylist()):
+                if self._is_wanted(row):
+                    place = row["metric"], row["group"], row["dataset"]
+                    rows.setdefault(place, {}).setdefault((column.name, row["detector"]), []).append(row)
+        if not rows:
+            self._refuse()
+        return {
+            place: {entry: _summary(each) for entry, each in found.items()} for place, found in rows.items()
+        }
+
+    def _is_wanted(self, row: Mapping[str, Any]) -> bool:
+        if row["metric"] not in self.metrics or row["value"] is None:
+            return False
+        usual = row["dataset"] == row["group"] or row["group"] in ("id", "shifted_id")
+        return row["dataset"] in self.datasets if self.datasets else usual
+
+    def _refuse(self) -> None:
+        rows = [row for column in self.columns for run in column.runs for row in run.metrics.to_pylist()]
+        known = dict.fromkeys(row["dataset"] for row in rows)
+        for name in self.datasets:
+            if name not in known:
+                raise UserError(f"--dataset: {unknown('dataset', name, list(known))}")
+        raise UserError(
+            f"--metric: no value of {', '.join(self.metrics)} on {', '.join(self.datasets) or 'any group'}."
+        )
+
+    def _tests(self) -> _Tests:
+        """Corrected p-values of pairs of entries, where columns are single runs on the same images."""
+        ours = [column for column in self.columns if not column.foreign]
+        if any(len(column.runs) > 1 for column in ours):
+            return {}
+        names = {column.runs[0]: column.name for column in ours}
+        return {
+            ((row.metric, group, row.dataset), frozenset({(names[a], one), (names[b], other)})): row.p_holm
+            for (a, one), (b, other), group, row in differences(list(names))
+            if row.metric in self.metrics
+        }
+
+
+def shown(metric: str) -> tuple[str, bool]:
+    """Title of a metric, and whether higher is better.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if metric == "id_accuracy":
+        return "ID accuracy ↑", True
+    try:
+        found = named(metric)
+    except KeyError:
+        names = [each.name for each in (*against_ood(), *FAILURES)]
+        raise UserError(f"--metric: {unknown('metric', metric, [*names, 'id_accuracy'])}") from None
+    return f"{found.label} {found.arrow}", found.higher_is_better
+
+
+def compared(
+    runs: Sequence[Evaluation], metrics: Sequence[str], datasets: Sequence[str] = (), group: bool = True
+) -> Comparing:
+    """Several runs side by side.
+
+    Args:
+        runs: finished ones, at least one.
+        metrics: names.
+        datasets: names of datasets or groups; none: the groups, and the ID datasets.
+        group: whether runs of one config that differ in their seed or their weights alone become one column.
+
+    Raises:
+        UserError: a run is given twice, or has no dataset and role in common with the first.
+    """
+    for metric in metrics:
+        shown(metric)
+    folders = [str(run.folder) for run in runs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UserError(f"{folder}: given twice. Name each run once.")
+    together: dict[Any, list[Evaluation]] = {}
+    for run in runs:
+        together.setdefault(_repeated(run) if group else run.folder, []).append(run)
+    names = _names([found[0] for found in together.values()])
+    first = runs[0]
+    columns = []
+    for name, found in zip(names, together.values(), strict=True):
+        foreign = next(filter(None, (other_data(first, run) for run in found)), "")
+        columns.append(
+            Column(f"{name} ({len(found)} runs)" if len(found) > 1 else name, tuple(found), foreign)
+        )
+    return Comparing(tuple(columns), tuple(metrics), tuple(datasets))
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> _Summary:
+    if len(rows) == 1:
+        return rows[0]["value"], rows[0]["ci_low"], rows[0]["ci_high"], None, 1
+    values = [row["value"] for row in rows]
+    return mean(values), None, None, stdev(values), len(values)
+
+
+def _repeated(run: Evaluation) -> str:
+    """What repeats of one evaluation have in common."""
+    config = yaml.safe_load((run.folder / "config.yaml").read_text("utf-8"))
+    model = {key: value for key, value in config["model"].items() if key != "weights"}
+    return repr({key: value for key, value in (config | {"model": model}).items() if key not in _ALONE})
+
+
+def _names(runs: Sequence[Evaluation]) -> Iterator[str]:
+    """Short names that tell runs apart."""
+    short = [str(run.record["name"]) for run in runs]
+    longer = [f"{run.record['name']}/{run.folder.name}" for run in runs]
+    for run, name, more in zip(runs, short, longer, strict=True):
+        yield name if short.count(name) == 1 else more if longer.count(more) == 1 else str(run.folder)

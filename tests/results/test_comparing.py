@@ -1,0 +1,143 @@
+"""Runs side by side: the values are theirs, and what is called better is so on the same images."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from pipeline.errors import UserError
+from pipeline.results.comparing import Comparing, compared
+from pipeline.results.evaluation import Evaluation
+from pipeline.results.report import leaderboards
+from tests.results.test_evaluation import run
+from tests.results.test_report import Setup
+
+WORSE = Setup(shift={"grood": 0.5, "knn": 2.0})
+
+
+def of_metric(evaluation: Evaluation, detector: str, dataset: str) -> float:
+    rows = evaluation.metrics.to_pylist()
+    where = detector, dataset, "auroc"
+    return next(row["value"] for row in rows if (row["detector"], row["dataset"], row["metric"]) == where)
+
+
+@pytest.fixture(scope="module")
+def evaluations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Evaluation]:
+    folder = tmp_path_factory.mktemp("runs")
+    made = {
+        "a": WORSE,
+        "b": replace(WORSE, shift={"grood": 2.0, "knn": 2.0}),
+        "fewer": replace(WORSE, rows=100),
+    }
+    return {name: run(folder, name, setup) for name, setup in made.items()}
+
+
+@pytest.fixture(scope="module")
+def both(evaluations: dict[str, Evaluation]) -> Comparing:
+    return compared([evaluations["a"], evaluations["b"]], ["auroc"], group=False)
+
+
+def test_values_and_ranks_are_those_of_the_runs(both: Comparing, evaluations: dict[str, Evaluation]) -> None:
+    cells = [cell for cell in both.cells if cell.dataset == "near_ood"]
+    names = dict(zip((column.name for column in both.columns), ("a", "b"), strict=True))
+    assert len(cells) == 4
+    for cell in cells:
+        assert cell.value == of_metric(evaluations[names[cell.column]], cell.detector, "near_ood")
+        assert cell.ci_low < cell.value < cell.ci_high
+    worst = max(cells, key=lambda cell: cell.rank)
+    assert (names[worst.column], worst.detector, worst.rank) == ("a", "grood", 4)
+    assert not worst.level  # the same images tell it from the best
+
+
+def test_equal_scores_on_the_same_images_are_level_with_the_best(both: Comparing) -> None:
+    knn = [cell for cell in both.cells if (cell.detector, cell.dataset) == ("knn", "near_ood")]
+    assert knn[0].value == knn[1].value
+    assert knn[0].rank == knn[1].rank
+    assert all(cell.level is not False for cell in knn)
+
+
+def test_rows_are_joined_by_their_keys(evaluations: dict[str, Evaluation], tmp_path: Path) -> None:
+    from tests.stored import stored
+
+    first, second = evaluations["a"], run(tmp_path, "other order", WORSE)
+    for name in ("tin", "svhn", "cifar10_test"):
+        table = second.scores(name)
+        order = np.random.default_rng(0).permutation(len(table))
+        stored(second.folder / "scores" / name, [table.take(order)])
+    rows = first.against(second).to_pylist()
+    same = [row for row in rows if row["detector"].split("/")[1] == row["other"].split("/")[1]]
+    assert same
+    assert all(row["difference"] == 0 for row in same)
+
+
+def test_a_run_on_other_images_is_shown_without_rank_or_test_and_told(
+    evaluations: dict[str, Evaluation],
+) -> None:
+    found = compared(list(evaluations.values()), ["auroc"], group=False)
+    other = [cell for cell in found.cells if cell.column.endswith("fewer")]
+    assert other
+    assert all(cell.rank is None and cell.level is None for cell in other)
+    (note,) = found.notes
+    assert "other images in cifar10_test (100) than in the first run (120): no rank and no test" in note
+    assert max(cell.rank for cell in found.cells if cell.rank) == 4
+
+
+def test_repeats_become_their_mean_and_standard_deviation(evaluations: dict[str, Evaluation]) -> None:
+    pair = [evaluations["a"], evaluations["b"]]  # configs that differ in seed and weights
+    found = compared(pair, ["auroc"], ["tin"])
+    (column,) = found.columns
+    assert column.name == "quickstart (2 runs)"
+    cell = next(cell for cell in found.cells if cell.detector == "grood")
+    values = [of_metric(each, "grood", "tin") for each in pair]
+    assert (cell.value, cell.std, cell.n) == (mean(values), stdev(values), 2)
+    assert (cell.ci_low, cell.level) == (None, None)
+    assert f"{mean(values):.4f} ± {stdev(values):.4f}" in leaderboards.FORMATS["markdown"](found)
+
+
+def test_another_config_is_no_repeat(evaluations: dict[str, Evaluation], tmp_path: Path) -> None:
+    other = run(tmp_path, "c", WORSE)
+    (other.folder / "config.yaml").write_text(
+        yaml.safe_dump({"seed": 1, "model": {"weights": "c"}, "index": 1})
+    )
+    assert len(compared([evaluations["a"], other], ["auroc"]).columns) == 2
+
+
+def test_every_format_holds_every_value(both: Comparing) -> None:
+    printer = Console(width=200, record=True, file=StringIO())
+    printer.print(leaderboards.console_table(both))
+    texts = {name: write(both) for name, write in leaderboards.FORMATS.items()} | {
+        "table": printer.export_text()
+    }
+    for cell in both.cells:
+        for name in ("table", "markdown", "latex", "html"):
+            assert f"{cell.value:.4f}" in texts[name], name
+    values = {(cell.column, cell.detector, cell.dataset): cell.value for cell in both.cells}
+    rows = list(csv.DictReader(texts["csv"].splitlines()))
+    assert {(r["column"], r["detector"], r["dataset"]): float(r["value"]) for r in rows} == values
+    document = json.loads(texts["json"])["cells"]
+    assert {(r["column"], r["detector"], r["dataset"]): r["value"] for r in document} == values
+    assert {r["extraction_seconds_per_million"] for r in document} == {1e6 / 2100.4}
+    assert "476" in texts["table"]
+    assert all("476" in texts[name] for name in ("markdown", "latex", "html"))
+    assert r"\toprule" in texts["latex"]
+    assert "↑" not in texts["latex"]
+    assert texts["html"].count("<table>") == 3  # two groups and the cost
+
+
+def test_what_is_wrong_is_one_message(evaluations: dict[str, Evaluation]) -> None:
+    first = evaluations["a"]
+    with pytest.raises(UserError, match="given twice"):
+        compared([first, first], ["auroc"])
+    with pytest.raises(UserError, match=r"--metric: unknown metric 'aurok'\. Did you mean 'auroc'"):
+        compared([first], ["aurok"])
+    with pytest.raises(UserError, match="--dataset: unknown dataset 'tim'"):
+        _ = compared([first], ["auroc"], ["tim"]).cells
