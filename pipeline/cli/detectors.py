@@ -118,6 +118,8 @@ def _explain(name: str) -> None:
     detector = found.get(name)
     console.print(f"[bold]{escape(detector.title)}[/bold]  {escape(detector.paper)}\n")
     console.print(escape(detector.formula) + "\n")
+    if detector.reading:
+        console.print(f"How to read it: {escape(detector.reading)}\n")
     extras = [f"{extra.kind} ({extra.needs})" for extra in detector().extras()]
     console.print(f"reads: {', '.join([*detector.columns, *extras])}; higher = more OOD")
     passes = ", ".join(type(spec).__name__ for spec in detector().passes())

@@ -29,6 +29,11 @@ class AdaScale(Detector):
         "Q' = λ Σ_j in top k2 % of h |h'_j - h_j| + Σ_j in top k1 % of h h'_j⁺, h' the feature of x + ε "
         "sign(∂z_ŷ/∂x) on the o % of x with the smallest |∂z_ŷ/∂x|"
     )
+    reading: ClassVar[str] = (
+        "The energy of logits whose scaling is weaker the more a small perturbation shifts the feature, "
+        "with its sign changed, in nats, unbounded: high = no class gets much evidence; comparable within "
+        "one network and these parameters only."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
 
     variant: Literal["A", "L"] = Field(default="A", description="A scales the feature, L the logits")

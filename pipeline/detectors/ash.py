@@ -36,6 +36,11 @@ class Ash(Step):
         "0 elsewhere; s: multiplied by exp(s1 / s2); b: set to s1 / |K|; p: as they are; "
         "s1 = Σ_j h_j, s2 = Σ_{j in K} h_j"
     )
+    reading: ClassVar[str] = (
+        "The energy after pruning and scaling the feature, with its sign changed, in nats, unbounded: high "
+        "= what is left of the feature speaks for no class; comparable within one network, variant and p "
+        "only."
+    )
     version: ClassVar[int] = 2
 
     variant: Literal["s", "b", "p"] = Field(

@@ -188,6 +188,7 @@ class ParameterGradient(Extra):
     """Norm (L,) of the gradient of KL(u ‖ softmax(z / T)) by the weights of each of L layers; u uniform."""
 
     needs: ClassVar[str] = "layer gradients"
+    version: ClassVar[int] = 2
 
     layers: tuple[str, ...] = Field(min_length=1)
     """Names of modules, each with all linear and convolutional layers inside, or of single parameters."""
@@ -289,6 +290,8 @@ class Detector(Frozen):
     """Authors, title, venue and year, arXiv id."""
     formula: ClassVar[str]
     """The score in the paper's symbols, with the sign we use."""
+    reading: ClassVar[str] = ""
+    """How to read a score, in one sentence: its range, what it is relative to and what high means."""
     columns: ClassVar[tuple[str, ...]]
     """Columns of the feature table that the scorer reads, besides those of `extras`."""
     neighbours: ClassVar[bool] = False

@@ -27,6 +27,10 @@ class Cosine(Detector):
         "SCIS workshop at ICML 2023, arXiv:2306.14920"
     )
     formula: ClassVar[str] = "score = -max_c ⟨h, v_c⟩ / (‖h‖_2 ‖v_c‖_2), v_c = E_train[h | class c] or W_c"
+    reading: ClassVar[str] = (
+        "From -1 to 1, the cosine to the closest class direction with its sign changed: -1 = the same "
+        "direction, 0 = orthogonal to every class; the length of the feature plays no part."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
 
     direction: Literal["mean", "weight"] = Field(

@@ -30,6 +30,10 @@ class Dice(Step):
         "score = -log Σ_c exp z_c, z = (W ⊙ M) h + b, "
         "M = 1[V > p-th percentile of V], V_cj = W_cj · E_train[h_j]"
     )
+    reading: ClassVar[str] = (
+        "The energy through the weights that are kept, with its sign changed, in nats, unbounded: high = "
+        "what usually speaks for some class is missing; comparable within one network and p only."
+    )
 
     p: float = Field(
         default=_IMAGENET,

@@ -20,6 +20,10 @@ class Energy(Detector):
         "Liu, Wang, Owens, Li: Energy-based Out-of-distribution Detection. NeurIPS 2020, arXiv:2010.03759"
     )
     formula: ClassVar[str] = "score = -T · log Σ_c exp(z_c / T)"
+    reading: ClassVar[str] = (
+        "The log-sum-exp of the logits with its sign changed, in units of logits, unbounded: high = no "
+        "class gets much evidence; comparable within one network only, since logits have no fixed scale."
+    )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
 
     temperature: FiniteFloat = Field(

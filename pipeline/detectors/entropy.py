@@ -28,6 +28,10 @@ class Entropy(Detector):
         "Detection in Semantic Segmentation. ICCV 2021, arXiv:2012.06575"
     )
     formula: ClassVar[str] = "score = log(-Σ_c p_c log p_c), p = softmax(z / T)"
+    reading: ClassVar[str] = (
+        "The logarithm of the entropy of the softmax in nats, at most log log C, which is a uniform "
+        "prediction: high = the prediction is spread over many classes."
+    )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
     version: ClassVar[int] = 2
 

@@ -27,6 +27,11 @@ class Fdbd(Detector):
     formula: ClassVar[str] = (
         "score = -mean_{c ≠ ŷ} (|z_ŷ - z_c| / ‖W_ŷ - W_c‖_2) / ‖h - μ‖_2, ŷ = argmax_c z_c, μ = E_train[h]"
     )
+    reading: ClassVar[str] = (
+        "At most 0, the mean distance to the boundaries between the predicted class and the others, per "
+        "distance from the training mean, with its sign changed: 0 = on all boundaries; comparable within "
+        "one network only."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
 
     def statistics(self) -> tuple[Classes]:

@@ -30,6 +30,11 @@ class FeatureNorm(Detector):
         "score = -f(x; B), f(x; B) = (1/M) Σ_m ‖ReLU(F_m)‖_2 over the M channels of block B, "
         "B = argmax_B E_train[f(x; B) / f(jigsaw(x); B)]"
     )
+    reading: ClassVar[str] = (
+        "At most 0, the mean norm of the channels of one block with its sign changed: near 0 = the block "
+        "hardly responds; comparable within one network, block and image size only, and dark or plain "
+        "images score high whatever they show."
+    )
     columns: ClassVar[tuple[str, ...]] = (BLOCK_NORM,)
 
     block: str = Field(

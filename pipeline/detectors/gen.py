@@ -27,6 +27,11 @@ class Gen(Detector):
     formula: ClassVar[str] = (
         "score = log Σ_{c of the M largest p_c} p_c^γ (1 - p_c)^γ, p = softmax(z); all classes if C < M"
     )
+    reading: ClassVar[str] = (
+        "The logarithm of a generalized entropy of the M largest probabilities, without lower bound and "
+        "largest for a uniform prediction: high = several classes share the probability; comparable for the"
+        " same γ and M only."
+    )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
     version: ClassVar[int] = 2
 

@@ -37,6 +37,11 @@ class GradNorm(Detector):
         "with the bias: -‖∂KL(u ‖ p)/∂(W, b)‖_q, ‖(h, 1)‖_q in place of ‖h‖_q; "
         "with layers: W = all their weights"
     )
+    reading: ClassVar[str] = (
+        "At most 0, the length of a gradient with its sign changed: near 0 = a short feature, or a "
+        "prediction close to uniform; comparable within one network only, as it grows with the feature's "
+        "length."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
 
     temperature: FiniteFloat = Field(

@@ -35,6 +35,11 @@ class GradOrth(Detector):
         "score = -‖∂H(t, p)/∂W S Sᵀ‖_F = -‖p - t‖_2 · ‖Sᵀ h‖_2, p = softmax(z), t_c = 1/C or 1[c = ŷ], "
         "S the eigenvectors of the largest eigenvalues of E_train[h hᵀ] that make up a share of their sum"
     )
+    reading: ClassVar[str] = (
+        "At most 0, the length of the gradient inside the subspace of the training features with its sign "
+        "changed: near 0 = little of the feature lies there, or a prediction close to uniform; comparable "
+        "within one network only."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
 
     share: float = Field(

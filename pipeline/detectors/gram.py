@@ -40,6 +40,10 @@ class Gram(Detector):
         "base, δ(g) = (min - g) / |min| below and (g - max) / |max| above the range of g over training "
         "images of the predicted class"
     )
+    reading: ClassVar[str] = (
+        "At least 0, a sum over stages in which each counts 1 for a typical held-out training image: 0 = "
+        "nothing leaves the range of the predicted class, far above the number of stages = OOD."
+    )
     columns: ClassVar[tuple[str, ...]] = (PREDICTION,)
 
     orders: tuple[Annotated[int, Field(ge=1, le=16)], ...] = Field(

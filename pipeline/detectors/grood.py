@@ -162,6 +162,10 @@ class Grood(OodPrototype, Detector):
         "g(h) = ∂L/∂p_o = π_o · (h - p_o) / d_o, π_o = exp(-d_o) / (exp(-d_o) + Σ_c exp(-d_c)), "
         "d_j = ‖h - p_j‖_2, p_c the mean feature of class c"
     )
+    reading: ClassVar[str] = (
+        "At least 0 and below 2, the distance of the image's gradient at the OOD prototype to that of the "
+        "most similar training image: 0 = pulled as a training image is, high = pulled as none is."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
     version: ClassVar[int] = 2
     neighbours: ClassVar[bool] = True

@@ -23,6 +23,10 @@ class GroodNorm(OodPrototype, Detector):
         "score = log(π_o / (1 - π_o)), π_o = ‖∂L/∂p_o‖_2 = exp(-d_o) / (exp(-d_o) + Σ_c exp(-d_c)), "
         "d_j = ‖h - p_j‖_2, p_c the mean feature of class c"
     )
+    reading: ClassVar[str] = (
+        "The log-odds of the OOD prototype against all class prototypes, unbounded: 0 = a probability of 50"
+        " %, positive = closer to the OOD prototype than to the classes together."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
     version: ClassVar[int] = 2
 

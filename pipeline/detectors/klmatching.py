@@ -30,6 +30,10 @@ class KlMatching(Detector):
         "score = min_k KL(p ‖ q_k), KL(p ‖ q) = Σ_c p_c log(p_c / q_c), p = softmax(z), "
         "q_k = E_val[p | argmax_c p_c = k]"
     )
+    reading: ClassVar[str] = (
+        "At least 0, the divergence in nats of the softmax from the most similar mean softmax of a class: 0"
+        " = a prediction that is typical for one class, high = typical for none."
+    )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
 
     def calibration(self) -> tuple[Softmax]:

@@ -25,6 +25,10 @@ class Knn(Detector):
     formula: ClassVar[str] = (
         "score = ‖n(h) - n(h_(k))‖_2, n(h) = h / ‖h‖_2, n(h_(k)) the k-th nearest to n(h) among training rows"
     )
+    reading: ClassVar[str] = (
+        "From 0 to 2, the distance to the k-th nearest training image on the unit sphere: 0 = k training "
+        "images point the same way, 1.41 = orthogonal; grows with k and with fewer training images."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
     neighbours: ClassVar[bool] = True
 

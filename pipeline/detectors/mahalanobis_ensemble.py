@@ -35,6 +35,10 @@ class MahalanobisEnsemble(Detector):
         "score = Σ_l α_l min_c (f_l - μ_lc)ᵀ Σ_l⁺ (f_l - μ_lc), f_l the mean over positions of stage l, "
         "Σ_l = (1/N) Σ_c Σ_{i in c} (f_l,i - μ_lc)(f_l,i - μ_lc)ᵀ, α_l = 1 / rank Σ_l"
     )
+    reading: ClassVar[str] = (
+        "At least 0, a weighted sum of squared distances to class means, with default weights 1 on average "
+        "for each stage over training images at their own class: far above the number of stages = OOD."
+    )
     columns: ClassVar[tuple[str, ...]] = ()
 
     weights: tuple[FiniteFloat, ...] | None = Field(

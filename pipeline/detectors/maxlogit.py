@@ -20,6 +20,10 @@ class MaxLogit(Detector):
         "ICML 2022, arXiv:1911.11132"
     )
     formula: ClassVar[str] = "score = -max_c z_c"
+    reading: ClassVar[str] = (
+        "The largest logit with its sign changed, unbounded: high = no class gets much evidence; comparable"
+        " within one network only, since logits have no fixed scale."
+    )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
 
     def fit(self, train: Training) -> MaxLogitScorer:

@@ -25,6 +25,10 @@ class McDropout(Detector):
         "Learning. ICML 2016, arXiv:1506.02142"
     )
     formula: ClassVar[str] = "score = 1 - max_c (1/S) Σ_s softmax(z(x; mask_s))_c"
+    reading: ClassVar[str] = (
+        "From 0 to 1 - 1/C, the mean probability over passes that the predicted class does not have: 0 = "
+        "sure in every pass, 0.05 = a mean confidence of 95 %."
+    )
     columns: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 2
 

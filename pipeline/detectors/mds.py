@@ -21,3 +21,8 @@ class Mds(Mahalanobis):
     formula: ClassVar[str] = (
         "score = min_c (h - μ_c)ᵀ Σ⁺ (h - μ_c), Σ = (1/N) Σ_c Σ_{i in c} (h_i - μ_c)(h_i - μ_c)ᵀ"
     )
+    reading: ClassVar[str] = (
+        "At least 0, the squared distance to the nearest class mean in standard deviations: over training "
+        "images its mean to their own class is the rank of the covariance, at most D, and far above that = "
+        "OOD."
+    )

@@ -18,5 +18,9 @@ class MdsL2(Mahalanobis):
     formula: ClassVar[str] = (
         "score = min_c (n - μ_c)ᵀ Σ⁺ (n - μ_c), n = h / ‖h‖_2, μ_c and Σ (within classes) those of n"
     )
+    reading: ClassVar[str] = (
+        "At least 0, as mds for directions, whatever the feature's length: over training images the mean to"
+        " their own class is the rank of the covariance, at most D, and far above that = OOD."
+    )
 
     unit: ClassVar[bool] = True

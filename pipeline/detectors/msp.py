@@ -21,6 +21,10 @@ class Msp(Detector):
         "in Neural Networks. ICLR 2017, arXiv:1610.02136"
     )
     formula: ClassVar[str] = "score = log(1 - max_c softmax(z / T)_c)"
+    reading: ClassVar[str] = (
+        "The logarithm of the softmax probability that the predicted class does not have, at most log(1 - "
+        "1/C): -3 = a confidence of 95 %, -0.7 = 50 %, as far as the softmax can be believed."
+    )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
     version: ClassVar[int] = 2
 

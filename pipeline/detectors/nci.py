@@ -26,6 +26,11 @@ class Nci(Detector):
         "CVPR 2025, arXiv:2311.01479"
     )
     formula: ClassVar[str] = "score = -⟨W_ŷ, h - μ⟩ / ‖h - μ‖_2 - α ‖h‖_1, ŷ = argmax_c z_c, μ = E_train[h]"
+    reading: ClassVar[str] = (
+        "The alignment of the feature with the weight of its class, and α times its length, with their sign"
+        " changed, unbounded: high = far from the direction of the predicted class, or short; comparable "
+        "within one network and α only."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
 
     alpha: FiniteFloat = Field(default=0.001, ge=0, description="α, weight of the feature's L1 norm")

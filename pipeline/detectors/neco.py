@@ -37,6 +37,11 @@ class Neco(Detector):
         "n_j = (h_j - μ_j) / σ_j, μ, σ mean and standard deviation of the training features, "
         "P the d leading principal directions of their n"
     )
+    reading: ClassVar[str] = (
+        "From -1 to 0 for features behind a ReLU, the share of the standardised feature inside the "
+        "principal subspace with its sign changed: 0 = all of it is outside; times the largest logit, and "
+        "so unbounded, for other features."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
     version: ClassVar[int] = 2
 

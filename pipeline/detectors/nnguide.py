@@ -65,6 +65,10 @@ class NnGuide(Detector):
         "score = -E(z) · mean of the k largest E(z_i) ⟨n(h), n(h_i)⟩ over training rows i, "
         "E(z) = log Σ_c exp z_c, n(h) = h / ‖h‖_2"
     )
+    reading: ClassVar[str] = (
+        "The energy times the similarity to confident training images, with its sign changed, unbounded: "
+        "high = little evidence, or none like it in training; comparable within one network and bank only."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
     neighbours: ClassVar[bool] = True
 

@@ -29,6 +29,11 @@ class Odin(Detector):
         "score = log(1 - max_c softmax(z(x') / T)_c), x' = x - ε sign(-∇_x log softmax(z(x) / T)_ŷ), "
         "ŷ = argmax_c z(x)_c"
     )
+    reading: ClassVar[str] = (
+        "The logarithm of the probability that the predicted class does not have after the perturbation, at"
+        " most log(1 - 1/C): at T = 1000 all scores lie just below that bound, so only their order can be "
+        "read."
+    )
     columns: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 2
 

@@ -43,6 +43,10 @@ class OpenMax(Detector):
         "ω_c = 1 - ((α - i) / α) F_c(‖z - μ_c‖_2) for the class c of the i-th largest logit, i = 0 .. α - 1, "
         "1 for the others"
     )
+    reading: ClassVar[str] = (
+        "The log-odds of an unknown class against all known ones, unbounded: 0 = a probability of 50 %, "
+        "positive = unknown is more likely than all classes together."
+    )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
     version: ClassVar[int] = 2
 

@@ -29,6 +29,11 @@ class RankFeat(Detector):
         "score = -T log Σ_c exp(z_c / T), z = mean over blocks of the logits with X - s₁ u₁ v₁ᵀ in place of "
         "the block's maps X (channels x positions)"
     )
+    reading: ClassVar[str] = (
+        "The energy without the largest singular value of a block's maps, with its sign changed, in units "
+        "of logits, unbounded: high = the rest speaks for no class; comparable within one network and "
+        "blocks only."
+    )
     columns: ClassVar[tuple[str, ...]] = ()
 
     blocks: tuple[str, ...] = Field(

@@ -30,6 +30,10 @@ class React(Step):
         "score = -log Σ_c exp z_c, z = W min(h, c) + b, "
         "c = p-th percentile of the entries of all training features, or given"
     )
+    reading: ClassVar[str] = (
+        "The energy after clipping the feature, with its sign changed, in nats, unbounded: high = no class "
+        "gets much evidence once no activation may stand out; comparable within one network and bound only."
+    )
 
     p: float = Field(
         default=90.0, ge=0, le=100, description="percentile of the training activations that is the bound c"

@@ -38,6 +38,10 @@ class Relation(Detector):
         "score = -mean over drawn training rows i of r_i^t 1[r_i > θ], "
         "r_i = max(⟨n(h), n(h_i)⟩, 0) · ⟨p, p_i⟩, n(h) = h / ‖h‖_2, p = softmax(z)"
     )
+    reading: ClassVar[str] = (
+        "From -1 to 0, the mean relation to training images with its sign changed: 0 = related to none, and"
+        " since most of them show other classes even typical images stay far from -1."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
 
     power: float = Field(

@@ -52,6 +52,10 @@ class Residual(Subspace, Detector):
         "score = ‖Rᵀ(h - o)‖_2, o = -W⁺ b, R the eigenvectors of the D - D' smallest eigenvalues of "
         "E_train[(h - o)(h - o)ᵀ]"
     )
+    reading: ClassVar[str] = (
+        "At least 0, the length of the part of the feature outside the principal subspace, in the feature's"
+        " units: 0 = nothing that training images do not have; comparable within one network and D' only."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE,)
 
     def statistics(self) -> tuple[Scatter]:

@@ -19,5 +19,10 @@ class Rmds(Mahalanobis):
         "score = min_c (h - μ_c)ᵀ Σ⁺ (h - μ_c) - (h - μ_0)ᵀ Σ_0⁺ (h - μ_0), "
         "Σ the covariance within classes, μ_0 and Σ_0 those of all training rows"
     )
+    reading: ClassVar[str] = (
+        "The squared distance to the nearest class mean minus that to the mean of all training images, "
+        "unbounded: over training images its mean for their own class is 0, and far above that = unlike "
+        "every class, but not as unlike the data as a whole."
+    )
 
     relative: ClassVar[bool] = True

@@ -17,6 +17,11 @@ class RmdsL2(Mahalanobis):
         "score = min_c (n - μ_c)ᵀ Σ⁺ (n - μ_c) - (n - μ_0)ᵀ Σ_0⁺ (n - μ_0), n = h / ‖h‖_2, "
         "Σ the covariance within classes, μ_0 and Σ_0 those of all training rows"
     )
+    reading: ClassVar[str] = (
+        "As rmds for directions, whatever the feature's length, unbounded: over training images the mean "
+        "for their own class is 0, and far above that = unlike every class, but not as unlike the data as a"
+        " whole."
+    )
 
     unit: ClassVar[bool] = True
     relative: ClassVar[bool] = True

@@ -34,6 +34,10 @@ class Scale(Step):
         "score = -log Σ_c exp z_c, z = W h exp(s1 / s2) + b, s1 = Σ_j h_j, "
         "s2 the sum of the (100 - p) % largest entries of h"
     )
+    reading: ClassVar[str] = (
+        "The energy after scaling the feature, with its sign changed, in nats, unbounded: high = little "
+        "evidence, or a few entries of the feature dominate; comparable within one network and p only."
+    )
     version: ClassVar[int] = 2
 
     p: float = Field(

@@ -24,6 +24,11 @@ class SelectedNorm(FeatureNorm):
         "score = -log Σ_c exp z_c or log(1 - max_c softmax(z)_c), z = W (f(x; B) · h / ‖h‖_2) + b, "
         "B and f(x; B) as in featurenorm"
     )
+    reading: ClassVar[str] = (
+        "The energy (or for `msp` log(1 - p)) of a feature that has the length of a block's norm, with its "
+        "sign changed, unbounded for the energy: high = the block hardly responds, or no class gets much "
+        "evidence; comparable within one network and block only."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, BLOCK_NORM)
     version: ClassVar[int] = 2
 

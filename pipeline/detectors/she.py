@@ -28,6 +28,11 @@ class She(Detector):
         "score = -⟨h, m_ŷ⟩, ŷ = argmax_c z_c, m_c = mean of h over the training rows of class c "
         "that are classified correctly"
     )
+    reading: ClassVar[str] = (
+        "The inner product with the mean feature of the predicted class, with its sign changed, unbounded: "
+        "high = unlike that class, or short; 0 for a class without a correct training image; comparable "
+        "within one network only."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
 
     def statistics(self) -> tuple[Classes]:

@@ -28,6 +28,11 @@ class Vim(Subspace, Detector):
         "score = α ‖Rᵀ(h - o)‖_2 - log Σ_c exp z_c, o = -W⁺ b, R the eigenvectors of the D - D' smallest "
         "eigenvalues of E_train[(h - o)(h - o)ᵀ], α = E_train[max_c z_c] / E_train[‖Rᵀ(h - o)‖_2]"
     )
+    reading: ClassVar[str] = (
+        "The virtual logit of what the principal subspace leaves of the feature minus the log-sum-exp of "
+        "the others, in units of logits, unbounded: positive = the virtual class gets more evidence than "
+        "all classes together."
+    )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
 
     def statistics(self) -> tuple[Scatter, Match]:

@@ -31,6 +31,11 @@ class Vra(Step):
         "score = -log Σ_c exp z_c, z = W f(h) + b, f(h)_j = 0 where h_j < a_j, c_j where h_j > c_j, "
         "else h_j; a_j, c_j = percentiles of h_j over training features, or given for all j"
     )
+    reading: ClassVar[str] = (
+        "The energy after zeroing low and clipping high entries of the feature, with its sign changed, in "
+        "nats, unbounded: high = what is left speaks for no class; comparable within one network and bounds"
+        " only."
+    )
     version: ClassVar[int] = 2
 
     low: float = Field(

@@ -27,9 +27,12 @@ from pipeline.network.description import NO_BLOCKS, WRONG_SIZE, Layout
 GRADIENTS = 2**27
 """Most bytes of per-image parameter gradients at once."""
 
+_SHORT = 64
+"""Entries of a gradient that are summed in float32."""
+
 _CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_WEIGHTED = {"Linear", "Conv1d", "Conv2d", "Conv3d"}
-"""Classes with weights, by name: in an exported program, modules only know which class they had."""
+_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Classes with weights; also by name: in an exported program, modules only know which class they had."""
 
 
 def measure(classifier: Classifier, spec: Extra, pixels: Pixels, keys: Sequence[str]) -> NDArray[np.float32]:
@@ -263,10 +266,18 @@ def _norms(
 
 
 def _norm(rows: Tensor, order: float) -> Tensor:
-    """(N,) float64 norms of (N, size); in float32, high powers of small entries would be 0."""
-    exact = rows if order in (1, 2) else rows.double()
-    norm: Tensor = torch.linalg.vector_norm(exact, order, dim=1)
-    return norm.double()
+    """(N,) float64 norms of (N, size).
+
+    In float32 are only sums of few sizes or squares: those of many lose its last digits, and high powers of
+    small entries are 0.
+    """
+    if order in (1, 2):
+        parts = rows.shape[1] // _SHORT
+        shorts = rows[:, : parts * _SHORT].reshape(len(rows), parts, _SHORT)
+        rest = rows[:, parts * _SHORT :]
+        rows = torch.cat([torch.linalg.vector_norm(shorts, order, dim=2), rest], dim=1)
+    norm: Tensor = torch.linalg.vector_norm(rows, order, dim=1, dtype=torch.float64)
+    return norm
 
 
 def _parameters(module: nn.Module, name: str, bias: bool) -> dict[str, Tensor]:
@@ -279,12 +290,18 @@ def _parameters(module: nn.Module, name: str, bias: bool) -> dict[str, Tensor]:
     if not inside:
         raise UserError(f"layers: {unknown('layer', name, [*filter(None, layers), *known])}")
     kinds = ("weight", "bias") if bias else ("weight",)
-    weighted = [name for name in inside if channels.kind(layers[name]).rpartition(".")[2] in _WEIGHTED]
+    weighted = [name for name in inside if _weighted(layers[name])]
     wanted = [f"{layer}.{kind}" for layer in weighted for kind in kinds]
     found: dict[str, Tensor] = {each: known[each] for each in wanted if each in known}
     if not found:
         raise UserError(f"layers: {name!r} has no linear or convolutional layer. Name another.")
     return found
+
+
+def _weighted(module: nn.Module) -> bool:
+    """Whether a module is a linear or convolutional layer, one of a class of its own included."""
+    names = {each.__name__ for each in _WEIGHTED}
+    return isinstance(module, _WEIGHTED) or channels.kind(module).rpartition(".")[2] in names
 
 
 _KINDS: dict[type[Extra], Callable[[Classifier, Any, Tensor, Sequence[str]], Tensor]] = {

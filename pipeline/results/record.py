@@ -157,6 +157,8 @@ def _detector(ready: Prepared, label: str) -> dict[str, Any]:
     return {
         "method": entry.methods,
         "title": detector.caption,
+        "reading": detector.parts()[-1].reading,
+        "formulas": [[part.title, part.formula, part.paper] for part in detector.parts()],
         "parameters": detector.model_dump(mode="json"),
         "uses_ood": ready.uses_ood(label),
         "columns": list(dict.fromkeys([*detector.columns, *(extra.kind for extra in detector.extras())])),

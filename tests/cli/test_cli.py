@@ -573,6 +573,7 @@ def test_a_detector_is_explained_with_formula_paper_and_every_parameter(command,
     assert outcome.status == 0
     assert method.formula in outcome.out
     assert method.paper in outcome.out
+    assert f"How to read it: {method.reading}" in outcome.out
     for key, field in method.model_fields.items():
         assert f"  {key} = {field.default!r}  {field.description}" in outcome.out
 

@@ -38,6 +38,12 @@ def declared_by(detector: Detector) -> list[str]:
     return [*detector.columns, *(extra.column for extra in detector.extras())]
 
 
+def test_one_sentence_tells_how_to_read_a_score(kind):
+    assert len(kind.reading) > 60
+    assert kind.reading.endswith(".") and ". " not in kind.reading
+    assert re.search(r"from -?\d|at (least|most)|unbounded|without", kind.reading, re.IGNORECASE), "its range"
+
+
 def test_scores_are_one_finite_float64_per_row(detector, rows):
     score = rows.score(detector)
     assert score.shape == (len(rows.query[FEATURE]),)

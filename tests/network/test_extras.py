@@ -738,6 +738,29 @@ def test_the_shipped_network_s_gradients_are_those_of_one_backward_pass(shipped,
     np.testing.assert_allclose(extras.measure(shipped, spec, photos, KEYS), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [5, 64, 300_001])
+@pytest.mark.parametrize("order", [0.5, 1, 2, 3])
+def test_the_norm_of_many_entries_has_the_digits_of_each(order, size):
+    entries = np.random.default_rng(0).normal(scale=1e-3, size=(3, size)).astype(np.float32)
+    exact = [math.fsum(abs(row) ** order) ** (1 / order) for row in entries.astype(np.float64)]
+    np.testing.assert_allclose(extras._norm(torch.tensor(entries), order), exact, rtol=3e-7)
+
+
+class Padded(nn.Conv2d):
+    """A convolution of a class of its own."""
+
+
+def test_layers_of_classes_of_their_own_count_too(pixels):
+    classifier = toy(Maps)
+    inside = classifier.module.body[2]
+    own = Padded(4, 24, 3, 2, 1)
+    own.load_state_dict(inside.conv.state_dict())
+    spec = ParameterGradient(layers=("body.2",))
+    expected = extras.measure(classifier, spec, pixels, KEYS)
+    inside.conv = own
+    np.testing.assert_allclose(extras.measure(classifier, spec, pixels, KEYS), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("order", [0.5, 1, 2, 4])
 @pytest.mark.parametrize("temperature", [1, 3])

@@ -181,6 +181,8 @@ def manifest_of(setup):
             label: {
                 "method": label,
                 "title": f"{label.upper()} (2025)",
+                "reading": f"At least 0: high {label} = OOD.",
+                "formulas": [[f"{label.upper()} (2025)", f"score = <{label}>(x)", "Nobody: A paper. 2025"]],
                 "parameters": {"k": 1, "prototype": {"kind": "mixup", "weight": 0.8}},
                 "uses_ood": label in setup.uses_ood,
                 "columns": ["feature"],
@@ -382,6 +384,22 @@ def test_every_name_and_every_fact_of_the_manifest_is_on_the_page(finished, page
     ]
     shown += ["2,100", "0.9995", "01 January 2026, 00:30 UTC", "0.9137", '"weight": 0.8', "1,987 images"]
     assert [fact for fact in shown if fact not in page.text] == []
+
+
+def test_the_page_tells_how_to_read_every_score(finished, page):
+    for entry in json.loads((finished / "manifest.json").read_text())["detectors"].values():
+        ((title, formula, paper),) = entry["formulas"]
+        assert entry["reading"] in page.text
+        assert f"{title}: {formula} {paper}" in re.sub(r"\s+", " ", page.text)
+
+
+def test_a_run_from_before_scores_were_explained_has_its_report(tmp_path, undrawn):
+    run = make_run(tmp_path, Setup())
+    manifest = json.loads((run / "manifest.json").read_text())
+    for entry in manifest["detectors"].values():
+        del entry["reading"], entry["formulas"]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert "How to read the scores" not in page_of(run).text
 
 
 def test_figures_are_files_and_the_page_embeds_the_same_bytes(finished, page):
