@@ -623,7 +623,7 @@ def score(detector: Detector, rows: Rows) -> Float:
         return scorer(rows.query)
     vectors = bank.embed(rows.train)[bank.keep(rows.train)].astype(np.float64)
     distance = cdist(bank.queries(rows.query).astype(np.float64), vectors)
-    return scorer({**rows.query, NEIGHBOURS: np.sort(distance, axis=1)[:, : bank.k]})
+    return scorer({**rows.query, NEIGHBOURS: np.sort(distance, axis=1)[:, bank.read]})
 
 
 def spearman(ours: Float, theirs: Float) -> float:

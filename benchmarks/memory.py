@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Watch:
 
     def __init__(self, pid: int, period: float = PERIOD) -> None:
         self.pid, self.period = pid, period
+        self.cpu = 0.0
+        """Seconds that sampling took of this process, once the block has ended."""
         self.peaks: dict[str, tuple[int, int]] = {}
         """Kind of process -> largest USS and RSS in bytes of any one process of that kind."""
         self._kind: dict[int, str] = {pid: DRIVER}
@@ -53,6 +56,7 @@ class Watch:
                     self._sample(pid)
                 except (FileNotFoundError, ProcessLookupError):
                     continue  # it has just ended
+        self.cpu = time.thread_time()
 
     def _sample(self, pid: int) -> None:
         title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -93,33 +93,35 @@ def _score(folder: Path, rows: int, neighbours: bool) -> Scored:
     source = _table(folder / "features", rows, seed=1)
     with Watch(os.getpid()) as watch, opened("ray") as engine:
         engine.cpus()  # connects; that is not scoring
-        fitted = _fitted(engine, chosen, bank_table, folder / "fits")
-        banks = {label: bank.folder for label, bank in fitted.banks.items()}
-        searched = index.start(engine, fitted.banks.values(), schema.Index()) if banks else None
+        ready = fitted(engine, chosen, _training(bank_table), bank_table, folder / "fits")
+        banks = {label: bank.folder for label, bank in ready.banks.items()}
+        searched = index.start(engine, ready.banks.values(), schema.Index()) if banks else None
         started = time.perf_counter()
-        job = score.ScoreJob("synthetic", source, _places(folder / "scores", fitted))
-        score.run(engine, [job], score.Scoring(fitted.scorers, COLUMNS, banks, searched), lambda _: None)
+        job = score.ScoreJob("synthetic", source, places(folder / "scores", ready, ready.scorers))
+        score.run(engine, [job], score.Scoring(ready.scorers, COLUMNS, banks, searched), lambda _: None)
         score.assemble(engine, job, folder / "table")
         seconds = time.perf_counter() - started
     return Scored(rows, seconds, _steady(folder / "scores", source), watch.peaks)
 
 
-def _fitted(engine: Engine, chosen: Mapping[str, Detector], train: tables.Table, folder: Path) -> fit.Fitted:
+def fitted(
+    engine: Engine, chosen: Mapping[str, Detector], training: Training, train: tables.Table, folder: Path
+) -> fit.Fitted:
     """Detectors that learned from a table, and their banks."""
 
     def made_of(detector: Detector, without: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
         return {"detector": detectors.identity(detector, without)}, {"train": train.content}
 
     return fit.fit_detectors(
-        engine, chosen, _training(train), artifacts.Store(folder), train, made_of, schema.Index()
+        engine, chosen, training, artifacts.Store(folder), train, made_of, schema.Index()
     )
 
 
-def _places(folder: Path, fitted: fit.Fitted) -> dict[str, artifacts.Artifact]:
-    """Where the scores of each detector are written, by label."""
+def places(folder: Path, ready: fit.Fitted, labels: Iterable[str]) -> dict[str, artifacts.Artifact]:
+    """Where the scores of some detectors are written, by label."""
     return {
-        label: artifacts.Artifact(folder / label, score.FORMAT, {"label": label}, contents)
-        for label, contents in fitted.contents.items()
+        label: artifacts.Artifact(folder / label, score.FORMAT, {"label": label}, ready.contents[label])
+        for label in labels
     }
 
 

@@ -43,6 +43,9 @@ class Actor(Protocol):
     def ask(self, method: str, *arguments: Any) -> Pending:
         """Begin a call of one of its methods."""
 
+    def send(self, value: T) -> Shared[T]:
+        """Send a value once, for calls of this actor and of others of its engine."""
+
     def stop(self) -> None:
         """End it and report what it cost."""
 

@@ -97,6 +97,10 @@ class Object:
         _report()
         return lambda: result
 
+    def send(self, value: T) -> Held[T]:
+        """The value itself."""
+        return Held(value)
+
     def stop(self) -> None:
         """Nothing to end: what it cost, this process did."""
 

@@ -160,6 +160,10 @@ class Handle:
         reference = self.actor.call.remote(method, *arguments)
         return lambda: get(reference)
 
+    def send(self, value: T) -> Put[T]:
+        """Put a value into the object store."""
+        return Put(ray.put(value))
+
     def stop(self) -> None:
         """End it and report what it cost."""
         with suppress(exceptions.RayError):

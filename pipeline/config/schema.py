@@ -240,7 +240,11 @@ class Index(Frozen):
     """The nearest-neighbour index over training rows."""
 
     kind: str = Field(default="flat", description="'flat' (exact) or a FAISS factory string")
-    shards: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    shards: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto",
+        description="auto = as many as there is work and CPUs or GPUs for; of an approximate kind as few as "
+        "hold it",
+    )
     cpus_per_shard: float = Field(default=1, gt=0)
     gpus_per_shard: float = Field(default=0, ge=0)
     resources: Resources = Field(

@@ -262,6 +262,13 @@ class Bank:
     """How many neighbours are looked up; the vectors do not depend on it."""
     query: Callable[[Batch], NDArray[np.float32]] | None = None
     """Batch -> (N, E) float32; where queries are embedded in another way than training rows."""
+    kth: bool = False
+    """Whether the scorer reads the distance to the k-th neighbour alone."""
+
+    @property
+    def read(self) -> slice:
+        """Which of the neighbours, nearest first, the scorer finds in its batch."""
+        return slice(self.k - 1 if self.kth else 0, self.k)
 
     def queries(self, batch: Batch) -> NDArray[np.float32]:
         """(N, E) float32, what is looked up for a batch."""
@@ -281,7 +288,7 @@ class Detector(Frozen):
 
     A subclass is one file in this package; the file name is its name in the config. A scorer that
     has an attribute `bank` (a `Bank`) finds the Euclidean distances to its `k` nearest neighbours,
-    nearest first, in the column `NEIGHBOURS`.
+    nearest first, in the column `NEIGHBOURS`; or, with `kth`, the one to the k-th.
     """
 
     title: ClassVar[str]
@@ -369,7 +376,7 @@ class Detector(Frozen):
 
 
 NEIGHBOURS = "neighbours"
-"""(N, k) float64; distances a scorer with a bank finds in its batch, nearest first."""
+"""(N, k) float64; distances a scorer with a bank finds in its batch, nearest first; with `kth` (N, 1)."""
 
 
 def bank_of(scorer: Scorer) -> Bank | None:

@@ -201,7 +201,7 @@ class GroodScorer:
     @property
     def bank(self) -> Bank:
         """Gradients of the correctly classified training rows."""
-        return Bank(embed=self.gradient, keep=is_correct, k=self.k)
+        return Bank(embed=self.gradient, keep=is_correct, k=self.k, kth=True)
 
     def gradient(self, batch: Batch) -> NDArray[np.float32]:
         """(N, D) float32, the gradient ∂L/∂p_o; its norm lies in [0, 1]."""
@@ -212,12 +212,12 @@ class GroodScorer:
         """Distance to the k-th nearest training gradient.
 
         Args:
-            batch: `neighbours` (N, >= k) float, nearest first.
+            batch: `neighbours` (N, 1) float, the distance to the k-th.
 
         Returns:
             (N,) float64 in [0, 2].
         """
-        return np.asarray(batch[NEIGHBOURS], dtype=np.float64)[:, self.k - 1]
+        return np.asarray(batch[NEIGHBOURS], dtype=np.float64)[:, 0]
 
 
 def is_correct(batch: Batch) -> Mask:

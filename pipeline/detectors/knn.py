@@ -48,18 +48,18 @@ class KnnScorer:
     @property
     def bank(self) -> Bank:
         """All training rows, as unit vectors."""
-        return Bank(embed=unit_feature, keep=every_row, k=self.k)
+        return Bank(embed=unit_feature, keep=every_row, k=self.k, kth=True)
 
     def __call__(self, batch: Batch) -> Float:
         """Distance to the k-th nearest unit vector.
 
         Args:
-            batch: `neighbours` (N, >= k) float, nearest first.
+            batch: `neighbours` (N, 1) float, the distance to the k-th.
 
         Returns:
             (N,) float64 in [0, 2].
         """
-        return np.asarray(batch[NEIGHBOURS], dtype=np.float64)[:, self.k - 1]
+        return np.asarray(batch[NEIGHBOURS], dtype=np.float64)[:, 0]
 
 
 def unit_feature(batch: Batch) -> NDArray[np.float32]:

@@ -132,12 +132,12 @@ class NnGuideScorer:
         """Negative guided energy.
 
         Args:
-            batch: `logits` (N, C) float, `feature` (N, D) float, `neighbours` (N, >= k) float, nearest first.
+            batch: `logits` (N, C) float, `feature` (N, D) float, `neighbours` (N, k) float, nearest first.
 
         Returns:
             (N,) float64.
         """
-        distance = np.asarray(batch[NEIGHBOURS], dtype=np.float64)[:, : self.k]
+        distance = np.asarray(batch[NEIGHBOURS], dtype=np.float64)
         length = (normalize(batch[FEATURE]) ** 2).sum(axis=1, keepdims=True)
         similarity = self.largest * (length + 1 - distance**2) / 2
         score: Float = -logsumexp(batch[LOGITS]) * similarity.mean(axis=1)

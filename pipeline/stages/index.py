@@ -1,18 +1,20 @@
 """Nearest neighbours in banks of training vectors: FAISS in actors, each holding a range of every bank.
 
 Neighbours are merged in shard order, ties by row, so any number of shards gives the result of one index.
+Exact distances are computed of those alone that are left, and that a detector reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cluster.engine import Actor, Engine
+from pipeline.cluster.engine import Actor, Engine, Pending, Shared
 from pipeline.columns import Float
 from pipeline.config import schema
 from pipeline.errors import UserError
@@ -28,8 +30,17 @@ FILE = "index.faiss"
 AUTO_SHARD_BYTES = 8 * 2**30
 """With `shards: auto` a shard holds at most this much."""
 
+AUTO_SHARD_OPERATIONS, AUTO_SHARDS = 10**8, 16
+"""With `shards: auto` a flat shard has about so much to compute for a query, if CPUs or GPUs are there.
+
+There are no more than 16 for it: whoever scores holds k neighbours of a query from each.
+"""
+
+_SCORING = 120
+"""Operations that all detectors take for a row besides, over D²; measured with D = 2048 and C = 1000."""
+
 Vectors = NDArray[np.float32]
-Ids = NDArray[np.int64]
+Ids = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -84,21 +95,45 @@ class Neighbours:
     """(N, k) the distance FAISS ordered by; inf where it found none."""
     row: Ids
     """(N, k) rows of the bank; -1 where it found none."""
-    distance: Float
-    """(N, k) Euclidean distance in float64."""
 
 
 def merge(found: Sequence[Neighbours], k: int) -> Neighbours:
     """The k nearest of several shards, ties in the order of the shards."""
-    rank = np.concatenate([part.rank for part in found], axis=1)
+    if len(found) == 1:
+        return found[0]
+    rank, row = (np.concatenate([getattr(part, name) for part in found], axis=1) for name in ("rank", "row"))
     order = np.argsort(rank, axis=1, kind="stable")[:, :k]
-    columns = {
-        name: np.take_along_axis(
-            np.concatenate([getattr(part, name) for part in found], axis=1), order, axis=1
-        )
-        for name in ("rank", "row", "distance")
-    }
-    return Neighbours(**columns)
+    return Neighbours(np.take_along_axis(rank, order, axis=1), np.take_along_axis(row, order, axis=1))
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search that is under way in all shards."""
+
+    shards: tuple[Actor, ...]
+    folder: str
+    queries: Shared[Vectors]
+    k: int
+    found: tuple[Pending, ...]
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """The k nearest of each query; waits for them."""
+        return merge([part() for part in self.found], self.k)
+
+    def distance(self, columns: slice) -> Float:
+        """Euclidean float64 distances to some of the k neighbours, by their place; inf where there is none.
+
+        Args:
+            columns: which of the k, of m.
+
+        Returns:
+            (N, m) float64.
+        """
+        row = self.neighbours.row[:, columns]
+        asked = [shard.ask("distance", self.folder, self.queries, row) for shard in self.shards]
+        distance: Float = np.min([part() for part in asked], axis=0)  # each row lies in one shard alone
+        return distance
 
 
 def kept(bank: BankFiles, kind: str, number: int, of: int) -> Artifact:
@@ -139,8 +174,8 @@ class Index:
     flat: bool
     """Whether every search is exhaustive; the first of k neighbours are then those of a smaller k."""
 
-    def search(self, folder: str, queries: Vectors, k: int, exact: bool = False) -> Neighbours:
-        """The k nearest vectors of a bank.
+    def search(self, folder: str, queries: Vectors, k: int, exact: bool = False) -> Search:
+        """Begin to look for the k nearest vectors of a bank.
 
         Args:
             folder: of the bank that is searched.
@@ -148,12 +183,9 @@ class Index:
             k: how many.
             exact: by exhaustive search, whatever the index is.
         """
-        return self.ask(folder, queries, k, exact)()
-
-    def ask(self, folder: str, queries: Vectors, k: int, exact: bool = False) -> Callable[[], Neighbours]:
-        """Begin a search; what comes back waits for its result."""
-        found = [shard.ask("search", folder, queries, k, exact) for shard in self.shards]
-        return lambda: merge([part() for part in found], k)
+        sent = self.shards[0].send(queries)
+        found = [shard.ask("search", folder, sent, k, exact) for shard in self.shards]
+        return Search(self.shards, folder, sent, k, tuple(found))
 
     def stop(self) -> None:
         """End the actors and report what they cost."""
@@ -161,19 +193,29 @@ class Index:
             shard.stop()
 
 
-def shards_of(banks: Iterable[BankFiles], settings: schema.Index) -> int:
+def shards_of(engine: Engine, banks: Iterable[BankFiles], settings: schema.Index) -> int:
     """How many shards hold all banks of a run.
 
     Raises:
-        UserError: if there are more of them than vectors in a bank.
+        UserError: if there are more of them than vectors in a bank, or no machine has what one needs.
     """
-    found = {bank.folder: bank for bank in banks}.values()
-    size = sum(bank.rows * bank.width * 4 for bank in found)
-    count = max(1, -(-size // AUTO_SHARD_BYTES)) if settings.shards == "auto" else settings.shards
+    found = list({bank.folder: bank for bank in banks}.values())
     smallest = min(bank.rows for bank in found)
-    if count > smallest:
-        raise UserError(f"index.shards is {count} but the smallest bank has {smallest} rows; lower it.")
-    return count
+    if settings.shards != "auto":
+        if settings.shards > smallest:
+            raise UserError(
+                f"index.shards is {settings.shards} but the smallest bank has {smallest} rows; lower it."
+            )
+        return settings.shards
+    numbers = sum(bank.rows * bank.width for bank in found)
+    least = max(1, -(-4 * numbers // AUTO_SHARD_BYTES))
+    if settings.kind != "flat":
+        return least  # what is found depends on how many were trained
+    room = engine.capacity(settings.needs, "index")
+    if device(settings) == "cpu":  # score tasks get their share of the CPUs
+        besides = _SCORING * max(bank.width for bank in found) ** 2
+        room = int(room * 2 * numbers / (2 * numbers + besides))
+    return max(least, min(-(-2 * numbers // AUTO_SHARD_OPERATIONS), room, AUTO_SHARDS))
 
 
 def trained(
@@ -196,7 +238,7 @@ def trained(
     found = {bank.folder: bank for bank in banks}
     if settings.kind == "flat" or not found:
         return {}
-    count = shards_of(found.values(), settings)
+    count = shards_of(engine, found.values(), settings)
     indexes = {
         folder: [kept(bank, settings.kind, number, count) for number in range(count)]
         for folder, bank in found.items()
@@ -243,7 +285,7 @@ def start(
         others: banks of the run that need not be searched now, but count where shards are sized.
     """
     banks = {bank.folder: bank for bank in files}
-    index = _started(engine, banks, shards_of([*banks.values(), *others], settings), settings)
+    index = _started(engine, banks, shards_of(engine, [*banks.values(), *others], settings), settings)
     try:
         for folder in banks:
             for loaded in [shard.ask("load", folder) for shard in index.shards]:
@@ -277,6 +319,7 @@ def _started(engine: Engine, banks: Mapping[str, BankFiles], count: int, setting
 
 def recall(index: Index, folder: str, queries: Vectors) -> float:
     """Share of queries whose nearest neighbour is the exact one (equal distances count)."""
-    found = index.search(folder, queries, 1).distance[:, 0]
-    exact = index.search(folder, queries, 1, exact=True).distance[:, 0]
+    nearest = slice(1)
+    found = index.search(folder, queries, 1).distance(nearest)
+    exact = index.search(folder, queries, 1, exact=True).distance(nearest)
     return float(np.mean(found <= exact))

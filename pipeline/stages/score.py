@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from pipeline.cluster import attempts
 from pipeline.cluster.engine import Engine, Shared
-from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
+from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION, Float
 from pipeline.detectors.base import NEIGHBOURS, Bank, Scorer, bank_of
 from pipeline.errors import UserError
 from pipeline.stages.banks import BATCH
-from pipeline.stages.index import Index, Neighbours
+from pipeline.stages.index import Index, Search
 from pipeline.stages.statistics import SLICE
 from pipeline.workspace import files, storage, tables
 from pipeline.workspace.artifacts import (
@@ -49,6 +49,9 @@ FORMAT, TABLE = "scores 1", "score table 1"
 
 AT_ONCE = 16
 """Artifacts that are looked for at once: in an object store each takes an answer of a server."""
+
+SEARCHES = 2
+"""Batches that are looked up ahead: distances of one are computed behind the search for the next."""
 
 SCORE = "score"
 """The column of a detector's own scores; null where it is not finite."""
@@ -133,9 +136,9 @@ class Scoring:
         """(N,) scores of the rows of feature columns, by label."""
         scores: dict[str, list[NDArray[np.float64]]] = {label: [] for label in self.scorers}
         asked = ((*found, self._ask(found[0])) for found in tables.fixed_batches(features, BATCH))
-        for batch, count, neighbours in _one_ahead(asked):
+        for batch, count, neighbours in _ahead(asked):
             for label, scorer in self.scorers.items():
-                near = {NEIGHBOURS: neighbours[label]().distance} if label in neighbours else {}
+                near = {NEIGHBOURS: neighbours[label]()} if label in neighbours else {}
                 scores[label].append(scorer({**batch, **near})[:count])
         return {label: np.concatenate(parts) for label, parts in scores.items()}
 
@@ -147,16 +150,16 @@ class Scoring:
             banks={label: self.banks[label] for label in labels if label in self.banks},
         )
 
-    def _ask(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, Callable[[], Neighbours]]:
+    def _ask(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, Callable[[], Float]]:
         """Begin the searches of a batch: one for all scorers that look for the same vectors."""
         if self.index is None:
             return {}
-        searches: dict[tuple[str, int], Callable[[], Neighbours]] = {}
-        asked = {}
+        searches: dict[tuple[str, int], Search] = {}
+        asked: dict[str, Callable[[], Float]] = {}
         for label, (folder, k, bank) in self._wanted.items():
             if (folder, k) not in searches:
-                searches[folder, k] = cache(self.index.ask(folder, bank.queries(batch), k))
-            asked[label] = searches[folder, k]
+                searches[folder, k] = self.index.search(folder, bank.queries(batch), k)
+            asked[label] = partial(searches[folder, k].distance, bank.read)
         return asked
 
     @cached_property
@@ -174,12 +177,12 @@ class Scoring:
         }
 
 
-def _one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each after the next one was made: the index searches while detectors compute."""
+def _ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each after the next ones were made: the index searches while detectors compute."""
     held = deque[T]()
     for item in items:
         held.append(item)
-        if len(held) > 1:
+        if len(held) > SEARCHES:
             yield held.popleft()
     yield from held
 

@@ -83,7 +83,7 @@ class Rows:
             return batch
         vectors = bank.embed(self.train)[bank.keep(self.train)]
         distance = cdist(bank.queries(batch).astype(np.float64), vectors.astype(np.float64))
-        return {**batch, NEIGHBOURS: np.sort(distance, axis=1)[:, : bank.k]}
+        return {**batch, NEIGHBOURS: np.sort(distance, axis=1)[:, bank.read]}
 
     def score(self, detector: Detector) -> Float:
         """Scores of the query rows."""

@@ -10,9 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
-from pipeline.stages import faiss_shard
 from pipeline.stages.index import BankFiles
-from tests.stages.test_index import bank, search, shards
+from tests.stages.test_index import bank, exact_distance, search, shards
 
 pytestmark = pytest.mark.gpu
 
@@ -56,7 +55,7 @@ def test_neighbours_are_those_of_the_cpu(
     other = found.row != expected.row
     _log.info("%.1e of the neighbours stand in another place", other.mean())
     assert other.mean() < 0.05
-    exact = faiss_shard.exact_distance(queries, vectors, found.row)
+    exact = exact_distance(queries, vectors, found.row)
     np.testing.assert_array_equal(found.distance, exact)
     assert all(len(set(row)) == k for row in found.row.tolist())
 
@@ -72,7 +71,7 @@ def test_distances_are_exact_where_faiss_own_are_lost(tmp_path: Path) -> None:
     vectors = (rng.normal(size=(100, 16)) * 1e-4 + 10).astype(np.float32)
     queries = vectors[:32] + np.float32(1e-5)
     found = search(shards(bank(tmp_path, vectors), 2, device="cuda"), queries, 3)
-    np.testing.assert_array_equal(found.distance, faiss_shard.exact_distance(queries, vectors, found.row))
+    np.testing.assert_array_equal(found.distance, exact_distance(queries, vectors, found.row))
 
 
 def test_an_approximate_index_finds_what_it_finds_on_the_cpu(

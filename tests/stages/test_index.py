@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import faiss
@@ -10,13 +11,16 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from pipeline.cluster.engine import opened
+from pipeline.cluster.inline import Object
 from pipeline.config import schema
 from pipeline.errors import UserError
-from pipeline.stages import index
+from pipeline.stages import faiss_shard, index
 from pipeline.stages.faiss_shard import IndexShard
 from pipeline.stages.index import BankFiles, Neighbours
 from pipeline.workspace.artifacts import Damaged, Store, mend, write_part
 from tests.damage import DAMAGES, flipped
+
+FLAT = schema.Index()
 
 
 def bank(folder: Path, vectors: np.ndarray, pieces: int = 3) -> BankFiles:
@@ -56,9 +60,27 @@ def train(files: BankFiles, **settings: object) -> dict[str, str]:
         return index.trained(engine, store, [files], schema.Index(**settings)).get(files.folder, {})
 
 
-def search(found: list[IndexShard], queries: np.ndarray, k: int, exact: bool = False) -> Neighbours:
+@dataclass(frozen=True)
+class Found(Neighbours):
+    """Neighbours and the distances to all of them."""
+
+    distance: np.ndarray
+
+
+def begun(found: list[IndexShard], queries: np.ndarray, k: int, exact: bool = False) -> index.Search:
     (folder,) = found[0].banks
-    return index.merge([shard.search(folder, queries, k, exact) for shard in found], k)
+    return index.Index(tuple(map(Object, found)), flat=True).search(folder, queries, k, exact)
+
+
+def search(found: list[IndexShard], queries: np.ndarray, k: int, exact: bool = False) -> Found:
+    searched = begun(found, queries, k, exact)
+    return Found(searched.neighbours.rank, searched.neighbours.row, searched.distance(slice(None)))
+
+
+def exact_distance(queries: np.ndarray, vectors: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """(N, k) float64 distances of queries to k rows each."""
+    query = np.indices(row.shape)[0]
+    return faiss_shard.exact_distance(queries, vectors, query.ravel(), row.ravel()).reshape(row.shape)
 
 
 @pytest.fixture
@@ -82,6 +104,33 @@ def test_any_number_of_shards_gives_the_result_of_one_flat_index(tmp_path, vecto
     found = search(shards(files, of), queries, 9)
     np.testing.assert_array_equal(found.rank, rank)
     np.testing.assert_array_equal(found.row, row)
+    np.testing.assert_array_equal(found.distance, exact_distance(queries, vectors, row))
+
+
+def test_any_number_of_shards_and_threads_gives_the_same_bits(tmp_path) -> None:
+    """Ranks in float32 depend on where a vector stands in its block of a matrix product."""
+    rng = np.random.default_rng(5)
+    some, asked = (rng.normal(size=(rows, 2049)).astype(np.float32) for rows in (2300, 100))
+    files = bank(tmp_path, np.concatenate([some, some[:300]]))  # these ties are real
+    one = begun(shards(files, 1), asked, 2000).neighbours
+    for of, threads in ((1, 2), (2, 1), (3, 2), (6, 1)):
+        found = [IndexShard(number, of, FLAT, {files.folder: files}, threads) for number in range(of)]
+        many = begun(found, asked, 2000).neighbours
+        for name in ("rank", "row"):
+            np.testing.assert_array_equal(getattr(many, name), getattr(one, name))
+
+
+def test_only_the_distances_that_are_read_are_computed(tmp_path, vectors, queries, monkeypatch) -> None:
+    pairs: list[int] = []
+    compute = faiss_shard.exact_distance
+    monkeypatch.setattr(
+        faiss_shard, "exact_distance", lambda *given: (pairs.append(len(given[3])), compute(*given))[1]
+    )
+    files = bank(tmp_path, vectors)
+    searched = begun(shards(files, 1), queries, 9)
+    every = searched.distance(slice(None))
+    np.testing.assert_array_equal(searched.distance(slice(6, 7)), every[:, 6:7])
+    assert pairs == [64 * 9, 64]
 
 
 def test_distances_are_exact_where_faiss_own_are_lost(tmp_path) -> None:
@@ -198,13 +247,28 @@ def test_actors_hold_every_bank_and_report_recall(on_ray, tmp_path, vectors, que
     searched = index.start(on_ray, [large, small, large], settings)
     try:
         measured = index.recall(searched, large.folder, queries)
-        exact = searched.search(large.folder, queries, 1, exact=True).distance[:, 0]
-        found = searched.search(large.folder, queries, 1).distance[:, 0]
+        exact = searched.search(large.folder, queries, 1, exact=True).distance(slice(1))
+        found = searched.search(large.folder, queries, 1).distance(slice(1))
         assert measured == np.mean(exact == found)
         assert 0 < measured < 1
-        assert searched.search(small.folder, queries, 1).row.max() < 100
+        assert searched.search(small.folder, queries, 1).neighbours.row.max() < 100
     finally:
         searched.stop()
+
+
+@pytest.mark.parametrize(
+    ("threads", "operations", "expected"),
+    [(8, 10**8, 1), (8, 50_000, 4), (8, 1000, 7), (64, 1000, 16), (1, 1000, 1)],
+)
+def test_flat_shards_are_as_many_as_there_is_work_and_cpus(
+    tmp_path, monkeypatch, threads, operations, expected
+) -> None:
+    monkeypatch.setattr(index, "AUTO_SHARD_OPERATIONS", operations)
+    files = bank(tmp_path, np.ones((20_000, 5)))
+    with opened("inline", threads=threads) as engine:
+        assert index.shards_of(engine, [files, files], schema.Index()) == expected
+        assert index.shards_of(engine, [files], schema.Index(kind="IVF4,Flat")) == 1
+        assert index.shards_of(engine, [files], schema.Index(shards=3)) == 3
 
 
 @pytest.mark.parametrize(
