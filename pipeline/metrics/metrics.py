@@ -20,6 +20,7 @@ from pipeline.metrics.auroc import AUROC
 from pipeline.metrics.base import Counted, Estimate, Metric
 from pipeline.metrics.detection_error import DetectionError
 from pipeline.metrics.fpr import FPR
+from pipeline.metrics.intervals import wilson
 from pipeline.metrics.oscr import OSCR
 
 LEVEL = 0.95
@@ -85,7 +86,7 @@ def threshold(id_scores: ArrayLike, acceptance: float = 0.95) -> float:
     return float(np.partition(scores, rank - 1)[rank - 1])
 
 
-def accuracy(correct: int, total: int, level: float = 0.95) -> Estimate:
+def accuracy(correct: int, total: int) -> Estimate:
     """Share of correct predictions with its Wilson interval.
 
     Raises:
@@ -93,11 +94,9 @@ def accuracy(correct: int, total: int, level: float = 0.95) -> Estimate:
     """
     if not 0 <= correct <= total or total < 1:
         raise ValueError(f"accuracy: got {correct} correct of {total}; expected 0 <= correct <= total > 0.")
-    from scipy.stats import binomtest  # takes a second to import
-
-    interval = binomtest(correct, total).proportion_ci(level, method="wilson")
     value = correct / total
-    return Estimate(value, min(float(interval.low), value), max(float(interval.high), value))
+    low, high = wilson(value, total)
+    return Estimate(value, min(low, value), max(high, value))
 
 
 def checked(scores: ArrayLike, where: str) -> Float:

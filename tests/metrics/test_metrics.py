@@ -273,10 +273,10 @@ def test_an_acceptance_out_of_range_is_refused(acceptance):
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 7), (1, 1), (13, 50), (34290, 45000)])
 def test_accuracy_has_the_wilson_interval(correct, total):
-    p, z = correct / total, NormalDist().inv_cdf(0.95)
+    p, z = correct / total, NormalDist().inv_cdf(0.975)
     centre, spread = p + z**2 / (2 * total), z * sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
     bounds = [(centre + sign * spread) / (1 + z**2 / total) for sign in (-1, 1)]
-    result = accuracy(correct, total, level=0.9)
+    result = accuracy(correct, total)
     assert result == pytest.approx((p, *bounds), abs=1e-9)
     assert 0 <= result.ci_low <= result.value <= result.ci_high <= 1
 
