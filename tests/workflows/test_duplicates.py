@@ -38,7 +38,7 @@ def test_images_in_two_datasets_are_counted_named_and_told(shared: Config, execu
     outcome = execute(shared)
     animals, textures = outcome.cautions
     assert animals.startswith(
-        "5 of 65 images of animals (near_ood) are also in train (train), the same bytes: "
+        "5 of 65 images of animals (near_ood) are also in train (train), the same bytes ("
     )
     assert animals.endswith(
         "(animals_x/00000000, animals_x/00000001, animals_x/00000002, ...). Take them out of one of the two."
