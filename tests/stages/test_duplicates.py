@@ -22,7 +22,7 @@ def table(folder: Path, images: list[bytes], cut: int) -> tables.Table:
 def test_every_shared_image_is_counted_once_however_often_it_is_there(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pool = [rng.bytes(16) for _ in range(40)]
-    for number in range(20):
+    for number in range(8):
         own, other = ([pool[i] for i in rng.integers(0, 40, size)] for size in rng.integers(1, 30, 2))
         cuts = rng.integers(0, 2, 2) * 3
         found = duplicates._compare(
