@@ -21,6 +21,8 @@ LOGITS = "logits"
 """float32 (C,); output of the classifier's last linear layer."""
 BLOCK_NORM = "block_norm"
 """float32 (B,); FeatureNorm of each block, in the order the model runs them."""
+DIGEST = "digest"
+"""binary (16); the first half of the SHA-256 of an image's stored bytes."""
 IS_OOD = "is_ood."
 """bool; prefix of one column per detector in the score tables of unlabelled datasets."""
 

@@ -64,6 +64,19 @@ def no_labels(found: Found) -> Iterator[str]:
             )
 
 
+def duplicates(found: Found) -> Iterator[str]:
+    """Images that are in two datasets that must be apart."""
+    datasets = found.manifest["datasets"]
+    for each in found.manifest.get("duplicates", {}).get("shared", ()):
+        name, other = each["dataset"], each["other"]
+        keys = ", ".join(each["first"]) + ", ..." * (each["images"] > len(each["first"]))
+        yield (
+            f"{each['images']:,} of {datasets[name]['features']:,} images of {name} "
+            f"({datasets[name]['role']}) are also in {other} ({datasets[other]['role']}), the same bytes "
+            f"({keys}). Take them out of one of the two."
+        )
+
+
 def few_training_rows(found: Found) -> Iterator[str]:
     """Fewer training rows than dimensions, where a detector reads the feature."""
     entries = found.manifest["datasets"].values()
@@ -116,6 +129,7 @@ KINDS: tuple[Callable[[Found], Iterator[str]], ...] = (
     numbering,
     few_images,
     no_labels,
+    duplicates,
     few_training_rows,
     below_chance,
     no_information,

@@ -58,6 +58,7 @@ class Record:
             "passes": [],
             "index": {},
             "unscored": {},
+            "duplicates": {},
             "warnings": [],
             "stages": {},
             "nodes": {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pyarrow as pa
 from pipeline import columns
 from pipeline.cluster import attempts
 from pipeline.cluster.attempts import FIRST, Attempt
-from pipeline.columns import KEY, LABEL
+from pipeline.columns import DIGEST, KEY, LABEL
 from pipeline.data import decode
 from pipeline.data.fetch import fetch
 from pipeline.stages.shards import Plan, Shard
@@ -32,7 +33,7 @@ class Decoded:
     pixels: columns.Pixels
     """(n, H, W, channels) of the readable ones."""
     rows: list[dict[str, Any]]
-    """Key, label and accepted labels of each."""
+    """Key, label, accepted labels and digest (as hexadecimal text) of each."""
     errors: list[list[str]]
     """[key, reason] of the others."""
 
@@ -69,8 +70,9 @@ def decode_rows(
         if isinstance(found, Exception):
             errors.append([row[KEY], reason(found)])
         else:
+            assert isinstance(content, bytes)
             pixels.append(found)
-            good.append(row)
+            good.append(row | {DIGEST: hashlib.sha256(content).hexdigest()[:32]})
     side, channels = plan.transform.crop, plan.transform.channels
     empty = np.empty((0, side, side, channels), np.uint8)
     return Decoded(np.stack(pixels) if pixels else empty, good, errors)

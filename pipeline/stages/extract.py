@@ -32,7 +32,7 @@ from torch import nn
 from pipeline.cluster import attempts
 from pipeline.cluster.attempts import FIRST, Attempt
 from pipeline.cluster.engine import Engine
-from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
+from pipeline.columns import BLOCK_NORM, DIGEST, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
 from pipeline.config import schema
 from pipeline.data.fetch import fetch
 from pipeline.detectors.base import Extra
@@ -90,11 +90,13 @@ class Extractor:
         if shard.featured:
             keys = _keys_of(shard)
             others.follow(batches, keys, self.plan.settings.batch_size, attempt)
+            others.write_digests(shard, keys)
         else:
             features, found, forwarded = extract_rows(
                 self.classifier, batches, self.plan.settings, attempt, others
             )
             keys, errors = features[KEY].to_pylist(), len(found)
+            others.write_digests(shard, keys)  # first: where features are, there are digests
             part = features.replace_schema_metadata({shards.ERRORS: json.dumps(found)})
             write_part(
                 files.at(shard.part),
@@ -152,12 +154,17 @@ class Others:
         self.parts: dict[Extra, list[NDArray[np.float32]]] = {spec: [] for spec in specs}
         self.forwarded = Counter[str]()
         """Images that went through the network for each kind of extra, as often as they did."""
+        self.digests: list[bytes] = []
+        """Of the bytes of the images."""
 
     def add(self, batch: Decoded, kept: NDArray[np.bool_], size: int, found: Mapping[Extra, Any]) -> None:
         """Compute what a batch was not `found` to have by its forward pass, and keep some rows of all."""
         if not kept.any():
             return
         count = len(batch.rows)
+        self.digests += [
+            bytes.fromhex(row[DIGEST]) for row, keep in zip(batch.rows, kept, strict=True) if keep
+        ]
         keys = [batch.rows[min(row, count - 1)][KEY] for row in range(size)]
         for spec in self.specs:
             if spec in found:
@@ -193,6 +200,12 @@ class Others:
                 f"{lost}: it was read when its features were extracted and cannot be read now. Bring the "
                 "image back, or run with --fresh."
             )
+
+    def write_digests(self, shard: Shard, keys: list[str]) -> None:
+        """Write the digests of the images of a shard."""
+        columns = {KEY: pa.array(keys, pa.string()), DIGEST: pa.array(self.digests, pa.binary(16))}
+        path = shards.beside(files.at(shard.part), shards.DIGESTS)
+        write_part(path, tables.written(pa.table(columns)), rows=len(keys), keys=shards.digest(keys))
 
     def columns(self, keys: list[str]) -> Iterator[tuple[str, pa.Table]]:
         """Name and table of each."""
@@ -334,6 +347,8 @@ def run(
     for job in unfinished:
         if not job.featured:
             shards.finish(job, plan)
+        elif not job.complete:
+            shards.finish_digests(job)
         for extra in job.lacking():
             shards.finish_extra(job, extra)
     forwarded = sum(receipt["forwarded"] for receipt in receipts)

@@ -43,6 +43,9 @@ NAMED = 3
 FORMAT = "features 1"
 """Kind and version: the number goes up when the bits of features change though their identity does not."""
 
+DIGESTS, DIGESTS_FORMAT = "digests", "digests 1"
+"""Folder beside the features with digests of the images' bytes; and its kind and version."""
+
 PROBE = "probe.safetensors"
 """File beside the features with what the network answered to fixed noise."""
 
@@ -105,7 +108,7 @@ class Job:
     def complete(self) -> bool:
         """Whether all rows are there, with all columns."""
         features = self.record()
-        return features is not None and not self._lacking(features)
+        return features is not None and not self._lacking(features) and not self.lacks_digests(features)
 
     @property
     def featured(self) -> bool:
@@ -122,10 +125,21 @@ class Job:
         folder = self.artifact.folder / extra.column
         return Artifact(folder, f"column {extra.version}", identity, {self.name: _keys(features)})
 
+    def digests(self, features: Record) -> Artifact:
+        """The digests of the images behind some features, a part for each of theirs."""
+        folder, identity = self.artifact.folder / DIGESTS, {"features": self.name}
+        return Artifact(folder, DIGESTS_FORMAT, identity, {self.name: _keys(features)})
+
+    def lacks_digests(self, features: Record) -> bool:
+        """Whether digests were begun and are not complete; features of earlier versions have none."""
+        digests = self.digests(features)
+        return digests.intact() is None and digests.folder.is_dir()
+
     def artifacts(self) -> list[Artifact]:
         """The features, and the columns beside them by their folders alone."""
         folder = self.artifact.folder
-        return [self.artifact, *(Artifact(folder / extra.column, "", {}) for extra in self.extras)]
+        beside = [DIGESTS, *(extra.column for extra in self.extras)]
+        return [self.artifact, *(Artifact(folder / name, "", {}) for name in beside)]
 
     def lacking(self) -> list[Extra]:
         """The extras that are not there for exactly the rows of the features."""
@@ -255,15 +269,20 @@ def missing(job: Job, plan: Plan) -> list[Shard]:
         cuts = [(file.facts["start"], file.facts["stop"]) for _, file in parts]
         planned = [_shard(job, number, *rows) for number, rows in enumerate(cuts)]
         done = dict(parts)
-    columns = {extra.column: _column_begun(job, extra, done) for extra in job.lacking()}
+    columns = {extra.column: _column_begun(job, extra.column, done) for extra in job.lacking()}
+    if features is not None and job.lacks_digests(features):
+        columns[DIGESTS] = _column_begun(job, DIGESTS, done)
     todo = []
     for shard in planned:
         name = storage.name_of(shard.part)
         lacking = [column for column, there in columns.items() if name not in there]
+        extras = " ".join(
+            column for column in (columns if name not in done else lacking) if column != DIGESTS
+        )
         if name not in done:
-            todo.append(replace(shard, extras=" ".join(columns)))
+            todo.append(replace(shard, extras=extras))
         elif lacking:
-            todo.append(replace(shard, featured=done[name].facts["keys"], extras=" ".join(lacking)))
+            todo.append(replace(shard, featured=done[name].facts["keys"], extras=extras))
     return todo
 
 
@@ -286,9 +305,9 @@ def _begun(job: Job, plan: Plan) -> dict[str, File]:
     return kept
 
 
-def _column_begun(job: Job, extra: Extra, features: Mapping[str, File]) -> dict[str, File]:
+def _column_begun(job: Job, column: str, features: Mapping[str, File]) -> dict[str, File]:
     """Parts of a column that are there for the rows of features; its record is deleted."""
-    folder = job.artifact.folder / extra.column
+    folder = job.artifact.folder / column
     (folder / artifacts.RECORD).unlink(missing_ok=True)
     found = Artifact(folder, "", {}).done()
     return {
@@ -369,7 +388,7 @@ def finish(job: Job, plan: Plan) -> Record:
     columns = [[error[position] for error in errors] for position in (0, 1)]
     schema = pa.schema([("key", pa.string()), ("reason", pa.string())])
     listed = artifacts.write(folder / ERRORS_FILE, tables.written(pa.table(columns, schema)))
-    return job.artifact.finish(
+    record = job.artifact.finish(
         {**parts, PROBE: done[PROBE], ERRORS_FILE: listed},
         aside=[PROBE],
         dataset=job.dataset,
@@ -378,6 +397,8 @@ def finish(job: Job, plan: Plan) -> Record:
         errors=len(errors),
         machines=dict(Counter(file.facts["machine"] for file in parts.values())),
     )
+    finish_digests(job)
+    return record
 
 
 def _errors(part: Place) -> list[list[str]]:
@@ -392,10 +413,27 @@ def finish_extra(job: Job, extra: Extra) -> Record:
     features = job.artifact.record()
     assert features is not None
     column = job.column(extra, features)
+    parts = _parts_beside(column, features)
+    if parts is None:
+        raise RuntimeError(f"{column.folder}: its rows are not those of the features")
+    return column.finish(parts)
+
+
+def finish_digests(job: Job) -> None:
+    """Mark the digests of a dataset as complete, if there are those of all rows."""
+    features = job.artifact.record()
+    assert features is not None
+    digests = job.digests(features)
+    if parts := _parts_beside(digests, features):
+        digests.finish(parts)
+
+
+def _parts_beside(column: Artifact, features: Record) -> dict[str, File] | None:
+    """The parts of a column, if they have the rows of the features."""
     parts = {name: file for name, file in features.files.items() if name.startswith("part-")}
     done = column.done()
     if any(
         name not in done or done[name].facts["keys"] != file.facts["keys"] for name, file in parts.items()
     ):
-        raise RuntimeError(f"{column.folder}: its rows are not those of the features")
-    return column.finish({name: done[name] for name in parts})
+        return None
+    return {name: done[name] for name in parts}

@@ -35,7 +35,7 @@ from pipeline.results.evaluation import Evaluation
 from pipeline.results.mlflow import tracking
 from pipeline.results.record import Record, added
 from pipeline.results.unscored import sentences
-from pipeline.stages import evaluate, index, shards
+from pipeline.stages import duplicates, evaluate, index, shards
 from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare, tracking_uri
 from pipeline.stages.score import FORMAT, ScoreJob, Scoring, Unscored, assemble, require_few_unscored
@@ -647,9 +647,20 @@ class Run:
                 for job in roles.get("unlabelled", ()):
                     assemble(self.engine, job, self._scores(job.dataset), thresholds)
                 written = evaluate.write(self.ready.folder, table, thresholds, pairs)
-                done = results.finish(written, alone=False, numbering=self._numbering())
+                duplicated = duplicates.found(self.engine, self._jobs_by_role())
+                facts = {"numbering": self._numbering(), "duplicates": duplicated}
+                done = results.finish(written, alone=False, **facts)
+            for name in done.facts["duplicates"]["unknown"]:
+                self.display.say(
+                    f"{name}: not looked for images that are also in another dataset: its features were made "
+                    "by an earlier version"
+                )
+            self.record.content["duplicates"] = done.facts["duplicates"]
             self._note_metrics(done.facts["numbering"])
             shown.note = self._accuracy_note()
+
+    def _jobs_by_role(self) -> dict[str, list[shards.Job]]:
+        return {role: self.ready.of_role(role) for role in {each.role for each in self.ready.config.datasets}}
 
     def _results(self) -> Artifact:
         """The artifact of metrics and thresholds, in the run folder beside what is none."""

@@ -102,7 +102,7 @@ def test_the_error_of_a_difference_is_that_of_a_paired_bootstrap(n: int) -> None
     }
     found = {each.metric: each for each in differences(samples)}
     replicates = []
-    for _ in range(60):
+    for _ in range(40):
         rows, others = rng.integers(0, n, (2, n))
         a, b = (
             [

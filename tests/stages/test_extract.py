@@ -433,6 +433,9 @@ def with_a_bad_row(part: Path) -> None:
     facts |= {"rows": len(keys) - 1, "errors": 1, "keys": shards.digest(keys[1:])}
     errors = {shards.ERRORS: json.dumps([[keys[0], "made up"]])}
     artifacts.write_part(part, tables.written(table.slice(1).replace_schema_metadata(errors)), **facts)
+    digests = shards.beside(part, shards.DIGESTS)
+    kept = {name: facts[name] for name in ("rows", "keys")}
+    artifacts.write_part(digests, tables.written(pq.read_table(digests).slice(1)), **kept)
 
 
 MOVED, POOLED = Perturbed(objective="logit", step=0.1), Pooled()

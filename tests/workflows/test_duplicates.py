@@ -1,0 +1,84 @@
+"""Images that are in two datasets are told before the numbers, found without reading one again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config.schema import Config
+from pipeline.errors import UserError
+from pipeline.results.evaluation import Evaluation
+from pipeline.stages import shards
+from pipeline.stages.prepare import prepare
+from pipeline.workspace import artifacts
+
+Execute = Callable[..., Any]
+
+
+@pytest.fixture
+def shared(settings: dict[str, Any], images: Path, load: Callable[..., Config], tmp_path: Path) -> Config:
+    """4 training images among the animals, one of them twice, and an ID test image among the textures."""
+    with np.load(images) as arrays:
+        changed = dict(arrays)
+    changed["animals_x"] = np.concatenate([changed["train_x"][[7, 7, 8, 9, 10]], changed["animals_x"][:60]])
+    changed["textures_x"] = np.concatenate([changed["textures_x"][:60], changed["test_x"][[3]]])
+    np.savez(tmp_path / "images.npz", **changed)
+    for entry in settings["datasets"]:
+        entry["path"] = str(tmp_path / "images.npz")
+    settings["detectors"] = ["msp"]
+    return load(settings)
+
+
+def test_images_in_two_datasets_are_counted_named_and_told(shared: Config, execute: Execute) -> None:
+    outcome = execute(shared)
+    animals, textures = outcome.cautions
+    assert animals.startswith(
+        "5 of 65 images of animals (near_ood) are also in train (train), the same bytes ("
+    )
+    assert animals.endswith(
+        "(animals_x/00000000, animals_x/00000001, animals_x/00000002, ...). Take them out of one of the two."
+    )
+    assert textures.startswith("1 of 61 images of textures (far_ood) are also in test (id), the same bytes (")
+    record = Evaluation(outcome.folder).record
+    assert record["warnings"] == [animals, textures]
+    counts = [(each["dataset"], each["other"], each["images"]) for each in record["duplicates"]["shared"]]
+    assert counts == [("animals", "train", 5), ("textures", "test", 1)]
+    assert animals in (outcome.folder / "report" / "index.html").read_text()
+
+    train = prepare(shared).jobs["train"]
+    damaged = train.artifact.folder / shards.DIGESTS / "part-00001.parquet"
+    before, features = damaged.read_bytes(), (train.artifact.folder / "part-00001.parquet").stat().st_mtime_ns
+    damaged.write_bytes(before[:-1])
+    again = execute(shared)
+    assert damaged.read_bytes() == before  # it alone is made again
+    assert (train.artifact.folder / "part-00001.parquet").stat().st_mtime_ns == features
+    assert again.cautions == outcome.cautions
+
+    shutil.rmtree(train.artifact.folder / shards.DIGESTS)  # as features of an earlier version are
+    (outcome.folder / artifacts.RECORD).unlink()
+    older = Evaluation(execute(shared).folder).record["duplicates"]
+    assert older["unknown"] == ["train"]
+    assert [each["dataset"] for each in older["shared"]] == ["textures"]
+
+
+def test_digests_of_an_interrupted_extraction_are_those_of_a_whole_one(
+    shared: Config, execute: Execute
+) -> None:
+    execute(shared, last="extract")
+    job = prepare(shared).jobs["test"]
+    folder = job.artifact.folder / shards.DIGESTS
+    written = {path.name: path.read_bytes() for path in folder.glob("part-*.parquet")}
+    assert len(written) == 3
+    artifacts.remove(folder / "part-00002.parquet")
+    (folder / artifacts.RECORD).unlink()
+    assert not job.complete
+    with pytest.raises(UserError, match="extract: not done for test"):
+        execute(shared, first="fit")
+    execute(shared, last="extract")
+    assert {path.name: path.read_bytes() for path in folder.glob("part-*.parquet")} == written
+    assert job.complete
