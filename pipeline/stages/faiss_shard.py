@@ -20,6 +20,9 @@ from pipeline.stages.index import FILE, BankFiles, Ids, Neighbours, Vectors, dev
 from pipeline.workspace import files
 from pipeline.workspace.artifacts import File, opened, write_part
 
+_OPQ = 256
+"""Clusters that FAISS learns a rotation for product quantisers (OPQ) with."""
+
 
 def exact_distance(queries: Vectors, vectors: Vectors, row: Ids) -> Float:
     """Euclidean distances in float64 of queries to some vectors each, a few queries at a time.
@@ -172,6 +175,21 @@ def made(kind: str, width: int) -> Any:
         return faiss.index_factory(width, "Flat" if kind == "flat" else kind)
     except RuntimeError as error:
         raise UserError(f"index.kind: FAISS refuses {kind!r}: {_reason(error)}") from None
+
+
+def fewest(index: Any) -> int:
+    """How many vectors an empty index takes at least to be trained.
+
+    As many as it has clusters, of vectors or of parts of them, or as a projection keeps dimensions.
+    """
+    found: Any = faiss.downcast_index(index)  # lives as long as the index it is a view of
+    inside = [fewest(getattr(found, name)) for name in ("index", "base_index") if hasattr(found, name)]
+    own = [getattr(found, "nlist", 1), found.pq.ksub if hasattr(found, "pq") else 1]
+    for number in range(found.chain.size() if hasattr(found, "chain") else 0):
+        step = faiss.downcast_VectorTransform(found.chain.at(number))
+        own += [step.d_out] if isinstance(step, faiss.PCAMatrix) else []
+        own += [_OPQ] if isinstance(step, faiss.OPQMatrix) else []
+    return max(*own, *inside)
 
 
 def _reason(error: RuntimeError) -> str:
