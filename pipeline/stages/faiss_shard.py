@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -119,7 +120,7 @@ class IndexShard:
             raise UserError(
                 f"index.kind: {self.settings.kind!r} cannot be trained: {_reason(error)}"
             ) from None
-        return write_part(files.at(path), lambda local: faiss.write_index(index, str(local)))
+        return write_part(files.at(path), lambda local: write(index, local))
 
     def _cut(self, bank: BankFiles) -> tuple[int, int]:
         """The rows of a bank that this shard holds: first, and behind the last."""
@@ -175,6 +176,16 @@ def made(kind: str, width: int) -> Any:
         return faiss.index_factory(width, "Flat" if kind == "flat" else kind)
     except RuntimeError as error:
         raise UserError(f"index.kind: FAISS refuses {kind!r}: {_reason(error)}") from None
+
+
+def write(index: Any, path: Path) -> None:
+    """Write an index to the local disk; FAISS alone does not tell when the last bytes found no room.
+
+    Raises:
+        OSError: no room; RuntimeError of FAISS's if it is missing early.
+    """
+    with path.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
 
 
 def fewest(index: Any) -> int:

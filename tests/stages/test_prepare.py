@@ -85,7 +85,8 @@ def test_of_all_detectors_those_that_do_not_apply_are_left_out_with_the_reason(f
         "knn": "k is 50 but there are 20 training images; lower k.",
         **dict.fromkeys(("mds", "mds_l2", "rmds", "rmds_l2"),
                         "a covariance in 3136 dimensions takes more rows than dimensions and classes "
-                        "together, got 20 training rows of 10 classes; give the dataset with role train more images."),
+                        "together, got 20 training rows of 10 classes; give the dataset with role train more "
+                        "images."),
         **dict.fromkeys(("residual", "vim"),
                         "dim is 1000, which takes training features that vary in more than 1000 directions; "
                         "20 rows vary in 20 of 3136 at most"),
