@@ -22,8 +22,8 @@ Name = Literal["ray", "inline"]
 Needs = Mapping[str, float]
 """Amounts by resource: CPU, GPU, and resources of the cluster's own."""
 Row = dict[str, Any]
-Decode = tuple[Callable[..., Row], tuple[Any, ...]]
-"""A function of a row that gives more columns of it, and its further arguments."""
+Decode = tuple[Callable[..., Row], tuple[Any, ...], int]
+"""A function of a row that gives more columns of it, its further arguments, and the bytes it may hold."""
 Work = tuple[Callable[..., Callable[[Row], Row]], tuple[Any, ...]]
 """A class whose objects make a receipt of a row, and its arguments."""
 Pending = Callable[[], Any]

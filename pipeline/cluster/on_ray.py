@@ -304,8 +304,15 @@ class OnRay:
         needs: Needs,
         count: int,
     ) -> Iterator[Row]:
-        """Receipts of rows that go through one execution of Ray Data, as they come."""
+        """Receipts of rows that go through one execution of Ray Data, as they come.
+
+        A decoding task asks for the memory that it may hold, but for at most half of the smallest node's:
+        it fits on each.
+        """
         self.connect()
+        if decode is not None:
+            have = [node["resources"].get("memory", 0) for node in nodes().values()]
+            decode = (*decode[:2], int(min(decode[2], min(filter(None, have), default=0) // 2)))
         with told(self.logs):
             yield from ray_data.stream(rows, decode, worker, needs, count, self.logs)
 

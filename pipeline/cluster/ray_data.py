@@ -38,15 +38,17 @@ def stream(
     """Receipts of rows, as they come; see `engine.Engine.stream`."""
     data = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     if decode is not None:
-        data = data.map(_decoded, fn_kwargs={"decode": decode, "logs": logs}, num_cpus=1)
-    kind, given = worker
-    own = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")}
+        given = {"decode": decode, "logs": logs}
+        data = data.map(_decoded, fn_kwargs=given, num_cpus=1, memory=decode[2] or None)
+    kind, arguments = worker
+    own = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU", "memory")}
     receipts = data.map(
         type(kind.__name__, (Worker,), {}),  # the name that Ray shows
-        fn_constructor_kwargs={"kind": kind, "given": given, "logs": logs},
+        fn_constructor_kwargs={"kind": kind, "given": arguments, "logs": logs},
         compute=ray.data.ActorPoolStrategy(size=count),
         num_cpus=needs["CPU"],
         num_gpus=needs["GPU"] or None,
+        memory=needs.get("memory"),
         resources=own or None,
     )
     for row in receipts.iter_rows():
@@ -73,7 +75,7 @@ class Worker:
 
 def _decoded(row: Row, decode: Decode, logs: Logs | None) -> Row:
     """Ray Data function: a row with more columns."""
-    function, given = decode
+    function, given, _ = decode
     return {**row, **_receipt(lambda: function(row, *given), logs)}
 
 

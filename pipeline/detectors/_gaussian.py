@@ -5,13 +5,14 @@ One eigendecomposition whitens the features at fit time; a score is then one mat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from pipeline.columns import FEATURE, Batch, Float
-from pipeline.detectors._rank import require_covariance, varied
+from pipeline.detectors._rank import require_covariance, require_free, varied
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Classes, ClassSums, Moments, Scatter, normalize
@@ -30,6 +31,14 @@ class Mahalanobis(Detector):
         """Class means and the scatter of all rows."""
         return Classes(unit=self.unit), Scatter(unit=self.unit)
 
+    def check_rows(self, width: int, stages: Mapping[str, int], rows: int, count: Mapping[int, int]) -> None:
+        """Whether there are more rows than dimensions and classes.
+
+        Raises:
+            UserError: if there are not.
+        """
+        require_free(width, rows, classes_of(count))
+
     def fit(self, train: Training) -> MahalanobisScorer:
         """Whiten.
 
@@ -38,6 +47,11 @@ class Mahalanobis(Detector):
         """
         classes, moments = train.train[Classes(unit=self.unit)], train.train[Scatter(unit=self.unit)]
         return whitened(self.name, classes, moments, self.unit, self.relative)
+
+
+def classes_of(count: Mapping[int, int]) -> int:
+    """How many classes have rows, of the numbers of rows by label."""
+    return sum(label >= 0 and found > 0 for label, found in count.items())
 
 
 def whitened(

@@ -39,11 +39,32 @@ def require_directions(dim: int, variance: Float, rows: int, left: int = 0) -> N
         UserError: if they do not.
     """
     rank = int(varied(variance, float(variance.sum())).sum())
+    _require_rank(dim, left, rank, f"{rows:,} rows were found to vary in {rank} of {len(variance)}")
+
+
+def require_rows(dim: int, width: int, rows: int, left: int = 0, centred: bool = False) -> None:
+    """Whether so many rows can vary in as many directions as a subspace keeps.
+
+    Args:
+        dim: directions of the subspace.
+        width: dimensions of the feature.
+        rows: how many there are at most.
+        left: as in `require_directions`.
+        centred: whether the rows are seen from their own mean.
+
+    Raises:
+        UserError: if they cannot.
+    """
+    most = min(width, rows - centred)
+    _require_rank(dim, left, most, f"{rows:,} rows vary in {most} of {width} at most")
+
+
+def _require_rank(dim: int, left: int, rank: int, found: str) -> None:
     if dim + left > rank:
         needed = f"more than {dim}" if left else f"{dim}"
         raise UserError(
-            f"dim is {dim}, which takes training features that vary in {needed} directions; {rows:,} rows "
-            f"were found to vary in {rank} of {len(variance)}. Lower dim, or {_MORE}."
+            f"dim is {dim}, which takes training features that vary in {needed} directions; {found}. "
+            f"Lower dim, or {_MORE}."
         )
 
 
@@ -59,7 +80,7 @@ def require_covariance(variance: Float, total: float, rows: int, means: int) -> 
     Raises:
         UserError: if there are too few rows, or hardly any variance is left within classes.
     """
-    width, free = len(variance), rows - means
+    width = len(variance)
     within = float(np.maximum(variance, 0).sum())
     if within <= width * TOLERANCE * total:
         raise UserError(
@@ -67,7 +88,16 @@ def require_covariance(variance: Float, total: float, rows: int, means: int) -> 
             f"total; a share of {width * TOLERANCE:.0e} or less cannot be told from rounding in "
             f"{width} dimensions. The features have collapsed to class means, or the rows are copies."
         )
-    if int(varied(variance, total).sum()) >= free:
+    require_free(width, rows, means)
+
+
+def require_free(width: int, rows: int, means: int) -> None:
+    """Whether rows are enough for a covariance around class means: more than dimensions and classes together.
+
+    Raises:
+        UserError: if they are not.
+    """
+    if rows - means <= width:
         raise UserError(
             f"a covariance in {width} dimensions takes more rows than dimensions and classes together, got "
             f"{rows:,} training rows of {means:,} classes; {_MORE}."

@@ -366,6 +366,19 @@ class Detector(Frozen):
             UserError: naming the parameter that does not.
         """
 
+    def check_rows(self, width: int, stages: Mapping[str, int], rows: int, count: Mapping[int, int]) -> None:
+        """Whether so many training images can be enough, if all of them can be read.
+
+        Args:
+            width: dimensions of the feature.
+            stages: as `Training.stages`.
+            rows: training images.
+            count: how many of them accept each label; -1 is unlabelled.
+
+        Raises:
+            UserError: if `fit` would refuse them.
+        """
+
     def fit(self, train: Training) -> Scorer:
         """Fit to the training data."""
         raise NotImplementedError

@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import Field, FiniteFloat
 
 from pipeline.columns import FEATURE, Batch, Float
-from pipeline.detectors._gaussian import MahalanobisScorer, whitened
+from pipeline.detectors._gaussian import MahalanobisScorer, classes_of, whitened
+from pipeline.detectors._rank import require_free
 from pipeline.detectors.base import Detector, Pooled, Training
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Classes, Moments, Scatter
@@ -63,6 +64,18 @@ class MahalanobisEnsemble(Detector):
             raise UserError(
                 f"weights: {len(self.weights)} given; expected one for each of {', '.join(stages)}."
             )
+
+    def check_rows(self, width: int, stages: Mapping[str, int], rows: int, count: Mapping[int, int]) -> None:
+        """Whether there are more rows than channels of any stage and classes.
+
+        Raises:
+            UserError: if there are not.
+        """
+        for stage, channels in stages.items():
+            try:
+                require_free(channels, rows, classes_of(count))
+            except UserError as error:
+                raise UserError(f"{stage}: {error}") from None
 
     def fit(self, train: Training) -> EnsembleScorer:
         """Whiten every stage.

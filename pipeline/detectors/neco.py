@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.columns import FEATURE, LOGITS, Batch, Float
-from pipeline.detectors._rank import require_directions, varied
+from pipeline.detectors._rank import require_directions, require_rows, varied
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
 from pipeline.learned.percentiles import Histogram
@@ -92,6 +92,14 @@ class Neco(Detector):
         """
         if self.dim is not None and self.dim > width:
             raise UserError(f"dim is {self.dim} but the feature has {width} dimensions; lower dim.")
+
+    def check_rows(self, width: int, stages: Mapping[str, int], rows: int, count: Mapping[int, int]) -> None:
+        """Whether so many rows can vary in as many directions as are kept.
+
+        Raises:
+            UserError: if they cannot.
+        """
+        require_rows(self.dim or 1, width, rows, centred=True)
 
     def fit(self, train: Training) -> NecoScorer:
         """Find the principal directions.

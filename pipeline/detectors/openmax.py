@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -67,6 +67,15 @@ class OpenMax(Detector):
     def statistics(self) -> tuple[Classes, Farthest]:
         """Mean logits of each class, and the largest distances from them."""
         return _MEANS, Farthest(self.tail or _TAIL)
+
+    def check_rows(self, width: int, stages: Mapping[str, int], rows: int, count: Mapping[int, int]) -> None:
+        """Whether every class that has rows has as many as the tail that is given.
+
+        Raises:
+            UserError: if one has fewer, none of which can be enough.
+        """
+        labels = range(max(count, default=-1) + 1)
+        self._longest(np.array([count.get(label, 0) for label in labels], np.int64))
 
     def fit(self, train: Training) -> OpenMaxScorer:
         """Fit a Weibull distribution to the tail of every class.

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.columns import FEATURE, Batch, Float
-from pipeline.detectors._rank import require_directions
+from pipeline.detectors._rank import require_directions, require_rows
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Moments, Scatter
@@ -34,6 +34,14 @@ class Subspace(Frozen):
             UserError: if it has none.
         """
         _dimensions(self.dim, width)
+
+    def check_rows(self, width: int, stages: Mapping[str, int], rows: int, count: Mapping[int, int]) -> None:
+        """Whether so many rows can vary in more directions than the subspace has.
+
+        Raises:
+            UserError: if they cannot.
+        """
+        require_rows(_dimensions(self.dim, width), width, rows, left=1)
 
 
 class Residual(Subspace, Detector):

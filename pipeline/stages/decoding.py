@@ -26,6 +26,10 @@ ACCEPTED = "accepted"
 """Column of a manifest with the labels that are right, where there are several."""
 
 
+_PIXEL = 7
+"""Bytes of a pixel while an image is decoded: four as it is stored, and three of its conversion to RGB."""
+
+
 @dataclass(frozen=True)
 class Decoded:
     """Images of some manifest rows, ready for the network."""
@@ -51,6 +55,12 @@ def decode_shard(row: dict[str, Any], plan: Plan) -> dict[str, Any]:
     with attempts.begun(shard.part, "decoding") as attempt:
         found = decode_rows(shard.images(), plan, attempt)
     return {"pixels": found.pixels, OTHERS: json.dumps([found.rows, found.errors])}
+
+
+def memory(plan: Plan, rows: int) -> int:
+    """Bytes that decoding may hold: the largest image, and twice the pixels of so many, to stack them."""
+    side, channels = plan.transform.crop, plan.transform.channels
+    return plan.settings.max_image_bytes + _PIXEL * decode.MAX_PIXELS + 2 * rows * side * side * channels
 
 
 def decode_rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,19 +99,19 @@ def probe(engine: Engine, ready: Prepared, sizes: Sequence[int]) -> Probe:
     """Decode and forward about `PROBE_IMAGES` images in a worker like those of the run.
 
     Raises:
-        UserError: if none of the images can be read, or the cluster has no room for a model actor.
+        UserError: if no image of a dataset can be read, or the cluster has no room for a model actor.
     """
     settings = ready.config.extract
     extract.actor_count(engine, ready.plan)
     each = -(-PROBE_IMAGES // len(ready.jobs))
-    tables = []
-    for job in ready.jobs.values():
+    tables = {}
+    for name, job in ready.jobs.items():
         rows = np.unique(np.linspace(0, job.manifest.rows - 1, each).astype(np.int64))
-        tables.append(job.manifest.take(rows))
+        tables[name] = job.manifest.take(rows)
     needs = settings.needs
     worker = engine.start(Prober, needs, ready.plan, engine.threads(needs))
     try:
-        found: Probe = worker.ask("measure", pa.concat_tables(tables), list(sizes))()
+        found: Probe = worker.ask("measure", tables, list(sizes))()
     finally:
         worker.stop()
     return found
@@ -124,20 +124,21 @@ class Prober:
     plan: shards.Plan
     threads: int
 
-    def measure(self, table: pa.Table, sizes: Sequence[int]) -> Probe:
+    def measure(self, tables: Mapping[str, pa.Table], sizes: Sequence[int]) -> Probe:
         """Rates of decoding, and of the forward pass at batch sizes up to the first that does not fit.
 
         Raises:
-            UserError: if none of the images can be read, or the first batch does not fit.
+            UserError: if no image of a dataset can be read, or the first batch does not fit.
         """
         classifier = extract.load_in_worker(self.plan, self.threads, compiled=self.plan.settings.compile)
-        decoding.decode_rows(table.slice(0, 8), self.plan)  # warms up
+        decoding.decode_rows(next(iter(tables.values())).slice(0, 8), self.plan)  # warms up
         started = time.perf_counter()
-        decoded = decoding.decode_rows(table, self.plan)
-        decode = len(table) / (time.perf_counter() - started)
+        decoded = self._decoded(tables)
+        images = len(decoded.rows) + len(decoded.errors)
+        decode = images / (time.perf_counter() - started)
         if not decoded.rows:
             key, reason = decoded.errors[0]
-            raise UserError(f"none of {len(table)} sampled images can be read; the first is {key}: {reason}.")
+            raise UserError(f"none of {images} sampled images can be read; the first is {key}: {reason}.")
         rates: dict[int, float] = {}
         for size in sizes:
             pixels = padded(decoded.pixels, size)
@@ -158,7 +159,29 @@ class Prober:
                 raise UserError(f"extract.batch_size: {size} images do not fit: {error}. Lower it.") from None
             rates[size] = count * size / (time.perf_counter() - started)
         numbering = self._numbering(classifier, decoded, min(rates))
-        return Probe(len(table), decoded.errors, decode, rates, numbering)
+        return Probe(images, decoded.errors, decode, rates, numbering)
+
+    def _decoded(self, tables: Mapping[str, pa.Table]) -> decoding.Decoded:
+        """The images of all datasets.
+
+        Raises:
+            UserError: if none of a dataset can be read, and that would end a run.
+        """
+        found = {name: decoding.decode_rows(table, self.plan) for name, table in tables.items()}
+        settings = self.plan.settings
+        for name, each in found.items():
+            if each.errors and not each.rows and settings.max_bad_fraction < 1:
+                key, reason = each.errors[0]
+                raise UserError(
+                    f"datasets.{name}: none of {len(each.errors)} sampled images can be read; the first is "
+                    f"{key}: {reason}. A run would end there: extract.max_bad_fraction is "
+                    f"{settings.max_bad_fraction:g}."
+                )
+        return decoding.Decoded(
+            np.concatenate([each.pixels for each in found.values()]),
+            [row for each in found.values() for row in each.rows],
+            [error for each in found.values() for error in each.errors],
+        )
 
     def _numbering(self, classifier: Classifier, decoded: decoding.Decoded, size: int) -> Numbering | None:
         """What the network makes of the images that have a label."""

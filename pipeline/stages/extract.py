@@ -40,7 +40,7 @@ from pipeline.errors import UserError
 from pipeline.network import extras
 from pipeline.network.classifier import Classifier, load, make_reproducible
 from pipeline.network.description import same_network
-from pipeline.stages import shards
+from pipeline.stages import decoding, shards
 from pipeline.stages.decoding import ACCEPTED, OTHERS, Decoded, decode_rows, decode_shard
 from pipeline.stages.identity import device
 from pipeline.stages.shards import Job, Plan, Shard
@@ -364,6 +364,19 @@ def run(
     }
 
 
+def actor_needs(engine: Engine, plan: Plan) -> dict[str, float]:
+    """What a model actor asks for: where it decodes, also memory for the most that takes, if there is that.
+
+    A machine that has not, for the configured number of actors or for one, is asked for none.
+    """
+    settings = plan.settings
+    if plan.separate:
+        return settings.needs
+    whole = settings.needs | {"memory": decoding.memory(plan, settings.batch_size)}
+    count = 1 if settings.actors == "auto" else settings.actors
+    return whole if engine.holds(whole, count) else settings.needs
+
+
 def actor_count(engine: Engine, plan: Plan) -> int:
     """How many model actors there will be; where they do not decode, a CPU is left for the tasks that do.
 
@@ -371,7 +384,7 @@ def actor_count(engine: Engine, plan: Plan) -> int:
         UserError: if the cluster has no room for as many as configured, or for one.
     """
     settings, spare = plan.settings, 1 if plan.separate else 0
-    fits = engine.capacity(settings.needs, "extract", spare)
+    fits = engine.capacity(actor_needs(engine, plan), "extract", spare)
     if settings.actors == "auto":
         return fits
     if not engine.holds(settings.needs, settings.actors, spare):
@@ -389,9 +402,9 @@ def _execute(
     settings = plan.settings
     receipts = engine.stream(
         [asdict(shard) for shard in todo],
-        decode=(decode_shard, (plan,)) if plan.separate else None,
+        decode=(decode_shard, (plan,), decoding.memory(plan, plan.shard_rows)) if plan.separate else None,
         worker=(Extractor, (plan, engine.threads(settings.needs))),
-        needs=settings.needs,
+        needs=actor_needs(engine, plan),
         count=min(actor_count(engine, plan), len(todo)),
     )
     for receipt in receipts:

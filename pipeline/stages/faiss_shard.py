@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -24,6 +25,10 @@ from pipeline.workspace import files
 from pipeline.workspace.artifacts import File, opened, write_part
 
 Places = NDArray[np.integer[Any]]
+
+_OPQ = 256
+"""Clusters that FAISS learns a rotation for product quantisers (OPQ) with."""
+
 
 BLOCK = 1024
 """FAISS multiplies queries with so many vectors at once. Flat shards are cut between such blocks: products
@@ -147,7 +152,7 @@ class IndexShard:
             raise UserError(
                 f"index.kind: {self.settings.kind!r} cannot be trained: {_reason(error)}"
             ) from None
-        return write_part(files.at(path), lambda local: faiss.write_index(index, str(local)))
+        return write_part(files.at(path), lambda local: write(index, local))
 
     def _cut(self, bank: BankFiles) -> tuple[int, int]:
         """The rows of a bank that this shard holds: first, and behind the last."""
@@ -209,6 +214,31 @@ def made(kind: str, width: int) -> Any:
         return faiss.index_factory(width, "Flat" if kind == "flat" else kind)
     except RuntimeError as error:
         raise UserError(f"index.kind: FAISS refuses {kind!r}: {_reason(error)}") from None
+
+
+def write(index: Any, path: Path) -> None:
+    """Write an index to the local disk; FAISS alone does not tell when the last bytes found no room.
+
+    Raises:
+        OSError: no room; RuntimeError of FAISS's if it is missing early.
+    """
+    with path.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
+
+
+def fewest(index: Any) -> int:
+    """How many vectors an empty index takes at least to be trained.
+
+    As many as it has clusters, of vectors or of parts of them, or as a projection keeps dimensions.
+    """
+    found: Any = faiss.downcast_index(index)  # lives as long as the index it is a view of
+    inside = [fewest(getattr(found, name)) for name in ("index", "base_index") if hasattr(found, name)]
+    own = [getattr(found, "nlist", 1), found.pq.ksub if hasattr(found, "pq") else 1]
+    for number in range(found.chain.size() if hasattr(found, "chain") else 0):
+        step = faiss.downcast_VectorTransform(found.chain.at(number))
+        own += [step.d_out] if isinstance(step, faiss.PCAMatrix) else []
+        own += [_OPQ] if isinstance(step, faiss.OPQMatrix) else []
+    return max(*own, *inside)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -159,6 +159,26 @@ def check(kind: str, width: int) -> None:
         made(kind, width)
 
 
+def check_rows(settings: schema.Index, width: int, rows: int) -> None:
+    """Whether each shard of a bank of so many vectors has enough to train its index.
+
+    Raises:
+        UserError: if one has too few.
+    """
+    if settings.kind == "flat":
+        return
+    from pipeline.stages.faiss_shard import fewest, made
+
+    shards = 1 if settings.shards == "auto" else settings.shards
+    least, each = fewest(made(settings.kind, width)), rows // shards
+    if least > each:
+        raise UserError(
+            f"index.kind: {settings.kind!r} takes {least:,} vectors to be trained, but {rows:,} training "
+            f"images in {shards} shards are {each:,} each. Choose one with fewer clusters, or 'flat'; or "
+            "lower index.shards."
+        )
+
+
 def device(settings: schema.Index) -> str:
     """'cpu' or 'cuda', decided by the config alone."""
     if settings.device == "auto":

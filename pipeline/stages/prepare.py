@@ -5,7 +5,7 @@ Starts no Ray and makes no forward pass over a dataset; every mistake of the use
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from pipeline import detectors
 from pipeline.columns import BLOCK_NORM, LABEL
 from pipeline.config import published
 from pipeline.config.schema import Config, Dataset, Extract
+from pipeline.data.formats._files import require_there
 from pipeline.data.manifest import Manifest, compile_manifest
 from pipeline.detectors.base import Detector, Extra, Jigsaw, Mixup
 from pipeline.errors import UserError, unknown
@@ -143,6 +144,8 @@ def prepare(settings: Config) -> Prepared:
     files.require_writable(settings.workspace, "workspace")
     workspace = files.at(settings.workspace)
     identity.require_decoder(settings.extract.decoder)
+    for dataset in settings.datasets:
+        require_there(dataset)
     network = Network(settings.model, settings.seed, workspace)
     known = network.description
     _check_precision(settings.extract, network)
@@ -159,8 +162,10 @@ def prepare(settings: Config) -> Prepared:
         _check_labels(dataset, manifests[dataset.name], len(known.head[1]), learned)
     held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
     selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
-    rows = sum(manifests[dataset.name].rows for dataset in settings.of_role("train"))
-    selection.keep(lambda label, detector: check_rows(label, detector, rows))
+    train = [manifests[dataset.name] for dataset in settings.of_role("train")]
+    selection.keep(lambda label, detector: check_rows(label, detector, train, known))
+    if any(detector.neighbours for detector in selection.detectors.values()):
+        index.check_rows(settings.index, known.head[0].shape[1], sum(manifest.rows for manifest in train))
     jobs = {}
     for dataset in settings.datasets:
         manifest = manifests[dataset.name]
@@ -180,14 +185,14 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
     """
     network = Network(settings.model, settings.seed, files.at(settings.workspace))
     manifests = {each.name: _listed(each, settings) for each in settings.of_role("train", "id_val")}
-    rows = sum(manifests[dataset.name].rows for dataset in settings.of_role("train"))
+    train = [manifests[dataset.name] for dataset in settings.of_role("train")]
     held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
     selection = Selection(dict(found), found)
     selection.keep(lambda label, detector: check_data(label, detector, settings))
     selection.keep(lambda label, detector: check_applies(label, detector, network))
     selection.keep(lambda label, detector: check_training_labels(label, detector, settings, manifests))
     selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
-    selection.keep(lambda label, detector: check_rows(label, detector, rows))
+    selection.keep(lambda label, detector: check_rows(label, detector, train, network.description))
     return selection.not_applicable
 
 
@@ -394,15 +399,22 @@ def check_calibration(label: str, detector: Detector, held_out: Mapping[str, Man
             )
 
 
-def check_rows(label: str, detector: Detector, rows: int) -> None:
-    """Whether there are as many training images as neighbours are looked up.
+def check_rows(label: str, detector: Detector, train: Sequence[Manifest], known: Description) -> None:
+    """Whether there are as many training images as neighbours are looked up, and as a fit takes.
 
     Raises:
         UserError: if there are fewer.
     """
     k = getattr(detector, "k", 0)
+    rows = sum(manifest.rows for manifest in train)
     if detector.neighbours and k > rows:
         raise UserError(f"detectors.{label}.k is {k} but there are {rows} training images; lower k.")
+    for manifest in train:
+        try:
+            for part in detector.parts():
+                part.check_rows(known.head[0].shape[1], known.taps.stages, rows, manifest.class_count)
+        except UserError as error:
+            raise UserError(f"detectors.{label}: {error}") from None
 
 
 def _check_grid(where: str, grid: int, crop: int) -> None:

@@ -119,6 +119,7 @@ def execute(settings: schema.Config, options: Options, display: Display) -> Outc
             "and not read; `ood-pipeline clean` lists and deletes them"
         )
     with (
+        files.roomy(f"below {ready.workspace}", str(ready.workspace)),
         opened(ready.workspace, display.say) as claims,
         claims.alone(f"runs/{ready.config.name}/{ready.folder.name}", options.wait),
         working(ready, options) as chosen,

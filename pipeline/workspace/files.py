@@ -148,16 +148,42 @@ def _draft(path: Place) -> Iterator[Path]:
 @contextmanager
 def _clear(path: Place) -> Iterator[None]:
     """Tell a full disk or missing rights apart from mistakes of ours; writers do not always say which."""
+    folder = tempfile.gettempdir() if isinstance(path, Remote) else path.parent
+    try:
+        with roomy(path, folder):
+            yield
+    except OSError as error:
+        if _is_full(folder):
+            raise _no_room(path, folder) from None
+        if error.errno not in _REFUSED and not isinstance(path, Remote):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot write {path}: {reason}. Check the rights and the credentials. {AGAIN}"
+        ) from None
+
+
+@contextmanager
+def roomy(what: object, folder: Path | str) -> Iterator[None]:
+    """In the block, a full disk is told as that: of libraries, some have errors of their own for it.
+
+    Raises:
+        UserError: what could not be written, and the folder on whose disk there is no room.
+    """
     try:
         yield
-    except OSError as error:
-        folder = tempfile.gettempdir() if isinstance(path, Remote) else path.parent
-        full = error.errno in _FULL or _is_full(folder)
-        if not full and error.errno not in _REFUSED and not isinstance(path, Remote):
+    except UserError:
+        raise
+    except Exception as error:
+        told = isinstance(error, OSError) and error.errno in _FULL
+        if not told and not any(os.strerror(number) in str(error) for number in _FULL):
             raise
-        reason = f"no space left on the disk of {folder}" if full else str(error).splitlines()[0]
-        cure = "Free some space" if full else "Check the rights and the credentials"
-        raise UserError(f"cannot write {path}: {reason}. {cure}. {AGAIN}") from None
+        named = error.filename if isinstance(error, OSError) else None
+        raise _no_room(what, Path(os.fsdecode(named)).parent if named else folder) from None
+
+
+def _no_room(what: object, folder: Path | str) -> UserError:
+    return UserError(f"cannot write {what}: no space left on the disk of {folder}. Free some space. {AGAIN}")
 
 
 def _is_full(folder: Path | str) -> bool:
@@ -168,13 +194,16 @@ def _is_full(folder: Path | str) -> bool:
 
 @contextmanager
 def scratch(folder: Place) -> Iterator[Path]:
-    """A local folder for drafts, on the disk of `folder` if that is local; gone after the block."""
-    beside = None
-    if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder
-    with TemporaryDirectory(dir=beside, prefix=".ood-pipeline-", ignore_cleanup_errors=True) as made:
-        yield Path(made)
+    """A local folder for drafts, on the disk of `folder` if that is local; gone after the block.
+
+    Raises:
+        UserError: no room there.
+    """
+    beside = folder if isinstance(folder, Path) else Path(tempfile.gettempdir())
+    with roomy(f"to {folder}", beside):
+        beside.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=beside, prefix=".ood-pipeline-", ignore_cleanup_errors=True) as made:
+            yield Path(made)
 
 
 @contextmanager
@@ -182,12 +211,16 @@ def local(path: Place) -> Iterator[Path]:
     """A file as a local one: itself, or a copy of a remote one that is deleted after the block.
 
     What the block mapped into memory stays readable, and its disk space in use, as long as it is mapped.
+
+    Raises:
+        UserError: no room for the copy.
     """
     if isinstance(path, Path):
         yield path
         return
     with TemporaryDirectory(prefix="ood-pipeline-") as folder:
-        storage.download(path.uri, Path(folder, path.name))
+        with roomy(f"a copy of {path}", folder):
+            storage.download(path.uri, Path(folder, path.name))
         yield Path(folder, path.name)
 
 

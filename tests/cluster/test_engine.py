@@ -72,11 +72,11 @@ def test_a_pool_gives_results_in_the_order_of_the_arguments(each: Engine) -> Non
 
 def test_rows_go_through_decoding_and_workers_once_each(each: Engine) -> None:
     rows = [{"number": number} for number in range(12)]
-    found = list(each.stream(rows, (decoded, (4,)), (Halver, (2.0,)), NEEDS, 2))
+    found = list(each.stream(rows, (decoded, (4,), 2**60), (Halver, (2.0,)), NEEDS, 2))
     assert {row["number"]: row["half"] for row in found} == {number: 2.0 * number for number in range(12)}
     assert len(found) == 12
     with pytest.raises(UserError, match=r"^number: 99 is too large"):
-        list(each.stream([{"number": 99}], (decoded, (4,)), (Halver, (2.0,)), NEEDS, 1))
+        list(each.stream([{"number": 99}], (decoded, (4,), 2**60), (Halver, (2.0,)), NEEDS, 1))
 
 
 def test_rows_that_need_no_decoding_go_to_workers_in_their_order(engine: Engine) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.columns import LOGITS
 from pipeline.config import schema
@@ -67,6 +68,7 @@ def test_images_that_cannot_be_read_are_named(engine, settings, load, tmp_path) 
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "one.png").write_bytes(b"no image")
+    Image.new("L", (28, 28)).save(folder / "two.png")
     settings["datasets"] = [
         settings["datasets"][1],
         {"name": "broken", "role": "far_ood", "format": "imagefolder", "path": str(folder)},
@@ -74,13 +76,21 @@ def test_images_that_cannot_be_read_are_named(engine, settings, load, tmp_path) 
     settings["detectors"] = ["msp"]
     found = estimate.probe(engine, prepare.prepare(load(settings)), [64])
     assert [key for key, _ in found.errors] == ["one.png"]
+    (folder / "two.png").write_bytes(b"no image")
+    message = r"^datasets\.broken: none of 2 sampled images can be read; the first is one\.png: .* is 0\.01\."
+    with pytest.raises(UserError, match=message):
+        estimate.probe(engine, prepare.prepare(load(settings)), [64])
+    settings["extract"]["max_bad_fraction"] = 1.0
+    assert len(estimate.probe(engine, prepare.prepare(load(settings)), [64]).errors) == 2
 
 
 def test_nothing_readable_is_an_error(ready) -> None:
     table = ready.jobs["test"].manifest.read(0, 3)
     short = [{**row, "bytes": b"short"} for row in table.to_pylist()]
-    with pytest.raises(UserError, match="none of 3 sampled images can be read; the first is"):
-        estimate.Prober(ready.plan, 1).measure(table.from_pylist(short, table.schema), [64])
+    tables = {"test": table.from_pylist(short, table.schema)}
+    settings = ready.plan.settings.model_copy(update={"max_bad_fraction": 1.0})
+    with pytest.raises(UserError, match=r"^none of 3 sampled images can be read; the first is"):
+        estimate.Prober(replace(ready.plan, settings=settings), 1).measure(tables, [64])
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
@@ -95,10 +105,13 @@ def test_a_batch_that_does_not_fit_ends_the_search(ready, monkeypatch, kind) -> 
     monkeypatch.setattr(estimate, "_SECONDS", 0.0)
     table = ready.jobs["test"].manifest.read(0, 10)
     limit = 32
-    assert list(estimate.Prober(ready.plan, 1).measure(table, [16, 32, 64, 128]).forward) == [16, 32]
+    assert list(estimate.Prober(ready.plan, 1).measure({"test": table}, [16, 32, 64, 128]).forward) == [
+        16,
+        32,
+    ]
     limit = 8
     with pytest.raises(UserError, match=r"extract\.batch_size: 16 images do not fit"):
-        estimate.Prober(ready.plan, 1).measure(table, [16])
+        estimate.Prober(ready.plan, 1).measure({"test": table}, [16])
 
 
 def test_a_configured_number_of_actors_that_does_not_fit_is_refused(on_ray, ready) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import pipeline.cluster.on_ray as cluster
 from pipeline.cluster import attempts
 from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
 from pipeline.config import schema
@@ -394,6 +395,19 @@ def test_a_decoder_that_is_not_installed_is_refused(job, plan, classifier, monke
     settings = plan.settings.model_copy(update={"decoder": "simplejpeg"})
     with pytest.raises(UserError, match=r"extract\.decoder: simplejpeg is not installed"):
         identity.require_decoder(settings.decoder)
+
+
+def test_what_decodes_asks_for_the_memory_of_the_largest_image_and_its_pixels(on_ray, plan) -> None:
+    node = 2 * decoding.memory(plan, plan.settings.batch_size) + 1000
+    assert node > 2 * (plan.settings.max_image_bytes + 7 * 100_000_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "nodes", lambda: {"one": {"resources": {"CPU": 8.0, "memory": float(node)}}})
+        assert extract.actor_count(on_ray, variant(plan, actors="auto")) == 2
+        assert extract.actor_needs(on_ray, variant(plan, actors=2))["memory"] == (node - 1000) / 2
+        for actors in (3, 8):
+            assert "memory" not in extract.actor_needs(on_ray, variant(plan, actors=actors))
+            assert extract.actor_count(on_ray, variant(plan, actors=actors)) == actors
+        assert extract.actor_needs(on_ray, variant(plan, decode="separate")) == plan.settings.needs
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,13 @@ def test_of_all_detectors_those_that_do_not_apply_are_left_out_with_the_reason(f
         "mcdropout": "the model has no dropout layer with a rate above 0",
         **dict.fromkeys(("grood", "grood_norm"), "the model has no block to mix images at"),
         "knn": "k is 50 but there are 20 training images; lower k.",
+        **dict.fromkeys(("mds", "mds_l2", "rmds", "rmds_l2"),
+                        "a covariance in 3136 dimensions takes more rows than dimensions and classes "
+                        "together, got 20 training rows of 10 classes; give the dataset with role train more "
+                        "images."),
+        **dict.fromkeys(("residual", "vim"),
+                        "dim is 1000, which takes training features that vary in more than 1000 directions; "
+                        "20 rows vary in 20 of 3136 at most"),
     }  # fmt: skip
     assert [*ready.detectors] == [name for name in detectors.names() if name not in ready.not_applicable]
     flat["detectors"] = list(ready.detectors)
@@ -131,6 +138,39 @@ def test_only_detectors_that_read_the_labels_of_training_images_ask_for_them(set
 def test_more_directions_than_the_feature_has_are_refused(settings, load, label: str) -> None:
     settings["detectors"] = [{label: {"dim": 129}}]
     with pytest.raises(UserError, match=rf"detectors\.{label}: dim is 129 but the feature has 128"):
+        prepare.prepare(load(settings))
+
+
+@pytest.mark.parametrize(
+    ("detector", "rows", "reason"),
+    [
+        (
+            "mds",
+            138,
+            r"128 dimensions takes more rows than dimensions and classes together, got 138 .* 10 classes",
+        ),
+        ({"neco": {"dim": 60}}, 60, r"dim is 60, .* 60 rows vary in 59 of 128 at most"),
+        (
+            {"vim": {"dim": 60}},
+            60,
+            r"dim is 60, .* vary in more than 60 directions; 60 rows vary in 60 of 128 at",
+        ),
+        ({"openmax": {"tail": 30}}, 200, r"tail is 30, but 10 of 10 classes have fewer"),
+    ],
+)
+def test_training_sets_that_are_too_small_are_foreseen_as_the_fit_refuses_them(
+    settings, load, detector, rows, reason
+) -> None:
+    settings["datasets"][0] |= {"limit": rows}
+    settings["detectors"] = [detector]
+    with pytest.raises(UserError, match=rf"^detectors\.\w+: .*{reason}"):
+        prepare.prepare(load(settings))
+
+
+def test_missing_data_are_told_before_missing_weights(settings, load) -> None:
+    settings["model"]["weights"] = "./gone.safetensors"
+    settings["datasets"][1]["path"] = "./gone.npz"
+    with pytest.raises(UserError, match=r"^datasets\.test\.path: no such file or folder: .*gone\.npz"):
         prepare.prepare(load(settings))
 
 
@@ -219,6 +259,23 @@ def test_a_faiss_string_is_checked_before_any_work(settings, load) -> None:
     settings["index"] = {"kind": "IVFF10"}
     with pytest.raises(UserError, match=r"index\.kind: FAISS refuses 'IVFF10'"):
         prepare.prepare(load(settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shards", "least", "rows"),
+    [("IVF32,Flat", 2, 32, 63), ("OPQ8,IVF4,PQ8", "auto", 256, 255), ("PCA8,IVF4,PQ4x4", 3, 16, 47)],
+)
+def test_an_index_of_more_clusters_than_rows_is_foreseen(settings, load, kind, shards, least, rows) -> None:
+    settings["index"] = {"kind": kind, "shards": shards}
+    settings["datasets"][0]["limit"] = rows
+    count = 1 if shards == "auto" else shards
+    message = (
+        rf"^index\.kind: '{kind}' takes {least} vectors to be trained, but {rows} .* are {rows // count} each"
+    )
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(load(settings))
+    settings["datasets"][0]["limit"] = rows + 1
+    prepare.prepare(load(settings))
 
 
 def test_scores_of_approximate_indexes_depend_on_the_shards(settings, load) -> None:

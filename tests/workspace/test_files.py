@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from moto.s3.exceptions import S3AccessDeniedError
 from moto.s3.models import S3Backend
 from moto.s3.responses import S3Response
+from safetensors import SafetensorError
 
 from pipeline.errors import UserError
+from pipeline.stages.faiss_shard import write
 from pipeline.workspace import files, tables
 from pipeline.workspace.files import Place
 
@@ -68,6 +74,56 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(folder: Place) -> N
         raise RuntimeError("power cut")
     assert files.read_json(path) == {"old": 1}
     assert names(folder) == ["file.json"]
+
+
+def write_index(path: Path, rows: int) -> None:
+    index = faiss.IndexFlatL2(2)
+    index.add(np.zeros((rows, 2), np.float32))
+    write(index, path)
+
+
+def serialize(path: Path) -> None:
+    """As safetensors fails, which does not write into a file that is there."""
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda path: write_index(path, 9),
+        lambda path: write_index(path, 100_000),
+        serialize,
+        lambda path: path.write_text("text"),
+        lambda path: pq.write_table(pa.table({"x": [1]}), path),
+    ],
+)
+def test_each_writer_that_meets_a_full_disk_ends_in_one_message(fill, tmp_path: Path) -> None:
+    message = (
+        rf"^cannot write (to )?{tmp_path}.*: no space left on the disk of {tmp_path}.*\. Free some space\. "
+    )
+    with pytest.raises(UserError, match=message), files.atomic(tmp_path / "file") as draft:
+        draft.symlink_to("/dev/full")
+        fill(draft)
+    with pytest.raises(UserError, match=message), files.scratch(tmp_path) as folder:
+        (folder / "file").symlink_to("/dev/full")
+        fill(folder / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_folder_for_temporary_files_is_named(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(uri: str, path: Path) -> None:
+        path.symlink_to("/dev/full")
+        path.write_bytes(b"content")
+
+    files.write_text(folder / "file", "content")
+    monkeypatch.setattr(files.storage, "download", download)
+    remote = files.Remote(str(folder / "file"))
+    message = (
+        rf"^cannot write a copy of .*: no space left on the disk of {tempfile.gettempdir()}.*Free some space"
+    )
+    with pytest.raises(UserError, match=message), files.local(remote):
+        pass
 
 
 @pytest.mark.parametrize("part", [1, 2, 3])

@@ -32,6 +32,18 @@ def located(path: str) -> str:
     return str(resolve(path).absolute())
 
 
+def require_there(dataset: Dataset) -> None:
+    """Refuse a path at which there is nothing; a look that costs no time.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if dataset.format == "python" or set(dataset.path) & set("*{"):
+        return
+    if storage.find(located(dataset.path)) is None:
+        raise UserError(f"datasets.{dataset.name}.path: no such file or folder: {located(dataset.path)}")
+
+
 def walk(folder: str, endings: tuple[str, ...], seen: Seen) -> Iterator[tuple[str, Entry]]:
     """Files below a folder with their relative paths, depth first in sorted order.
 
