@@ -20,7 +20,7 @@ KINDS = {
     "ray::Worker": "model actor of the extra passes",
     "ray::IndexShard": "index actor",
     "score_part|_assembled": "score task",
-    "_slice_statistics|_write_bank": "fit task",
+    "_sums|_whole|_write_bank": "fit task",
     "_evaluate": "evaluate task",
 }
 """Process titles that Ray gives its workers -> what is shown."""

@@ -45,6 +45,7 @@ class Gram(Detector):
         "nothing leaves the range of the predicted class, far above the number of stages = OOD."
     )
     columns: ClassVar[tuple[str, ...]] = (PREDICTION,)
+    version: ClassVar[int] = 2
 
     orders: tuple[Annotated[int, Field(ge=1, le=16)], ...] = Field(
         default=(1, 2, 3, 4, 5), min_length=1, description="orders q"
@@ -78,9 +79,18 @@ def products(pooled: Float, stages: tuple[int, ...], orders: tuple[int, ...]) ->
     for stage, own in enumerate(np.split(pooled, np.cumsum(stages)[:-1], axis=1)):
         size = np.abs(own)
         for order in orders:
-            total = (own**order).sum(axis=1, keepdims=True)
+            total = _power(own, order).sum(axis=1, keepdims=True)
             root = np.sign(total) * np.abs(total) ** (1 / order)
             yield stage, (own if order % 2 else size) * root
+
+
+def _power(values: Float, order: int) -> Float:
+    """Powers by squaring: several times as fast as NumPy's, whose exponents are any numbers."""
+    if order == 1:
+        return values
+    half = _power(values, order // 2)
+    square = half * half
+    return square * values if order % 2 else square
 
 
 def held_out(pooled: NDArray[np.float32]) -> Mask:
@@ -103,11 +113,13 @@ class Extremes(Part):
 
     def merge(self, other: Extremes) -> Extremes:
         """Ranges over both sets of rows."""
-        classes, where = np.unique(np.concatenate([self.classes, other.classes]), return_inverse=True)
+        classes = np.union1d(self.classes, other.classes)
         low = np.full((len(classes), self.low.shape[1]), np.inf)
         high = -low
-        np.minimum.at(low, where, np.concatenate([self.low, other.low]))
-        np.maximum.at(high, where, np.concatenate([self.high, other.high]))
+        for part in (self, other):
+            for row, place in enumerate(np.searchsorted(classes, part.classes).tolist()):
+                np.minimum(low[place], part.low[row], out=low[place])
+                np.maximum(high[place], part.high[row], out=high[place])
         return Extremes(classes, low, high)
 
     def with_all(self) -> Extremes:
@@ -124,6 +136,7 @@ class Ranges(Statistic[Extremes]):
     """Range of every g for every predicted class, over the rows that are not held out."""
 
     part: ClassVar[type[Part]] = Extremes
+    version: ClassVar[int] = 2
 
     orders: tuple[int, ...]
 
@@ -138,17 +151,18 @@ class Ranges(Statistic[Extremes]):
 
 
 def _extremes(batch: Batch, stages: tuple[int, ...], orders: tuple[int, ...]) -> Extremes:
+    """Ranges of a batch, class by class: the rows of one stay in the cache."""
     kept = ~held_out(batch[_COLUMN])
-    pooled = batch[_COLUMN][kept].astype(np.float64)
-    prediction = batch[PREDICTION][kept].astype(np.int64)
+    pooled, prediction = batch[_COLUMN][kept], batch[PREDICTION][kept].astype(np.int64)
     order = np.argsort(prediction, kind="stable")
     classes, starts = np.unique(prediction[order], return_index=True)
-    if not len(classes):
-        return Extremes(classes, *np.empty((2, 0, sum(stages) * len(orders))))
-    found = [values for _, values in products(pooled[order], stages, orders)]
-    low, high = (
-        np.hstack([edge.reduceat(each, starts) for each in found]) for edge in (np.minimum, np.maximum)
-    )
+    low, high = np.empty((2, len(classes), sum(stages) * len(orders)))
+    for row, rows in enumerate(np.split(order, starts[1:]) if len(classes) else ()):
+        start = 0
+        for _, found in products(pooled[rows].astype(np.float64), stages, orders):
+            part = slice(start, start := start + found.shape[1])
+            found.min(axis=0, out=low[row, part])
+            found.max(axis=0, out=high[row, part])
     return Extremes(classes, low, high)
 
 
@@ -173,6 +187,7 @@ class Deviations(Statistic[DeviationSums]):
     """Mean deviation of every stage over held-out rows."""
 
     part: ClassVar[type[Part]] = DeviationSums
+    version: ClassVar[int] = 2
 
     orders: tuple[int, ...]
 

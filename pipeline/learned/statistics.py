@@ -178,6 +178,7 @@ class Classes(Statistic[ClassSums]):
     """Count and sum of the rows of each class."""
 
     part: ClassVar[type[Part]] = ClassSums
+    version: ClassVar[int] = 2
 
     column: str = FEATURE
     """What is summed: features, or logits (then D is C)."""
@@ -196,22 +197,21 @@ class Classes(Statistic[ClassSums]):
         return partial(self._of, classes=len(head.bias))
 
     def _of(self, batch: Batch, classes: int) -> ClassSums:
-        rows = normalize(batch[self.column]) if self.unit else np.asarray(batch[self.column], np.float64)
-        label = batch[LABEL]
+        rows, label = normalize(batch[self.column]) if self.unit else batch[self.column], batch[LABEL]
         if self.correct:
             right = label == batch[PREDICTION]
             rows, label = rows[right], label[right]
-        known = label >= 0
-        order = np.argsort(label[known], kind="stable")
-        present, starts = np.unique(label[known][order], return_index=True)
+        known = np.flatnonzero(label >= 0)
+        order = known[np.argsort(label[known], kind="stable")]
+        present, starts = np.unique(label[order], return_index=True)
         class_sum = np.zeros((classes, rows.shape[1]))
-        if len(present):
-            class_sum[present] = np.add.reduceat(rows[known][order], starts, axis=0)
+        for each, own in zip(present, np.split(order, starts[1:]), strict=False):  # one stays in the cache
+            rows[own].astype(np.float64).sum(axis=0, out=class_sum[each])
         return ClassSums(
             class_count=np.bincount(label[known], minlength=classes),
             class_sum=class_sum,
-            unlabelled_count=np.asarray((~known).sum()),
-            unlabelled_sum=rows[~known].sum(axis=0),
+            unlabelled_count=np.asarray((label < 0).sum()),
+            unlabelled_sum=rows[label < 0].astype(np.float64).sum(axis=0),
         )
 
 

@@ -1,4 +1,7 @@
-"""Statistics of cached rows: slices go out as tasks, and what comes back is merged in their order."""
+"""Statistics of cached rows: tasks write the sums of pieces of the rows, and merge these in order.
+
+The driver knows the files by name and holds none of the arrays; it only looks at what a later pass builds on.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,24 @@ from safetensors.numpy import load_file
 
 from pipeline import imports
 from pipeline.cluster.engine import Engine, Shared
-from pipeline.columns import Batch
+from pipeline.columns import LABEL, PREDICTION, Batch
 from pipeline.learned import statistics
 from pipeline.learned.statistics import Head, Part, Statistic, Statistics
 from pipeline.workspace import tables
-from pipeline.workspace.artifacts import (
-    Arrays,
-    Artifact,
-    Damaged,
-    Kept,
-    Store,
-    opened,
-    saved,
-    write_part,
-)
+from pipeline.workspace.artifacts import ARRAYS, Artifact, File, Kept, Store, opened, saved, write, write_part
 
 SLICE = 8192
 """Rows per task. Fixed, so that sums are added in the same order however the rows lie in parts."""
 
 
-EVERY = 16
-"""Slices after which the sums so far are noted: what is interrupted goes on from there."""
+EVERY = 8
+"""Slices whose sums are merged where they are measured, and kept: what is interrupted goes on from there.
 
-_SO_FAR = "so-far.safetensors"
+Fixed, too: the sums of such pieces are merged in their order, whoever made them.
+"""
+
+FORMAT = "statistic 2"
+"""Kind and version: the number goes up when sums are merged in another order; each statistic has its own."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Rows:
 def fit_statistics(
     engine: Engine, store: Store, rows: Rows, wanted: Iterable[Statistic[Any]], head: Head
 ) -> Stored:
-    """Statistics of all rows, merged slice by slice in order; only those not in the workspace are computed.
+    """Statistics of all rows, merged in a fixed order; only those not in the workspace are computed.
 
     They are read when they are looked at.
 
@@ -62,27 +60,28 @@ def fit_statistics(
     """
     found: dict[Statistic[Any], Kept] = {}
     for group in statistics.in_passes(wanted):
-        made = [
-            store.artifact(
-                f"statistic {each.version}",
+        made = {
+            each: store.artifact(
+                f"{FORMAT}.{each.version}",
                 {"features": list(rows.names), **each.identity, **imports.foreign(type(each))},
                 rows.contents(each.columns) | Stored(found).contents(each.after()),
             )
             for each in group
-        ]
+        }
 
         known = Statistics(Stored(dict(found)))  # of the passes before this one
 
-        def compute(
-            lacking: list[int],
-            group: Sequence[Statistic[Any]] = group,
-            made: Sequence[Artifact] = made,
+        def make(
+            names: set[str],
+            made: Mapping[Statistic[Any], Artifact] = made,
             known: Statistics = known,
-        ) -> list[Arrays]:
-            some = [Sum(group[number], made[number]) for number in lacking]
-            return _sweep(engine, rows, some, head, known)
+        ) -> None:
+            lacking = {each: artifact for each, artifact in made.items() if artifact.name in names}
+            _sweep(engine, rows, lacking, head, known)
 
-        found |= zip(group, store.kept(made, compute), strict=True)
+        records = store.shared(list(made.values()), make)
+        kept = (Kept(*each) for each in zip(made.values(), records, strict=True))
+        found |= zip(made, kept, strict=True)
     return Stored(found)
 
 
@@ -112,64 +111,77 @@ class Stored(Mapping[Statistic[Any], Part]):
         return len(self.found)
 
 
-@dataclass
-class Sum:
-    """A statistic in the making."""
-
-    statistic: Statistic[Any]
-    artifact: Artifact
-    slices: int = 0
-    """How many, from the first on, are in `part`."""
-    part: Part | None = None
-
-    def __post_init__(self) -> None:
-        """Go on with what an interrupted run has noted."""
-        noted = self.artifact.begin().get(_SO_FAR)
-        if noted is not None:
-            try:
-                with opened(self.artifact.folder / _SO_FAR, noted.sha256) as file:
-                    self.part = self.statistic.part(**load_file(file))
-                self.slices = int(noted.facts["slices"])
-            except Damaged:
-                return
-
-    def add(self, number: int, part: Part) -> None:
-        """Add the part of a slice, if it is not in the sum."""
-        if number == self.slices:
-            self.part = part if self.part is None else self.part.merge(part)
-            self.slices += 1
-            if self.slices % EVERY == 0:
-                arrays = saved(self.part.arrays())
-                write_part(self.artifact.folder / _SO_FAR, arrays, slices=self.slices)
-
-    def total(self) -> Arrays:
-        """The arrays of the whole."""
-        assert self.part is not None
-        return self.part.arrays()
-
-
-def _sweep(engine: Engine, rows: Rows, sums: Sequence[Sum], head: Head, known: Statistics) -> list[Arrays]:
-    """Arrays of some statistics, from one pass over the columns they read."""
-    columns = sorted({name for each in sums for name in each.statistic.columns})
-    measures = engine.share([each.statistic.measure(head, known) for each in sums])
-    slices = [
-        (table, start, stop, columns, measures)
-        for table in rows.tables
-        for start, stop in table.slices(SLICE)
+def _sweep(
+    engine: Engine,
+    rows: Rows,
+    wanted: Mapping[Statistic[Any], Artifact],
+    head: Head,
+    known: Statistics,
+) -> None:
+    """Make some statistics in one pass over the rows: sums of pieces, and of each the sum of these."""
+    slices = [(table, start, stop) for table in rows.tables for start, stop in table.slices(SLICE)]
+    pieces = [slices[first : first + EVERY] for first in range(0, len(slices), EVERY)]
+    names = (
+        [f"sum-{number:05d}.safetensors" for number in range(len(pieces))] if len(pieces) > 1 else [ARRAYS]
+    )
+    done = {each: artifact.begin() for each, artifact in wanted.items()}
+    measures = {each: engine.share(each.measure(head, known)) for each in wanted}
+    todo = [
+        (name, piece, lacking)
+        for name, piece in zip(names, pieces, strict=True)
+        for together in _together(wanted)
+        if (lacking := [each for each in together if name not in done[each]])
     ]
-    first = min(each.slices for each in sums)
-    for number, parts in enumerate(engine.in_order(_slice_statistics, slices[first:]), first):
-        for each, part in zip(sums, parts, strict=True):
-            each.add(number, part)
-    return [each.total() for each in sums]
+    arguments = (
+        (piece, [(each, measures[each], wanted[each]) for each in lacking], name)
+        for name, piece, lacking in todo
+    )
+    for (name, _, lacking), made in zip(todo, engine.in_order(_sums, arguments), strict=True):
+        for each, file in zip(lacking, made, strict=True):
+            done[each][name] = file
+    if len(pieces) > 1:
+        sums = [(each, wanted[each], {name: done[each][name] for name in names}) for each in wanted]
+        wholes = list(engine.in_order(_whole, sums))
+    else:
+        wholes = [done[each][ARRAYS] for each in wanted]
+    for artifact, file in zip(wanted.values(), wholes, strict=True):
+        artifact.finish({ARRAYS: file})
 
 
-def _slice_statistics(
-    table: tables.Table,
-    start: int,
-    stop: int,
-    columns: list[str],
-    measures: Shared[list[Callable[[Batch], Part]]],
-) -> list[Part]:
-    batch = table.read(start, stop, columns)
-    return [measure(batch) for measure in measures.get()]
+def _together(wanted: Iterable[Statistic[Any]]) -> list[list[Statistic[Any]]]:
+    """Statistics that read the same wide columns: a task holds the sums of no others."""
+    found: dict[frozenset[str], list[Statistic[Any]]] = {}
+    for each in wanted:
+        found.setdefault(frozenset(each.columns) - {LABEL, PREDICTION}, []).append(each)
+    return list(found.values())
+
+
+def _sums(
+    slices: Sequence[tuple[tables.Table, int, int]],
+    wanted: Sequence[tuple[Statistic[Any], Shared[Callable[[Batch], Part]], Artifact]],
+    name: str,
+) -> list[File]:
+    """Write sums of a piece of the rows, merged slice by slice in order."""
+    columns = sorted({column for statistic, _, _ in wanted for column in statistic.columns})
+    sums: dict[Statistic[Any], Part] = {}
+    for table, start, stop in slices:
+        batch = table.read(start, stop, columns)
+        for statistic, measure, _ in wanted:
+            part = measure.get()(batch)
+            sums[statistic] = sums[statistic].merge(part) if statistic in sums else part
+    keep = write if name == ARRAYS else write_part
+    return [
+        keep(artifact.folder / name, saved(part.arrays()))
+        for (_, _, artifact), part in zip(wanted, sums.values(), strict=True)
+    ]
+
+
+def _whole(statistic: Statistic[Any], artifact: Artifact, pieces: Mapping[str, File]) -> File:
+    """Write the sum of the pieces of a statistic, merged in order."""
+    total: Part | None = None
+    for name, piece in pieces.items():
+        with opened(artifact.folder / name, piece.sha256) as file:
+            part = statistic.part(**load_file(file))
+        total = part if total is None else total.merge(part)
+    assert total is not None
+    return write(artifact.folder / ARRAYS, saved(total.arrays()))

@@ -26,12 +26,12 @@ from pipeline.workspace import files, storage
 from pipeline.workspace.claims import Claims
 from pipeline.workspace.files import Place
 
-RECORD = "_manifest.json"
+RECORD, ARRAYS = "_manifest.json", "arrays.safetensors"
 
 Arrays = Mapping[str, NDArray[Any]]
 
 _SEAL = "sha256 of the rest"
-_ARRAYS, _INPUTS = "arrays.safetensors", "_inputs.json"
+_INPUTS = "_inputs.json"
 _log = logging.getLogger(__name__)
 
 
@@ -200,12 +200,12 @@ class Artifact:
         Raises:
             Damaged: other bytes than were written.
         """
-        with opened(self.folder / _ARRAYS, record.files[_ARRAYS].sha256) as file:
+        with opened(self.folder / ARRAYS, record.files[ARRAYS].sha256) as file:
             return load_file(file)
 
     def keep(self, arrays: Arrays, **facts: Any) -> Record:
         """Make it of arrays."""
-        return self.finish({_ARRAYS: write(self.folder / _ARRAYS, saved(arrays))}, **facts)
+        return self.finish({ARRAYS: write(self.folder / ARRAYS, saved(arrays))}, **facts)
 
 
 @dataclass(frozen=True)

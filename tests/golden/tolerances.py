@@ -41,15 +41,15 @@ COLUMNS = {
 """Tolerances of feature columns; all others are exact."""
 
 ARRAYS = (
-    (r'Classes 1 of .*"unit": true.*: (class|unlabelled)_sum', DOUBLE),
-    (r"Deviations 1 of .*: total", DOUBLE),
+    (r'Classes \d+ of .*"unit": true.*: (class|unlabelled)_sum', DOUBLE),
+    (r"Deviations \d+ of .*: total", DOUBLE),
     (r"Draw 1 of .*: (feature|probability)", ROUNDED),
     (r"Farthest 1 of .*: distance", DOUBLE),
     (r'Grood \d+ bank .*"prototype": "noise".*: vectors', FORWARD),
     (r"(Grood|Knn|NnGuide) \d+ bank .*: vectors", ROUNDED),
     (r"LargestEnergy 1 of .*: energy", DOUBLE),
     (r"Match 1 of .*: residual", SOLVED),
-    (r"Ranges 1 of .*: (high|low)", DOUBLE),
+    (r"Ranges \d+ of .*: (high|low)", DOUBLE),
     (r'Scatter 1 of .*"unit": true.*: mean', DOUBLE),
     (r"Scatter 1 of .*: scatter", DOUBLE),
     (r"Slopes 1 of .*: (inverse|slope)", SOLVED),

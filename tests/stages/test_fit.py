@@ -61,6 +61,7 @@ def test_statistics_have_the_same_bits_however_rows_lie_in_parts(
     engine, on_ray, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr(statistics, "SLICE", 700)
+    monkeypatch.setattr(statistics, "EVERY", 3)
     one = feature_table(tmp_path / "one", 5000, [2500])
     many = feature_table(tmp_path / "many", 5000, [1, 50, 1999, 3000, 4990])
     found = [
@@ -81,7 +82,7 @@ def test_only_statistics_that_are_not_there_are_computed(engine, tmp_path, monke
     sweeps = []
 
     def sweep(engine, rows, group, head, known):
-        sweeps.append([each.statistic for each in group])
+        sweeps.append(list(group))
         return original(engine, rows, group, head, known)
 
     original = statistics._sweep
@@ -214,6 +215,34 @@ def test_statistics_that_were_interrupted_go_on_where_they_were(engine, tmp_path
             np.testing.assert_array_equal(found[statistic].arrays()[name], expected)
     left = {path.name for path in tmp_path.glob("fits/*/*")}
     assert left == {artifacts.RECORD, "arrays.safetensors", "_inputs.json"}
+
+
+@pytest.mark.parametrize("damage", [None, "flipped"])
+def test_sums_of_pieces_are_merged_without_reading_rows_again(engine, tmp_path, monkeypatch, damage) -> None:
+    monkeypatch.setattr(statistics, "SLICE", 10)
+    monkeypatch.setattr(statistics, "EVERY", 2)
+    table, wanted = feature_table(tmp_path / "table", 95, []), [Scatter()]
+    whole = fitted(engine, Store(tmp_path / "whole"), table, wanted)[Scatter()]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+
+        def killed(*_: object) -> None:
+            raise Killed
+
+        patch.setattr(statistics, "_whole", killed)
+        fitted(engine, Store(tmp_path / "fits"), table, wanted)
+    pieces = sorted(tmp_path.glob("fits/*/sum-*"))
+    assert len(pieces) == 5
+    if damage:
+        pieces[3].write_bytes(DAMAGES[damage](pieces[3].read_bytes()))
+        with pytest.raises(artifacts.Damaged, match="other bytes than were written") as found:
+            fitted(engine, Store(tmp_path / "fits"), table, wanted)
+        artifacts.mend(found.value)
+    read, seen = tables.Table.read, []
+    monkeypatch.setattr(tables.Table, "read", lambda *given: (seen.append(given[1]), read(*given))[1])
+    again = fitted(engine, Store(tmp_path / "fits"), table, wanted)[Scatter()]
+    assert seen == ([60, 70] if damage else [])
+    for name, expected in whole.arrays().items():
+        np.testing.assert_array_equal(again.arrays()[name], expected)
 
 
 def test_a_bank_that_was_interrupted_keeps_its_pieces(engine, tmp_path, monkeypatch) -> None:
