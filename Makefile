@@ -9,7 +9,7 @@ FAISS ?= cpu  # or gpu
 # Tests start many processes: what these import is compiled once, whatever the shell says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-cluster test-slow test-gpu coverage check install clean
+.PHONY: quickstart test test-cluster test-slow test-gpu test-corpus coverage check install clean
 
 PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
@@ -31,6 +31,10 @@ test-slow: install
 # Needs an NVIDIA GPU, and the FAISS that runs on it: make test-gpu FAISS=gpu.
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+# Fetches the source packages of Pillow and PngSuite from the package registry, 47 MB.
+test-corpus: install
+	$(BIN)/python -m pytest -m corpus -s tests/corpus
 
 coverage: install
 	$(BIN)/coverage erase

@@ -53,7 +53,7 @@ _LITE0 = _EVERYWHERE | {
     "grood": {"mixup_layer": "_blocks.10", **_MIXING},
     "grood_norm": {"mixup_layer": "_blocks.10", **_MIXING},
     "knn": {"k": 1000},
-    "openmax": {"tail": 20, "alpha": 10},
+    "openmax": {"tail": None, "alpha": 10},
     "rankfeat": {"blocks": ["_blocks.10", "_blocks.15"]},
     "residual": {"dim": 512},
     "vim": {"dim": 512},
