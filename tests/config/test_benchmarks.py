@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,11 +88,14 @@ def test_the_sizes_of_the_protocols_add_up() -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED_BY_OPENOOD)
-def test_weights_that_are_missing_are_named_with_the_folder_that_was_given(name, refusal, tmp_path) -> None:
-    message = refusal(name, "data=./data")
+def test_weights_lie_beside_the_folder_that_was_given_and_missing_data_are_told_first(
+    name, refusal, tmp_path
+) -> None:
+    assert re.match(r"error: datasets\.\w+\.path: no such file: ", refusal(name, "data=./data"))
+    weights = loading.load(name, ["data=./data"]).model.weights
     benchmark = name.removesuffix("-resnet18")
-    assert message.startswith(f"error: model.weights: no such file: {tmp_path}/results/{benchmark}_resnet18_")
-    assert message.endswith("/s0/best.ckpt\n")
+    assert weights.startswith(f"{tmp_path}/results/{benchmark}_resnet18_")
+    assert weights.endswith("/s0/best.ckpt")
 
 
 @pytest.mark.parametrize("name", [large(name) for name in BENCHMARKS])

@@ -170,7 +170,7 @@ def test_training_sets_that_are_too_small_are_foreseen_as_the_fit_refuses_them(
 def test_missing_data_are_told_before_missing_weights(settings, load) -> None:
     settings["model"]["weights"] = "./gone.safetensors"
     settings["datasets"][1]["path"] = "./gone.npz"
-    with pytest.raises(UserError, match=r"^datasets\.test\.path: no such file or folder: .*gone\.npz"):
+    with pytest.raises(UserError, match=r"^datasets\.test\.path: no such file: .*gone\.npz"):
         prepare.prepare(load(settings))
 
 

@@ -41,7 +41,9 @@ def require_there(dataset: Dataset) -> None:
     if dataset.format == "python" or set(dataset.path) & set("*{"):
         return
     if storage.find(located(dataset.path)) is None:
-        raise UserError(f"datasets.{dataset.name}.path: no such file or folder: {located(dataset.path)}")
+        kind = {"imagefolder": "folder", "parquet": "file or folder", "webdataset": "file or folder"}
+        what = kind.get(dataset.format, "file")
+        raise UserError(f"datasets.{dataset.name}.path: no such {what}: {located(dataset.path)}")
 
 
 def walk(folder: str, endings: tuple[str, ...], seen: Seen) -> Iterator[tuple[str, Entry]]:
