@@ -137,10 +137,10 @@ def test_each_file_ends_in_features_or_errors_as_plain_torch_gives_them(corpus, 
     run.execute(loaded, options, Display(Console(quiet=True)))
     (features,) = (tmp_path / "workspace").glob("features/files-*")
     table = pq.read_table(sorted(features.glob("part-*.parquet")))
-    errors = [row for part in sorted(features.glob("errors-*")) for row in pq.read_table(part).to_pylist()]
+    errors = pq.read_table(features / "errors.parquet").to_pylist()
     readable = {name: pixels for name, pixels in outcomes.items() if not isinstance(pixels, str)}
     assert sorted(table["key"].to_pylist()) == sorted(readable)
-    assert {row["key"]: row["error"] for row in errors} == {
+    assert {row["key"]: row["reason"] for row in errors} == {
         name: reason for name, reason in outcomes.items() if isinstance(reason, str)
     }
     images = np.stack([readable[name] for name in table["key"].to_pylist()]).transpose(0, 3, 1, 2)
