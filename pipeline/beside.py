@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import os
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from pipeline.errors import UserError
 
 INSTALLED = sorted({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 """Folders of Python and of installed packages."""
+
+_INSTALLED = tuple(f"{folder}{os.sep}" for folder in INSTALLED)
 
 homes: dict[str, tuple[Path, str]] = {}
 """Folder and digest of the modules that lie beside files that were loaded, by their outermost names."""
@@ -126,7 +129,16 @@ def _spec(name: str, root: Path) -> ModuleSpec | None:
 
 def is_own(file: str | None) -> bool:
     """Whether a file is neither Python's, nor of an installed package, nor ours."""
-    return file is not None and not file.startswith((*INSTALLED, str(Path(__file__).parent)))
+    return (
+        file is not None
+        and not is_installed(file)
+        and not file.startswith(f"{Path(__file__).parent}{os.sep}")
+    )
+
+
+def is_installed(file: str) -> bool:
+    """Whether a file is Python's, or of a package that was installed, wherever it was."""
+    return file.startswith(_INSTALLED) or "/site-packages/" in file or "/dist-packages/" in file
 
 
 class _Uncompiled(SourceFileLoader):

@@ -56,14 +56,10 @@ def load_class(reference: str, where: str, base: type[T]) -> type[T]:
 
 @cache
 def digest_of(kind: type) -> str:
-    """SHA-256 of the code of a class as it was loaded: its whole package, or its file and those beside it."""
-    if beside.is_own(_file(kind)):
-        return hashlib.sha256(source_of(kind)).hexdigest()
+    """SHA-256 of the code of a class as it was loaded: its file, its whole package, and modules beside it."""
     package = sys.modules.get(kind.__module__.partition(".")[0])
-    folders = [Path(folder) for folder in getattr(package, "__path__", ())]
-    files = {str(file.relative_to(folder)): file for folder in folders for file in folder.rglob("*.py")}
-    content = [name.encode() + b"\0" + files[name].read_bytes() for name in sorted(files)]
-    return hashlib.sha256(b"\0".join(content or [source_of(kind)])).hexdigest()
+    folders = map(Path, getattr(package, "__path__", ()))
+    return hashlib.sha256(source_of(kind) + b"".join(map(beside.content, folders))).hexdigest()
 
 
 def is_foreign(kind: type) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,32 @@ def test_what_cannot_be_imported_is_told(write, tmp_path: Path, text: str, reaso
         UserError, match=rf"^here: .*net\.py cannot be imported: .*{reason}.* beside the file"
     ):
         value(tmp_path / "net.py")
+
+
+@pytest.mark.parametrize("line", ["from clonespace.util import X", "from .util import X"])
+def test_a_class_in_a_package_without_init_is_known_by_all_its_files(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = []
+    for number in range(2):
+        write({"clonespace/k.py": f"{line}\nclass K:\n    pass", "clonespace/util.py": f"X = {number}"})
+        for name in [name for name in sys.modules if name.startswith("clonespace")]:
+            del sys.modules[name]
+        digests.append(imports.digest_of(imports.load_class("clonespace.k:K", "here", object)))
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "own"),
+    [
+        ("{ours}/columns.py", False),
+        ("{ours}_ext/columns.py", True),
+        ("{ours}_plugins.py", True),
+        ("/home/a/.local/lib/python3.12/site-packages/torchvision/models/resnet.py", False),
+        ("/usr/lib/python3/dist-packages/timm/models/vit.py", False),
+        (threading.__file__, False),
+    ],
+)
+def test_code_is_the_users_unless_it_was_installed_or_is_ours(file: str, own: bool) -> None:
+    assert beside.is_own(file.format(ours=Path(beside.__file__).parent)) is own

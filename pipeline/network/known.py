@@ -181,12 +181,14 @@ def _began() -> float:
 _PROCESS = _began()
 
 
-_OTHERS = (*beside.INSTALLED, "/proc/", "/sys/", "/dev/")
+_SYSTEM = ("/proc/", "/sys/", "/dev/")
 
 
 def _is_own(path: object) -> bool:
     """Whether a file is of neither Python, an installed package nor the system."""
-    return isinstance(path, str) and not path.startswith(_OTHERS) and not path.endswith(".pyc")
+    if not isinstance(path, str) or path.endswith(".pyc") or beside.is_installed(path):
+        return False
+    return not path.startswith(_SYSTEM) or path.startswith("/dev/shm/")
 
 
 def _own_modules() -> set[str]:
