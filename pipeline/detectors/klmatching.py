@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 from scipy.special import entr
 
-from pipeline.columns import LOGITS, Batch, Float
+from pipeline.columns import LOGITS, Batch, Float, once
 from pipeline.detectors.base import Detector, Training
-from pipeline.learned.logits import softmax
+from pipeline.learned.logits import probability
 from pipeline.learned.statistics import Softmax
 
 
@@ -61,7 +61,7 @@ class KlMatchingScorer:
         Returns:
             (N,) float64, at least 0, in nats.
         """
-        probability = softmax(batch[LOGITS])
-        cross = (probability @ -self.log_mean.T).min(axis=1)
-        score: Float = np.maximum(cross - entr(probability).sum(axis=1), 0)
+        found = once(probability, batch, 1.0)
+        cross = (found @ -self.log_mean.T).min(axis=1)
+        score: Float = np.maximum(cross - entr(found).sum(axis=1), 0)
         return score
