@@ -3,8 +3,10 @@
 A batch is a mapping from column name to equally long arrays. Nothing here reads or writes files.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,42 @@ Batch = Mapping[str, NDArray[Any]]
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Pixels = NDArray[np.uint8]
+
+T = TypeVar("T")
+
+
+class SharedBatch(dict[str, NDArray[Any]]):
+    """A batch that goes to several scorers and remembers what they compute by `once`."""
+
+    def __init__(self, columns: Batch) -> None:
+        super().__init__(columns)
+        self.found: dict[Any, Any] = {}
+
+    def adding(self, columns: Batch) -> SharedBatch:
+        """The same batch with more columns for one scorer."""
+        more = SharedBatch({**self, **columns})
+        more.found = self.found
+        return more
+
+
+def once(function: Callable[..., T], batch: Batch, *given: Any) -> T:
+    """What a function makes of a batch: of a `SharedBatch` it is computed once. Not to be written to.
+
+    Args:
+        function: of a batch and what else is given; reads no column that one scorer alone finds.
+        batch: the rows.
+        given: the same object is the same array; other values are compared.
+    """
+    if not isinstance(batch, SharedBatch):
+        return function(batch, *given)
+    key = function, *(id(each) if isinstance(each, np.ndarray) else each for each in given)
+    if key not in batch.found:
+        made = function(batch, *given)
+        if isinstance(made, np.ndarray):
+            made.flags.writeable = False
+        batch.found[key] = made, given  # what is held keeps its id
+    result: T = batch.found[key][0]
+    return result
 
 
 def padded(values: NDArray[Any], size: int) -> NDArray[Any]:

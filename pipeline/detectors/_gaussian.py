@@ -11,11 +11,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from pipeline.columns import FEATURE, Batch, Float
+from pipeline.columns import FEATURE, Batch, Float, once
 from pipeline.detectors._rank import require_covariance, require_free, varied
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
-from pipeline.learned.statistics import Classes, ClassSums, Moments, Scatter, normalize
+from pipeline.learned.statistics import Classes, ClassSums, Moments, Scatter, unit_rows
 
 
 class Mahalanobis(Detector):
@@ -121,14 +121,24 @@ class MahalanobisScorer:
         Returns:
             (N,) float64, at least 0 unless it is relative.
         """
-        feature = normalize(batch[FEATURE]) if self.unit else batch[FEATURE]
-        centred = feature - self.mean
-        own = centred @ self.whitening
-        distance = own @ (-2 * self.classes.T)
-        distance += np.einsum("kr,kr->k", self.classes, self.classes)
-        nearest: Float = np.maximum(distance.min(axis=1) + np.einsum("nr,nr->n", own, own), 0)
+        nearest = once(_nearest, batch, self.unit, self.mean, self.whitening, self.classes)
         if self.background is None:
             return nearest
-        common = centred @ self.background
+        common = _centred(batch, self.unit, self.mean) @ self.background
         relative: Float = nearest - np.einsum("nr,nr->n", common, common)
         return relative
+
+
+def _centred(batch: Batch, unit: bool, mean: Float) -> Float:
+    """(N, D) features, normalised or not, around a mean."""
+    centred: Float = (once(unit_rows, batch) if unit else batch[FEATURE]) - mean
+    return centred
+
+
+def _nearest(batch: Batch, unit: bool, mean: Float, whitening: Float, classes: Float) -> Float:
+    """(N,) squared distance to the nearest class mean."""
+    own = _centred(batch, unit, mean) @ whitening
+    distance = own @ (-2 * classes.T)
+    distance += np.einsum("kr,kr->k", classes, classes)
+    nearest: Float = np.maximum(distance.min(axis=1) + np.einsum("nr,nr->n", own, own), 0)
+    return nearest

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.columns import FEATURE, Batch, Float
+from pipeline.columns import FEATURE, Batch, Float, once
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
-from pipeline.learned.statistics import Classes, normalize
+from pipeline.learned.statistics import Classes, normalize, unit_rows
 
 
 class Cosine(Detector):
@@ -75,5 +75,5 @@ class CosineScorer:
         Returns:
             (N,) float64 in [-1, 1]; 0 for a feature without a direction, the zero vector.
         """
-        score: Float = -(normalize(batch[FEATURE]) @ self.directions.T).max(axis=1)
+        score: Float = -(once(unit_rows, batch) @ self.directions.T).max(axis=1)
         return score

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from pydantic import Field, FiniteFloat
 
-from pipeline.columns import LOGITS, Batch, Float
+from pipeline.columns import LOGITS, Batch, Float, once
 from pipeline.detectors.base import Detector, Training
-from pipeline.learned.logits import logsumexp
+from pipeline.learned.logits import evidence
 
 
 class Energy(Detector):
@@ -50,4 +50,4 @@ class EnergyScorer:
         Returns:
             (N,) float64.
         """
-        return -self.temperature * logsumexp(batch[LOGITS], self.temperature)
+        return -self.temperature * once(evidence, batch, self.temperature)

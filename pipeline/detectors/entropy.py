@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field, FiniteFloat
 
-from pipeline.columns import LOGITS, Batch, Float
+from pipeline.columns import LOGITS, Batch, Float, once
 from pipeline.detectors.base import Detector, Training
-from pipeline.learned.logits import log_softmax, logsumexp
+from pipeline.learned.logits import log_probability, logsumexp
 
 _SURE = -37.0
 """From this log(1 - p) downwards -log p and 1 - p are the same number in float64."""
@@ -59,7 +59,7 @@ class EntropyScorer:
         Returns:
             (N,) float64, at most log log C: of nats.
         """
-        found = log_softmax(batch[LOGITS], self.temperature)
+        found = once(log_probability, batch, self.temperature)
         surprise, rows = -found.probability, np.arange(len(found.doubt))
         # -log p = (1 - p) + ..., of which nothing is left in float64 once p rounds to 1.
         surprise[rows, found.predicted] = 1

@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from pipeline.columns import LOGITS, Batch, Float
+from pipeline.columns import LOGITS, Batch, Float, once
 from pipeline.detectors.base import Detector, Training
-from pipeline.learned.logits import log_softmax, logsumexp
+from pipeline.learned.logits import log_probability, logsumexp
 
 
 class Gen(Detector):
@@ -61,7 +61,7 @@ class GenScorer:
         Returns:
             (N,) float64, at most log min(M, C) - γ log 4.
         """
-        found = log_softmax(batch[LOGITS])
+        found = once(log_probability, batch, 1.0)
         rows, rest = np.arange(len(found.doubt)), np.exp(found.probability)
         rest[rows, found.predicted] = 0
         rest = np.log1p(-rest)

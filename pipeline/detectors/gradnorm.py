@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat, model_validator
 
-from pipeline.columns import FEATURE, LOGITS, Batch, Float
+from pipeline.columns import FEATURE, LOGITS, Batch, Float, once
 from pipeline.detectors.base import Detector, ParameterGradient, Training
-from pipeline.learned.logits import softmax
+from pipeline.learned.logits import probability
 
 
 class GradNorm(Detector):
@@ -99,8 +99,7 @@ class GradNormScorer:
         Returns:
             (N,) float64, at most 0.
         """
-        difference = softmax(batch[LOGITS], self.temperature)
-        difference -= 1 / difference.shape[1]
+        difference = once(probability, batch, self.temperature) - 1 / batch[LOGITS].shape[1]
         size = self._powers(batch[FEATURE]) + (1 if self.bias else 0)
         score: Float = -((size * self._powers(difference)) ** (1 / self.order)) / self.temperature
         return score

@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from pipeline.columns import FEATURE, LOGITS, Batch, Float
+from pipeline.columns import FEATURE, LOGITS, Batch, Float, once
 from pipeline.detectors.base import Detector, Training
-from pipeline.learned.logits import softmax
+from pipeline.learned.logits import probability
 from pipeline.learned.statistics import Scatter
 
 
@@ -81,7 +81,7 @@ class GradOrthScorer:
         Returns:
             (N,) float64, at most 0.
         """
-        difference = softmax(batch[LOGITS])
+        difference = once(probability, batch, 1.0).copy()
         if self.target == "uniform":
             difference -= 1 / difference.shape[1]
         else:

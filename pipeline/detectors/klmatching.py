@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from pipeline.columns import LOGITS, Batch, Float
+from pipeline.columns import LOGITS, Batch, Float, once
 from pipeline.detectors.base import Detector, Training
-from pipeline.learned.logits import softmax
+from pipeline.learned.logits import probability
 from pipeline.learned.statistics import Softmax
 
 
@@ -66,7 +66,7 @@ class KlMatchingScorer:
         """
         from scipy.special import entr  # takes a third of a second to import
 
-        probability = softmax(batch[LOGITS])
-        cross = (probability @ -self.log_mean.T).min(axis=1)
-        score: Float = np.maximum(cross - entr(probability).sum(axis=1), 0)
+        found = once(probability, batch, 1.0)
+        cross = (found @ -self.log_mean.T).min(axis=1)
+        score: Float = np.maximum(cross - entr(found).sum(axis=1), 0)
         return score

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.columns import FEATURE, Batch, Float, Mask
+from pipeline.columns import FEATURE, Batch, Float, Mask, once
 from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Training
-from pipeline.learned.statistics import normalize
+from pipeline.learned.statistics import unit_rows
 
 
 class Knn(Detector):
@@ -64,7 +64,7 @@ class KnnScorer:
 
 def unit_feature(batch: Batch) -> NDArray[np.float32]:
     """(N, D) float32, the normalised features."""
-    return normalize(batch[FEATURE]).astype(np.float32)
+    return once(unit_rows, batch).astype(np.float32)
 
 
 def every_row(batch: Batch) -> Mask:

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from pydantic import Field, FiniteFloat
 
-from pipeline.columns import LOGITS, Batch, Float
+from pipeline.columns import LOGITS, Batch, Float, once
 from pipeline.detectors.base import Detector, Training
-from pipeline.learned.logits import log_softmax
+from pipeline.learned.logits import log_probability
 
 
 class Msp(Detector):
@@ -52,4 +52,4 @@ class MspScorer:
         Returns:
             (N,) float64, at most log(1 - 1/C); log 0.05 = -3.0 is a confidence of 95 %.
         """
-        return log_softmax(batch[LOGITS], self.temperature).doubt
+        return once(log_probability, batch, self.temperature).doubt

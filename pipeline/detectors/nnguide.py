@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.columns import FEATURE, LOGITS, Batch, Float, Mask
+from pipeline.columns import FEATURE, LOGITS, Batch, Float, Mask, once
 from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Training
-from pipeline.learned.logits import logsumexp
-from pipeline.learned.statistics import Head, Part, Statistic, Statistics, normalize
+from pipeline.learned.logits import evidence, logsumexp
+from pipeline.learned.statistics import Head, Part, Statistic, Statistics, normalize, unit_rows
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class NnGuideScorer:
 
     def direction(self, batch: Batch) -> NDArray[np.float32]:
         """(N, D + 1) float32, the normalised features and a 0."""
-        unit = normalize(batch[FEATURE])
+        unit = once(unit_rows, batch)
         return np.column_stack([unit, np.zeros(len(unit))]).astype(np.float32)
 
     def drawn(self, batch: Batch) -> Mask:
@@ -138,7 +138,7 @@ class NnGuideScorer:
             (N,) float64.
         """
         distance = np.asarray(batch[NEIGHBOURS], dtype=np.float64)
-        length = (normalize(batch[FEATURE]) ** 2).sum(axis=1, keepdims=True)
+        length = (once(unit_rows, batch) ** 2).sum(axis=1, keepdims=True)
         similarity = self.largest * (length + 1 - distance**2) / 2
-        score: Float = -logsumexp(batch[LOGITS]) * similarity.mean(axis=1)
+        score: Float = -once(evidence, batch, 1.0) * similarity.mean(axis=1)
         return score

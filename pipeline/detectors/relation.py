@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.columns import FEATURE, LOGITS, Batch, Float
+from pipeline.columns import FEATURE, LOGITS, Batch, Float, once
 from pipeline.detectors.base import Detector, Training
-from pipeline.learned.logits import softmax
-from pipeline.learned.statistics import Head, Part, Statistic, Statistics, normalize
+from pipeline.learned.logits import probability, softmax
+from pipeline.learned.statistics import Head, Part, Statistic, Statistics, normalize, unit_rows
 
 _CHUNK = 1024
 """Training rows per matrix product, so that scoring needs little memory beside the draw itself."""
@@ -91,12 +91,12 @@ class RelationScorer:
         Returns:
             (N,) float64 in [-1, 0].
         """
-        feature, probability = normalize(batch[FEATURE]), softmax(batch[LOGITS])
+        feature, likely = once(unit_rows, batch), once(probability, batch, 1.0)
         total = np.zeros(len(feature))
         for start in range(0, len(self.feature), _CHUNK):
             rows = slice(start, start + _CHUNK)
             relation = feature @ self.feature[rows].T.astype(np.float64)
-            relation *= probability @ self.probability[rows].T.astype(np.float64)
+            relation *= likely @ self.probability[rows].T.astype(np.float64)
             relation[relation <= self.threshold] = 0  # no probability is negative, only a cosine
             total += (relation**self.power).sum(axis=1)
         score: Float = -total / len(self.feature)

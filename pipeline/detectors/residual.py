@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from pipeline.columns import FEATURE, Batch, Float
+from pipeline.columns import FEATURE, Batch, Float, once
 from pipeline.detectors._rank import require_directions, require_rows
 from pipeline.detectors.base import Detector, Training
 from pipeline.errors import UserError
@@ -97,9 +97,14 @@ class ResidualScorer:
         Returns:
             (N,) float64, at least 0.
         """
-        part = (batch[FEATURE] - self.origin) @ self.outside
-        length: Float = np.sqrt(np.einsum("nd,nd->n", part, part))
-        return length
+        return once(_length, batch, self.origin, self.outside)
+
+
+def _length(batch: Batch, origin: Float, outside: Float) -> Float:
+    """(N,) lengths of the features' parts in some directions."""
+    part = (batch[FEATURE] - origin) @ outside
+    length: Float = np.sqrt(np.einsum("nd,nd->n", part, part))
+    return length
 
 
 def residual(head: Head, moments: Moments, dim: int | None) -> ResidualScorer:

@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from pipeline.columns import BLOCK_NORM, FEATURE, Batch, Float
+from pipeline.columns import BLOCK_NORM, FEATURE, Batch, Float, once
 from pipeline.detectors.base import Training
 from pipeline.detectors.featurenorm import FeatureNorm
 from pipeline.learned.logits import log_softmax, logsumexp
-from pipeline.learned.statistics import normalize
+from pipeline.learned.statistics import unit_rows
 
 
 class SelectedNorm(FeatureNorm):
@@ -68,5 +68,5 @@ class SelectedNormScorer:
             (N,) float64; of the bias alone where the feature is zero and has no direction.
         """
         length = np.asarray(batch[BLOCK_NORM], dtype=np.float64)[:, self.block, None]
-        logits = (normalize(batch[FEATURE]) * length) @ self.weight.T + self.bias
+        logits = (once(unit_rows, batch) * length) @ self.weight.T + self.bias
         return -logsumexp(logits) if self.score == "energy" else log_softmax(logits).doubt

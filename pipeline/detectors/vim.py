@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from pipeline.columns import FEATURE, LOGITS, Batch, Float
+from pipeline.columns import FEATURE, LOGITS, Batch, Float, once
 from pipeline.detectors.base import Detector, Training
 from pipeline.detectors.residual import Residual, ResidualScorer, Subspace, required, residual
-from pipeline.learned.logits import logsumexp
+from pipeline.learned.logits import evidence
 from pipeline.learned.statistics import Head, Part, Scatter, Statistic, Statistics
 
 
@@ -68,7 +68,7 @@ class VimScorer:
         Returns:
             (N,) float64.
         """
-        return self.factor * self.residual(batch) - logsumexp(batch[LOGITS])
+        return self.factor * self.residual(batch) - once(evidence, batch, 1.0)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.columns import Float
+from pipeline.columns import LOGITS, Batch, Float
 
 
 def softmax(logits: NDArray[Any], temperature: float = 1.0) -> Float:
@@ -78,3 +78,18 @@ def _exponentials(logits: NDArray[Any], temperature: float) -> tuple[Float, Floa
     scaled -= largest
     np.exp(scaled, out=scaled)
     return scaled, largest
+
+
+def probability(batch: Batch, temperature: float = 1.0) -> Float:
+    """(N, C) softmax of the logits of a batch; for `once`."""
+    return softmax(batch[LOGITS], temperature)
+
+
+def evidence(batch: Batch, temperature: float = 1.0) -> Float:
+    """(N,) logsumexp of the logits of a batch; for `once`."""
+    return logsumexp(batch[LOGITS], temperature)
+
+
+def log_probability(batch: Batch, temperature: float = 1.0) -> LogSoftmax:
+    """Log softmax of the logits of a batch; for `once`."""
+    return log_softmax(batch[LOGITS], temperature)

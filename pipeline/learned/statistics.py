@@ -142,6 +142,11 @@ def normalize(feature: NDArray[Any]) -> Float:
     return unit
 
 
+def unit_rows(batch: Batch) -> Float:
+    """(N, D) the features of a batch, normalised; for `once`."""
+    return normalize(batch[FEATURE])
+
+
 @dataclass(frozen=True)
 class ClassSums(Part):
     """Sums over rows, by class."""

@@ -108,7 +108,7 @@ class IndexShard:
         """The k nearest vectors of this shard for (N, width) float32 queries; all if it has fewer."""
         self.load(folder)
         asked, most = queries.get(), min(k, len(self.vectors[folder]))
-        if exact or (self.settings.kind == "flat" and device(self.settings) == "cpu"):
+        if exact or not most or (self.settings.kind == "flat" and device(self.settings) == "cpu"):
             found = self._exhaustive(self.vectors[folder], asked, most)
         else:
             rank, row = self.indexes[folder].search(asked, most)

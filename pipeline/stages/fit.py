@@ -7,8 +7,10 @@ import logging
 from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from pipeline import imports
@@ -75,7 +77,7 @@ def fit_detectors(
     Raises:
         UserError: if another detector cannot be fitted, or a bank is not there and is not to be made.
     """
-    fitted = Fitted({}, {})
+    fitted, read = Fitted({}, {}), dict[str, NDArray[Any]]()
 
     def refuse(label: str, reason: str) -> None:
         if label not in optional:
@@ -83,7 +85,7 @@ def fit_detectors(
         fitted.not_applicable[label] = reason
 
     for label, detector in chosen.items():
-        scorer, contents, notices = _fitted(detector, training, store, *made_of(detector, ()))
+        scorer, contents, notices = _fitted(detector, training, store, read, *made_of(detector, ()))
         if isinstance(scorer, UserError):
             refuse(label, str(scorer))
             continue
@@ -118,6 +120,7 @@ def _fitted(
     detector: Detector,
     training: Training,
     store: Store,
+    read: dict[str, NDArray[Any]],
     identity: Mapping[str, Any],
     inputs: dict[str, str],
 ) -> tuple[Scorer | UserError, dict[str, str], list[str]]:
@@ -157,11 +160,21 @@ def _fitted(
     notices = list(record.facts.get("notices", ()))
     if _UNKEPT in record.files:
         return detector.fit(training), inputs, notices
-    return _read(artifact, record, detector), {artifact.name: record.content}, notices
+    return _read(artifact, record, detector, read), {artifact.name: record.content}, notices
 
 
-def _read(artifact: Artifact, record: Record, detector: Detector) -> Scorer | UserError:
-    """What is kept: always read back, so that the first run computes with what later ones read."""
+def _content(values: NDArray[Any]) -> str:
+    """What two arrays have in common that are the same."""
+    return f"{values.dtype} {values.shape} {sha256(values.tobytes()).hexdigest()}"
+
+
+def _read(
+    artifact: Artifact, record: Record, detector: Detector, read: dict[str, NDArray[Any]]
+) -> Scorer | UserError:
+    """What is kept: always read back, so that the first run computes with what later ones read.
+
+    Arrays of other detectors with the same bytes are the same objects: see `columns.once`.
+    """
 
     def file(name: str) -> Any:
         return opened(artifact.folder / name, record.files[name].sha256)
@@ -172,7 +185,7 @@ def _read(artifact: Artifact, record: Record, detector: Detector) -> Scorer | Us
     with file(_SCORER) as path:
         document = json.loads(path.read_text(encoding="utf-8"))
     with file(_ARRAYS) as path:
-        arrays = load_file(path)
+        arrays = {name: read.setdefault(_content(value), value) for name, value in load_file(path).items()}
     theirs = [type(part).__module__ for part in detector.parts() if imports.is_foreign(type(part))]
     scorer: Scorer = plain.decode(document, arrays, (*plain.OURS, *theirs))
     return scorer

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.cluster import attempts
 from pipeline.cluster.engine import Engine, Shared
-from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION, Float
+from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION, Float, SharedBatch
 from pipeline.detectors.base import NEIGHBOURS, Bank, Scorer, bank_of
 from pipeline.errors import UserError
 from pipeline.stages.banks import BATCH
@@ -135,11 +135,12 @@ class Scoring:
     def of(self, features: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
         """(N,) scores of the rows of feature columns, by label."""
         scores: dict[str, list[NDArray[np.float64]]] = {label: [] for label in self.scorers}
-        asked = ((*found, self._ask(found[0])) for found in tables.fixed_batches(features, BATCH))
+        batches = ((SharedBatch(batch), count) for batch, count in tables.fixed_batches(features, BATCH))
+        asked = ((*found, self._ask(found[0])) for found in batches)
         for batch, count, neighbours in _ahead(asked):
             for label, scorer in self.scorers.items():
                 near = {NEIGHBOURS: neighbours[label]()} if label in neighbours else {}
-                scores[label].append(scorer({**batch, **near})[:count])
+                scores[label].append(scorer(batch.adding(near))[:count])
         return {label: np.concatenate(parts) for label, parts in scores.items()}
 
     def only(self, labels: Collection[str]) -> Scoring:

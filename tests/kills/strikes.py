@@ -160,7 +160,7 @@ class Engine:
         return self.engine.stream(rows, decode, (self._subclass(kind, "__call__"), given), needs, count)
 
     def start(self, kind: type, needs: Any, *arguments: Any, spread: bool = False) -> Any:
-        kind = self._subclass(kind, "load", "search")
+        kind = self._subclass(kind, "load", "search", "distance")
         return self.engine.start(kind, needs, *arguments, spread=spread)
 
     def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,14 +10,26 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from pipeline.cluster.engine import opened
+from pipeline.config import schema
+from pipeline.detectors import _gaussian, cosine
+from pipeline.detectors._steps import combined
+from pipeline.detectors.ash import Ash
 from pipeline.detectors.base import Training
+from pipeline.detectors.cosine import Cosine
 from pipeline.detectors.energy import Energy
+from pipeline.detectors.gradnorm import GradNorm
+from pipeline.detectors.mds_l2 import MdsL2
 from pipeline.detectors.msp import Msp
+from pipeline.detectors.rmds_l2 import RmdsL2
 from pipeline.errors import UserError
+from pipeline.learned import statistics
+from pipeline.learned.statistics import Head
 from pipeline.stages import score
-from pipeline.workspace import tables
+from pipeline.stages.fit import fit_detectors
+from pipeline.workspace import artifacts, tables
 from pipeline.workspace.artifacts import Artifact, write_part
-from tests.stages.test_fit import feature_table
+from tests.stages.test_fit import feature_table, made_of
 
 COLUMNS = ("key", "label", "prediction", "feature", "logits")
 TRAINING = Training(np.zeros((5, 6), np.float32), np.zeros(5, np.float32))
@@ -177,3 +189,36 @@ def test_scores_of_other_features_are_never_taken_for_those_of_these(tmp_path: P
 
 def one(path: Path) -> None:
     path.write_bytes(b"1")
+
+
+def test_what_several_scorers_make_of_a_batch_is_computed_once(tmp_path, monkeypatch) -> None:
+    table, calls, made = feature_table(tmp_path / "table", 100, []), [], statistics.unit_rows
+    rows = table.read(0, 100, COLUMNS)
+    head = Head(np.eye(5, 6, dtype=np.float32), np.zeros(5, np.float32))
+    kinds = {"cosine": Cosine(), "mds": MdsL2(), "rmds": RmdsL2(), "stepped": combined(Energy(), [Ash()])}
+    chosen = {**kinds, "msp": Msp(), "gradnorm": GradNorm(), "energy": Energy()}
+    wanted = [need for detector in chosen.values() for need in detector.statistics()]
+    training = Training(head.weight, head.bias, train=statistics.of(rows, wanted, head))
+    with opened("inline", threads=1) as engine:
+        store = artifacts.Store(tmp_path / "fits")
+        scorers = fit_detectors(engine, chosen, training, store, None, made_of, schema.Index()).scorers
+    assert scorers["mds"].whitening is scorers["rmds"].whitening
+    expected = {label: scorer(rows) for label, scorer in scorers.items()}
+
+    def counted(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        calls.append("unit")
+        return made(batch)
+
+    def nearest(*given: object) -> np.ndarray:
+        calls.append("nearest")
+        return distance(*given)
+
+    distance = _gaussian._nearest
+    monkeypatch.setattr(_gaussian, "_nearest", nearest)
+    for module in (cosine, _gaussian):
+        monkeypatch.setattr(module, "unit_rows", counted)
+    monkeypatch.setattr(score, "BATCH", 100)
+    found = score.Scoring(scorers, COLUMNS).of(rows)
+    assert sorted(calls) == ["nearest", "unit"]
+    for label, scores in expected.items():
+        np.testing.assert_array_equal(found[label], scores)
