@@ -85,12 +85,15 @@ class Extractor:
     def _extract(self, shard: Shard, decoded: Decoded | None, attempt: Attempt) -> dict[str, Any]:
         started, clock = time.time(), time.perf_counter()
         batches = decoded.batches(self.plan.settings.batch_size) if decoded else self._decode(shard, attempt)
-        others = Others(self.classifier, [self.plan.extras[name] for name in shard.extras.split()])
+        beside = shard.extras.split()
+        specs = [self.plan.extras[name] for name in beside if name != shards.DIGESTS]
+        others = Others(self.classifier, specs)
         errors, forwarded = 0, 0
         if shard.featured:
             keys = _keys_of(shard)
             others.follow(batches, keys, self.plan.settings.batch_size, attempt)
-            others.write_digests(shard, keys)
+            if shards.DIGESTS in beside:
+                others.write_digests(shard, keys)
         else:
             features, found, forwarded = extract_rows(
                 self.classifier, batches, self.plan.settings, attempt, others

@@ -225,7 +225,7 @@ class Shard:
     featured: str = ""
     """Digest of the keys of the part if it is there, and only extras are missing."""
     extras: str = ""
-    """Columns beyond the features that are to be computed, separated by spaces."""
+    """Columns beside the features that are to be made, separated by spaces; digests come with features."""
 
     def images(self) -> pa.Table:
         """The rows of the manifest."""
@@ -276,13 +276,10 @@ def missing(job: Job, plan: Plan) -> list[Shard]:
     for shard in planned:
         name = storage.name_of(shard.part)
         lacking = [column for column, there in columns.items() if name not in there]
-        extras = " ".join(
-            column for column in (columns if name not in done else lacking) if column != DIGESTS
-        )
         if name not in done:
-            todo.append(replace(shard, extras=extras))
+            todo.append(replace(shard, extras=" ".join(columns)))
         elif lacking:
-            todo.append(replace(shard, featured=done[name].facts["keys"], extras=extras))
+            todo.append(replace(shard, featured=done[name].facts["keys"], extras=" ".join(lacking)))
     return todo
 
 
@@ -420,12 +417,14 @@ def finish_extra(job: Job, extra: Extra) -> Record:
 
 
 def finish_digests(job: Job) -> None:
-    """Mark the digests of a dataset as complete, if there are those of all rows."""
+    """Mark the digests of a dataset as complete; where an earlier version made some parts, there are none."""
     features = job.artifact.record()
     assert features is not None
     digests = job.digests(features)
     if parts := _parts_beside(digests, features):
         digests.finish(parts)
+    else:
+        artifacts.remove_folder(digests.folder)
 
 
 def _parts_beside(column: Artifact, features: Record) -> dict[str, File] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, DetectorEntry
 from pipeline.errors import UserError
 from pipeline.results.evaluation import Evaluation
 from pipeline.stages import shards
@@ -81,4 +81,24 @@ def test_digests_of_an_interrupted_extraction_are_those_of_a_whole_one(
         execute(shared, first="fit")
     execute(shared, last="extract")
     assert {path.name: path.read_bytes() for path in folder.glob("part-*.parquet")} == written
+    assert job.complete
+
+
+def test_features_of_an_earlier_version_need_no_digests(shared: Config, execute: Execute) -> None:
+    """Neither when an extra column is added to them, nor when their extraction goes on."""
+    execute(shared, last="extract")
+    job = prepare(shared).jobs["test"]
+    folder, features = job.artifact.folder, job.artifact.folder / "part-00002.parquet"
+    shutil.rmtree(folder / shards.DIGESTS)
+    entry = DetectorEntry(label="odin", method="odin")
+    more = shared.model_copy(update={"detectors": (*shared.detectors, entry)})
+    execute(more, last="extract")
+    assert not (folder / shards.DIGESTS).exists()
+
+    artifacts.remove(features)
+    (folder / artifacts.RECORD).unlink()
+    before = (folder / "part-00000.parquet").stat().st_mtime_ns
+    execute(shared, last="extract")
+    assert features.exists() and not (folder / shards.DIGESTS).exists()
+    assert (folder / "part-00000.parquet").stat().st_mtime_ns == before
     assert job.complete
