@@ -306,12 +306,13 @@ class OnRay:
     ) -> Iterator[Row]:
         """Receipts of rows that go through one execution of Ray Data, as they come.
 
-        A decoding task asks for the memory that it may hold, but for at most half of the smallest node's:
-        it fits on each.
+        A decoding task asks for the memory that it may hold, but for at most half of that of the smallest
+        node with a CPU: it fits on each.
         """
         self.connect()
         if decode is not None:
-            have = [node["resources"].get("memory", 0) for node in nodes().values()]
+            found = [node["resources"] for node in nodes().values()]
+            have = [each.get("memory", 0) for each in found if each.get("CPU", 0) >= 1]
             decode = (*decode[:2], int(min(decode[2], min(filter(None, have), default=0) // 2)))
         with told(self.logs):
             yield from ray_data.stream(rows, decode, worker, needs, count, self.logs)

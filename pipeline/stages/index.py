@@ -231,7 +231,7 @@ def shards_of(engine: Engine, banks: Iterable[BankFiles], settings: schema.Index
     least = max(1, -(-4 * numbers // AUTO_SHARD_BYTES))
     if settings.kind != "flat":
         return least  # what is found depends on how many were trained
-    room = engine.capacity(settings.needs, "index")
+    room = engine.capacity(settings.needs, "index", spare=1)
     if device(settings) == "cpu":  # score tasks get their share of the CPUs
         besides = _SCORING * max(bank.width for bank in found) ** 2
         room = int(room * 2 * numbers / (2 * numbers + besides))

@@ -17,7 +17,7 @@ from pipeline.columns import LABEL, PREDICTION, Batch
 from pipeline.learned import statistics
 from pipeline.learned.statistics import Head, Part, Statistic, Statistics
 from pipeline.workspace import tables
-from pipeline.workspace.artifacts import ARRAYS, Artifact, File, Kept, Store, opened, saved, write, write_part
+from pipeline.workspace.artifacts import ARRAYS, Artifact, File, Kept, Store, opened, saved, write_part
 
 SLICE = 8192
 """Rows per task. Fixed, so that sums are added in the same order however the rows lie in parts."""
@@ -130,7 +130,7 @@ def _sweep(
         (name, piece, lacking)
         for name, piece in zip(names, pieces, strict=True)
         for together in _together(wanted)
-        if (lacking := [each for each in together if name not in done[each]])
+        if (lacking := [each for each in together if not {name, ARRAYS} & done[each].keys()])
     ]
     arguments = (
         (piece, [(each, measures[each], wanted[each]) for each in lacking], name)
@@ -139,13 +139,15 @@ def _sweep(
     for (name, _, lacking), made in zip(todo, engine.in_order(_sums, arguments), strict=True):
         for each, file in zip(lacking, made, strict=True):
             done[each][name] = file
-    if len(pieces) > 1:
-        sums = [(each, wanted[each], {name: done[each][name] for name in names}) for each in wanted]
-        wholes = list(engine.in_order(_whole, sums))
-    else:
-        wholes = [done[each][ARRAYS] for each in wanted]
-    for artifact, file in zip(wanted.values(), wholes, strict=True):
-        artifact.finish({ARRAYS: file})
+    whole = {each: files[ARRAYS] for each, files in done.items() if ARRAYS in files}
+    sums = [
+        (each, artifact, {name: done[each][name] for name in names})
+        for each, artifact in wanted.items()
+        if each not in whole
+    ]
+    whole |= {each: file for (each, *_), file in zip(sums, engine.in_order(_whole, sums), strict=True)}
+    for each, artifact in wanted.items():
+        artifact.finish({ARRAYS: whole[each]})
 
 
 def _together(wanted: Iterable[Statistic[Any]]) -> list[list[Statistic[Any]]]:
@@ -169,9 +171,8 @@ def _sums(
         for statistic, measure, _ in wanted:
             part = measure.get()(batch)
             sums[statistic] = sums[statistic].merge(part) if statistic in sums else part
-    keep = write if name == ARRAYS else write_part
     return [
-        keep(artifact.folder / name, saved(part.arrays()))
+        write_part(artifact.folder / name, saved(part.arrays()))
         for (_, _, artifact), part in zip(wanted, sums.values(), strict=True)
     ]
 
@@ -184,4 +185,4 @@ def _whole(statistic: Statistic[Any], artifact: Artifact, pieces: Mapping[str, F
             part = statistic.part(**load_file(file))
         total = part if total is None else total.merge(part)
     assert total is not None
-    return write(artifact.folder / ARRAYS, saved(total.arrays()))
+    return write_part(artifact.folder / ARRAYS, saved(total.arrays()))

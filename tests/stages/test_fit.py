@@ -214,10 +214,10 @@ def test_statistics_that_were_interrupted_go_on_where_they_were(engine, tmp_path
         for name, expected in whole[statistic].arrays().items():
             np.testing.assert_array_equal(found[statistic].arrays()[name], expected)
     left = {path.name for path in tmp_path.glob("fits/*/*")}
-    assert left == {artifacts.RECORD, "arrays.safetensors", "_inputs.json"}
+    assert left == {artifacts.RECORD, "arrays.safetensors", ".arrays.safetensors.json", "_inputs.json"}
 
 
-@pytest.mark.parametrize("damage", [None, "flipped"])
+@pytest.mark.parametrize("damage", [None, "flipped", "sums are gone"])
 def test_sums_of_pieces_are_merged_without_reading_rows_again(engine, tmp_path, monkeypatch, damage) -> None:
     monkeypatch.setattr(statistics, "SLICE", 10)
     monkeypatch.setattr(statistics, "EVERY", 2)
@@ -228,11 +228,13 @@ def test_sums_of_pieces_are_merged_without_reading_rows_again(engine, tmp_path, 
         def killed(*_: object) -> None:
             raise Killed
 
-        patch.setattr(statistics, "_whole", killed)
+        patch.setattr(
+            *((artifacts, "_seal") if damage == "sums are gone" else (statistics, "_whole")), killed
+        )
         fitted(engine, Store(tmp_path / "fits"), table, wanted)
     pieces = sorted(tmp_path.glob("fits/*/sum-*"))
-    assert len(pieces) == 5
-    if damage:
+    assert len(pieces) == (0 if damage == "sums are gone" else 5)
+    if damage == "flipped":
         pieces[3].write_bytes(DAMAGES[damage](pieces[3].read_bytes()))
         with pytest.raises(artifacts.Damaged, match="other bytes than were written") as found:
             fitted(engine, Store(tmp_path / "fits"), table, wanted)
@@ -240,7 +242,7 @@ def test_sums_of_pieces_are_merged_without_reading_rows_again(engine, tmp_path, 
     read, seen = tables.Table.read, []
     monkeypatch.setattr(tables.Table, "read", lambda *given: (seen.append(given[1]), read(*given))[1])
     again = fitted(engine, Store(tmp_path / "fits"), table, wanted)[Scatter()]
-    assert seen == ([60, 70] if damage else [])
+    assert seen == ([60, 70] if damage == "flipped" else [])
     for name, expected in whole.arrays().items():
         np.testing.assert_array_equal(again.arrays()[name], expected)
 

@@ -2,8 +2,8 @@
 
 The code goes along, so the cluster runs what checked the config; what it depends on comes from the cluster's
 environment. Paths in the config are those of the cluster, but for relative ones: they mean files of this
-machine, which are sent too. Folders are not, and no file whose time stamp is part of its identity. A file of
-code is sent alone, without modules that lie beside it.
+machine, which are sent too, a file of code with the modules beside it that it imports. Folders of data are
+not, and no file whose time stamp is part of its identity.
 """
 
 from __future__ import annotations
