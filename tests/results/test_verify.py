@@ -56,7 +56,7 @@ def kept() -> dict[str, Path]:
 
 
 @pytest.fixture
-def finished(kept, settings, images, load, execute, tmp_path) -> Path:
+def finished(kept, settings, images, load, execute, tmp_path, tmp_path_factory) -> Path:
     """Workspace of a finished evaluation; not to be changed."""
     if not kept:
         more = {"shifted": "shifted_id", "production": "unlabelled"}
@@ -68,7 +68,8 @@ def finished(kept, settings, images, load, execute, tmp_path) -> Path:
         settings["datasets"] += entries + pictures(tmp_path, images)
         settings["detectors"] = ["msp", "mahalanobis_ensemble"]
         settings["extract"]["max_bad_fraction"] = 0.5
-        kept["workspace"] = execute(load(settings)).folder.parent.parent.parent
+        made = execute(load(settings)).folder.parent.parent.parent
+        kept["workspace"] = made.rename(tmp_path_factory.mktemp("finished") / "workspace")
     return kept["workspace"]
 
 
