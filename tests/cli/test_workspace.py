@@ -209,7 +209,10 @@ def test_repeats_share_features_and_are_summarised(settings: dict[str, Any], tmp
     copied = tmp_path / "copied.safetensors"
     copied.write_bytes((Path(quickstart.__file__).parent / "resnet.safetensors").read_bytes())
     before = sorted((tmp_path / "workspace" / "runs" / "small").iterdir())
-    for other, message in ((str(copied), "have the same content"), (str(tmp_path / "no"), "no")):
+    for other, message in (
+        (str(copied), "have the same content"),
+        (str(tmp_path / "no"), str(tmp_path / "no")),
+    ):
         with pytest.raises(UserError, match=message):
             command(*run, "--set", "seed=7", "--weights", SHIPPED, "--weights", other)
     assert sorted((tmp_path / "workspace" / "runs" / "small").iterdir()) == before

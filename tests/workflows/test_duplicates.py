@@ -28,6 +28,7 @@ def shared(settings: dict[str, Any], images: Path, load: Callable[..., Config], 
     """
     with np.load(images) as arrays:
         changed = dict(arrays)
+    changed |= {name: changed[name][:150] for name in ("train_x", "train_y")}
     changed["animals_x"] = np.concatenate([changed["train_x"][[7, 7, 8, 9, 10]], changed["animals_x"][:60]])
     changed["textures_x"] = np.concatenate(
         [changed["textures_x"][:60], changed["test_x"][[3]], changed["animals_x"][[30]]]
