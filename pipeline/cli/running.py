@@ -6,7 +6,7 @@ They read the config before they import what takes seconds, so that a mistake in
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +29,7 @@ from pipeline.cli.workspace import show_comparison
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
+    from pipeline.stages.prepare import Prepared
     from pipeline.workflows.run import Options, Outcome, StageName
 
 
@@ -93,17 +94,34 @@ def run(
     from pipeline.workflows.run import Options
 
     chosen = Options(fresh=fresh, wait=wait, engine=engine, threads=threads or None, level=level(verbose))
-    done = []
-    for settings in repeats:
-        if dry_run:
-            show_plan(prepare(settings))
-        else:
-            done.append(_execute(settings, chosen))
+    prepared = [prepare(settings) for settings in repeats] if dry_run or len(repeats) > 1 else []
+    _require_others(prepared)
+    if dry_run:
+        for ready in prepared:
+            show_plan(ready)
+        return
+    done = [_execute(settings, chosen) for settings in repeats]
     if len(done) > 1:
         from pipeline.results.comparing import compared
         from pipeline.results.evaluation import opened
 
-        show_comparison(compared([opened(outcome.folder) for outcome in done], ["auroc"]))
+        metric = "auroc" if repeats[0].of_role("near_ood", "far_ood") else "aurc"
+        show_comparison(compared([opened(outcome.folder) for outcome in done], [metric]))
+
+
+def _require_others(repeats: Sequence[Prepared]) -> None:
+    """Refuse repeats that are one run, as of two files with the same weights."""
+    from pipeline.errors import UserError
+
+    seen: dict[str, Prepared] = {}
+    for ready in repeats:
+        first = seen.setdefault(ready.fingerprint, ready)
+        if first is not ready:
+            model, other = first.config.model, ready.config.model
+            raise UserError(
+                f"--weights: {model.weights} and {other.weights} have the same content, so that both are one "
+                "run. Give each its own."
+            )
 
 
 def _repeats(seeds: str, weights: list[str]) -> list[list[str]]:
@@ -114,9 +132,10 @@ def _repeats(seeds: str, weights: list[str]) -> list[list[str]]:
     """
     from pipeline.errors import UserError
 
-    numbers = [text.strip() for text in seeds.split(",")] if seeds else []
-    if not all(text.isdecimal() for text in numbers):
+    texts = [text.strip() for text in seeds.split(",")] if seeds else []
+    if not all(text.isdecimal() for text in texts):
         raise UserError(f"--seeds: got {seeds!r}; expected numbers with commas between them, as 0,1,2.")
+    numbers = [str(int(text)) for text in texts]
     for option, given in (("--seeds", numbers), ("--weights", weights)):
         if len(set(given)) < len(given):
             raise UserError(f"{option}: {', '.join(given)}: one is given twice. Give each its own.")

@@ -24,7 +24,7 @@ from pipeline.config.grids import Tune, points
 from pipeline.detectors._steps import combined
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError, unknown
-from pipeline.metrics.metrics import LEVEL
+from pipeline.metrics.metrics import HIGHEST, LEVEL, LOWEST
 from pipeline.parameters import Frozen
 
 Role = Literal["train", "id", "near_ood", "far_ood", "shifted_id", "id_val", "ood_val", "unlabelled"]
@@ -230,8 +230,8 @@ class Metrics(Frozen):
 
     fpr_level: float = Field(
         default=LEVEL,
-        gt=0,
-        lt=1,
+        ge=LOWEST,
+        le=HIGHEST,
         description="share of the positive images that FPR is measured at; 0.95 gives fpr95_id and fpr95_ood",
     )
 

@@ -7,10 +7,9 @@ and nothing depends on the order of the rows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,15 +74,6 @@ class Counted:
         return Counted(self.outside[..., ::-1], self.inside[..., ::-1])
 
 
-class Uncertain(Protocol):
-    """A value on some rows, with what its interval is made of."""
-
-    @classmethod
-    def mean(cls, parts: Sequence[Self]) -> Estimate:
-        """The unweighted mean over OOD sets, which share the ID rows."""
-        ...
-
-
 class Metric(ABC):
     """One number of a detector, in [0, 1]."""
 
@@ -117,4 +107,7 @@ class Metric(ABC):
 
     @abstractmethod
     def uncertain(self, value: float, rows: Counted) -> Any:
-        """A value on (T,) rows as something `Uncertain`."""
+        """A value on (T,) rows with what its interval is made of.
+
+        The `mean` of several is their `Estimate`, where they are of OOD sets that share the ID rows.
+        """

@@ -17,10 +17,9 @@ class Result:
 
     dataset: str
     metric: str
-    value: float | None
-    """None where labels lack that it needs; so is its interval."""
-    ci_low: float | None
-    ci_high: float | None
+    value: float
+    ci_low: float
+    ci_high: float
     n_id: int
     n_ood: int
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -94,8 +93,7 @@ def _corners(positive: Counts, negative: Counts, first: NDArray[np.intp]) -> NDA
 def _corner(positive: Counts, negative: Counts, first: int) -> int:
     if not positive[:first].any() and not negative[:first].any():  # the ends of the curve are kept
         return first
-    later = (first + np.flatnonzero(positive[first:] | negative[first:])).tolist()
-    for here, following in pairwise(later):
-        if positive[here] != positive[following] or negative[here] != negative[following]:
-            return int(here)
-    return int(later[-1])
+    later = first + np.flatnonzero(positive[first:] | negative[first:])
+    steps = np.stack([positive[later], negative[later]])
+    turns = later[:-1][(steps[:, 1:] != steps[:, :-1]).any(axis=0)]
+    return int(turns[0] if len(turns) else later[-1])

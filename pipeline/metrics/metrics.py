@@ -25,6 +25,8 @@ from pipeline.metrics.oscr import OSCR
 
 LEVEL = 0.95
 """Share that FPR is measured at unless another one is given."""
+LOWEST, HIGHEST = 0.5, 0.9999
+"""Between these lie the shares that FPR may be measured at: 0.95 in a name that counts percent is a slip."""
 
 FAILURES: tuple[Metric, ...] = (AURC(), AUGRC())
 """Metrics of ID rows alone: whether the score tells those that the classifier has wrong."""
@@ -47,17 +49,16 @@ def against_ood(level: float = LEVEL) -> tuple[Metric, ...]:
     )
 
 
-METRICS: tuple[str, ...] = tuple(metric.name for metric in against_ood())
-"""Names of the metrics of ID against OOD rows at the usual level of FPR."""
-
-
 def named(name: str) -> Metric:
     """The metric of a name, as in fpr95_id.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is none, or it is FPR at a share below 0.5 or above 0.9999.
     """
-    return {metric.name: metric for metric in (*against_ood(level_of(name)), *FAILURES)}[name]
+    level = level_of(name)
+    if not LOWEST <= level <= HIGHEST:
+        raise KeyError(name)
+    return {metric.name: metric for metric in (*against_ood(level), *FAILURES)}[name]
 
 
 def level_of(name: str) -> float:

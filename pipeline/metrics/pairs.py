@@ -24,6 +24,8 @@ from pipeline.metrics.metrics import FAILURES, LEVEL, against_ood, checked, coun
 
 GROUPS = 1024
 """Most groups of rows of a set."""
+LEVEL_OF_TESTS = 0.05
+"""Corrected p-values below tell two detectors apart."""
 RESAMPLES = 200
 """Of the paired bootstrap; standard errors are good to 5 %."""
 _BINS = 2048

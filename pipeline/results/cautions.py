@@ -54,16 +54,6 @@ def few_images(found: Found) -> Iterator[str]:
             )
 
 
-def no_labels(found: Found) -> Iterator[str]:
-    """Datasets of ID images that lack labels, and what is unknown for it."""
-    for row in found.metrics:
-        if row["metric"] == "id_accuracy" and row["value"] is None:
-            yield (
-                f"{row['dataset']} has images without a label: ID accuracy, OSCR, AURC and AUGRC on it are "
-                "unknown."
-            )
-
-
 def duplicates(found: Found) -> Iterator[str]:
     """Images that are in two datasets that must be apart."""
     datasets = found.manifest["datasets"]
@@ -128,7 +118,6 @@ def huge_thresholds(found: Found) -> Iterator[str]:
 KINDS: tuple[Callable[[Found], Iterator[str]], ...] = (
     numbering,
     few_images,
-    no_labels,
     duplicates,
     few_training_rows,
     below_chance,

@@ -5,7 +5,8 @@ Reads run folders alone, of any number of workspaces.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from statistics import mean, stdev
@@ -15,10 +16,9 @@ import yaml
 
 from pipeline.errors import UserError, unknown
 from pipeline.metrics.metrics import FAILURES, against_ood, named
+from pipeline.metrics.pairs import LEVEL_OF_TESTS
 from pipeline.results.evaluation import Evaluation, differences, other_data
 
-LEVEL = 0.05
-"""Corrected p-values below tell two detectors apart."""
 _ALONE = ("name", "seed", "workspace", "tracking", "tune", "published")
 """Keys of a config in which repeats of one evaluation may differ, besides the weights of the model."""
 
@@ -33,13 +33,17 @@ class Column:
     """Why its images are not those of the first column; empty if they are."""
 
     def costs(self) -> dict[str, float | None]:
-        """Seconds per million images by what they are spent on, mean over the runs that did the work."""
+        """Seconds per million images by what they are spent on, mean over the runs that did the work.
+
+        Of scores, runs that found none of them: neither in the workspace nor of a run that was killed.
+        """
         found: dict[str, list[float]] = {"extraction": [], "scores of all detectors": []}
         for run in self.runs:
             extract, score = (run.record["stages"].get(name, {}) for name in ("extract", "score"))
             if extract.get("images_per_second"):
                 found["extraction"].append(1e6 / extract["images_per_second"])
-            if score.get("rows"):
+            every = score.get("rows", 0) * len(run.record["detectors"])
+            if every and score.get("scores") == every:
                 found["scores of all detectors"].append(1e6 * score["seconds"] / score["rows"])
         return {what: mean(values) if values else None for what, values in found.items()}
 
@@ -60,7 +64,9 @@ class Cell:
     std: float | None
     """Sample standard deviation over repeats; None of a single run."""
     n: int
-    """Number of runs."""
+    """Number of runs that have it."""
+    runs: int
+    """Number of runs of the column."""
     rank: int | None
     """Among all detectors of all columns with the images of the first; None for those with others."""
     level: bool | None
@@ -72,7 +78,7 @@ _Place = tuple[str, str, str]
 _Entry = tuple[str, str]
 """Column and detector."""
 _Summary = tuple[float, float | None, float | None, float | None, int]
-"""Value, interval, deviation and number of runs."""
+"""Value, interval, deviation and number of runs that have it."""
 _Tests = Mapping[tuple[_Place, frozenset[Any]], float]
 
 
@@ -104,24 +110,26 @@ class Comparing:
         """By metric, place, detector and column.
 
         Raises:
-            UserError: no run has such a metric or dataset.
+            UserError: no run has one of the metrics or datasets.
         """
+        values = self._values()
         tests = self._tests()
-        return [cell for place, found in self._values().items() for cell in self._ranked(place, found, tests)]
+        return [cell for place, found in values.items() for cell in self._ranked(place, found, tests)]
 
     def _ranked(self, place: _Place, found: Mapping[_Entry, _Summary], tests: _Tests) -> Iterator[Cell]:
         """The cells of one metric on one dataset or group."""
         metric, group, dataset = place
         sign = -1 if shown(metric)[1] else 1
         foreign = {column.name for column in self.columns if column.foreign}
+        runs = {column.name: len(column.runs) for column in self.columns}
         ours = {entry: sign * each[0] for entry, each in found.items() if entry[0] not in foreign}
         best = min(ours, key=lambda entry: ours[entry], default=None)
         for entry, summary in found.items():
             rank = 1 + sum(other < ours[entry] for other in ours.values()) if entry in ours else None
             p = tests.get((place, frozenset({best, entry})))
-            level = None if p is None else p >= LEVEL
+            level = None if p is None else p >= LEVEL_OF_TESTS
             value, low, high, std, n = summary
-            yield Cell(*entry, dataset, group, metric, value, low, high, std, n, rank, level)
+            yield Cell(*entry, dataset, group, metric, value, low, high, std, n, runs[entry[0]], rank, level)
 
     def records(self) -> list[dict[str, Any]]:
         """One row per cell, for programs."""
@@ -141,27 +149,32 @@ class Comparing:
                 if self._is_wanted(row):
                     place = row["metric"], row["group"], row["dataset"]
                     rows.setdefault(place, {}).setdefault((column.name, row["detector"]), []).append(row)
-        if not rows:
-            self._refuse()
+        self._require(rows)
         return {
             place: {entry: _summary(each) for entry, each in found.items()} for place, found in rows.items()
         }
 
     def _is_wanted(self, row: Mapping[str, Any]) -> bool:
-        if row["metric"] not in self.metrics or row["value"] is None:
+        if row["metric"] not in self.metrics:
             return False
         usual = row["dataset"] == row["group"] or row["group"] in ("id", "shifted_id")
         return row["dataset"] in self.datasets if self.datasets else usual
 
-    def _refuse(self) -> None:
-        rows = [row for column in self.columns for run in column.runs for row in run.metrics.to_pylist()]
-        known = dict.fromkeys(row["dataset"] for row in rows)
+    def _require(self, found: Collection[_Place]) -> None:
+        """Refuse a metric or a dataset of which nothing was found."""
+        runs = [run for column in self.columns for run in column.runs]
+        known = dict.fromkeys(name for run in runs for name in run.metrics["dataset"].to_pylist())
         for name in self.datasets:
             if name not in known:
                 raise UserError(f"--dataset: {unknown('dataset', name, list(known))}")
-        raise UserError(
-            f"--metric: no value of {', '.join(self.metrics)} on {', '.join(self.datasets) or 'any group'}."
-        )
+        metrics, datasets = ({place[position] for place in found} for position in (0, 2))
+        for metric in self.metrics:
+            if metric not in metrics:
+                where = ", ".join(self.datasets) or "any group or ID dataset"
+                raise UserError(f"--metric: no run has a value of {metric} on {where}.")
+        for name in self.datasets:
+            if name not in datasets:
+                raise UserError(f"--dataset: no run has a value of {', '.join(self.metrics)} on {name}.")
 
     def _tests(self) -> _Tests:
         """Corrected p-values of pairs of entries, where columns are single runs on the same images."""
@@ -201,10 +214,11 @@ def compared(
         runs: finished ones, at least one.
         metrics: names.
         datasets: names of datasets or groups; none: the groups, and the ID datasets.
-        group: whether runs of one config that differ in their seed or their weights alone become one column.
+        group: whether runs of one config that differ in their seed or their weights alone become one column;
+            of those that differ in neither, each is in a column of its own.
 
     Raises:
-        UserError: a run is given twice, or has no dataset and role in common with the first.
+        UserError: a run is given twice, or there is no metric of a name.
     """
     for metric in metrics:
         shown(metric)
@@ -213,13 +227,17 @@ def compared(
         if folders.count(folder) > 1:
             raise UserError(f"{folder}: given twice. Name each run once.")
     together: dict[Any, list[Evaluation]] = {}
+    times = Counter[Any]()
     for run in runs:
-        together.setdefault(_repeated(run) if group else run.folder, []).append(run)
+        alike = _repeated(run)
+        once = alike, run.record["seed"], run.record["model"]["weights_digest"]
+        together.setdefault((alike, times[once]) if group else run.folder, []).append(run)
+        times[once] += 1
     names = _names([found[0] for found in together.values()])
     first = runs[0]
     columns = []
     for name, found in zip(names, together.values(), strict=True):
-        foreign = next(filter(None, (other_data(first, run) for run in found)), "")
+        foreign = other_data(first, found[0])
         columns.append(
             Column(f"{name} ({len(found)} runs)" if len(found) > 1 else name, tuple(found), foreign)
         )

@@ -11,15 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.columns import KEY, LABEL, PREDICTION, Float, Mask
+from pipeline.columns import DIGEST, KEY, LABEL, PREDICTION, Float, Mask
+from pipeline.config.schema import LABELLED_ROLES
 from pipeline.errors import UserError, unknown
 from pipeline.metrics import pairs
 from pipeline.metrics.metrics import LEVEL
 from pipeline.results.cautions import COMPARED
-from pipeline.stages.evaluate import PAIRS
+from pipeline.stages.evaluate import PAIRS, spectra
+from pipeline.stages.shards import DIGESTS
 from pipeline.workspace import files, tables
 from pipeline.workspace.files import Place
-from pipeline.workspace.runs import located
+from pipeline.workspace.runs import located, workspace_of
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,16 @@ class Evaluation:
         """Differences of all detectors of this run and another one on the same images.
 
         Columns are those of `differences`. A detector goes by `<id of its run>/<label>`. Compared are the
-        rows that all detectors have scores of. Memory grows with rows and detectors: 8 bytes each.
+        datasets that both runs have in the same role, on the rows that all detectors have scores of. Memory
+        grows with rows and detectors: 8 bytes each.
 
         Raises:
-            UserError: the runs are one, or have no OOD dataset, or others than each other, or other images.
+            UserError: the runs are one, have no ID and OOD dataset in common, or other images in one.
         """
-        reason = other_data(self, other)
+        shared = set(_shared_roles([self, other]).values())
+        reason = other_images(self, other)
+        if "id" not in shared or not shared & {"near_ood", "far_ood"}:
+            reason = "no ID and OOD dataset of the same name and role in both"
         if self.folder == other.folder or reason:
             raise UserError(
                 f"{self.folder} and {other.folder}: nothing to compare: {reason or 'they are one run'}. "
@@ -114,22 +120,57 @@ Entry = tuple[Evaluation, str]
 def other_data(first: Evaluation, other: Evaluation) -> str:
     """Why two runs were not measured on the same images; empty if they were.
 
-    The datasets that are compared must have the same names, roles and images: the same digest of their
-    listing, which holds keys, labels, and what identifies each image.
+    The datasets that are compared must have the same names, roles and images.
     """
     ours, theirs = (_roles(run) for run in (first, other))
-    if "id" not in ours.values() or set(ours.values()) == {"id"}:
-        return "no ID and OOD dataset in the first run"
     if ours != theirs:
         names = ", ".join(
             sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         )
         return f"other datasets than in the first run ({names})"
-    for name in ours:
+    return other_images(first, other)
+
+
+def other_images(first: Evaluation, other: Evaluation) -> str:
+    """In which dataset that two runs have in the same role they have other images; empty if in none.
+
+    Images are the same if the digests of their listings are, which hold keys, labels, and what identifies
+    each image; or else if keys, labels and the digests of their bytes are, which are beside the features.
+    """
+    for name in _shared_roles([first, other]):
         known, found = (run.record["datasets"][name] for run in (first, other))
-        if known["digest"] != found["digest"]:
+        if known["digest"] == found["digest"]:
+            continue
+        same = known["rows"] == found["rows"] and _same_bytes(first, other, name)
+        if same is None:
+            return (
+                f"another listing of {name} than in the first run (keys, labels, sizes and time stamps of "
+                "files; `identity: content` avoids it)"
+            )
+        if not same:
             return f"other images in {name} ({found['rows']:,}) than in the first run ({known['rows']:,})"
     return ""
+
+
+def _same_bytes(first: Evaluation, other: Evaluation, dataset: str) -> bool | None:
+    """Whether two runs have the same keys, labels and bytes, in one order; None if one knows no bytes."""
+    ours, theirs = (_listed(run, dataset) for run in (first, other))
+    if ours is None or theirs is None:
+        return None
+    return all(one.equals(another) for one, another in zip(ours, theirs, strict=True))
+
+
+def _listed(run: Evaluation, dataset: str) -> tuple[pa.Table, pa.Table] | None:
+    """Keys and labels of all images, and keys and digests of the bytes of those that could be read."""
+    entry, workspace = run.record["datasets"][dataset], workspace_of(run.folder)
+    features = workspace / "features" / f"{dataset}-{entry['hash']}"
+    listing = workspace / "manifests" / f"{dataset}-{entry['digest'][:16]}" / "rows.parquet"
+    try:
+        digests = pa.concat_tables(tables.Table.open(features / DIGESTS).columns([KEY, DIGEST]))
+        with tables.parquet(listing) as file:
+            return file.read([KEY, LABEL, "accepted"]), digests
+    except FileNotFoundError:
+        return None
 
 
 def differences(runs: Sequence[Evaluation]) -> Iterator[tuple[Entry, Entry, str, pairs.Difference]]:
@@ -139,16 +180,15 @@ def differences(runs: Sequence[Evaluation]) -> Iterator[tuple[Entry, Entry, str,
     Memory grows with rows and detectors: 8 bytes each.
 
     Args:
-        runs: finished ones, each of the `other_data` of none.
+        runs: finished ones, with the same images in the datasets that all have in the same role.
     """
-    roles, level = _roles(runs[0]), runs[0].record.get("metrics", {}).get("fpr_level", LEVEL)
+    roles, level = _shared_roles(runs), runs[0].record.get("metrics", {}).get("fpr_level", LEVEL)
     seed = runs[0].record["seed"]
     rows = {name: _beside(runs, name) for name in roles}
     members = {
         role: [name for name in roles if roles[name] == role] for role in dict.fromkeys(roles.values())
     }
-    spectra = {"": ("id",), "fs_": ("id", "shifted_id")} if "shifted_id" in members else {"": ("id",)}
-    for prefix, inside in spectra.items():
+    for prefix, inside in spectra("shifted_id" in members).items():
         groups = {prefix + role: members[role] for role in ("near_ood", "far_ood") if role in members}
         group_of = {name: group for group, names in groups.items() for name in (*names, group)}
 
@@ -159,7 +199,7 @@ def differences(runs: Sequence[Evaluation]) -> Iterator[tuple[Entry, Entry, str,
             return pairs.sample(values, outside, groups, seed, right, level)
 
         yield from _paired(rows, sampled, group_of)
-    for role in ("id", "shifted_id"):
+    for role in LABELLED_ROLES:
         for name in members.get(role, ()):
 
             def failing(entry: Entry, name: str = name) -> list[pairs.Sample]:
@@ -183,6 +223,12 @@ def _roles(run: Evaluation) -> dict[str, str]:
     """The datasets that are compared, and their roles."""
     datasets = run.record["datasets"].items()
     return {name: entry["role"] for name, entry in datasets if entry["role"] in COMPARED}
+
+
+def _shared_roles(runs: Sequence[Evaluation]) -> dict[str, str]:
+    """The datasets that are compared and have the same role in all runs, and their roles."""
+    others = [_roles(run) for run in runs]
+    return {name: role for name, role in others[0].items() if all(each.get(name) == role for each in others)}
 
 
 def _beside(runs: Sequence[Evaluation], dataset: str) -> dict[Entry, tuple[Float, Mask]]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.cluster.engine import Engine
 from pipeline.columns import LABEL, PREDICTION, Float, Mask
+from pipeline.config.schema import LABELLED_ROLES
 from pipeline.metrics import comparisons, metrics, pairs
 from pipeline.metrics.metrics import LEVEL
 from pipeline.metrics.numbering import suspicious
@@ -46,7 +47,6 @@ FORMAT = "results 3"
 CLASSIFIER = "classifier"
 """What stands in the column `detector` of the rows with the classifier's accuracy."""
 
-_ID_ROLES = ("id", "shifted_id")
 _OOD_GROUPS = ("near_ood", "far_ood")
 
 
@@ -56,8 +56,8 @@ class Scores:
 
     by_role: Mapping[str, Mapping[str, Sequence[tables.Table]]]
     """Each with those of other detectors whose rows without a score do not count either."""
-    right: Mapping[str, Mask | None]
-    """Which rows of a dataset of ID images the classifier puts into their class; None where labels lack."""
+    features: Mapping[str, tables.Table]
+    """Labels and predictions of the datasets of ID images; none where labels are not read."""
 
     def of(self, *roles: str) -> dict[str, Sequence[tables.Table]]:
         """Scores of the datasets with these roles, by name."""
@@ -70,6 +70,7 @@ def run(
     progress: Callable[[int], None] = lambda _: None,
     together: Iterable[Collection[str]] = (),
     level: float = LEVEL,
+    labelled: bool = True,
 ) -> tuple[pa.Table, dict[str, float]]:
     """Metrics of all detectors and their thresholds at 95 % ID acceptance.
 
@@ -80,14 +81,10 @@ def run(
         together: labels of detectors that are measured on the rows that all of them have scores of; others
             on all that they have scores of.
         level: share at which FPR is measured.
+        labelled: whether all ID images have labels; without, metrics that need them are left out.
     """
-    right = _right_of(jobs)
-    rows = [
-        _accuracy(job.dataset, role, job.features.rows, right[job.dataset])
-        for role in _ID_ROLES
-        for job in jobs.get(role, ())
-    ]
-    of_each = _of_each(jobs, together, right)
+    rows = [_accuracy(job, role) for role in LABELLED_ROLES for job in jobs.get(role, ()) if labelled]
+    of_each = _of_each(jobs, together, labelled)
     thresholds = {}
     for label, (found, threshold) in zip(
         of_each,
@@ -114,11 +111,9 @@ def paired(
     labels = list(jobs["id"][0].scores)
     if len(labels) < 2:
         return PAIRS.empty_table()
-    of_each = _of_each(jobs, [labels], _right_of(jobs))
-    work = ((scores, seed, level) for scores in of_each.values())
-    spectra = zip(*engine.in_order(_sample, work), strict=True)
+    work = ((scores, seed, level) for scores in _of_each(jobs, [labels]).values())
     rows = []
-    for samples in spectra:
+    for samples in zip(*engine.in_order(_sample, work), strict=True):
         group_of = samples[0][1]
         differences = pairs.differences(dict(zip(labels, (found for found, _ in samples), strict=True)))
         rows += [{**asdict(each), "group": group_of[each.dataset]} for each in differences]
@@ -128,17 +123,20 @@ def paired(
 def _of_each(
     jobs: Mapping[str, Sequence[ScoreJob]],
     together: Iterable[Collection[str]],
-    right: Mapping[str, Mask | None],
+    labelled: bool = True,
 ) -> dict[str, Scores]:
     """The scores of every detector, by its label."""
     beside = {label: group for group in together for label in group}
     scored = {
         role: {job.dataset: _with_others(job, beside) for job in members} for role, members in jobs.items()
     }
+    features = {
+        job.dataset: job.features for role in LABELLED_ROLES for job in jobs.get(role, ()) if labelled
+    }
     return {
         label: Scores(
             {role: {name: each[label] for name, each in found.items()} for role, found in scored.items()},
-            right,
+            features,
         )
         for label in jobs["id"][0].scores
     }
@@ -182,18 +180,24 @@ class _Spectrum:
         return datasets | {group: group for group in self.members}
 
 
+def spectra(shifted: bool) -> dict[str, tuple[str, ...]]:
+    """Roles of the ID images of ID against OOD data, by the prefix of its groups.
+
+    Args:
+        shifted: whether there are covariate-shifted ID data, which make the full spectrum.
+    """
+    return {"": ("id",), "fs_": LABELLED_ROLES} if shifted else {"": ("id",)}
+
+
 def _spectra(scores: Scores) -> Iterator[_Spectrum]:
-    """ID against OOD data; with covariate-shifted ID data also the full spectrum."""
-    spectra = {"": ("id",), "fs_": ("id", "shifted_id")} if scores.of("shifted_id") else {"": ("id",)}
-    for prefix, roles in spectra.items():
+    """ID against OOD data, and the full spectrum."""
+    for prefix, roles in spectra(bool(scores.of("shifted_id"))).items():
         members = {prefix + role: list(scores.of(role)) for role in _OOD_GROUPS if scores.of(role)}
         if members:
             outside = {name: _scored(found)[0] for name, found in scores.of(*_OOD_GROUPS).items()}
             inside = [_classified(scores, name, found) for name, found in scores.of(*roles).items()]
-            values, right = zip(*inside, strict=True)
-            known = [each for each in right if each is not None]
-            whole = np.concatenate(known) if len(known) == len(right) else None
-            yield _Spectrum(np.concatenate(values), whole, outside, members)
+            values, right = (np.concatenate(each) for each in zip(*inside, strict=True))
+            yield _Spectrum(values, right if scores.features else None, outside, members)
 
 
 def _evaluate(scores: Scores, label: str, level: float) -> tuple[list[dict[str, Any]], float]:
@@ -201,34 +205,16 @@ def _evaluate(scores: Scores, label: str, level: float) -> tuple[list[dict[str, 
     rows = [
         {"detector": label, "group": spectrum.group_of[result.dataset], **asdict(result)}
         for spectrum in _spectra(scores)
-        for result in _compared(spectrum, level)
+        for result in comparisons.compare(
+            spectrum.inside, spectrum.outside, spectrum.members, spectrum.right, level
+        )
     ]
-    for role in _ID_ROLES:
+    for role in LABELLED_ROLES if scores.features else ():
         for name, found in scores.of(role).items():
-            values, right = _classified(scores, name, found)
-            if right is not None:
-                results = comparisons.failures(name, values, right)
-            else:
-                results = [_unknown(name, metric.name, len(values)) for metric in metrics.FAILURES]
+            results = comparisons.failures(name, *_classified(scores, name, found))
             rows += [{"detector": label, "group": role, **asdict(result)} for result in results]
     inside = [_scored(found)[0] for found in scores.of("id").values()]
     return rows, metrics.threshold(np.concatenate([np.empty(0), *inside]))
-
-
-def _compared(spectrum: _Spectrum, level: float) -> Iterator[comparisons.Result]:
-    """The metrics on a spectrum; null those that lack labels."""
-    names = spectrum.outside, spectrum.members, spectrum.right, level
-    found = {(each.dataset, each.metric): each for each in comparisons.compare(spectrum.inside, *names)}
-    for dataset in spectrum.group_of:
-        for metric in metrics.against_ood(level):
-            known = found[dataset, "auroc"]
-            lacking = _unknown(dataset, metric.name, known.n_id, known.n_ood)
-            yield found.get((dataset, metric.name), lacking)
-
-
-def _unknown(dataset: str, metric: str, n_id: int, n_ood: int = 0) -> comparisons.Result:
-    """A metric that lacks labels."""
-    return comparisons.Result(dataset, metric, None, None, None, n_id, n_ood)
 
 
 def _sample(scores: Scores, seed: int, level: float) -> list[tuple[list[pairs.Sample], dict[str, str]]]:
@@ -237,19 +223,22 @@ def _sample(scores: Scores, seed: int, level: float) -> list[tuple[list[pairs.Sa
     for spectrum in _spectra(scores):
         rows = spectrum.inside, spectrum.outside, spectrum.members
         samples.append((pairs.sample(*rows, seed, spectrum.right, level), spectrum.group_of))
-    for role in _ID_ROLES:
+    for role in LABELLED_ROLES:
         for name, found in scores.of(role).items():
-            values, right = _classified(scores, name, found)
-            if right is not None:
-                samples.append(([pairs.sample_failures(name, values, right, seed)], {name: role}))
+            failing = pairs.sample_failures(name, *_classified(scores, name, found), seed)
+            samples.append(([failing], {name: role}))
     return samples
 
 
-def _classified(scores: Scores, dataset: str, found: Sequence[tables.Table]) -> tuple[Float, Mask | None]:
-    """One detector's scores of a dataset of ID images, and which of these rows the classifier has right."""
+def _classified(scores: Scores, dataset: str, found: Sequence[tables.Table]) -> tuple[Float, Mask]:
+    """One detector's scores of a dataset of ID images, and which of these rows the classifier has right.
+
+    None are right where labels are not read.
+    """
     values, there = _scored(found)
-    right = scores.right[dataset]
-    return values, None if right is None else right[there]
+    features = scores.features.get(dataset)
+    right = np.zeros(len(there), np.bool_) if features is None else np.concatenate([*_right(features)])
+    return values, right[there]
 
 
 def _scored(found: Sequence[tables.Table]) -> tuple[Float, Mask]:
@@ -263,13 +252,10 @@ def _scored(found: Sequence[tables.Table]) -> tuple[Float, Mask]:
     return np.concatenate(columns), np.concatenate(kept)
 
 
-def _right_of(jobs: Mapping[str, Sequence[ScoreJob]]) -> dict[str, Mask | None]:
-    """Which rows of the datasets of ID images the classifier has right; None where labels lack."""
-    found: dict[str, Mask | None] = {}
-    for job in (job for role in _ID_ROLES for job in jobs.get(role, ())):
-        labels, predictions = _labelled(job.features)
-        found[job.dataset] = labels == predictions if (labels >= 0).all() else None
-    return found
+def _right(features: tables.Table) -> Iterator[Mask]:
+    """Which rows the classifier has right, part by part."""
+    for part in features.columns([LABEL, PREDICTION]):
+        yield part[LABEL].to_numpy() == part[PREDICTION].to_numpy()
 
 
 def numbering(features: tables.Table, classes: int) -> str:
@@ -288,7 +274,9 @@ def _labelled(features: tables.Table) -> tuple[NDArray[np.int64], NDArray[np.int
     return labels, predictions
 
 
-def _accuracy(dataset: str, role: str, rows: int, right: Mask | None) -> dict[str, Any]:
+def _accuracy(job: ScoreJob, role: str) -> dict[str, Any]:
     """The row with the classifier's accuracy on a dataset of its classes; its argmax, not a detector's."""
-    row = {"detector": CLASSIFIER, "group": role, **asdict(_unknown(dataset, "id_accuracy", rows))}
-    return row if right is None else {**row, **metrics.accuracy(int(right.sum()), rows)._asdict()}
+    rows = job.features.rows
+    found = metrics.accuracy(sum(int(right.sum()) for right in _right(job.features)), rows)
+    result = comparisons.Result(job.dataset, "id_accuracy", *found, rows, 0)
+    return {"detector": CLASSIFIER, "group": role, **asdict(result)}

@@ -266,22 +266,22 @@ def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, progress: Ca
         progress: called with the number of rows of every part that is done.
 
     Returns:
-        How many rows were scored, by one detector or more.
+        How many scores were computed: rows, by each detector.
     """
     done = {(job.dataset, label): _begun(job.scores[label]) for job in jobs for label in job.lacking()}
     todo = [row for job in jobs for row in _missing(job, done)]
-    rows = 0
+    scores = 0
     if todo:
         work = engine.share((scoring, {job.dataset: job.features for job in jobs}))
         for row, made in zip(todo, engine.in_order(score_part, ((row, work) for row in todo)), strict=True):
             for label, file in made.items():
                 done[row["dataset"], label][storage.name_of(row["parts"][label])] = file
-            rows += row["stop"] - row["start"]
+            scores += (row["stop"] - row["start"]) * len(made)
             progress(row["stop"] - row["start"])
     artifacts = {(job.dataset, label): artifact for job in jobs for label, artifact in job.scores.items()}
     for place, parts in done.items():
         artifacts[place].finish(dict(sorted(parts.items())), **_totals(parts))
-    return rows
+    return scores
 
 
 def _totals(parts: Mapping[str, File]) -> dict[str, Any]:

@@ -528,7 +528,7 @@ class Run:
             for job in jobs if self.may_work("score") else ():
                 assemble(self.engine, job, self._scores(job.dataset), self._flagging(job.dataset))
             shown.note = f"{rows:,} rows"
-            self.costs = {"rows": rows}
+            self.costs = {"rows": rows, "scores": self.costs.get("scores", 0)}
 
     def _flagging(self, dataset: str) -> dict[str, float]:
         """Thresholds for the flags in a table of scores: on unlabelled data, once there are some."""
@@ -544,7 +544,8 @@ class Run:
             self.worked = True
             ours = [job.only(names) for job in jobs]
             self._renew(artifact for job in ours for artifact in job.scores.values())
-            self._score_ours(ours, fitted, progress)
+            made = self._score_ours(ours, fitted, progress)
+            self.costs = added(self.costs, {"scores": made})
 
         def lacking() -> list[str]:
             old = [each.name for job in jobs for each in job.scores.values() if self._old(each)]
@@ -553,8 +554,8 @@ class Run:
         self.claims.share(lambda: set(lacking()), make)
         return require_few_unscored(jobs, self.ready.config.score.max_unscored_fraction)
 
-    def _score_ours(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> None:
-        """Scores that nobody else makes."""
+    def _score_ours(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> int:
+        """Scores that nobody else makes; returns how many."""
         lacking = {label for job in jobs for label in job.lacking()}
         banks = {label: bank for label, bank in fitted.banks.items() if label in lacking}
         settings = self.ready.config.index
@@ -566,7 +567,7 @@ class Run:
                 self._describe_index(searched, fitted.scorers, banks)
             folders = {label: bank.folder for label, bank in banks.items()}
             scoring = Scoring(fitted.scorers, self._columns(), folders, searched)
-            run_scores(self.engine, jobs, scoring, progress)
+            return run_scores(self.engine, jobs, scoring, progress)
         finally:
             if searched is not None:
                 searched.stop()
@@ -661,7 +662,8 @@ class Run:
             shown.note = self._accuracy_note()
 
     def _jobs_by_role(self) -> dict[str, list[shards.Job]]:
-        return {role: self.ready.of_role(role) for role in {each.role for each in self.ready.config.datasets}}
+        roles = dict.fromkeys(each.role for each in self.ready.config.datasets)
+        return {role: self.ready.of_role(role) for role in roles}
 
     def _results(self) -> Artifact:
         """The artifact of metrics and thresholds, in the run folder beside what is none."""
@@ -670,6 +672,9 @@ class Run:
             for job in self.scored
             for label, table in job.tables().items()
         }
+        for job in self.ready.jobs.values():
+            digests = job.digests(job.artifact.require()).intact()
+            contents[f"{job.dataset}/{shards.DIGESTS}"] = "none" if digests is None else digests.content
         identity = {"fingerprint": self.ready.fingerprint}
         return Artifact(self.ready.folder, evaluate.FORMAT, identity, contents)
 

@@ -233,7 +233,7 @@ class Search(Run):
             )
             scored = {"id": inside, _MEAN: outside}
             level = level_of(self.ready.config.tune.metric if self.ready.config.tune else "")
-            table = evaluate.run(self.engine, scored, shown.advance, grids.values(), level)[0]
+            table, _ = evaluate.run(self.engine, scored, shown.advance, grids.values(), level, labelled=False)
         self._require_few_unscored(table, [job.features.rows for job in inside])
         return table
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from pipeline import quickstart
 from pipeline.cli import main
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
@@ -179,7 +180,9 @@ def test_the_example_of_compare_runs_and_two_parameters_are_two_columns(
     assert command("compare", *map(str, folders[:2]), "--format", "csv", "--out", str(out)) == ""
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert {row["column"] for row in rows} == {f"small/{folder.name}" for folder in folders[:2]}
-    assert {row["level"] for row in rows if row["detector"] == "msp"} <= {"True", ""}
+    levels = [row["level"] for row in rows if row["detector"] == "msp"]
+    assert "True" in levels  # the same scores
+    assert "False" not in levels
     table = command("compare", *map(str, folders[:2]))
     assert all(f"{float(row['value']):.4f}" in table for row in rows)
 
@@ -192,12 +195,24 @@ def test_repeats_share_features_and_are_summarised(settings: dict[str, Any], tmp
     run = ("run", str(path), "--workspace", str(tmp_path / "workspace"), "--engine", "inline")
     output = command(*run, "--seeds", "0,1")
     assert "small (2 runs)" in output
-    assert "± 0.0000" in output
+    assert "Near-OOD: AUROC" in output
+    assert "±" in output
     records = [
         files.read_json(found) for found in (tmp_path / "workspace").glob("runs/small/*/manifest.json")
     ]
     assert sorted(record["seed"] for record in records) == [0, 1]
     assert sorted(record["stages"]["extract"]["forward_images"] for record in records) == [0, 580]
-    for wrong in ("0,0", "0,x"):
+    assert sorted(record["stages"]["score"]["scores"] for record in records) == [0, 580]
+    for wrong in ("0,0", "1,01", "0,x"):
         with pytest.raises(UserError, match="--seeds"):
             command(*run, "--seeds", wrong)
+    copied = tmp_path / "copied.safetensors"
+    copied.write_bytes((Path(quickstart.__file__).parent / "resnet.safetensors").read_bytes())
+    before = sorted((tmp_path / "workspace" / "runs" / "small").iterdir())
+    for other, message in (
+        (str(copied), "have the same content"),
+        (str(tmp_path / "no"), str(tmp_path / "no")),
+    ):
+        with pytest.raises(UserError, match=message):
+            command(*run, "--set", "seed=7", "--weights", SHIPPED, "--weights", other)
+    assert sorted((tmp_path / "workspace" / "runs" / "small").iterdir()) == before

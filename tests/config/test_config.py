@@ -590,7 +590,12 @@ def test_an_unknown_metric_to_tune_by_is_refused(load):
         load(RAW, "tune.metric=aurok")
     with pytest.raises(UserError, match="unknown metric 'oscr'"):
         load(RAW, "tune.metric=oscr")  # images to tune by need no labels
+    with pytest.raises(UserError, match=r"unknown metric 'fpr0\.95_id'\. Did you mean 'fpr95_id'"):
+        load(RAW, "tune.metric=fpr0.95_id")
     assert load(RAW, "tune.metric=fpr99.5_id").tune.metric == "fpr99.5_id"
+    for level in (95, 0.0095, 0.99999):
+        with pytest.raises(UserError, match=r"metrics\.fpr_level"):
+            load(RAW, f"metrics.fpr_level={level}")
 
 
 def test_datasets_of_a_role_come_in_config_order(load):

@@ -160,7 +160,7 @@ def test_95_percent_is_reached_by_19_of_20_rows_and_not_by_18():
     assert values([0.5, 1.5, 2.5], np.arange(20.0))["fpr95_ood"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("level", [0.9, 0.999, 0.07])
+@pytest.mark.parametrize("level", [0.9, 0.999, 0.57])
 def test_fpr_is_measured_at_the_level_asked_for_which_is_in_its_name(level):
     id_scores, ood_scores = large_cases()["heavy ties"]
     found = {result.metric: result for result in compare(id_scores, {"o": ood_scores}, {}, level=level)}
@@ -177,7 +177,8 @@ def test_fpr_is_measured_at_the_level_asked_for_which_is_in_its_name(level):
 def test_every_metric_is_found_by_its_name_and_no_other_is():
     for metric in (*against_ood(), *against_ood(0.995), *FAILURES):
         assert (named(metric.name).name, named(metric.name).label) == (metric.name, metric.label)
-    for name in ("fpr95", "fpr95_in", "auc"):
+    impossible = ("fpr950_id", "fpr0_id", "fpr100_ood", "fpr0.95_id", "fpr95.0_id", "fpr99.999_id")
+    for name in ("fpr95", "fpr95_in", "auc", *impossible):
         with pytest.raises(KeyError):
             named(name)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,15 @@ from pipeline.results.evaluation import Evaluation
 from pipeline.results.report import leaderboards
 from tests.results.test_evaluation import run
 from tests.results.test_report import Setup
+from tests.stored import stored
+
+
+@dataclass(frozen=True)
+class Recorded(Evaluation):
+    """A run with another record."""
+
+    record: dict[str, Any]  # type: ignore[misc]
+
 
 WORSE = Setup(shift={"grood": 0.5, "knn": 2.0})
 
@@ -66,8 +76,6 @@ def test_equal_scores_on_the_same_images_are_level_with_the_best(both: Comparing
 
 
 def test_rows_are_joined_by_their_keys(evaluations: dict[str, Evaluation], tmp_path: Path) -> None:
-    from tests.stored import stored
-
     first, second = evaluations["a"], run(tmp_path, "other order", WORSE)
     for name in ("tin", "svhn", "cifar10_test"):
         table = second.scores(name)
@@ -101,6 +109,48 @@ def test_repeats_become_their_mean_and_standard_deviation(evaluations: dict[str,
     assert (cell.value, cell.std, cell.n) == (mean(values), stdev(values), 2)
     assert (cell.ci_low, cell.level) == (None, None)
     assert f"{mean(values):.4f} ± {stdev(values):.4f}" in leaderboards.FORMATS["markdown"](found)
+
+
+def test_repeats_may_have_other_images_and_the_first_column_is_never_foreign(
+    evaluations: dict[str, Evaluation],
+) -> None:
+    found = compared(list(evaluations.values())[::-1], ["auroc"])  # the seed decides on images (`limit`)
+    (column,) = found.columns
+    assert (column.name, column.foreign) == ("quickstart (3 runs)", "")
+    assert {cell.rank for cell in found.cells} == {1, 2}
+
+
+def test_runs_without_ood_data_are_compared_by_their_failures(tmp_path: Path) -> None:
+    runs = [run(tmp_path, name, Setup(ood={}, passes=False)) for name in ("a", "b")]
+    found = compared(runs, ["aurc"], group=False)
+    assert sorted(cell.rank for cell in found.cells) == [1, 1, 3, 3]
+    first, second = (cell.level for cell in found.cells if cell.rank == 1)
+    assert (first, second) == (None, True)  # the same scores
+
+
+def test_what_only_some_repeats_have_is_marked(evaluations: dict[str, Evaluation], tmp_path: Path) -> None:
+    more = run(tmp_path, "c", replace(WORSE, detectors=("grood", "knn", "featurenorm")))
+    found = compared([evaluations["a"], more, evaluations["b"]], ["auroc"], ["tin"])
+    texts = {cell.detector: leaderboards.text_of(cell) for cell in found.cells}
+    assert {name for name, text in texts.items() if "[1 of 3 runs]" in text} == {"featurenorm"}
+
+
+def test_the_same_evaluation_again_is_no_repeat(evaluations: dict[str, Evaluation], tmp_path: Path) -> None:
+    again = run(tmp_path, "a", WORSE)
+    found = compared([evaluations["a"], evaluations["b"], again], ["auroc"])
+    assert [[each.folder for each in column.runs] for column in found.columns] == [
+        [evaluations["a"].folder, evaluations["b"].folder],
+        [again.folder],
+    ]
+
+
+def test_the_cost_of_scores_is_told_where_all_were_computed(evaluations: dict[str, Evaluation]) -> None:
+    (column,) = compared([evaluations["a"]], ["auroc"]).columns
+    for scores, expected in ((200, 12_500), (150, None), (400, None), (None, None)):
+        stage = {"seconds": 1.25, "rows": 100} | ({} if scores is None else {"scores": scores})
+        record = evaluations["a"].record | {"stages": {"score": stage}}
+        made = replace(column, runs=(Recorded(evaluations["a"].folder, record),))
+        assert made.costs()["scores of all detectors"] == expected
 
 
 def test_another_config_is_no_repeat(evaluations: dict[str, Evaluation], tmp_path: Path) -> None:
@@ -140,4 +190,8 @@ def test_what_is_wrong_is_one_message(evaluations: dict[str, Evaluation]) -> Non
     with pytest.raises(UserError, match=r"--metric: unknown metric 'aurok'\. Did you mean 'auroc'"):
         compared([first], ["aurok"])
     with pytest.raises(UserError, match="--dataset: unknown dataset 'tim'"):
-        _ = compared([first], ["auroc"], ["tim"]).cells
+        _ = compared([first], ["auroc"], ["tin", "tim"]).cells
+    with pytest.raises(UserError, match="--metric: no run has a value of fpr90_id on any group"):
+        _ = compared([first], ["auroc", "fpr90_id"]).cells
+    with pytest.raises(UserError, match="--dataset: no run has a value of auroc on cifar10_test"):
+        _ = compared([first], ["auroc"], ["tin", "cifar10_test"]).cells

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
@@ -55,7 +56,7 @@ def kept() -> dict[str, Path]:
 
 
 @pytest.fixture
-def finished(kept, settings, images, load, execute, tmp_path) -> Path:
+def finished(kept, settings, images, load, execute, tmp_path, tmp_path_factory) -> Path:
     """Workspace of a finished evaluation; not to be changed."""
     if not kept:
         more = {"shifted": "shifted_id", "production": "unlabelled"}
@@ -67,7 +68,8 @@ def finished(kept, settings, images, load, execute, tmp_path) -> Path:
         settings["datasets"] += entries + pictures(tmp_path, images)
         settings["detectors"] = ["msp", "mahalanobis_ensemble"]
         settings["extract"]["max_bad_fraction"] = 0.5
-        kept["workspace"] = execute(load(settings)).folder.parent.parent.parent
+        made = execute(load(settings)).folder.parent.parent.parent
+        kept["workspace"] = made.rename(tmp_path_factory.mktemp("finished") / "workspace")
     return kept["workspace"]
 
 
@@ -192,6 +194,15 @@ def text(where: Callable[[Path], Path], old: str, new: str) -> Damage:
         where(workspace).write_text(content.replace(old, new, 1))
 
     return damage
+
+
+def of_earlier_version(workspace: Path) -> None:
+    """Results of a version that knew no OSCR."""
+    record(of_run(artifacts.RECORD), "kind", value="results 2")(workspace)
+    for name in ("metrics.parquet", "comparisons.parquet"):
+        table(of_run(name), lambda content: content.filter(pc.not_equal(content["metric"], "oscr")))(
+            workspace
+        )
 
 
 def other_network(workspace: Path) -> None:
@@ -397,6 +408,10 @@ CASES: dict[str, tuple[Damage, str]] = {
         text(of_run("thresholds.json"), "msp", "mps"),
         r"thresholds +detectors: ",
     ),
+    "results of an earlier version": (
+        of_earlier_version,
+        r"metrics +format: expected results 3; found results 2: results of another version",
+    ),
     "unfinished": (
         document(of_run("manifest.json"), "status", value="failed"),
         r"run +status: .*found failed",
@@ -463,6 +478,7 @@ TOGETHER = (
     ("record broken",),
     ("extra column narrower", "record of features damaged", "score label changed"),
     ("record incomplete",),
+    ("results of an earlier version",),
 )
 """Damages that do not hide each other are done to one copy, because a recount takes most of a second."""
 
@@ -479,6 +495,8 @@ def test_a_damaged_run_has_status_1_and_a_line_that_names_the_damage(
     for name in names:
         expected = CASES[name][1]
         assert any(re.match(f"bad +{expected}", line) for line in lines), (name, "\n".join(lines))
+    if names == ("results of an earlier version",):
+        assert not [line for line in lines if "oscr" in line]
     assert "\nfix  " in result.output
 
 

@@ -33,10 +33,3 @@ def test_every_shared_image_is_counted_once_however_often_it_is_there(tmp_path: 
         same = [n for n, image in enumerate(own) if image in other]
         expected = [Shared("own", "other", len(same), tuple(f"own-{n}" for n in same[:3]))] if same else []
         assert found == expected
-
-
-def test_datasets_that_may_share_images_are_not_compared() -> None:
-    assert ("train", "near_ood") in duplicates.APART
-    assert ("train", "id") in duplicates.APART
-    assert ("id", "far_ood") in duplicates.APART
-    assert not [pair for pair in duplicates.APART if pair in (("near_ood", "far_ood"), ("id", "shifted_id"))]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -117,17 +117,16 @@ def test_failures_are_detected_on_each_id_dataset_and_full_spectrum_needs_the_la
     assert rows["far", "fs_far_ood", "oscr"]["value"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_what_lacks_labels_is_null_and_the_rest_is_there(engine, tmp_path, values) -> None:
+def test_where_labels_are_not_read_there_is_what_needs_none_with_the_same_values(
+    engine, tmp_path, values
+) -> None:
     jobs = {name: scored(tmp_path / name, values[name], 90) for name in ("id", "near_a")}
-    labels = pa.table(
-        {"label": np.full(len(values["id"]), -1), "prediction": np.zeros(len(values["id"]), int)}
-    )
-    unlabelled = replace(jobs["id"], features=stored(tmp_path / "unlabelled", [labels]))
-    table, _ = evaluate.run(engine, {"id": [unlabelled], "near_ood": [jobs["near_a"]]})
-    rows = table.to_pylist()
-    assert {row["metric"] for row in rows if row["value"] is None} == {"id_accuracy", "oscr", "aurc", "augrc"}
-    assert all(row["ci_low"] is None and row["n_id"] > 0 for row in rows if row["value"] is None)
-    assert {row["metric"] for row in rows if row["value"] is not None} == set(UNLABELLED)
+    roles = {"id": [jobs["id"]], "near_ood": [jobs["near_a"]]}
+    whole, _ = evaluate.run(engine, roles)
+    shutil.rmtree(tmp_path / "id" / "features")
+    table, _ = evaluate.run(engine, roles, labelled=False)
+    assert set(table["metric"].to_pylist()) == set(UNLABELLED)
+    assert table.to_pylist() == [row for row in whole.to_pylist() if row["metric"] in UNLABELLED]
 
 
 def test_fpr_is_measured_at_the_level_asked_for(engine, tmp_path, values) -> None:

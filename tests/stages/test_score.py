@@ -63,7 +63,7 @@ def scored(found: score.ScoreJob, label: str) -> np.ndarray:
 def test_scores_are_in_the_order_of_the_features(engine, tmp_path, scoring) -> None:
     todo = job(tmp_path)
     seen = []
-    assert score.run(engine, [todo], scoring, seen.append) == 2500
+    assert score.run(engine, [todo], scoring, seen.append) == 2 * 2500
     assert sum(seen) == 2500
     assert todo.complete
     assert todo.tables()["energy"].part_rows == (1030, 1030, 440)

@@ -28,6 +28,7 @@ from pipeline.cli import main
 from pipeline.cli.progress import Display
 from pipeline.config import loading, schema
 from pipeline.errors import UserError
+from pipeline.metrics import comparisons
 from pipeline.results import report
 from pipeline.stages import extract, index, passes
 from pipeline.workflows import run, tune
@@ -46,6 +47,10 @@ def quiet() -> Display:
 
 def no_forward_pass(*_: Any) -> Any:
     raise AssertionError("an image went to the network")
+
+
+def no_labels(*_: Any) -> Any:
+    raise AssertionError("a metric that cannot decide was computed")
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ def searched(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extract, "run", no_forward_pass)
         patch.setattr(passes.Runner, "run", no_forward_pass)
+        patch.setattr(comparisons, "failures", no_labels)
         start = index.start
         patch.setattr(
             index, "start", lambda engine, held, *more: banks.extend(held) or start(engine, held, *more)

@@ -60,10 +60,11 @@ def text_of(cell: Cell | None) -> str:
     if cell is None:
         return ""
     rank = "" if cell.rank is None else f" ({cell.rank})"
+    few = f" [{cell.n} of {cell.runs} runs]" if cell.n < cell.runs else ""
     if cell.std is not None:
-        return f"{cell.value:.4f} ± {cell.std:.4f}{rank}"
+        return f"{cell.value:.4f} ± {cell.std:.4f}{rank}{few}"
     mark = "=" if cell.level and cell.rank != 1 else ""
-    return f"{mark}{cell.value:.4f} {cell.ci_low:.3f}–{cell.ci_high:.3f}{rank}"
+    return f"{mark}{cell.value:.4f} {cell.ci_low:.3f}–{cell.ci_high:.3f}{rank}{few}"
 
 
 def console_table(found: Comparing) -> Table:

@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.config import published
-from pipeline.metrics.metrics import FAILURES
+from pipeline.metrics.metrics import FAILURES, named
 from pipeline.results import unreadable
 from pipeline.results.report import plots
 from pipeline.results.report.compare import comparisons, deviations
@@ -143,6 +143,7 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
             comparisons=comparisons(results, known),
             deviations=deviations(manifest["datasets"], known[0].protocol) if known else [],
             known=known,
+            conventions={name: named(name) for name in ("fpr95_id", "fpr95_ood")},
             pictures=pictures,
             detectors=results.detectors,
             thresholds=results.thresholds,
@@ -157,9 +158,8 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
 
 
 def _accuracies(results: Results) -> list[dict[str, Any]]:
-    """Rows of the classifier's accuracy, where it is known."""
-    rows = results.metrics.to_pylist()
-    return [row for row in rows if row["metric"] == "id_accuracy" and row["value"] is not None]
+    """Rows of the classifier's accuracy."""
+    return [row for row in results.metrics.to_pylist() if row["metric"] == "id_accuracy"]
 
 
 @cache

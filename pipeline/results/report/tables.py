@@ -22,11 +22,10 @@ from pipeline.metrics.auroc import AUROC
 from pipeline.metrics.base import Metric
 from pipeline.metrics.fpr import FPR
 from pipeline.metrics.metrics import FAILURES, named
+from pipeline.metrics.pairs import LEVEL_OF_TESTS
 from pipeline.workspace import tables
 from pipeline.workspace.files import Place
 
-LEVEL = 0.05
-"""Corrected p-values below tell two detectors apart."""
 OOD = ("near_ood", "far_ood")
 """Roles of the datasets that are compared with ID, and groups of the leaderboard."""
 GROUPS = {
@@ -144,17 +143,16 @@ def metric_boards(metrics: pa.Table, differences: pa.Table | None = None) -> dic
     return {
         name: _board(rows, tuple(Column(*pair, name) for pair in shown), order, apart)
         for name in compared(metrics)
-        if all(row["value"] is not None for row in rows if row["metric"] == name)
     }
 
 
 def failure_board(metrics: pa.Table, differences: pa.Table | None = None) -> Board:
-    """Every detector as one of failures of the classifier, on each dataset of ID images that has labels.
+    """Every detector as one of failures of the classifier, on each dataset of ID images.
 
     Sorted by the mean of AURC, best first.
     """
     names = [metric.name for metric in FAILURES]
-    rows = [row for row in metrics.to_pylist() if row["metric"] in names and row["value"] is not None]
+    rows = [row for row in metrics.to_pylist() if row["metric"] in names]
     found = dict.fromkeys((row["group"], row["dataset"]) for row in rows)
     columns = tuple(Column(*pair, name) for pair in found for name in names)
     detectors = list(dict.fromkeys(row["detector"] for row in rows))
@@ -173,7 +171,7 @@ def _told_apart(differences: pa.Table | None) -> _Apart:
         (
             Column(row["group"], row["dataset"], row["metric"]),
             frozenset((row["detector"], row["other"])),
-        ): row["p_holm"] < LEVEL
+        ): row["p_holm"] < LEVEL_OF_TESTS
         for row in found
     }
 

@@ -16,6 +16,7 @@ from pipeline.results.verify import _features, _metrics, _scores
 from pipeline.results.verify._files import Kept, Record, Run, intact, kept, read, reading
 from pipeline.results.verify._findings import Finding, Tally, Unreadable, same
 from pipeline.results.verify._listing import Listing
+from pipeline.stages.evaluate import FORMAT
 from pipeline.workspace import artifacts, files, runs, storage
 from pipeline.workspace.files import Place
 
@@ -46,8 +47,11 @@ def examine(folder: Place, advance: Callable[[int], None] = lambda _: None) -> I
         fix = f"delete {run.scores(name)}, and {_AGAIN}"
         yield from _of(f"scores/{name}", fix, _scores.examine(run, name, advance))
     fix = f"delete {folder / artifacts.RECORD}, and {_AGAIN}"
-    yield from _of("metrics", fix, _metrics.examine(run))
-    yield from _of("thresholds", fix, _metrics.thresholds(run))
+    form = list(_of("metrics", _AGAIN, _form(run)))
+    yield from form
+    if all(finding.good for finding in form):
+        yield from _of("metrics", fix, _metrics.examine(run))
+        yield from _of("thresholds", fix, _metrics.thresholds(run))
     yield from _of("artifacts", f"{_AGAIN}, which makes anew what is damaged and used", _kept(run))
 
 
@@ -85,6 +89,13 @@ def _of(where: str, fix: str, findings: Iterator[Finding]) -> Iterator[Finding]:
 
 def _unreadable(error: Unreadable, where: str, fix: str) -> Finding:
     return Finding("files", "all there and readable", str(error), False, where, fix)
+
+
+def _form(run: Run) -> Iterator[Finding]:
+    """Whether this version made the results; those of others are no damage, but have other metrics."""
+    kind = kept(run.folder, Kept).kind
+    if kind != FORMAT:
+        yield Finding("format", FORMAT, f"{kind}: results of another version of this package", False)
 
 
 def _kept(run: Run) -> Iterator[Finding]:
