@@ -225,14 +225,12 @@ def odin(world, temperature, noise):
 def adascale(world, p_min, p_max, k1, k2, weight, share, step):
     def moved(images):
         found = []
-        for image in images:
-            moving = image[None].clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(world.module(moving).max(), moving)
+        for image, gradient in zip(images, world.rounded_gradients(images), strict=True):
             flat = gradient.flatten()
             chosen = torch.argsort(flat.abs(), stable=True)[: max(1, int(share / 100 * len(flat)))]
             change = torch.zeros_like(flat)
             change[chosen] = step * flat[chosen].sign()
-            found.append(world.features(image[None] + change.view_as(gradient))[0])
+            found.append(world.features(image[None] + change.view_as(image))[0])
         return found
 
     def shift(h, other):

@@ -20,6 +20,9 @@ from pipeline.quickstart import resnet
 PART = 100
 """Images that go through a network at a time."""
 
+BATCH = 32
+"""Those of a run."""
+
 
 def with_dropout() -> nn.Module:
     """The shipped network with a dropout layer before its last one; without weights."""
@@ -71,7 +74,8 @@ class World:
 
     def __init__(self, network: Network, images: Mapping[str, NDArray[Any]]) -> None:
         self.network, self.std = network, network.std
-        self.module = deepcopy(network.module).double().eval()
+        network.module.eval()
+        self.module = deepcopy(network.module).double()
         head: Any = self.module.get_submodule(network.head)
         self.weight, self.bias = (values.detach().numpy() for values in (head.weight, head.bias))
         self.images = images
@@ -120,6 +124,20 @@ class World:
             norms=torch.stack(norms, dim=1).numpy(),
             pooled=pooled,
         )
+
+    def rounded_gradients(self, images: Tensor) -> Tensor:
+        """Gradient of the largest logit for every image, by the network in float32, in a run's batches.
+
+        For what reads which entries are smallest, and their signs: where an activation lies within float32's
+        rounding of a kink, they are others in float64.
+        """
+        found = []
+        for part in images.split(BATCH):
+            padded = torch.cat([part, part[-1:].expand(BATCH - len(part), *part.shape[1:])])
+            moving = padded.float().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.network.module(moving).amax(dim=1).sum(), moving)
+            found.append(gradient[: len(part)].double())
+        return torch.cat(found)
 
     def outputs(self, block: str, images: Tensor) -> Tensor:
         """Maps of a block."""

@@ -101,7 +101,7 @@ def evaluated(world, model, parameters, folder):
             for name, role in roles.items()
         ],
         "detectors": [{label: {"method": method(label), **parameters.get(label, {})}} for label in CASES],
-        "extract": {"batch_size": 32},
+        "extract": {"batch_size": network.BATCH},
         "tracking": {"enabled": False},
     }
     config = folder / "config.yaml"
