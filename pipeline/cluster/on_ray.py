@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -91,7 +92,7 @@ def connect() -> None:
             local["num_cpus"] = 2  # one for an index actor, one for the tasks that ask it
         where = {} if "RAY_ADDRESS" in os.environ else local
         if where and not {_TOKEN, "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            os.environ[_TOKEN] = secrets.token_hex(32)  # else Ray keeps one in a file, which others may read
+            os.environ[_TOKEN] = _own_token()  # else Ray keeps one in a file, which others may read
         try:
             with _without_greeting():
                 ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
@@ -102,6 +103,12 @@ def connect() -> None:
                 "and that this machine has its token (RAY_AUTH_TOKEN); or unset it to use this machine alone."
             ) from None
     ray_data.quiet()
+
+
+@cache
+def _own_token() -> str:
+    """What gives access to the Rays that this process starts; the same for all, as Ray reads it once."""
+    return secrets.token_hex(32)
 
 
 @contextmanager

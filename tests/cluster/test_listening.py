@@ -20,6 +20,8 @@ with opened("ray") as engine:
     for found in psutil.net_connections("inet"):
         if found.status == "LISTEN" and found.pid in ours:
             print(ours[found.pid], found.laddr.ip)
+with opened("ray") as engine:  # another one, after the first is gone
+    assert list(engine.in_order(abs, [(-3,)])) == [3]
 """
 
 
