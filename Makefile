@@ -20,12 +20,12 @@ test: install
 	$(BIN)/python $(PYTEST)
 
 test-cluster: install
-	$(BIN)/python $(PYTEST) -m 'cluster and not chaos' tests/cluster tests/jobs
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder -m 'cluster and not chaos and not slow'
 
 # Takes three quarters of an hour: the whole table of architectures, simulations, processes killed at many moments of
 # every stage, and every fault of a cluster.
 test-slow: install
-	$(BIN)/python $(PYTEST) -m 'slow and not cluster'
+	$(BIN)/python $(PYTEST) -m 'slow and not chaos'
 	$(BIN)/python -m pytest -m chaos tests/cluster
 
 # Needs an NVIDIA GPU, and the FAISS that runs on it: make test-gpu FAISS=gpu.
@@ -38,7 +38,7 @@ test-corpus: install
 
 coverage: install
 	$(BIN)/coverage erase
-	$(BIN)/coverage run $(PYTEST)
+	$(BIN)/coverage run $(PYTEST) -m 'not slow and not chaos and not gpu and not corpus'
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 

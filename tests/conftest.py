@@ -47,19 +47,19 @@ def pytest_configure() -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark tests with a cluster or a head of their own, and those that several processes keep together.
+    """Mark tests on Ray, and those that several processes keep together.
 
     Marks have to be there before pytest-xdist looks at them, which is before tests are sorted.
     """
     item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    if {"site", "head"} & fixtures_of(item):
+    if {"ray_session", "site", "head"} & fixtures_of(item):
         item.add_marker(pytest.mark.cluster)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on Ray come first, then files with whole evaluations: they take longest."""
+    """Files with whole evaluations come first: they take longest."""
     whole = {item.path for item in items if {"execute", "undisturbed"} & fixtures_of(item)}
-    items.sort(key=lambda item: (group_of(item) != "ray_session", item.path not in whole))
+    items.sort(key=lambda item: item.path not in whole)
 
 
 def group_of(item: pytest.Item) -> str:
@@ -71,8 +71,10 @@ def group_of(item: pytest.Item) -> str:
 
 
 def fixtures_of(item: pytest.Item) -> set[str]:
-    """Names of the fixtures that a test asks for, by itself or through others."""
-    return set(getattr(item, "fixturenames", ()))
+    """Names of the fixtures that a test asks for, by itself, through others, or as its engine."""
+    cases = getattr(item, "callspec", None)
+    on_ray = {"ray_session"} if cases is not None and cases.params.get("each") == "ray" else set()
+    return {*getattr(item, "fixturenames", ()), *on_ray}
 
 
 @pytest.fixture(scope="session", autouse=True)

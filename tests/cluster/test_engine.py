@@ -24,10 +24,10 @@ NEEDS = {"CPU": 0.5, "GPU": 0.0}
 
 
 @pytest.fixture(params=["inline-1", "inline-3", "ray"])
-def each(request: pytest.FixtureRequest, on_ray: Engine) -> Iterator[Engine]:
-    """Every engine in turn; all in the process that has Ray."""
+def each(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Every engine in turn."""
     if request.param == "ray":
-        yield on_ray
+        yield request.getfixturevalue("on_ray")
     else:
         with opened("inline", threads=int(request.param[-1])) as engine:
             yield engine

@@ -166,7 +166,7 @@ def gradnorm_layers(world, layers):
     return scores
 
 
-def grood(world, mixup_layer, mixup_weight, class_samples):
+def grood(world, mixup_layer, mixup_weight, samples, class_samples):
     prototypes = class_means(world.train.h, world.train.label)
     ood = mixed_prototype(world, mixup_layer, mixup_weight)
     correct = world.train.h[world.train.label == world.train.prediction]
@@ -175,7 +175,7 @@ def grood(world, mixup_layer, mixup_weight, class_samples):
     return [min(np.linalg.norm(bank - g, axis=1)) for g in found]
 
 
-def grood_norm(world, mixup_layer, mixup_weight, class_samples):
+def grood_norm(world, mixup_layer, mixup_weight, samples, class_samples):
     prototypes = class_means(world.train.h, world.train.label)
     ood = mixed_prototype(world, mixup_layer, mixup_weight)
     return [
@@ -212,20 +212,24 @@ def mixed_prototype(world, block, weight):
 
 
 def odin(world, temperature, noise):
+    def objective(logits):
+        return (logits / temperature).log_softmax(1).amax(dim=1) * temperature
+
     scores = []
-    for image in world.query.images:
-        moving = image[None].clone().requires_grad_()
-        value = (world.module(moving) / temperature).log_softmax(1).max()
-        (gradient,) = torch.autograd.grad(value, moving)
+    images = world.query.images
+    for image, gradient in zip(images, world.rounded_gradients(images, objective), strict=True):
         moved = image[None] + noise * gradient.sign() / world.std
         scores.append(doubt(world.module(moved).detach().numpy()[0] / temperature))
     return scores
 
 
 def adascale(world, p_min, p_max, k1, k2, weight, share, step):
+    def largest(logits):
+        return logits.amax(dim=1)
+
     def moved(images):
         found = []
-        for image, gradient in zip(images, world.rounded_gradients(images), strict=True):
+        for image, gradient in zip(images, world.rounded_gradients(images, largest), strict=True):
             flat = gradient.flatten()
             chosen = torch.argsort(flat.abs(), stable=True)[: max(1, int(share / 100 * len(flat)))]
             change = torch.zeros_like(flat)
@@ -458,8 +462,10 @@ def relation(world, power, threshold):
 
 
 @cache
-def chosen_block(world):
-    """The block whose norm, on average over all training images, is the largest share of their jigsaws'."""
+def chosen_block(world, name):
+    """Place of a block; without a name that whose norm, on average, is the largest share of jigsaws'."""
+    if name is not None:
+        return world.network.blocks.index(name)
     rng = np.random.default_rng(1)
     pairs = [world.jigsaw(pixels, rng) for pixels in world.train.pixels]
     whole, puzzle = (world.forward(np.stack(side)).norms for side in zip(*pairs, strict=True))
@@ -469,18 +475,21 @@ def chosen_block(world):
     return ratio.argmax()
 
 
-def featurenorm(world):
-    return -world.query.norms[:, chosen_block(world)]
+def featurenorm(world, block=None):
+    return -world.query.norms[:, chosen_block(world, block)]
 
 
-def selectednorm(world):
-    found = zip(world.query.h, world.query.norms[:, chosen_block(world)], strict=True)
+def selectednorm(world, block=None):
+    found = zip(world.query.h, world.query.norms[:, chosen_block(world, block)], strict=True)
     return [energy_of(world.weight @ (norm * unit(h)) + world.bias) for h, norm in found]
 
 
 def gram(world, orders):
-    """The rows that are held out follow from a checksum of their stored pooled maps."""
-    held_out = np.array([zlib.crc32(row.tobytes()) % 10 == 0 for row in world.stored_pooled])
+    """Of the run's own pooled maps: the rows that are held out follow from a checksum of them, and ranges
+    close to 0, which deviations are divided by, enlarge the rounding of maps that have both signs."""
+    held_out = np.array([zlib.crc32(row.tobytes()) % 10 == 0 for row in world.stored_pooled["train"]])
+    cuts = np.cumsum([pooled.shape[1] for pooled in world.query.pooled])[:-1]
+    stages = [np.split(world.stored_pooled[part].astype(float), cuts, axis=1) for part in ("train", "query")]
 
     def rows_of_gram(f):
         found = []
@@ -490,7 +499,7 @@ def gram(world, orders):
         return np.concatenate(found)
 
     total = np.zeros(len(world.query.h))
-    for train, query in zip(world.train.pooled, world.query.pooled, strict=True):
+    for train, query in zip(*stages, strict=True):
         values = np.array([rows_of_gram(f) for f in train])
         prediction = world.train.prediction
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,8 +81,8 @@ class World:
         self.images = images
         self.keys: list[str] = []
         """Of the query images, in a run."""
-        self.stored_pooled: NDArray[np.float32] = np.empty((0, 0), np.float32)
-        """Pooled maps (N, ΣM) of the training images, with the bits that a run gave them."""
+        self.stored_pooled: dict[str, NDArray[np.float32]] = {}
+        """Pooled maps (N, ΣM) of the training and query images, with the bits that a run gave them."""
 
     @cached_property
     def train(self) -> Rows:
@@ -125,8 +125,8 @@ class World:
             pooled=pooled,
         )
 
-    def rounded_gradients(self, images: Tensor) -> Tensor:
-        """Gradient of the largest logit for every image, by the network in float32, in a run's batches.
+    def rounded_gradients(self, images: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+        """Gradient of an objective of the logits for every image, by float32, in a run's batches.
 
         For what reads which entries are smallest, and their signs: where an activation lies within float32's
         rounding of a kink, they are others in float64.
@@ -135,7 +135,7 @@ class World:
         for part in images.split(BATCH):
             padded = torch.cat([part, part[-1:].expand(BATCH - len(part), *part.shape[1:])])
             moving = padded.float().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.network.module(moving).amax(dim=1).sum(), moving)
+            (gradient,) = torch.autograd.grad(objective(self.network.module(moving)).sum(), moving)
             found.append(gradient[: len(part)].double())
         return torch.cat(found)
 

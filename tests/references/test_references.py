@@ -14,7 +14,7 @@ from pipeline.workflows import run
 from tests.golden.outputs import read
 from tests.references import definitions, network
 
-_MIXING = {"mixup_weight": 0.8, "class_samples": None}
+_MIXING = {"mixup_weight": 0.8, "samples": 2400, "class_samples": None}
 _EVERYWHERE = {
     "adascale": {"p_min": 80, "p_max": 85, "k1": 5, "k2": 1, "weight": 10, "share": 5, "step": 0.5},
     "ash_b": {"variant": "b", "p": 65},
@@ -48,6 +48,7 @@ _SHIPPED = _EVERYWHERE | {
 _LITE0 = _EVERYWHERE | {
     "ash": {"variant": "s", "p": 90},
     "dice": {"p": 70},
+    "featurenorm": {"block": "_blocks.12"},
     "gen": {"gamma": 0.1, "m": 100},
     "gradnorm_layers": {"layers": ["_conv_head", "_fc"]},
     "grood": {"mixup_layer": "_blocks.10", **_MIXING},
@@ -56,14 +57,16 @@ _LITE0 = _EVERYWHERE | {
     "openmax": {"tail": None, "alpha": 10},
     "rankfeat": {"blocks": ["_blocks.10", "_blocks.15"]},
     "residual": {"dim": 512},
+    "selectednorm": {"block": "_blocks.12"},
     "vim": {"dim": 512},
     "vra": {"a": -0.2, "c": 0.5},
 }
 """What the authors use for small images, and for ImageNet (docs/fidelity.md); draws take all images."""
 
 CASES = sorted({*detectors.names(), *_SHIPPED})
-SHARE = 5e-6
-"""Of the range of a detector's scores, the most by which one may differ from its definition."""
+SHARE, SHARE_DEEP = 5e-6, 2e-5
+"""Of the range of a detector's scores, the most by which one may differ from its definition: float32's
+rounding in the features, of the shipped network and of one with 16 blocks."""
 
 
 @pytest.fixture(scope="session")
@@ -111,9 +114,15 @@ def evaluated(world, model, parameters, folder):
         loaded, run.Options(last="evaluate", engine="inline", threads=1), Display(Console(quiet=True))
     )
     found = read(loaded).arrays
-    (world.stored_pooled,) = (
-        v for name, v in found["features"]["train"].items() if name.startswith("pooled")
-    )
+    pooled = {
+        dataset: next(v for name, v in columns.items() if name.startswith("pooled"))
+        for dataset, columns in found["features"].items()
+        if dataset != "held"
+    }
+    world.stored_pooled = {
+        "train": pooled["train"],
+        "query": np.concatenate([pooled["test"], pooled["strange"]]),
+    }
     world.keys = [key for name in ("test", "strange") for key in found["features"][name]["key"]]
     scores = {
         label: np.concatenate([sets["test"], sets["strange"]]) for label, sets in found["scores"].items()
@@ -126,11 +135,11 @@ def method(label):
     return label if label in detectors.names() else label.partition("_")[0]
 
 
-def check(evaluation, label):
+def check(evaluation, label, share):
     world, scores, parameters = evaluation
     definition = getattr(definitions, label, None) or getattr(definitions, method(label))
     expected = np.array(definition(world, **parameters.get(label, {})))
-    assert abs(scores[label] - expected).max() <= SHARE * np.ptp(expected)
+    assert abs(scores[label] - expected).max() <= share * np.ptp(expected)
 
 
 def test_every_detector_has_a_definition():
@@ -140,11 +149,11 @@ def test_every_detector_has_a_definition():
 @pytest.mark.slow
 @pytest.mark.parametrize("label", CASES)
 def test_scores_of_the_shipped_network_are_those_of_the_definitions(shipped, label):
-    check(shipped, label)
+    check(shipped, label, SHARE)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("label", CASES)
 def test_scores_of_a_network_for_imagenet_are_those_of_the_definitions(lite0, label):
-    check(lite0, label)
+    check(lite0, label, SHARE_DEEP)
