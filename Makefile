@@ -20,7 +20,7 @@ test: install
 	$(BIN)/python $(PYTEST)
 
 test-cluster: install
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder -m 'cluster and not chaos and not slow'
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder -m 'cluster and not chaos and not slow and not gpu'
 
 # Takes three quarters of an hour: the whole table of architectures, simulations, processes killed at many moments of
 # every stage, and every fault of a cluster.

@@ -90,7 +90,7 @@ class Site:
                 start_new_session=True,
             )
         log_of = self.folder / f"{name}.log"
-        wait(f"{name} to start", lambda: b"Ray runtime started" in log_of.read_bytes())
+        wait(f"{name} to start", lambda: b"Ray runtime started" in log_of.read_bytes(), 180)
 
     def kill_node(self, name: str) -> None:
         """End a node's raylet, as a machine that goes; its workers end with it."""

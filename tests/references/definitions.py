@@ -216,8 +216,9 @@ def odin(world, temperature, noise):
         return (logits / temperature).log_softmax(1).amax(dim=1) * temperature
 
     scores = []
-    images = world.query.images
-    for image, gradient in zip(images, world.rounded_gradients(images, objective), strict=True):
+    for image, gradient in zip(
+        world.query.images, world.rounded_gradients(world.query, objective), strict=True
+    ):
         moved = image[None] + noise * gradient.sign() / world.std
         scores.append(doubt(world.module(moved).detach().numpy()[0] / temperature))
     return scores
@@ -227,9 +228,9 @@ def adascale(world, p_min, p_max, k1, k2, weight, share, step):
     def largest(logits):
         return logits.amax(dim=1)
 
-    def moved(images):
+    def moved(rows):
         found = []
-        for image, gradient in zip(images, world.rounded_gradients(images, largest), strict=True):
+        for image, gradient in zip(rows.images, world.rounded_gradients(rows, largest), strict=True):
             flat = gradient.flatten()
             chosen = torch.argsort(flat.abs(), stable=True)[: max(1, int(share / 100 * len(flat)))]
             change = torch.zeros_like(flat)
@@ -243,9 +244,9 @@ def adascale(world, p_min, p_max, k1, k2, weight, share, step):
         return weight * sum(abs(other - h)[second]) + sum(np.maximum(other, 0)[first])
 
     held, query = world.held, world.query
-    known = [shift(h, other) for h, other in zip(held.h, moved(held.images), strict=True)]
+    known = [shift(h, other) for h, other in zip(held.h, moved(held), strict=True)]
     scores = []
-    for h, other in zip(query.h, moved(query.images), strict=True):
+    for h, other in zip(query.h, moved(query), strict=True):
         own = shift(h, other)
         rank = sum(each <= own for each in known) / len(known)
         p = p_min + (1 - rank) * (p_max - p_min)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from typing import Any
@@ -61,6 +61,8 @@ class Rows:
     """(N, B) FeatureNorm of every block."""
     pooled: list[NDArray[np.float64]]
     """(N, M) mean over positions, of every stage."""
+    sizes: tuple[int, ...] = ()
+    """Images of each dataset, if there are several: they share no batch of a run."""
 
     @property
     def prediction(self) -> NDArray[np.int64]:
@@ -95,7 +97,8 @@ class World:
     @cached_property
     def query(self) -> Rows:
         """ID images, then others."""
-        return self.forward(np.concatenate([self.images["test_x"], self.images["strange_x"]]))
+        parts = self.images["test_x"], self.images["strange_x"]
+        return replace(self.forward(np.concatenate(parts)), sizes=tuple(map(len, parts)))
 
     def forward(self, pixels: NDArray[np.uint8], label: Any = None) -> Rows:
         """One forward pass."""
@@ -125,14 +128,15 @@ class World:
             pooled=pooled,
         )
 
-    def rounded_gradients(self, images: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+    def rounded_gradients(self, rows: Rows, objective: Callable[[Tensor], Tensor]) -> Tensor:
         """Gradient of an objective of the logits for every image, by float32, in a run's batches.
 
         For what reads which entries are smallest, and their signs: where an activation lies within float32's
         rounding of a kink, they are others in float64.
         """
         found = []
-        for part in images.split(BATCH):
+        datasets = rows.images.split(rows.sizes or len(rows.images))
+        for part in (part for images in datasets for part in images.split(BATCH)):
             padded = torch.cat([part, part[-1:].expand(BATCH - len(part), *part.shape[1:])])
             moving = padded.float().requires_grad_()
             (gradient,) = torch.autograd.grad(objective(self.network.module(moving)).sum(), moving)

@@ -53,9 +53,8 @@ def asked(model: Mapping[str, Any], threads: int, **environment: str) -> tuple[A
     return identity, np.array(probe, np.float32)
 
 
-@pytest.mark.parametrize(
-    "model", [SHIPPED, pytest.param(PHOTOS, marks=pytest.mark.slow)], ids=["shipped", "photos"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [SHIPPED, PHOTOS], ids=["shipped", "photos"])
 def test_a_network_keeps_its_name_on_another_instruction_set(model: dict[str, Any]) -> None:
     own, plain = asked(model, 2), asked(model, 1, **PLAIN)
     assert own[0] == plain[0]

@@ -92,6 +92,8 @@ def test_all_detectors_that_apply_run_on_a_perceptron_without_a_bias_and_the_oth
     (tmp_path / "perceptron.py").write_text(PERCEPTRON)
     settings["model"] |= {"name": "./perceptron.py:build", "weights": "random"}
     settings["detectors"] = "all"
+    for entry in settings["datasets"][1:]:
+        entry["limit"] = 60
     monkeypatch.setattr(detectors.get("she"), "fit", refuse)
     loaded = load(settings)
     first = execute(loaded, last="evaluate")

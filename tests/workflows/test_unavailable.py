@@ -128,13 +128,13 @@ def test_a_store_that_fails_now_and_then_changes_nothing(
 ALL = ("/features/train-", "/images/animals/", "/features/test-", "/fits/", "/scores/", "/metrics.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "places"),
     [
-        ("drop", ("/images/animals/",)),
-        pytest.param("drop", ALL, marks=pytest.mark.slow),
-        pytest.param("slow down", ALL, marks=pytest.mark.slow),
-        pytest.param("cut", ALL, marks=pytest.mark.slow),
+        ("drop", ALL),
+        ("slow down", ALL),
+        ("cut", ALL),
     ],
 )
 def test_a_store_that_goes_down_is_one_message_and_the_next_run_goes_on(
