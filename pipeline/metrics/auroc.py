@@ -23,6 +23,4 @@ class AUROC(Metric):
 
     def uncertain(self, value: float, rows: Counted) -> Average:
         """The placements of DeLong et al. 1988."""
-        below = (rows.inside_upto - rows.inside / 2) / rows.n_inside
-        above = (rows.n_outside - rows.outside_upto + rows.outside / 2) / rows.n_outside
-        return Average.of(value, [(rows.inside, above - value)], (rows.outside, below - value))
+        return Average.of(value, [(rows.inside, rows.above - value)], (rows.outside, rows.below - value))

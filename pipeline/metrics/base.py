@@ -68,6 +68,16 @@ class Counted:
         """(..., T) ID rows that the classifier puts into another class."""
         return np.asarray(self.inside - self.right)
 
+    @property
+    def above(self) -> Float:
+        """(T,) share of the OOD rows > t and half of those at t: DeLong's placements of ID rows."""
+        return np.asarray((self.n_outside - self.outside_upto + self.outside / 2) / self.n_outside)
+
+    @property
+    def below(self) -> Float:
+        """(T,) share of the ID rows < t and half of those at t: the placements of OOD rows."""
+        return np.asarray((self.inside_upto - self.inside / 2) / self.n_inside)
+
     @cached_property
     def from_above(self) -> Counted:
         """The same with OOD in the place of ID, the highest score first."""

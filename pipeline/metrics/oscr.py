@@ -36,6 +36,5 @@ class OSCR(Metric):
     def uncertain(self, value: float, rows: Counted) -> Average:
         """The placements of DeLong et al. 1988, where a wrong ID row is never below an OOD row."""
         below = (rows.right_upto - rows.right / 2) / rows.n_inside
-        above = (rows.n_outside - rows.outside_upto + rows.outside / 2) / rows.n_outside
-        inside = [(rows.right, above - value), (rows.wrong, np.full(len(above), -value))]
+        inside = [(rows.right, rows.above - value), (rows.wrong, np.full(len(rows.wrong), -value))]
         return Average.of(value, inside, (rows.outside, below - value))

@@ -157,11 +157,10 @@ def _sample(
 
 
 def _placements(rows: Counted) -> tuple[Float, Float]:
-    """What ID rows add to the AUROC at each distinct ID score, and OOD rows at theirs; DeLong et al. 1988."""
-    above = (rows.n_outside - rows.outside_upto + rows.outside / 2) / rows.n_outside
-    below = (rows.inside_upto - rows.inside / 2) / rows.n_inside
+    """What ID rows add to the AUROC at each distinct ID score, and OOD rows at theirs."""
+    below = rows.below
     value = (rows.outside * below).sum() / rows.n_outside
-    return above[rows.inside > 0] - value, below[rows.outside > 0] - value
+    return rows.above[rows.inside > 0] - value, below[rows.outside > 0] - value
 
 
 def _right(drawn: _Draw, inside: Float, edges: Float, known: Mask | None) -> Counts:

@@ -64,9 +64,7 @@ def merge(model: nn.Module, images: Tensor) -> bool:
         Whether the model is one of these; else it stays as it is.
     """
     calls, logits = taps.trace(model, images)
-    pair = [
-        call for call in taps.linear(calls) if call.result is not None and call.result.shape == logits.shape
-    ]
+    pair = taps.alike(calls, logits)
     if len(pair) != 2 or not _is_mean(pair, logits):
         return False
     norms = [_norm(call, calls) for call in pair]

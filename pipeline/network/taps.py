@@ -58,7 +58,7 @@ def find(model: nn.Module, images: Tensor, head: str = "auto", blocks: tuple[str
     calls, logits = trace(model, images)
     once = _once(calls)
     chosen = _head(model, calls, logits) if head == "auto" else _named(model, once, head, "model.head")
-    _check_head(once[chosen], logits, _alike(calls, logits))
+    _check_head(once[chosen], logits, [call.name for call in alike(calls, logits)])
     if blocks is None:
         places = _blocks(model, calls, len(images))
     else:
@@ -110,11 +110,9 @@ def head_weight(head: nn.Module) -> tuple[Tensor, Tensor]:
     return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()
 
 
-def _alike(calls: list[Call], logits: Tensor) -> list[str]:
-    """Names of the linear layers that have as many outputs as the model."""
-    return [
-        call.name for call in linear(calls) if call.result is not None and call.result.shape == logits.shape
-    ]
+def alike(calls: list[Call], logits: Tensor) -> list[Call]:
+    """The calls of linear layers that ran exactly once and gave as many outputs as the model."""
+    return [call for call in _linear(calls) if call.result is not None and call.result.shape == logits.shape]
 
 
 def _check_head(call: Call, logits: Tensor, alike: list[str]) -> None:
@@ -216,14 +214,14 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _class(module) == "Linear"
 
 
-def linear(calls: list[Call]) -> list[Call]:
+def _linear(calls: list[Call]) -> list[Call]:
     """The calls of linear layers and 1x1 convolutions that ran exactly once."""
     return [call for call in _once(calls).values() if _is_linear(call.module)]
 
 
 def _head(model: nn.Module, calls: list[Call], logits: Tensor) -> str:
     """The last linear layer that gives the logits, or as many of them at several positions."""
-    last_first = linear(calls)[::-1]
+    last_first = _linear(calls)[::-1]
     whole = [call for call in last_first if call.result is not None and call.result.numel() == logits.numel()]
     for call in whole or last_first:
         if len(head_weight(call.module)[0]) == logits.shape[1]:

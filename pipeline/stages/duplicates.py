@@ -51,7 +51,7 @@ def found(engine: Engine, jobs: Mapping[str, Sequence[Job]]) -> dict[str, Any]:
     """
     digests, unknown = dict[str, tables.Table](), list[str]()
     for job in (job for members in jobs.values() for job in members):
-        record = job.digests(job.artifact.require()).intact()
+        record = job.digested()
         if record is None:
             unknown.append(job.dataset)
         else:

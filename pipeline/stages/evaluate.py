@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-from numpy.typing import NDArray
 
 from pipeline.cluster.engine import Engine
 from pipeline.columns import LABEL, PREDICTION, Float, Mask
@@ -260,18 +259,12 @@ def _right(features: tables.Table) -> Iterator[Mask]:
 
 def numbering(features: tables.Table, classes: int) -> str:
     """What is suspicious about the order of the labels of ID rows, in words; nothing if nothing is."""
-    labels, predictions = _labelled(features)
-    return str(suspicious(labels, predictions, classes) or "")
-
-
-def _labelled(features: tables.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(N,) labels, -1 where there is none, and predictions of all rows."""
     parts = [
         (table[LABEL].fill_null(-1).to_numpy(), table[PREDICTION].to_numpy())
         for table in features.columns([LABEL, PREDICTION])
     ]
     labels, predictions = (np.concatenate(each).astype(np.int64) for each in zip(*parts, strict=True))
-    return labels, predictions
+    return str(suspicious(labels, predictions, classes) or "")
 
 
 def _accuracy(job: ScoreJob, role: str) -> dict[str, Any]:

@@ -130,6 +130,14 @@ class Job:
         folder, identity = self.artifact.folder / DIGESTS, {"features": self.name}
         return Artifact(folder, DIGESTS_FORMAT, identity, {self.name: _keys(features)})
 
+    def digested(self) -> Record | None:
+        """The record of the digests of a dataset that is complete; None for features of an earlier version.
+
+        Raises:
+            Damaged: a file that is not what was written.
+        """
+        return self.digests(self.artifact.require()).intact()
+
     def lacks_digests(self, features: Record) -> bool:
         """Whether digests were begun and are not complete; features of earlier versions have none."""
         digests = self.digests(features)

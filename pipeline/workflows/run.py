@@ -673,7 +673,7 @@ class Run:
             for label, table in job.tables().items()
         }
         for job in self.ready.jobs.values():
-            digests = job.digests(job.artifact.require()).intact()
+            digests = job.digested()
             contents[f"{job.dataset}/{shards.DIGESTS}"] = "none" if digests is None else digests.content
         identity = {"fingerprint": self.ready.fingerprint}
         return Artifact(self.ready.folder, evaluate.FORMAT, identity, contents)

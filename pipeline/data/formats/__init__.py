@@ -2,8 +2,9 @@
 
 It holds a function `read(dataset, notes) -> Iterator[pyarrow.RecordBatch]` that yields rows of
 `manifest.SCHEMA` in a fixed order, counts in the `notes` what it leaves out, and raises `UserError` on a path
-or name that is not there; a format whose classes have names also has `classes(dataset) -> Classes`. Modules
-with an underscore are shared.
+or name that is not there; a format whose classes have names also has `classes(dataset) -> Classes`, and one
+whose `path` is a place in storage has `PLACE`, a word for what lies there: it is looked for before any work.
+Modules with an underscore are shared.
 """
 
 from importlib import import_module

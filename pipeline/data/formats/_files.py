@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipeline.config.loading import resolve
 from pipeline.config.schema import Dataset
+from pipeline.data import formats
 from pipeline.data.manifest import SCHEMA
 from pipeline.data.notes import Seen
 from pipeline.errors import UserError
@@ -33,16 +34,16 @@ def located(path: str) -> str:
 
 
 def require_there(dataset: Dataset) -> None:
-    """Refuse a path at which there is nothing; a look that costs no time.
+    """Refuse a path at which there is nothing, if its format says what lies there; a look that costs no time.
 
     Raises:
         UserError: if there is none.
     """
-    if dataset.format == "python" or set(dataset.path) & set("*{"):
+    known = formats.get(dataset.format) if dataset.format in formats.names() else None
+    what = getattr(known, "PLACE", None)
+    if what is None or set(dataset.path) & set("*{"):
         return
     if storage.find(located(dataset.path)) is None:
-        kind = {"imagefolder": "folder", "parquet": "file or folder", "webdataset": "file or folder"}
-        what = kind.get(dataset.format, "file")
         raise UserError(f"datasets.{dataset.name}.path: no such {what}: {located(dataset.path)}")
 
 

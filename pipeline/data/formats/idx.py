@@ -19,6 +19,8 @@ from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 
+PLACE = "file"
+
 _UINT8 = 8
 
 

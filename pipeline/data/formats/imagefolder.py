@@ -20,6 +20,8 @@ from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 
+PLACE = "folder"
+
 
 def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     """One row per image file, ordered by relative path, which is the key."""

@@ -21,6 +21,8 @@ from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 
+PLACE = "file"
+
 FOLDERS = 2000
 """Listings of remote folders that are kept while a list is read."""
 

@@ -18,6 +18,8 @@ from pipeline.data.formats import _arrays, _files
 from pipeline.data.notes import Notes
 from pipeline.errors import UserError, unknown
 
+PLACE = "file"
+
 
 def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     """Rows of the array `images`, labelled by the array `labels` where one is named."""

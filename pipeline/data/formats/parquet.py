@@ -24,6 +24,8 @@ from pipeline.errors import UserError
 from pipeline.workspace import storage
 from pipeline.workspace.storage import Entry
 
+PLACE = "file or folder"
+
 IMAGES = ("image", "bytes", "img", "image_bytes", "jpg", "jpeg", "png", "webp")
 """Columns that are looked for, in this order, where `images` names none."""
 

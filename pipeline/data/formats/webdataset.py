@@ -29,6 +29,8 @@ from pipeline.errors import UserError
 from pipeline.workspace import storage
 from pipeline.workspace.storage import Entry
 
+PLACE = "file or folder"
+
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 THREADS = 8
 """Remote tars that are listed at once."""

@@ -135,7 +135,7 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
             cautions=manifest.get("warnings", []),
             unscored=sentences(manifest.get("unscored", {}), manifest["datasets"]).values(),
             finished=datetime.fromisoformat(manifest["finished"]).astimezone(UTC),
-            accuracies=_accuracies(results),
+            accuracies=[row for row in results.metrics.to_pylist() if row["metric"] == "id_accuracy"],
             metrics=compared(results.metrics) | {metric.name: metric for metric in FAILURES},
             summary=leaderboard(results.metrics, results.differences),
             failures=failure_board(results.metrics, results.differences),
@@ -155,11 +155,6 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
             ood=results.datasets(*OOD),
         )
     )
-
-
-def _accuracies(results: Results) -> list[dict[str, Any]]:
-    """Rows of the classifier's accuracy."""
-    return [row for row in results.metrics.to_pylist() if row["metric"] == "id_accuracy"]
 
 
 @cache

@@ -207,7 +207,8 @@ def _accuracies(run: Run, recorded: Mapping[Name, Numbers]) -> Iterator[Finding]
 def _values(run: Run, detector: str, recorded: Mapping[Name, Numbers]) -> Finding:
     """All metrics of one detector, computed again from its scores."""
     level = run.record.metrics.level
-    scores = {name: np.concatenate([*run.column(detector, [name]), np.empty(0)]) for name in _compared(run)}
+    datasets = run.of("id", "shifted_id", "near_ood", "far_ood")
+    scores = {name: np.concatenate([*run.column(detector, [name]), np.empty(0)]) for name in datasets}
     right = {name: _right(run, detector, name) for name in run.of("id", "shifted_id")}
     wrong, computed = Tally(), dict[Name, tuple[float, int, int]]()
     for comparison in comparisons(run):
@@ -227,10 +228,6 @@ def _values(run: Run, detector: str, recorded: Mapping[Name, Numbers]) -> Findin
             told = f"{found.value:.6g} ({found.n_id} ID, {found.n_ood} OOD)" if found else "missing"
             wrong.add([f"{place} is {told}, computed {value:.6g} ({n_id} ID, {n_ood} OOD)"])
     return wrong.finding(f"values of {detector}", f"{len(computed):,} as computed from the scores")
-
-
-def _compared(run: Run) -> list[str]:
-    return run.of("id", "shifted_id", "near_ood", "far_ood")
 
 
 def _right(run: Run, detector: str, dataset: str) -> Mask:
