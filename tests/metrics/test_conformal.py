@@ -1,0 +1,108 @@
+"""Conformal p-values and thresholds against their definitions, and their promise in simulation."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.metrics.conformal import Calibration, discoveries, needed
+
+RATES = (0.01, 0.05, 0.1, 0.3)
+
+
+def drawn(seed: int, n: int, ties: bool) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    found = random.normal(size=(2, n))
+    calibration, tested = np.round(found, 1) if ties else found
+    return calibration, tested
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_p_values_count_calibration_scores_that_are_at_least_as_high(ties: bool) -> None:
+    calibration, tested = drawn(0, 200, ties)
+    slow = [(1 + sum(c >= t for c in calibration)) / 201 for t in tested]
+    assert Calibration(calibration).p_values(tested).tolist() == slow
+
+
+@pytest.mark.parametrize("n", [1, 9, 19, 20, 99, 100, 199])
+@pytest.mark.parametrize("ties", [False, True])
+def test_flags_are_the_p_values_that_do_not_exceed_the_rate(n: int, ties: bool) -> None:
+    calibration, _ = drawn(n, n, ties)
+    _, tested = drawn(1, 500, ties)
+    found = Calibration(calibration)
+    for rate in RATES:
+        flagged = found.flags(rate, tested)
+        # In integers: (1 + above) / (n + 1) <= rate.
+        above = np.array([np.sum(calibration >= each) for each in tested])
+        assert flagged.tolist() == ((1 + above) * 100 <= round(rate * 100) * (n + 1)).tolist()
+        assert flagged.tolist() == (tested > found.thresholds(rate)[-1]).tolist()
+
+
+def test_the_threshold_is_the_conformal_quantile() -> None:
+    found = Calibration(np.arange(1.0, 100.0))  # 99 scores: (n + 1)(1 - rate) = 95
+    assert found.thresholds(0.05) == {-1: 95.0}
+
+
+def test_too_few_calibration_images_flag_nothing() -> None:
+    assert [needed(rate) for rate in (0.01, 0.05, 0.3, 0.5)] == [99, 19, 3, 1]
+    for rate in (0.01, 0.05):
+        enough = needed(rate)
+        assert Calibration(np.zeros(enough)).flags(rate, np.ones(1)).tolist() == [True]
+        assert Calibration(np.zeros(enough - 1)).thresholds(rate) == {-1: math.inf}
+
+
+def test_scores_that_are_not_finite_do_not_count() -> None:
+    found = Calibration(np.array([1.0, np.nan, 2.0, np.inf]))
+    assert found.p_values(np.array([1.5, np.nan, np.inf])).tolist()[0] == 2 / 3
+    assert np.isnan(found.p_values(np.array([np.nan, np.inf]))).all()
+    assert found.flags(0.5, np.array([np.nan, np.inf, 3.0])).tolist() == [False, False, True]
+
+
+def test_by_class_each_image_is_compared_with_its_own() -> None:
+    random = np.random.default_rng(3)
+    classes = random.integers(0, 3, 300)
+    scores = random.normal(size=300) + 10 * classes
+    found = Calibration(scores, classes)
+    tested, predicted = random.normal(size=50) + 10, random.integers(0, 4, 50)
+    slow = [
+        (1 + sum(scores[classes == c] >= t)) / (1 + sum(classes == c))
+        for t, c in zip(tested, predicted, strict=True)
+    ]
+    assert found.p_values(tested, predicted).tolist() == slow
+    assert found.p_values(tested, predicted)[predicted == 3].tolist() == [1.0] * sum(predicted == 3)
+    assert set(found.thresholds(0.05)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("n", [50, 200, 1000, 5000])
+def test_false_alarms_keep_to_the_rate(n: int) -> None:
+    """Over many calibration sets, the mean share of false alarms is ⌊a(n + 1)⌋ / (n + 1), a or just below."""
+    random = np.random.default_rng(n)
+    trials = 500
+    for rate in (0.05, 0.1):
+        flagged = [
+            Calibration(random.normal(size=n)).flags(rate, random.normal(size=20)).mean()
+            for _ in range(trials)
+        ]
+        truth = math.floor(rate * (n + 1) + 1e-9) / (n + 1)
+        assert truth <= rate
+        assert np.mean(flagged) == pytest.approx(truth, abs=4 * np.std(flagged) / math.sqrt(trials))
+
+
+def test_discoveries_are_those_of_benjamini_and_hochberg() -> None:
+    p = np.array([0.01, 0.04, 0.03, np.nan, 0.5, 0.005])  # of 5: limits 0.01, 0.02, 0.03, 0.04, 0.05
+    assert discoveries(p, 0.05).tolist() == [True, True, True, False, False, True]
+    assert discoveries(p, 0.01).tolist() == [False] * 6
+    assert discoveries(np.empty(0), 0.05).tolist() == []
+    assert discoveries(np.full(3, np.nan), 0.05).tolist() == [False] * 3
+
+
+def test_few_discoveries_are_false() -> None:
+    random = np.random.default_rng(5)
+    shares = []
+    for _ in range(400):
+        found = Calibration(random.normal(size=1000))
+        p = found.p_values(np.concatenate([random.normal(size=150), random.normal(4, 1, size=50)]))
+        named = discoveries(p, 0.1)
+        shares.append(named[:150].sum() / max(named.sum(), 1))
+    assert np.mean(shares) <= 0.1 * 150 / 200 + 4 * np.std(shares) / 20
+    assert np.mean(shares) > 0.04  # it names many
