@@ -309,13 +309,15 @@ class Run:
         """Open the MLflow run of this evaluation while others work; one that holds all is left alone."""
         settings = self.ready.config.tracking
         wanted = {"always": True, "never": False}.get(self.options.publish, settings.enabled)
-        if not wanted or self.options.last != "report" or self.tracking.opening is not None:
+        if self.options.last != "report" or self.tracking.opening is not None:
+            return
+        if not wanted and (self.record.worked or not settings.enabled):
             return
         place = self.ready.folder, tracking_uri(self.ready.config), settings.experiment
         name, fingerprint = self.ready.config.name, self.ready.fingerprint
         again = self.record.worked or self.options.publish == "always"
         complete = None if again else tracking.complete(*place, fingerprint)
-        if complete is None:
+        if complete is None and wanted:
             self.tracking = Tracked(self.background.submit(tracking.begin, *place, name, fingerprint))
         else:
             self.tracking = Tracked(None, complete)
@@ -739,6 +741,6 @@ class Tracked:
         if self.opening is None:
             return
         try:
-            tracking.fail(self.opening.result(), f"{type(error).__name__}: {error}")
+            tracking.fail(self.opening.result(), error)
         except (tracking.TrackingError, UserError):
             return
