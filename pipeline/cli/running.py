@@ -47,6 +47,8 @@ def _execute(settings: Config, options: Options, quiet: bool = False) -> Outcome
     if options.last in ("evaluate", "report"):
         _warn(outcome.cautions)
         console.print(report.console_table(outcome.folder))
+        for sentence in report.verdict(outcome.folder):
+            console.print(f"verdict  {sentence}", markup=False, soft_wrap=True)
     lines: dict[str, object] = {"results": outcome.folder}
     if options.last == "report":
         lines["report"] = outcome.folder / "report" / "index.html"
@@ -63,10 +65,12 @@ def _execute(settings: Config, options: Options, quiet: bool = False) -> Outcome
 
 def _described(outcome: Outcome) -> dict[str, object]:
     """An outcome as a document."""
+    from pipeline.results import report
     from pipeline.workspace import files
 
     return {
         "results": str(outcome.folder),
+        "verdict": report.verdict(outcome.folder),
         "report": str(outcome.folder / "report" / "index.html"),
         "mlflow": outcome.link,
         "warnings": [*outcome.cautions, *outcome.unreadable, *outcome.unscored, *_told(outcome.warning)],

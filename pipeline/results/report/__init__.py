@@ -6,10 +6,20 @@ Reads the run folder only; runs no model and computes no metric.
 from __future__ import annotations
 
 from pipeline.results.report.console import console_table
-from pipeline.results.report.tables import leaderboard
+from pipeline.results.report.tables import Results, leaderboard
+from pipeline.results.report.verdict import verdict as _verdict
 from pipeline.workspace.files import Place
 
-__all__ = ["console_table", "leaderboard", "write"]
+__all__ = ["console_table", "leaderboard", "verdict", "write"]
+
+
+def verdict(run: Place) -> list[str]:
+    """Which detector a finished run speaks for, in sentences; see `verdict.verdict`.
+
+    Raises:
+        UserError: if the run is not finished.
+    """
+    return _verdict(Results.read(run))
 
 
 def write(run: Place) -> Place:

@@ -27,6 +27,7 @@ from pipeline.results.report.tables import (
     leaderboard,
     metric_boards,
 )
+from pipeline.results.report.verdict import verdict
 from pipeline.results.unscored import sentences
 from pipeline.workspace import files
 from pipeline.workspace.files import Place
@@ -133,6 +134,7 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
             run=manifest,
             unreadable=unreadable.sentences(manifest["datasets"]),
             cautions=manifest.get("warnings", []),
+            verdict=verdict(results),
             unscored=sentences(manifest.get("unscored", {}), manifest["datasets"]).values(),
             finished=datetime.fromisoformat(manifest["finished"]).astimezone(UTC),
             accuracies=[row for row in results.metrics.to_pylist() if row["metric"] == "id_accuracy"],
