@@ -236,6 +236,18 @@ class Metrics(Frozen):
     )
 
 
+class Report(Frozen):
+    """The page about a run."""
+
+    images: int = Field(
+        default=6,
+        ge=0,
+        le=50,
+        description="images of each dataset that the page shows: what the best detector missed, caught, or "
+        "took for OOD, and that detectors disagree on; 0 = none",
+    )
+
+
 class Index(Frozen):
     """The nearest-neighbour index over training rows."""
 
@@ -385,6 +397,7 @@ class Config(Frozen):
     index: Index = Index()
     score: Score = Score()
     metrics: Metrics = Metrics()
+    report: Report = Report()
     tracking: Tracking = Tracking()
     tune: Tune | None = None
 

@@ -711,7 +711,7 @@ class Run:
         self.record.close("finished")
         with self.stage("report") as shown:
             if self.record.worked or self.options.first == "report" or not page.is_file():
-                report.write(self.ready.folder)
+                report.write(self.ready.folder, self.ready.config.report.images)
             shown.note = str(page)
         self.record.close("finished")
 

@@ -33,7 +33,7 @@ def test_the_best_is_named_with_its_values_and_what_it_misses(tmp_path: Path) ->
         f"grood, GROOD (2025), ranks best: AUROC {near['value']:.3f} ({near['ci_low']:.3f}–"
     )
     assert f"{far['value']:.3f} (" in first
-    assert second == "On the same images it can be told from every other."
+    assert second == "On the same images its lead over every other is more than chance."
     missed = {key: f"{row['value']:.0%}" for key, row in rows.items() if key[2] == "fpr95_id"}
     worst = max(("tin", "svhn"), key=lambda name: rows[Setup().ood[name], name, "fpr95_id"]["value"])
     assert missed["near_ood", "near_ood", "fpr95_id"] in third
@@ -44,7 +44,7 @@ def test_detectors_that_cannot_be_told_from_it_are_named_and_what_it_searches(tm
     shift = {**BETTER, "knn": 4.0}
     _, sentences = told(tmp_path, detectors=THREE, shift=shift, level=("knn", "grood"))
     assert sentences[0].startswith("knn, KNN (2025), ranks best")
-    assert sentences[1] == "On the same images grood cannot be told from it; take what costs least."
+    assert sentences[1] == "On the same images its lead over grood may be chance; take what costs least."
     assert sentences[-1] == "For every image it searches 1,950 vectors of training images."
 
 

@@ -1,6 +1,6 @@
 """The report of a finished run: one HTML page that stands alone, its figures, and the leaderboard.
 
-Reads the run folder only; runs no model and computes no metric.
+Reads the run folder, and the images it shows; runs no model and computes no metric.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def verdict(run: Place) -> list[str]:
     return _verdict(Results.read(run))
 
 
-def write(run: Place) -> Place:
-    """Write `report/index.html` and `report/*.png` into the folder of a finished run; returns the page.
+def write(run: Place, images: int = 0) -> Place:
+    """Write `report/` into the folder of a finished run; returns the page. See `page.write`.
 
     Raises:
         UserError: if the run is not finished, or the published numbers it names are not there.
     """
     from pipeline.results.report import page  # draws, which takes seconds to import
 
-    return page.write(run)
+    return page.write(run, images)

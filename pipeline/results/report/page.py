@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pyarrow.csv
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.config import published
@@ -18,6 +19,7 @@ from pipeline.metrics.metrics import FAILURES, named
 from pipeline.results import unreadable
 from pipeline.results.report import plots
 from pipeline.results.report.compare import comparisons, deviations
+from pipeline.results.report.review import Review, review
 from pipeline.results.report.tables import (
     GROUPS,
     OOD,
@@ -53,11 +55,15 @@ class Picture:
         return int.from_bytes(self.png[16:20]) // 2
 
 
-def write(run: Place) -> Place:
-    """Write `report/index.html` and `report/*.png` into the folder of a finished run.
+def write(run: Place, images: int = 0) -> Place:
+    """Write `report/index.html`, `report/*.png` and `report/review.csv` into the folder of a finished run.
 
     An earlier report stays as it is until the new one is complete; in an object store the page is replaced
     last.
+
+    Args:
+        run: its folder.
+        images: how many to show of each kind and dataset, see `review`.
 
     Returns:
         The page.
@@ -73,7 +79,9 @@ def write(run: Place) -> Place:
         pictures = {**_score_pictures(results), "norm_ratio": _norm_ratio_pictures(results)}
         for picture in (picture for section in pictures.values() for picture in section):
             (draft / picture.file).write_bytes(picture.png)
-        (draft / "index.html").write_text(_page(results, pictures), encoding="utf-8")
+        reviewed = review(results, images)
+        pyarrow.csv.write_csv(reviewed.table(), draft / "review.csv")
+        (draft / "index.html").write_text(_page(results, pictures, reviewed), encoding="utf-8")
         files.replace_folder(draft, target, last="index.html")
     return target / "index.html"
 
@@ -124,7 +132,7 @@ def _norm_ratio_pictures(results: Results) -> list[Picture]:
     return pictures
 
 
-def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
+def _page(results: Results, pictures: Mapping[str, list[Picture]], reviewed: Review) -> str:
     manifest, unlabelled = results.manifest, results.datasets("unlabelled")
     known = published.read(manifest["published"]) if manifest["published"] else []
     return (
@@ -147,6 +155,7 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
             known=known,
             conventions={name: named(name) for name in ("fpr95_id", "fpr95_ood")},
             pictures=pictures,
+            review=reviewed,
             detectors=results.detectors,
             thresholds=results.thresholds,
             unlabelled=unlabelled,

@@ -263,6 +263,11 @@ class Results:
         parts = [part for dataset in datasets for part in self._parts(dataset, detector)]
         return np.concatenate([part.drop_null().to_numpy() for part in parts])
 
+    def column(self, dataset: str, detector: str) -> Float:
+        """(N,) scores of one detector on all rows of a dataset; NaN where there is none."""
+        parts = [part.to_numpy() for part in self._parts(dataset, detector)]
+        return np.concatenate([np.empty(0), *parts]).astype(np.float64)
+
     def flagged_share(self, dataset: str, detector: str) -> float:
         """Share of the scored rows of an unlabelled dataset above the threshold; NaN if there are none."""
         flagged = rows = 0

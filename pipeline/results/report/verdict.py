@@ -14,8 +14,8 @@ POOR = 0.75
 def verdict(results: Results) -> list[str]:
     """Sentences for whoever has to choose; none where no OOD dataset was compared with the ID data.
 
-    Every number is one of `metrics.parquet`. Detectors that have seen OOD images are proposed only where there
-    are no others.
+    Every number is one of `metrics.parquet`. Detectors that have seen OOD images are proposed only where
+    there are no others.
     """
     board = leaderboard(results.metrics, results.differences)
     if not board.rows:
@@ -31,9 +31,11 @@ def verdict(results: Results) -> list[str]:
     apart = {other.detector: _told_apart(results, chosen, other) for other in others}
     level = [label for label, told in apart.items() if told is False]
     if level:
-        found.append(f"On the same images {_listed(level)} cannot be told from it; take what costs least.")
+        found.append(
+            f"On the same images its lead over {_listed(level)} may be chance; take what costs least."
+        )
     elif apart and all(apart.values()):
-        found.append("On the same images it can be told from every other.")
+        found.append("On the same images its lead over every other is more than chance.")
     found += _missed(results, chosen.detector)
     found += _needs(results, chosen.detector)
     if all(chosen.cells[number].value < POOR for number, _ in groups):
