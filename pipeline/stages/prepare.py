@@ -24,7 +24,7 @@ from pipeline.learned import statistics
 from pipeline.metrics.metrics import LEVEL
 from pipeline.network.description import NO_BLOCKS, WRONG_SIZE, Description
 from pipeline.network.known import Network
-from pipeline.stages import identity, index, shards
+from pipeline.stages import calibration, identity, index, shards
 from pipeline.workspace import artifacts, files, runs
 from pipeline.workspace.files import Place
 
@@ -124,7 +124,9 @@ class Prepared:
         ]
         scored = {label: self.scoring(label) for label in self.detectors}
         level = self.config.metrics.fpr_level
-        measured = [] if level == LEVEL else [{"fpr_level": level}]
+        measured: list[dict[str, Any]] = [] if level == LEVEL else [{"fpr_level": level}]
+        wanted = self.config.thresholds
+        measured += [] if wanted is None else [{"thresholds": wanted.model_dump(mode="json")}]
         return artifacts.digest([scored, roles, self.config.seed, *measured])
 
 
@@ -154,6 +156,7 @@ def prepare(settings: Config) -> Prepared:
         index.check(settings.index.kind, known.head[0].shape[1])
     network.note()
     manifests = {dataset.name: _listed(dataset, settings) for dataset in settings.datasets}
+    calibration.check(settings, _calibrating(settings, manifests))
     for dataset in settings.datasets:
         _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
     selection.keep(lambda label, detector: check_training_labels(label, detector, settings, manifests))
@@ -269,8 +272,21 @@ def _check_precision(settings: Extract, network: Network) -> None:
 def _check_roles(settings: Config) -> None:
     if not settings.of_role("id"):
         raise UserError("datasets: none has role 'id'; add the ID test images.")
+    calibration.check_roles(settings)
     if len(settings.of_role("train")) > 1:
         raise UserError("datasets: several have role 'train'; expected at most one. Put the images together.")
+
+
+def _calibrating(settings: Config, manifests: Mapping[str, Manifest]) -> dict[str, int]:
+    """Images that thresholds are calibrated on, by dataset."""
+    wanted, split = settings.thresholds, calibration.Split.of(settings)
+    found = (
+        {each.name: manifests[each.name] for each in settings.of_role(wanted.calibrate_on)} if wanted else {}
+    )
+    return {
+        name: manifest.rows if split is None else int(split.calibrates(manifest.keys()).sum())
+        for name, manifest in found.items()
+    }
 
 
 def check_data(label: str, detector: Detector, settings: Config) -> None:

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.cluster import engine, usage
 from pipeline.cluster.engine import Engine
 from pipeline.cluster.logs import Logs
-from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
+from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, Mask
 from pipeline.config import loading, schema
 from pipeline.data import contents
 from pipeline.data.manifest import contents_of
@@ -35,7 +35,8 @@ from pipeline.results.evaluation import Evaluation
 from pipeline.results.mlflow import tracking
 from pipeline.results.record import Record, added
 from pipeline.results.unscored import sentences
-from pipeline.stages import duplicates, evaluate, index, shards
+from pipeline.stages import calibration, decisions, duplicates, evaluate, index, shards
+from pipeline.stages.calibration import Calibrated
 from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare, tracking_uri
 from pipeline.stages.score import FORMAT, ScoreJob, Scoring, Unscored, assemble, require_few_unscored
@@ -211,6 +212,8 @@ class Run:
     fitted: Fitted | None = None
     scored: list[ScoreJob] = field(default_factory=list)
     """What was scored."""
+    calibrated: Calibrated | None = None
+    """What decides on an image, if the config has thresholds."""
     costs: dict[str, Any] = field(default_factory=dict)
     """What the stage under way says of itself."""
     worked: bool = False
@@ -360,6 +363,7 @@ class Run:
             numbers = self.costs
             self._describe_extras()
             self.features = {job.dataset: job.table() for job in jobs}
+            self._require_calibrating()
             for job in jobs:
                 facts = job.artifact.require().facts
                 counted = {name: facts[name] for name in ("features", "errors", "machines")}
@@ -372,6 +376,12 @@ class Run:
             shown.note += f", {passes:,} passes for extra columns" * bool(passes)
             if numbers["forward_images"]:
                 shown.note += f", {numbers['images_per_second']:,.0f} images/s once running"
+
+    def _require_calibrating(self) -> None:
+        """Refuse too few images to calibrate on, as of a class that is seldom predicted."""
+        if self.ready.config.thresholds is not None:
+            classes = len(self.ready.network.head[1])
+            calibration.require_predictions(self.ready.config, self.features, self._calibrating, classes)
 
     def _forget_contents(self) -> None:
         """Have images that are known by their bytes be read anew when they are listed next."""
@@ -525,15 +535,44 @@ class Run:
         rows = sum(job.features.rows for job in unfinished)
         with self.stage("score", rows) as shown:
             self.record.content["unscored"] = self._score(jobs, fitted, shown.advance)
+            self.calibrated = self._calibrated(jobs)
             for job in jobs if self.may_work("score") else ():
-                assemble(self.engine, job, self._scores(job.dataset), self._flagging(job.dataset))
+                self._assemble(job, self._flagging(job.dataset))
             shown.note = f"{rows:,} rows"
             self.costs = {"rows": rows, "scores": self.costs.get("scores", 0)}
 
+    def _calibrated(self, jobs: Sequence[ScoreJob]) -> Calibrated | None:
+        """What decides on an image, from the scores of those that calibrate."""
+        if self.ready.config.thresholds is None:
+            return None
+        return calibration.gathered(
+            self.ready.config, jobs, self._calibrating, len(self.ready.network.head[1])
+        )
+
+    @property
+    def _calibrating(self) -> dict[str, Mask]:
+        """Which rows of the features calibrate, by dataset."""
+        return calibration.calibrating(self.ready.config, self.features)
+
+    @property
+    def _tested(self) -> dict[str, Mask]:
+        """Rows that are tested, of the datasets of which others calibrate."""
+        if calibration.Split.of(self.ready.config) is None:
+            return {}
+        return {name: ~rows for name, rows in self._calibrating.items()}
+
+    def _assemble(self, job: ScoreJob, flagging: Mapping[str, float]) -> None:
+        """Put the table of scores of a dataset together."""
+        (role,) = (each.role for each in self.ready.config.datasets if each.name == job.dataset)
+        judge = None
+        if self.calibrated is not None:
+            judge = decisions.judge(self.engine, self.calibrated, job, role)
+        assemble(self.engine, job, self._scores(job.dataset), flagging, judge)
+
     def _flagging(self, dataset: str) -> dict[str, float]:
         """Thresholds for the flags in a table of scores: on unlabelled data, once there are some."""
-        unlabelled = self.ready.of_role("unlabelled")
-        if dataset not in [job.dataset for job in unlabelled] or self._results().checked() is None:
+        unlabelled = [job.dataset for job in self.ready.of_role("unlabelled")]
+        if self.calibrated or dataset not in unlabelled or self._results().checked() is None:
             return {}
         return dict(files.read_json(self.ready.folder / "thresholds.json"))
 
@@ -643,12 +682,18 @@ class Run:
                 for dataset in self.ready.config.datasets:
                     if dataset.name in jobs:
                         roles.setdefault(dataset.role, []).append(jobs[dataset.name])
-                level = self.ready.config.metrics.fpr_level
-                table, thresholds = evaluate.run(self.engine, roles, shown.advance, level=level)
-                pairs = evaluate.paired(self.engine, roles, self.ready.config.seed, level)
-                for job in roles.get("unlabelled", ()):
-                    assemble(self.engine, job, self._scores(job.dataset), thresholds)
+                level, tested = self.ready.config.metrics.fpr_level, self._tested
+                table, thresholds = evaluate.run(
+                    self.engine, roles, shown.advance, level=level, tested=tested
+                )
+                pairs = evaluate.paired(self.engine, roles, self.ready.config.seed, level, tested)
                 written = evaluate.write(self.ready.folder, table, thresholds, pairs)
+                if self.calibrated is None:
+                    for job in roles.get("unlabelled", ()):
+                        self._assemble(job, thresholds)
+                else:
+                    decided = decisions.decisions(self.engine, roles, self.calibrated, tested)
+                    written |= decisions.write(self.ready.folder, self.calibrated, decided)
                 duplicated = duplicates.found(self.engine, self._jobs_by_role())
                 facts = {"numbering": self._numbering(), "duplicates": duplicated}
                 done = results.finish(written, alone=False, **facts)
