@@ -43,6 +43,8 @@ def _execute(settings: Config, options: Options) -> Outcome:
     if options.last in ("evaluate", "report"):
         _warn(outcome.cautions)
         console.print(report.console_table(outcome.folder))
+        if (decided := report.decisions_table(outcome.folder)) is not None:
+            console.print(decided)
     lines: dict[str, object] = {"results": outcome.folder}
     if options.last == "report":
         lines["report"] = outcome.folder / "report" / "index.html"

@@ -18,6 +18,7 @@ from pipeline.errors import UserError, unknown
 from pipeline.metrics import pairs
 from pipeline.metrics.conformal import Calibration
 from pipeline.metrics.metrics import LEVEL
+from pipeline.results import calibrated
 from pipeline.results.cautions import COMPARED
 from pipeline.stages.decisions import DECISIONS, SCORES
 from pipeline.stages.evaluate import PAIRS, spectra
@@ -101,7 +102,8 @@ class Evaluation:
     def scores(self, dataset: str, detectors: list[str] | None = None) -> pa.Table:
         """Key, label and prediction of every image of a dataset, and its scores; higher = more OOD.
 
-        Null where a detector has no finite score; `record["unscored"]` counts and names these images.
+        Null where a detector has no finite score; `record["unscored"]` counts and names these images. Of ID
+        data of which a part calibrates, all images are there.
 
         Args:
             dataset: its name.
@@ -159,7 +161,7 @@ Entry = tuple[Evaluation, str]
 def other_data(first: Evaluation, other: Evaluation) -> str:
     """Why two runs were not measured on the same images; empty if they were.
 
-    The datasets that are compared must have the same names, roles and images.
+    The datasets that are compared must have the same names, roles and images, and the same of them be tested.
     """
     ours, theirs = (_roles(run) for run in (first, other))
     if ours != theirs:
@@ -167,7 +169,17 @@ def other_data(first: Evaluation, other: Evaluation) -> str:
             sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         )
         return f"other datasets than in the first run ({names})"
+    if _split(first) != _split(other):
+        return "other ID images are tested than in the first run (thresholds.calibrate_on, share, seed)"
     return other_images(first, other)
+
+
+def _split(run: Evaluation) -> tuple[Any, ...]:
+    """What decides which ID images are tested; nothing if all are."""
+    wanted = run.record.get("thresholds")
+    if wanted is None or wanted["calibrate_on"] != "id":
+        return ()
+    return wanted["share"], run.record["seed"]
 
 
 def other_images(first: Evaluation, other: Evaluation) -> str:
@@ -277,7 +289,8 @@ def _beside(runs: Sequence[Evaluation], dataset: str) -> dict[Entry, tuple[Float
     keys = None
     for run in runs:
         labels = list(run.record["detectors"])
-        parts = tables.Table.open(run.folder / "scores" / dataset).columns([KEY, LABEL, PREDICTION, *labels])
+        names = [KEY, LABEL, PREDICTION, *labels]
+        parts = calibrated.columns(run.folder, run.record, dataset, names)
         table = pa.concat_tables(parts).combine_chunks()
         keys = table[KEY] if keys is None else keys
         if not table[KEY].equals(keys):

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from pipeline.columns import KEY, PREDICTION, Float, Mask
 from pipeline.config.schema import Config, Thresholds
+from pipeline.detectors.base import Detector
 from pipeline.errors import UserError
 from pipeline.metrics.conformal import Calibration, needed
 from pipeline.stages.score import SCORE, ScoreJob
 from pipeline.workspace import artifacts, tables
 
-_SHARE = 0.5
+SHARE = 0.5
+"""Default of `thresholds.share`."""
 _NAMED = 5
 
 
@@ -39,7 +41,7 @@ class Split:
         wanted = settings.thresholds
         if wanted is None or wanted.calibrate_on != "id":
             return None
-        return cls(_SHARE if wanted.share is None else wanted.share, settings.seed)
+        return cls(SHARE if wanted.share is None else wanted.share, settings.seed)
 
     def calibrates(self, keys: Sequence[str] | NDArray[Any]) -> Mask:
         """(N,) bool; an image's key and the seed decide, whatever other images there are.
@@ -81,6 +83,24 @@ def check(settings: Config, counts: Mapping[str, int]) -> None:
     """
     if settings.thresholds is not None:
         _require(settings.thresholds, {-1: sum(counts.values())}, ", ".join(counts))
+
+
+def notices(settings: Config, chosen: Mapping[str, Detector]) -> dict[str, str]:
+    """What is to be known of detectors that have seen the images that calibrate, by label.
+
+    Their scores of these images are not exchangeable with those of new ones.
+    """
+    wanted = settings.thresholds
+    if wanted is None or wanted.calibrate_on != "id_val":
+        return {}
+    tuned = {entry.label for entry in settings.detectors if entry.tuned_on_ood}
+    cure = "its false alarms may exceed the rates. thresholds.calibrate_on: id avoids it."
+    return {
+        label: f"It was {'tuned on' if label in tuned else 'fitted to'} the images of role id_val that its "
+        f"thresholds come from: {cure}"
+        for label, detector in chosen.items()
+        if label in tuned or detector.calibrates()
+    }
 
 
 def calibrating(settings: Config, features: Mapping[str, tables.Table]) -> dict[str, Mask]:

@@ -409,6 +409,10 @@ class Run:
             training = self._fit(self.ready.config.optional)
             assert self.fitted is not None
             self.record.leave_out(self.fitted.not_applicable)
+            told = calibration.notices(self.ready.config, self.ready.detectors)
+            for label in self.fitted.scorers:
+                if label in told:
+                    self.fitted.notices.setdefault(label, []).append(told[label])
             self.record.content["notices"] = self.fitted.notices
             self.worked = bool(self.fits.made_now)
             done = [type(spec).__name__.lower() for spec in training.passes]

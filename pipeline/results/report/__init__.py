@@ -5,11 +5,11 @@ Reads the run folder only; runs no model and computes no metric.
 
 from __future__ import annotations
 
-from pipeline.results.report.console import console_table
+from pipeline.results.report.console import console_table, decisions_table
 from pipeline.results.report.tables import leaderboard
 from pipeline.workspace.files import Place
 
-__all__ = ["console_table", "leaderboard", "write"]
+__all__ = ["console_table", "decisions_table", "leaderboard", "write"]
 
 
 def write(run: Place) -> Place:
