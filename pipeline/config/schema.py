@@ -21,6 +21,7 @@ from pipeline import detectors
 from pipeline.columns import CALIBRATION, IS_OOD, KEY, LABEL, P_VALUE, PREDICTION
 from pipeline.config.explanations import explain
 from pipeline.config.grids import Tune, points
+from pipeline.detectors._combination import Combination
 from pipeline.detectors._steps import combined
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError, unknown
@@ -475,6 +476,8 @@ class Config(Frozen):
             if label not in entries:
                 raise UserError(f"tune.grids.{label}: {unknown('detector', label, entries)}")
             entry = entries[label]
+            if issubclass(detectors.get(entry.method), Combination):
+                raise UserError(f"tune.grids.{label}: it combines others; tune its members.")
             tried = points(label, detectors.get(entry.method), entry.parameters, grid)
             found[label] = {
                 name: entry.model_copy(update={"label": name, "parameters": parameters, "optional": False})

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.columns import KEY, PREDICTION, Float, Mask
 from pipeline.config.schema import Config, Thresholds
+from pipeline.detectors._combination import Combination
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError
 from pipeline.metrics.conformal import Calibration, needed
@@ -58,13 +59,29 @@ class Split:
         return np.fromiter((drawn(key) < limit for key in keys), np.bool_, len(keys))
 
 
+def identity(settings: Config, names: Sequence[str]) -> list[Any]:
+    """What decides which images calibrate.
+
+    Args:
+        settings: the config.
+        names: of the features of the datasets of which some do.
+    """
+    split = Split.of(settings)
+    return [list(names), split and asdict(split)]
+
+
+def role_of(settings: Config) -> Literal["id_val", "id"]:
+    """The role of the datasets of which images calibrate."""
+    return "id_val" if settings.thresholds is None else settings.thresholds.calibrate_on
+
+
 def check_roles(settings: Config) -> None:
     """Whether the config has images that thresholds are calibrated on, if it wants thresholds.
 
     Raises:
         UserError: no dataset has the role.
     """
-    if settings.thresholds is not None and not settings.of_role(settings.thresholds.calibrate_on):
+    if settings.thresholds is not None and not settings.of_role(role_of(settings)):
         raise UserError(
             "thresholds.calibrate_on: no dataset has role 'id_val'. Add ID images that are neither trained "
             "nor tested on, or set it to id, which splits the ID test images."
@@ -94,26 +111,32 @@ def notices(settings: Config, chosen: Mapping[str, Detector]) -> dict[str, str]:
     if wanted is None or wanted.calibrate_on != "id_val":
         return {}
     tuned = {entry.label for entry in settings.detectors if entry.tuned_on_ood}
+    seen = {label for label, detector in chosen.items() if label in tuned or detector.calibrates()}
+    seen |= {label for label, each in combinations(chosen).items() if seen & {*each.members}}
     cure = "its false alarms may exceed the rates. thresholds.calibrate_on: id avoids it."
     return {
-        label: f"It was {'tuned on' if label in tuned else 'fitted to'} the images of role id_val that its "
-        f"thresholds come from: {cure}"
-        for label, detector in chosen.items()
-        if label in tuned or detector.calibrates()
+        label: "It was fitted to the images of role id_val that its thresholds come from, or tuned on them: "
+        f"{cure}"
+        for label in chosen
+        if label in seen
     }
+
+
+def combinations(chosen: Mapping[str, Detector]) -> dict[str, Combination]:
+    """Those of some detectors that combine others, by label."""
+    return {label: each for label, each in chosen.items() if isinstance(each, Combination)}
 
 
 def calibrating(settings: Config, features: Mapping[str, tables.Table]) -> dict[str, Mask]:
     """Which rows calibrate, of the datasets of which some do, by name.
 
     Args:
-        settings: with `thresholds`.
+        settings: the config.
         features: what was extracted, by dataset.
     """
-    assert settings.thresholds is not None
     split = Split.of(settings)
     found = {}
-    for dataset in settings.of_role(settings.thresholds.calibrate_on):
+    for dataset in settings.of_role(role_of(settings)):
         table = features[dataset.name]
         keys = [split.calibrates(part[KEY].to_pylist()) for part in table.columns([KEY])] if split else []
         found[dataset.name] = np.concatenate(keys) if keys else np.ones(table.rows, np.bool_)
@@ -203,10 +226,7 @@ def gathered(
     assert settings.thresholds is not None
     held = [(job, job.tables(), rows[job.dataset]) for job in jobs if job.dataset in rows]
     predictions = np.concatenate([column(job.features, PREDICTION)[mask] for job, _, mask in held])
-    scores = {
-        label: np.concatenate([column(found[label], SCORE)[mask] for _, found, mask in held])
-        for label in held[0][0].scores
-    }
+    scores = held_scores(jobs, rows, list(held[0][0].scores))
     for label, found in scores.items():
         counts = _counted(settings.thresholds, predictions[np.isfinite(found)], classes)
         _require(settings.thresholds, counts, f"{', '.join(rows)} that {label} has scores of")
@@ -219,6 +239,16 @@ def gathered(
         [settings.thresholds.model_dump(mode="json"), split and asdict(split), contents]
     )
     return Calibrated(settings.thresholds, scores, predictions, split, made_of)
+
+
+def held_scores(
+    jobs: Sequence[ScoreJob], rows: Mapping[str, Mask], labels: Sequence[str]
+) -> dict[str, Float]:
+    """(n,) scores of the images that calibrate, by detector; NaN where there is none."""
+    held = [(job.tables(), rows[job.dataset]) for job in jobs if job.dataset in rows]
+    return {
+        label: np.concatenate([column(found[label], SCORE)[mask] for found, mask in held]) for label in labels
+    }
 
 
 def column(table: tables.Table, name: str) -> NDArray[Any]:
