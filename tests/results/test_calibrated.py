@@ -118,13 +118,18 @@ def test_the_terminal_shows_the_first_rate(run: Evaluation) -> None:
             assert f"{100 * row['share']:.2f}%" in text
 
 
+def rows_at_first(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(row for row in rows if row["detector"] == "knn" and row["false_alarm"] == 0.1)
+
+
 def test_mlflow_gets_the_shares_at_the_first_rate(run: Evaluation) -> None:
     rows = run.decisions.to_pylist()
     found = of_detector("knn", run.record, run.metrics.to_pylist(), run.thresholds["knn"], rows).metrics
     shares = {
         row["dataset"]: row["share"] for row in rows if row["detector"] == "knn" and row["false_alarm"] == 0.1
     }
-    assert {name: value for name, value in found.items() if "_0.1/" in name} == {
+    assert {name: value for name, value in found.items() if "_0.1" in name} == {
+        "threshold_0.1": rows_at_first(rows)["threshold"],
         "false_alarm_0.1/test": shares["test"],
         "caught_0.1/animals": shares["animals"],
         "caught_0.1/textures": shares["textures"],

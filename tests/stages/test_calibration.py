@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.metrics.conformal import needed
-from pipeline.stages.calibration import Split
+from pipeline.stages.calibration import Split, notices
 from pipeline.stages.prepare import prepare
 from tests.conftest import _dataset
 
@@ -87,6 +87,25 @@ def test_a_class_that_is_seldom_predicted_is_refused_by_name_and_count(settings,
         r"raise the rate, or set thresholds\.per_class to false\.$",
     ):
         execute(load(with_held_out(settings, limit=60)), last="extract")
+
+
+def test_detectors_that_have_seen_the_images_are_told(settings, load) -> None:
+    settings["detectors"] = [
+        "tempscale",
+        {"knn": {"k": 5, "tuned_on_ood": True}},
+        "msp",
+        "energy",
+        {"seen": {"method": "ensemble", "members": ["msp", "tempscale"]}},
+        {"unseen": {"method": "ensemble", "members": ["msp", "energy"]}},
+    ]
+    settings["thresholds"] = {"false_alarm": [0.1]}
+    config = load(with_held_out(settings))
+    told = notices(config, config.built())
+    assert set(told) == {"tempscale", "knn", "seen"}
+    assert "its false alarms may exceed the rates. thresholds.calibrate_on: id avoids it." in told["knn"]
+    settings["thresholds"]["calibrate_on"] = "id"
+    config = load(settings)
+    assert notices(config, config.built()) == {}
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,17 @@ def of_detector(
         dataset, group = row["dataset"], row["group"]
         full_spectrum = group.startswith("fs_") and dataset != group
         metrics.append(((row["metric"], f"fs.{dataset}" if full_spectrum else dataset), row["value"]))
+    first = [
+        row
+        for row in decided
+        if row["detector"] == label and row["dataset"] is not None
+        if row["false_alarm"] == manifest["thresholds"]["false_alarm"][0]
+    ]
+    metrics += [((f"threshold_{row['false_alarm']:.10g}",), row["threshold"]) for row in first[:1]]
     metrics += [
         ((f"{_FLAGGED[row['role']]}_{row['false_alarm']:.10g}", row["dataset"]), row["share"])
-        for row in decided
-        if row["detector"] == label and row["role"] in _FLAGGED
-        if row["false_alarm"] == manifest["thresholds"]["false_alarm"][0]
+        for row in first
+        if row["role"] in _FLAGGED
     ]
     lost = manifest.get("unscored", {}).items()
     metrics += [(("unscored", name), found[label]["rows"]) for name, found in lost if label in found]
