@@ -49,6 +49,8 @@ def _execute(settings: Config, options: Options, quiet: bool = False) -> Outcome
         console.print(report.console_table(outcome.folder))
         for sentence in report.verdict(outcome.folder):
             console.print(f"verdict  {sentence}", markup=False, soft_wrap=True)
+        if (decided := report.decisions_table(outcome.folder)) is not None:
+            console.print(decided)
     lines: dict[str, object] = {"results": outcome.folder}
     if options.last == "report":
         lines["report"] = outcome.folder / "report" / "index.html"

@@ -527,7 +527,7 @@ def test_the_detectors_are_listed_with_what_they_need(command):
     outcome = command("detectors")
     assert outcome.status == 0
     table = listed(outcome)
-    assert list(table) == detectors.names()
+    assert list(table) == [*detectors.names(), *detectors.combining()]
     for name, (method, year, paper, needs, cost) in table.items():
         detector = detectors.get(name)()
         assert f"{method} ({year})" == detector.title
@@ -561,7 +561,7 @@ def test_the_list_tells_what_applies_to_a_config_and_why_not(case, command):
     outcome = command("detectors", "--config", case.config())
     assert outcome.status == 0
     table = listed(outcome)
-    assert list(table) == [*detectors.names(), "far", "own", "both"]
+    assert list(table) == [*detectors.names(), *detectors.combining(), "far", "own", "both"]
     assert {table[name][-1] for name in ("msp", "nnguide", "dice")} == {"yes"}
     for name in ("knn", "own"):
         assert table[name][-1] == "no: k is 50 but there are 30 training images; lower k."
@@ -569,6 +569,7 @@ def test_the_list_tells_what_applies_to_a_config_and_why_not(case, command):
     assert table["featurenorm"][-1].startswith("no: the model has no block with maps or tokens")
     assert table["far"][-1].startswith("no: unknown layer '1.cnv'. Did you mean '1.conv'")
     assert table["grood"][3:5] == ["features, training statistics, index, OOD data", "index"]
+    assert table["ensemble"][-1].startswith("no: members: got 0; expected two detectors of the run or more")
     assert table["grood"][-1].startswith("no: it uses OOD validation images, but no dataset has role")
     case.without("train")
     reason = listed(command("detectors", "--config", case.config()))["dice"][-1]
@@ -583,7 +584,7 @@ def test_a_detector_of_ones_own_is_explained_like_ours(case, command):
     assert "k = 50" in outcome.out
 
 
-@pytest.mark.parametrize("name", detectors.names())
+@pytest.mark.parametrize("name", [*detectors.names(), *detectors.combining()])
 def test_a_detector_is_explained_with_formula_paper_and_every_parameter(command, name):
     outcome = command("detectors", name)
     method = detectors.get(name)

@@ -29,6 +29,7 @@ from filelock import FileLock
 
 from pipeline.errors import UserError, redact
 from pipeline.results.mlflow.content import MAX_TAG, Content, limited, of_detector, of_run
+from pipeline.stages.decisions import DECISIONS
 from pipeline.workspace import files, tables
 from pipeline.workspace.files import Place
 
@@ -46,7 +47,7 @@ _VIEW = (
     "&orderByKey=metrics.%60auroc%2Fnear_ood%60&orderByAsc=false"
 )
 """Charts of the detectors, best first; without an order the page shows only the parent and hides them."""
-_ARTIFACTS = ("config.yaml", "manifest.json", "metrics.csv", "metrics.json")
+_ARTIFACTS = ("config.yaml", "manifest.json", "metrics.csv", "metrics.json", DECISIONS)
 _TEXT = {".yaml", ".json", ".csv", ".html", ".md", ".svg"}
 _MAX_DIGEST = 36
 
@@ -116,9 +117,14 @@ def publish(session: Session) -> None:
     manifest, thresholds = files.read_json(run / "manifest.json"), files.read_json(run / "thresholds.json")
     with tables.parquet(run / "metrics.parquet") as file:
         rows = file.read().to_pylist()
+    decided: list[dict[str, Any]] = []
+    if manifest.get("thresholds") is not None:
+        with tables.parquet(run / DECISIONS) as file:
+            decided = file.read().to_pylist()
     parent = of_run(manifest, yaml.safe_load((run / "config.yaml").read_text("utf-8")), rows)
     children = {
-        label: of_detector(label, manifest, rows, thresholds[label]) for label in manifest["detectors"]
+        label: of_detector(label, manifest, rows, thresholds[label], decided)
+        for label in manifest["detectors"]
     }
     with _sending(session.uri, "take the results"), TemporaryDirectory() as folder:
         client = _client(session.uri)

@@ -5,12 +5,12 @@ Reads the run folder, and the images it shows; runs no model and computes no met
 
 from __future__ import annotations
 
-from pipeline.results.report.console import console_table
+from pipeline.results.report.console import console_table, decisions_table
 from pipeline.results.report.tables import Results, leaderboard
 from pipeline.results.report.verdict import verdict as _verdict
 from pipeline.workspace.files import Place
 
-__all__ = ["console_table", "leaderboard", "verdict", "write"]
+__all__ = ["console_table", "decisions_table", "leaderboard", "verdict", "write"]
 
 
 def verdict(run: Place) -> list[str]:

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.config import published
 from pipeline.metrics.metrics import FAILURES, named
-from pipeline.results import unreadable
+from pipeline.results import calibrated, unreadable
 from pipeline.results.report import plots
 from pipeline.results.report.compare import comparisons, deviations
 from pipeline.results.report.review import Review, review
@@ -159,6 +159,9 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]], reviewed: Rev
             detectors=results.detectors,
             thresholds=results.thresholds,
             unlabelled=unlabelled,
+            decided=dict(sorted(results.decided().items())),
+            calibrated=calibrated.sentence(manifest, results.decisions) if results.decisions else "",
+            flagging=calibrated.flagging(manifest),
             flagged={
                 detector: [results.flagged_share(dataset, detector) for dataset in unlabelled]
                 for detector in results.detectors
@@ -177,7 +180,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"plain": _plain, "parameters": _parameters}
+    environment.filters |= {"plain": _plain, "parameters": _parameters, "percent": calibrated.percent}
     return environment
 
 
