@@ -6,6 +6,7 @@ Extract, fit, score, evaluate, report. A killed run is continued by running it a
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 import warnings
@@ -58,6 +59,9 @@ STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report"
 J = TypeVar("J", shards.Job, ScoreJob)
 
 _RECALL_QUERIES = 1024
+
+TELL = 10.0
+"""Seconds between two words to MLflow about the progress of a stage."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +290,7 @@ class Run:
             self.begin()
         started, self.costs, self.worked = time.perf_counter(), {}, False
         with self.display.stage(name, total) as shown, usage.collect() as used:
-            yield shown
+            yield self.tracking.watched(name, shown, self.background) if total else shown
         if self.may_work(name):
             seconds = round(time.perf_counter() - started, 3)
             self.record.spend(name, {**self.costs, "seconds": seconds, **used.numbers()}, self.worked)
@@ -835,6 +839,10 @@ class Tracked:
         except tracking.TrackingError as error:
             return "", str(error)
 
+    def watched(self, name: str, shown: Stage, background: ThreadPoolExecutor) -> Stage:
+        """A stage whose progress MLflow is told, too."""
+        return shown if self.opening is None else Watched(shown, name, self.opening, background)
+
     def fail(self, error: BaseException) -> None:
         """Mark the run as failed."""
         if self.opening is None:
@@ -843,3 +851,38 @@ class Tracked:
             tracking.fail(self.opening.result(), error)
         except (tracking.TrackingError, UserError):
             return
+
+
+class Watched:
+    """A stage that tells MLflow how far it has come; a server that fails is not told again."""
+
+    def __init__(
+        self, shown: Stage, name: str, opening: Future[tracking.Session], background: ThreadPoolExecutor
+    ) -> None:
+        self._shown, self._name, self._opening, self._background = shown, name, opening, background
+        self._started, self._done, self._told = time.monotonic(), 0, -TELL
+        self._telling: Future[None] | None = None
+
+    @property
+    def note(self) -> str:
+        """What the closing line says."""
+        return self._shown.note
+
+    @note.setter
+    def note(self, text: str) -> None:
+        self._shown.note = text
+
+    def advance(self, count: int) -> None:
+        """Count work that is done."""
+        self._shown.advance(count)
+        self._done += count
+        seconds = time.monotonic() - self._started
+        if seconds - self._told >= TELL and (self._telling is None or self._telling.done()):
+            self._told = seconds
+            self._telling = self._background.submit(self._tell, self._done, seconds)
+
+    def _tell(self, done: int, seconds: float) -> None:
+        try:
+            tracking.progress(self._opening.result(), self._name, done, seconds)
+        except (tracking.TrackingError, UserError):
+            self._told = math.inf
