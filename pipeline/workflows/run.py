@@ -217,6 +217,8 @@ class Run:
     fitted: Fitted | None = None
     scored: list[ScoreJob] = field(default_factory=list)
     """What was scored."""
+    calibrating: dict[str, Mask] = field(default_factory=dict)
+    """Which rows thresholds and ensembles are calibrated on, by dataset."""
     calibrated: Calibrated | None = None
     """What decides on an image, if the config has thresholds."""
     costs: dict[str, Any] = field(default_factory=dict)
@@ -375,7 +377,7 @@ class Run:
             numbers = self.costs
             self._describe_extras()
             self.features = {job.dataset: job.table() for job in jobs}
-            self._require_calibrating()
+            self._find_calibrating()
             for job in jobs:
                 facts = job.artifact.require().facts
                 counted = {name: facts[name] for name in ("features", "errors", "machines")}
@@ -389,11 +391,13 @@ class Run:
             if numbers["forward_images"]:
                 shown.note += f", {numbers['images_per_second']:,.0f} images/s once running"
 
-    def _require_calibrating(self) -> None:
-        """Refuse too few images to calibrate on, as of a class that is seldom predicted."""
-        if self.ready.config.thresholds is not None:
-            classes = len(self.ready.network.head[1])
-            calibration.require_predictions(self.ready.config, self.features, self._calibrating, classes)
+    def _find_calibrating(self) -> None:
+        """Which rows calibrate; too few, as of a class that is seldom predicted, are refused."""
+        config, classes = self.ready.config, len(self.ready.network.head[1])
+        if config.thresholds is not None or self._combinations:
+            self.calibrating = calibration.calibrating(config, self.features)
+        if config.thresholds is not None:
+            calibration.require_predictions(config, self.features, self.calibrating, classes)
 
     def _forget_contents(self) -> None:
         """Have images that are known by their bytes be read anew when they are listed next."""
@@ -578,7 +582,7 @@ class Run:
 
     def _combined(self, jobs: list[ScoreJob]) -> list[ScoreJob]:
         """The same with the scores of detectors that combine others."""
-        chosen, rows = self._combinations, self._calibrating
+        chosen, rows = self._combinations, self.calibrating
 
         def place(label: str, dataset: str, contents: Mapping[str, str]) -> Artifact:
             return self._score_artifact(label, self.ready.jobs[dataset], contents)
@@ -598,20 +602,15 @@ class Run:
         if self.ready.config.thresholds is None:
             return None
         return calibration.gathered(
-            self.ready.config, jobs, self._calibrating, len(self.ready.network.head[1])
+            self.ready.config, jobs, self.calibrating, len(self.ready.network.head[1])
         )
-
-    @property
-    def _calibrating(self) -> dict[str, Mask]:
-        """Which rows of the features calibrate, by dataset."""
-        return calibration.calibrating(self.ready.config, self.features)
 
     @property
     def _tested(self) -> dict[str, Mask]:
         """Rows that are tested, of the datasets of which others calibrate."""
         if calibration.Split.of(self.ready.config) is None:
             return {}
-        return {name: ~rows for name, rows in self._calibrating.items()}
+        return {name: ~rows for name, rows in self.calibrating.items()}
 
     def _assemble(self, job: ScoreJob, flagging: Mapping[str, float]) -> None:
         """Put the table of scores of a dataset together."""
