@@ -282,7 +282,7 @@ class Results:
         return np.concatenate([part.drop_null().to_numpy() for part in parts])
 
     def column(self, dataset: str, detector: str) -> Float:
-        """(N,) scores of one detector on all rows of a dataset; NaN where there is none."""
+        """(N,) scores of one detector on all rows of a dataset that are tested; NaN where there is none."""
         parts = [part.to_numpy() for part in self._parts(dataset, detector)]
         return np.concatenate([np.empty(0), *parts]).astype(np.float64)
 
