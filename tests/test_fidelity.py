@@ -59,6 +59,12 @@ def test_what_is_said_of_another_implementation_names_the_file_it_was_read_in(na
         assert bool(re.search(who, text)) == bool(named), who
 
 
+def test_every_difference_that_was_measured_is_explained() -> None:
+    measured = (ROOT / "benchmarks" / "fidelity.md").read_text("utf-8")
+    assert "| **differs** |" in measured
+    assert "not explained" not in measured
+
+
 def test_the_peer_is_needed_only_to_run_the_comparison(fidelity: ModuleType) -> None:
     assert "pytorch_ood" not in sys.modules
     assert set(fidelity.EXPLANATIONS) == {each.method for each in fidelity.COMPARISONS if each.left}
