@@ -161,7 +161,13 @@ class Inline:
         """The value itself."""
         return Held(value)
 
-    def in_order(self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+    def in_order(
+        self,
+        function: Callable[..., T],
+        arguments: Iterable[tuple[Any, ...]],
+        memory: Callable[..., int] | None = None,
+        beside: Sequence[int] = (),
+    ) -> Iterator[T]:
         """Results of a function, in the order of the arguments; at most two of each thread are waiting."""
         if self.count == 1:
             for given in arguments:
