@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from pipeline.workflows.run import Options, Outcome, StageName
 
 
-def _execute(settings: Config, options: Options) -> Outcome:
+def _execute(settings: Config, options: Options, prepared: Prepared | None = None) -> Outcome:
     """Run stages and show what came of them."""
     from pipeline.cli.progress import Display
     from pipeline.results import report
     from pipeline.workflows import run
 
-    outcome = run.execute(settings, options, Display(console))
+    outcome = run.execute(settings, options, Display(console), prepared)
     if options.last in ("evaluate", "report"):
         _warn(outcome.cautions)
         console.print(report.console_table(outcome.folder))
@@ -94,13 +94,16 @@ def run(
     from pipeline.workflows.run import Options
 
     chosen = Options(fresh=fresh, wait=wait, engine=engine, threads=threads or None, level=level(verbose))
-    prepared = [prepare(settings) for settings in repeats] if dry_run or len(repeats) > 1 else []
+    if not dry_run and len(repeats) == 1:
+        _execute(repeats[0], chosen)
+        return
+    prepared = [prepare(settings) for settings in repeats]
     _require_others(prepared)
     if dry_run:
         for ready in prepared:
             show_plan(ready)
         return
-    done = [_execute(settings, chosen) for settings in repeats]
+    done = [_execute(ready.config, chosen, ready) for ready in prepared]
     if len(done) > 1:
         from pipeline.results.comparing import compared
         from pipeline.results.evaluation import opened

@@ -97,14 +97,22 @@ class Outcome:
     """What is to be known of detectors, by label."""
 
 
-def execute(settings: schema.Config, options: Options, display: Display) -> Outcome:
+def execute(
+    settings: schema.Config, options: Options, display: Display, prepared: Prepared | None = None
+) -> Outcome:
     """Run the stages from `options.first` to `options.last`.
+
+    Args:
+        settings: the config.
+        options: what a command asks for beyond it.
+        display: shows the stages.
+        prepared: what `prepare` made of the config, where that is known already.
 
     Raises:
         UserError: anything the user can mend; earlier results stay as they are.
     """
     with display.stage("prepare") as stage:
-        ready = replace(prepare(settings), fresh=options.fresh)
+        ready = replace(prepared or prepare(settings), fresh=options.fresh)
         images = sum(job.manifest.rows for job in ready.jobs.values())
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
         if ready.not_applicable:
@@ -210,7 +218,7 @@ class Run:
     """What was extracted, by dataset."""
     fitted: Fitted | None = None
     scored: list[ScoreJob] = field(default_factory=list)
-    """What was scored."""
+    """What is scored, once detectors are fitted."""
     costs: dict[str, Any] = field(default_factory=dict)
     """What the stage under way says of itself."""
     worked: bool = False
@@ -297,8 +305,7 @@ class Run:
         jobs = self.ready.jobs.values()
         names = {job.name for job in jobs} | {job.manifest.name for job in jobs}
         names |= {self.ready.note, *self.fits.used}
-        scored = self._score_jobs(self.fitted) if self.fitted is not None else ()
-        names |= {f"scores/{artifact.name}" for job in scored for artifact in job.scores.values()}
+        names |= {f"scores/{artifact.name}" for job in self.scored for artifact in job.scores.values()}
         return sorted(names)
 
     def may_work(self, name: StageName) -> bool:
@@ -455,6 +462,7 @@ class Run:
             self.ready.config.index,
             optional,
         )
+        self.scored = self._score_jobs(self.fitted)
         return training
 
     def _rows_of(self, detector: Detector) -> dict[str, str]:
