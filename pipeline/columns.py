@@ -27,6 +27,10 @@ DIGEST = "digest"
 """binary (16); the first half of the SHA-256 of an image's stored bytes."""
 IS_OOD = "is_ood."
 """bool; prefix of one column per detector in the score tables of unlabelled datasets."""
+P_VALUE = "p."
+"""float64 in (0, 1]; prefix of one column per detector in the score tables of runs with thresholds."""
+CALIBRATION = "calibration"
+"""bool; in the score tables of ID data that are split: thresholds are calibrated on the row, not tested."""
 
 Batch = Mapping[str, NDArray[Any]]
 Float = NDArray[np.float64]

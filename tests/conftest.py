@@ -72,9 +72,9 @@ def group_of(item: pytest.Item) -> str:
 
 def fixtures_of(item: pytest.Item) -> set[str]:
     """Names of the fixtures that a test asks for, by itself, through others, or as its engine."""
-    cases = getattr(item, "callspec", None)
-    on_ray = {"ray_session"} if cases is not None and cases.params.get("each") == "ray" else set()
-    return {*getattr(item, "fixturenames", ()), *on_ray}
+    cases = getattr(getattr(item, "callspec", None), "params", {})
+    on_ray = {"ray_session"} if cases.get("each") == "ray" else set()
+    return {*getattr(item, "fixturenames", ())} - cases.keys() | on_ray
 
 
 @pytest.fixture(scope="session", autouse=True)

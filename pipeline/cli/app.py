@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
+    from pipeline.workflows.progress import Display
+
+
+class Commands(TyperGroup):
+    """All commands; one that is interrupted ends with status 130 and says how to go on."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Call the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            text = "interrupted; what was finished is kept, and the same command goes on from there"
+            Console(stderr=True).print(text)
+            raise typer.Exit(130) from None
+        finally:
+            console.stderr = False
+
 
 app = typer.Typer(
     name="ood-pipeline",
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Evaluate out-of-distribution detectors: one forward pass, every detector, tracked in MLflow.\n\n"
@@ -56,6 +77,38 @@ Verbose = Annotated[
     int,
     typer.Option("-v", count=True, help="Workers log more to RUN/logs: -v what they do, -vv all there is."),
 ]
+
+Quietly = Annotated[bool, typer.Option("-q", "--quiet", help="Results and warnings, but no progress.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document; all else goes to standard error."),
+]
+
+
+def display(quiet: bool) -> Display:
+    """What shows the progress of a command."""
+    from pipeline.cli import progress
+    from pipeline.workflows.progress import Quiet
+
+    return Quiet() if quiet else progress.Display(console)
+
+
+def apart(json: bool) -> None:
+    """Keep standard output free for a JSON document, if there is to be one."""
+    console.stderr = json
+
+
+def document(content: Any) -> None:
+    """Print a JSON document; numbers that are not finite are null."""
+    typer.echo(json.dumps(_finite(content), indent=1, ensure_ascii=False, default=str))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def level(verbose: int) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from pipeline.cli.app import app, console
+from pipeline.cli.app import Json, Quietly, apart, app, console, display, document
+
+_MARKS = {True: "[green]ok[/green]  ", False: "[red]bad[/red] "}
 
 
 @app.command()
@@ -15,6 +18,7 @@ def doctor(
     uri: Annotated[
         str, typer.Option("--mlflow", help="Also ask this MLflow server whether it is there.")
     ] = "",
+    as_json: Json = False,
 ) -> None:
     """Versions, what torch and FAISS see of the machine, and free disk; exit status 1 if something is wrong.
 
@@ -22,12 +26,14 @@ def doctor(
     """
     from pipeline.cli.doctor import examine
 
-    problems = 0
+    apart(as_json)
+    found = []
     for finding in examine(uri):
-        mark = "[green]ok[/green]  " if finding.good else "[red]bad[/red] "
-        console.print(f"{mark} {finding.what:<12} {escape(finding.text)}")
-        problems += not finding.good
-    if problems:
+        console.print(f"{_MARKS[finding.good]} {finding.what:<12} {escape(finding.text)}")
+        found.append(finding)
+    if as_json:
+        document(list(map(asdict, found)))
+    if not all(finding.good for finding in found):
         raise typer.Exit(1)
 
 
@@ -36,6 +42,11 @@ def verify(
     folder: Annotated[
         str, typer.Argument(metavar="RUN", help="A run folder, path or URI: <workspace>/runs/<name>.")
     ],
+    all_of_them: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Name every check, not only what is bad.")
+    ] = False,
+    quiet: Quietly = False,
+    as_json: Json = False,
 ) -> None:
     """Count a finished run again from its files; exit status 1 if anything does not add up.
 
@@ -43,20 +54,22 @@ def verify(
     """
     from pipeline.workspace.runs import located
 
+    apart(as_json)
     place = located(folder)
-    from pipeline.cli.progress import Display
     from pipeline.results import verify as recount
 
-    checks, fixes = 0, list[str]()
-    with Display(console).stage("verify", recount.rows(place)) as stage:
+    found = []
+    with display(quiet).stage("verify", recount.rows(place)) as stage:
         for finding in recount.examine(place, stage.advance):
-            mark = "[green]ok[/green]  " if finding.good else "[red]bad[/red] "
-            text = f"{finding.what}: expected {finding.expected}; found {finding.found}"
-            console.print(f"{mark} {finding.where:<20} {escape(text)}")
-            checks += 1
-            fixes += [] if finding.good else [finding.fix]
-        stage.note = f"{stage.done:,} rows, {checks} checks, {len(fixes)} bad"
-    for fix in dict.fromkeys(fixes):
+            found.append(finding)
+            if all_of_them or not finding.good:
+                text = f"{finding.what}: expected {finding.expected}; found {finding.found}"
+                console.print(f"{_MARKS[finding.good]} {finding.where:<20} {escape(text)}")
+        bad = [finding for finding in found if not finding.good]
+        stage.note = f"{len(found)} checks, {len(bad)} bad"
+    for fix in dict.fromkeys(finding.fix for finding in bad):
         console.print(f"fix  {fix}", markup=False)
-    if fixes:
+    if as_json:
+        document(list(map(asdict, found)))
+    if bad:
         raise typer.Exit(1)

@@ -34,7 +34,9 @@ def detectors(
     if name:
         _explain(name)
         return
-    found = {method: known.get(method)() for method in [*known.names(), *known.installed()]}
+    found = {
+        method: known.get(method)() for method in [*known.names(), *known.combining(), *known.installed()]
+    }
     _list_detectors(found, _obstacles(applying, found) if applying else None)
 
 
@@ -102,9 +104,11 @@ def _described(detector: Detector) -> tuple[str, str, str]:
 def _needs(detector: Detector) -> str:
     """What a detector reads and learns from."""
     from pipeline import columns
+    from pipeline.detectors._combination import Combination
 
     words = {columns.FEATURE: "features", columns.BLOCK_NORM: "feature maps (block norms)"}
     needs = [words.get(column, column) for column in detector.columns]
+    needs += ["scores of other detectors", "calibration images"] * isinstance(detector, Combination)
     needs += dict.fromkeys(extra.needs for extra in detector.extras())
     needs += ["training statistics"] * bool(detector.statistics()) + ["index"] * detector.neighbours
     needs += ["held-out or training statistics"] * bool(detector.calibration())
@@ -121,7 +125,8 @@ def _explain(name: str) -> None:
     if detector.reading:
         console.print(f"How to read it: {escape(detector.reading)}\n")
     extras = [f"{extra.kind} ({extra.needs})" for extra in detector().extras()]
-    console.print(f"reads: {', '.join([*detector.columns, *extras])}; higher = more OOD")
+    reads = ", ".join([*detector.columns, *extras]) or "scores of other detectors"
+    console.print(f"reads: {reads}; higher = more OOD")
     passes = ", ".join(type(spec).__name__ for spec in detector().passes())
     console.print(
         f"extra passes: {passes or 'none'}; nearest neighbours: {'yes' if detector.neighbours else 'no'}\n"

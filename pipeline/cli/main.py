@@ -1,7 +1,7 @@
 """Reads arguments, calls the package, turns errors into exit statuses.
 
-0 success, 2 a mistake of the user's (one message, no traceback), 1 anything else; the job's status where a
-command waited for one.
+0 success, 2 a mistake of the user's (one message, no traceback), 130 interrupted, 1 anything else; the job's
+status where a command waited for one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from rich.console import Console
 from typer.models import CommandInfo
 
 from pipeline import __version__, imports
-from pipeline.cli import checks, detectors, jobs, running, validate, workspace  # noqa: F401 - their commands
+from pipeline.cli import (  # noqa: F401 - their commands
+    checks,
+    configs,
+    detectors,
+    jobs,
+    running,
+    ui,
+    validate,
+    workspace,
+)
 from pipeline.cli.app import app, console
 from pipeline.errors import UserError
 
@@ -27,7 +36,8 @@ _ORDER = (
     *("run", "extract", "fit", "score", "evaluate", "report", "tune"),
     *("submit", "status", "stop"),
     *("validate", "detectors", "doctor", "verify"),
-    *("runs", "compare", "clean"),
+    *("runs", "compare", "ui", "clean"),
+    *("schema",),
 )
 """Of the commands in the help."""
 

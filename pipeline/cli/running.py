@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,12 +16,17 @@ import typer
 from pipeline.cli.app import (
     ConfigFile,
     EngineName,
+    Json,
     Overrides,
+    Quietly,
     Threads,
     Verbose,
     Workspace,
+    apart,
     app,
     console,
+    display,
+    document,
     level,
     load,
 )
@@ -33,16 +39,21 @@ if TYPE_CHECKING:
     from pipeline.workflows.run import Options, Outcome, StageName
 
 
-def _execute(settings: Config, options: Options, prepared: Prepared | None = None) -> Outcome:
+def _execute(
+    settings: Config, options: Options, quiet: bool = False, prepared: Prepared | None = None
+) -> Outcome:
     """Run stages and show what came of them."""
-    from pipeline.cli.progress import Display
     from pipeline.results import report
     from pipeline.workflows import run
 
-    outcome = run.execute(settings, options, Display(console), prepared)
+    outcome = run.execute(settings, options, display(quiet), prepared)
     if options.last in ("evaluate", "report"):
         _warn(outcome.cautions)
         console.print(report.console_table(outcome.folder))
+        for sentence in report.verdict(outcome.folder):
+            console.print(f"verdict  {sentence}", markup=False, soft_wrap=True)
+        if (decided := report.decisions_table(outcome.folder)) is not None:
+            console.print(decided)
     lines: dict[str, object] = {"results": outcome.folder}
     if options.last == "report":
         lines["report"] = outcome.folder / "report" / "index.html"
@@ -55,6 +66,27 @@ def _execute(settings: Config, options: Options, prepared: Prepared | None = Non
     _warn((f"{label}: {text}" for label, texts in outcome.notices.items() for text in texts), "notice")
     show_left_out(outcome.not_applicable)
     return outcome
+
+
+def _described(outcome: Outcome) -> dict[str, object]:
+    """An outcome as a document."""
+    from pipeline.results import report
+    from pipeline.workspace import files
+
+    return {
+        "results": str(outcome.folder),
+        "verdict": report.verdict(outcome.folder),
+        "report": str(outcome.folder / "report" / "index.html"),
+        "mlflow": outcome.link,
+        "warnings": [*outcome.cautions, *outcome.unreadable, *outcome.unscored, *_told(outcome.warning)],
+        "notices": dict(outcome.notices),
+        "not_applicable": dict(outcome.not_applicable),
+        "metrics": files.read_json(outcome.folder / "metrics.json"),
+    }
+
+
+def _told(text: str) -> list[str]:
+    return [text] if text else []
 
 
 def _warn(texts: Iterable[str], word: str = "warning") -> None:
@@ -84,27 +116,30 @@ def run(
     engine: EngineName = "ray",
     threads: Threads = 0,
     verbose: Verbose = 0,
+    quiet: Quietly = False,
+    as_json: Json = False,
 ) -> None:
     """Run a whole evaluation; a run that was interrupted goes on where it stopped.
 
     Example: `ood-pipeline run quickstart --set extract.batch_size=64 --workspace /tmp/ood`
     """
+    apart(as_json)
     repeats = [load(source, [*overrides, *each], workspace) for each in _repeats(seeds, weights)]
     from pipeline.stages.prepare import prepare
     from pipeline.workflows.run import Options
 
     chosen = Options(fresh=fresh, wait=wait, engine=engine, threads=threads or None, level=level(verbose))
-    if not dry_run and len(repeats) == 1:
-        _execute(repeats[0], chosen)
-        return
-    prepared = [prepare(settings) for settings in repeats]
+    prepared = [prepare(settings) for settings in repeats] if dry_run or len(repeats) > 1 else []
     _require_others(prepared)
     if dry_run:
         for ready in prepared:
             show_plan(ready)
         return
-    done = [_execute(ready.config, chosen, ready) for ready in prepared]
-    if len(done) > 1:
+    given = zip_longest(repeats, prepared)
+    done = [_execute(settings, chosen, quiet, ready) for settings, ready in given]
+    if as_json:
+        document(list(map(_described, done)) if len(done) > 1 else _described(done[0]))
+    elif len(done) > 1:
         from pipeline.results.comparing import compared
         from pipeline.results.evaluation import opened
 
@@ -157,11 +192,13 @@ def _stage(name: StageName, summary: str) -> None:
         engine: EngineName = "ray",
         threads: Threads = 0,
         verbose: Verbose = 0,
+        quiet: Quietly = False,
     ) -> None:
         settings = load(source, overrides, workspace)
         from pipeline.workflows.run import Options
 
-        _execute(settings, Options(name, name, engine=engine, threads=threads or None, level=level(verbose)))
+        options = Options(name, name, engine=engine, threads=threads or None, level=level(verbose))
+        _execute(settings, options, quiet)
 
     command.__doc__ = f"{summary}\n\nExample: `ood-pipeline {name} quickstart`"
     app.command(name)(command)
@@ -179,15 +216,20 @@ def report(
     overrides: Overrides = [],  # noqa: B006 - typer copies defaults
     workspace: Workspace = "",
     track: Annotated[bool, typer.Option("--track", help="Send the results to MLflow, too.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write the report of a finished evaluation again, and send it to MLflow with `--track`.
 
     Example: `ood-pipeline report quickstart --track`
     """
+    apart(as_json)
     settings = load(source, overrides, workspace)
     from pipeline.workflows.run import Options
 
-    _execute(settings, Options("report", publish="always" if track else "never", engine="inline"))
+    options = Options("report", publish="always" if track else "never", engine="inline")
+    outcome = _execute(settings, options)
+    if as_json:
+        document(_described(outcome))
 
 
 @app.command()
@@ -203,6 +245,7 @@ def tune(
     engine: EngineName = "ray",
     threads: Threads = 0,
     verbose: Verbose = 0,
+    quiet: Quietly = False,
 ) -> None:
     """Choose detector parameters from the grids of `tune`, on cached rows of `id_val` and `ood_val` images.
 
@@ -210,11 +253,10 @@ def tune(
     """
     chosen = [f"tune.metric={json.dumps(metric)}"] if metric else []
     settings = load(source, [*overrides, *chosen], workspace)
-    from pipeline.cli.progress import Display
     from pipeline.workflows import tune as search
 
     options = replace(search.FROM_FIT, engine=engine, threads=threads or None, level=level(verbose))
-    outcome = search.execute(settings, search.target(source, output, force), Display(console), options)
+    outcome = search.execute(settings, search.target(source, output, force), display(quiet), options)
     console.print(search.console_table(outcome))
     for name, text in {"table": outcome.table, "config": outcome.config}.items():
         console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.app import app, console
+from pipeline.cli.app import Json, apart, app, console, document
 
 if TYPE_CHECKING:
     from pipeline.results.comparing import Comparing
@@ -20,13 +21,18 @@ Folder = Annotated[str, typer.Option("--workspace", help="Folder or URI of the w
 
 
 @app.command()
-def runs(workspace: Folder = "workspace") -> None:
+def runs(workspace: Folder = "workspace", as_json: Json = False) -> None:
     """List the runs of a workspace: when, what, the best detectors, and how each went.
 
     Example: `ood-pipeline runs --workspace /shared/ood`
     """
     from pipeline.results import history
 
+    apart(as_json)
+    found = list(history.listed(_place(workspace)))
+    if as_json:
+        document(list(map(asdict, found)))
+        return
     table = Table(box=SIMPLE, title=f"Runs of {workspace}")
     for name in ("name", "id", "state", "date (UTC)"):
         table.add_column(name, no_wrap=True)
@@ -35,14 +41,12 @@ def runs(workspace: Folder = "workspace") -> None:
         table.add_column(name, justify="right")
     for name in ("best on near-OOD", "best on far-OOD"):
         table.add_column(name)
-    count = 0
-    for run in history.listed(_place(workspace)):
+    for run in found:
         best = [f"{name} {value:.4f}" if name else "" for name, value in run.best]
         date = run.finished[:16].replace("T", " ")
         texts = (run.name, run.id, run.state, date, run.model, str(run.datasets), str(run.detectors), *best)
         table.add_row(*map(Text, texts))
-        count += 1
-    if count:
+    if found:
         (console if console.is_terminal else Console(width=200, highlight=False)).print(table)
     else:
         console.print(f"no runs in {workspace}", markup=False)

@@ -18,9 +18,10 @@ from pydantic import (
 )
 
 from pipeline import detectors
-from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION
+from pipeline.columns import CALIBRATION, IS_OOD, KEY, LABEL, P_VALUE, PREDICTION
 from pipeline.config.explanations import explain
 from pipeline.config.grids import Tune, points
+from pipeline.detectors._combination import Combination
 from pipeline.detectors._steps import combined
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError, unknown
@@ -54,6 +55,7 @@ def _are_own(resources: dict[str, float]) -> dict[str, float]:
 
 Resources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_are_own)]
 """Amounts by names that nodes declare (`ray start --resources`)."""
+Rate = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Transform(Frozen):
@@ -236,6 +238,59 @@ class Metrics(Frozen):
     )
 
 
+class Report(Frozen):
+    """The page about a run."""
+
+    images: int = Field(
+        default=6,
+        ge=0,
+        le=50,
+        description="images of each dataset that the page shows: what the best detector missed, caught, or "
+        "took for OOD, and that detectors disagree on; 0 = none",
+    )
+
+
+class Thresholds(Frozen):
+    """When an image is called OOD: by how rarely an ID image may be."""
+
+    false_alarm: Annotated[tuple[Rate, ...], Field(min_length=1)] = Field(
+        description="false-alarm rates, shares of ID images that may be flagged; the first one flags the "
+        "images of role unlabelled"
+    )
+    calibrate_on: Literal["id_val", "id"] = Field(
+        default="id_val",
+        description="ID images that the thresholds come from: those of role id_val, or a part of those of "
+        "role id, which is then left out of all metrics",
+    )
+    share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="calibrate_on id: share of the images that calibrate, drawn by seed and key; null = 0.5",
+    )
+    per_class: bool = Field(
+        default=False, description="a threshold for each predicted class, from images of the same prediction"
+    )
+    fdr: Rate | None = Field(
+        default=None,
+        description="flags the images of role unlabelled together instead, by Benjamini and Hochberg, at "
+        "this false-discovery rate",
+    )
+
+    @model_validator(mode="after")
+    def _meant(self) -> Thresholds:
+        if len(set(self.false_alarm)) < len(self.false_alarm):
+            raise ValueError("false_alarm: a rate is given twice")
+        if self.share is not None and self.calibrate_on != "id":
+            raise ValueError("share is of the images of role id; set calibrate_on: id, or leave it out")
+        return self
+
+    @property
+    def smallest(self) -> float:
+        """The rate that takes most calibration images."""
+        return min(*self.false_alarm, self.fdr or 1.0)
+
+
 class Index(Frozen):
     """The nearest-neighbour index over training rows."""
 
@@ -385,6 +440,10 @@ class Config(Frozen):
     index: Index = Index()
     score: Score = Score()
     metrics: Metrics = Metrics()
+    report: Report = Report()
+    thresholds: Thresholds | None = Field(
+        default=None, description="null = one threshold per detector, which 95 % of the ID test images pass"
+    )
     tracking: Tracking = Tracking()
     tune: Tune | None = None
 
@@ -397,12 +456,13 @@ class Config(Frozen):
         ):
             twice = sorted({name for name in found if found.count(name) > 1})
             wrong += [f"{what}: the name {name!r} is used twice; give each its own" for name in twice]
-        reserved = {"id", "near_ood", "far_ood", "fs_near_ood", "fs_far_ood"}
+        groups = {"id", "near_ood", "far_ood", "fs_near_ood", "fs_far_ood"}
         for dataset in self.datasets:
-            if dataset.name in reserved:
+            if dataset.name in groups:
                 wrong.append(f"datasets: {dataset.name!r} is the name of a group; choose another")
         for entry in self.detectors:
-            if entry.label in (KEY, LABEL, PREDICTION, "classifier") or entry.label.startswith(IS_OOD):
+            reserved = (KEY, LABEL, PREDICTION, CALIBRATION, "classifier")
+            if entry.label in reserved or entry.label.startswith((IS_OOD, P_VALUE)):
                 wrong.append(f"detectors: {entry.label!r} is a column of the results; choose another")
         if wrong:
             raise ValueError("; ".join(wrong))
@@ -429,6 +489,8 @@ class Config(Frozen):
             if label not in entries:
                 raise UserError(f"tune.grids.{label}: {unknown('detector', label, entries)}")
             entry = entries[label]
+            if issubclass(detectors.get(entry.method), Combination):
+                raise UserError(f"tune.grids.{label}: it combines others; tune its members.")
             tried = points(label, detectors.get(entry.method), entry.parameters, grid)
             found[label] = {
                 name: entry.model_copy(update={"label": name, "parameters": parameters, "optional": False})

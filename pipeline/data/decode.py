@@ -97,6 +97,33 @@ def decode(
             return _fit(_loaded(_fast_jpeg(content, image) if fast else image), transform)
 
 
+def thumbnail(content: bytes, shape: tuple[int, ...] | None, side: int) -> bytes:
+    """A small picture of an image, for people.
+
+    Args:
+        content: as in `decode`.
+        shape: as in `decode`.
+        side: most pixels of its longer side; smaller images keep their size.
+
+    Returns:
+        A JPEG file.
+
+    Raises:
+        ValueError: as `decode`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if shape is not None:
+            image = Image.fromarray(np.frombuffer(content, np.uint8).reshape(_squeezed(shape)))
+        else:
+            image = _loaded(_opened(content))
+        small = _eight_bits(image).convert("RGB")
+        small.thumbnail((side, side))
+        file = io.BytesIO()
+        small.save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
 def limits() -> dict[str, Any]:
     """What decides, besides the bytes of a file, whether it is decoded."""
     return {"pixels": MAX_PIXELS, "scanned": MAX_SCANNED, "formats": list(FORMATS)}

@@ -86,6 +86,12 @@ class Manifest:
             ]
         return pa.concat_tables(found)
 
+    def keys(self) -> list[str]:
+        """Keys of all rows in manifest order."""
+        with tables.parquet(self.path) as file:
+            keys: list[str] = file.read(columns=["key"])["key"].to_pylist()
+        return keys
+
     def labels(self) -> NDArray[np.int32]:
         """(rows,) int32 labels in manifest order."""
         with tables.parquet(self.path) as file:

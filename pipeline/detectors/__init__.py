@@ -23,13 +23,19 @@ GROUP = "ood_pipeline.detectors"
 """Entry points of installed packages: the name in the config = "package.module:Class"."""
 
 _SHARED = ("base", "plain")
+_COMBINING = ("ensemble",)
 _DECLARED = ("title", "paper", "formula", "columns")
 _STORED = (KEY, LABEL, PREDICTION, FEATURE, LOGITS, BLOCK_NORM)
 
 
 def names() -> list[str]:
-    """Names of the detectors that come with this package, sorted."""
-    return list(_names())
+    """Names of the detectors that come with this package, sorted, but for those that combine others."""
+    return [name for name in _names() if name not in _COMBINING]
+
+
+def combining() -> list[str]:
+    """Names of those that combine others, which have to be named."""
+    return list(_COMBINING)
 
 
 @cache
@@ -63,7 +69,7 @@ def get(name: str) -> type[Detector]:
         return _checked(imports.load_class(name, "method", Detector), name)
     others = installed()
     if name not in others:
-        raise UserError(unknown("detector", name, [*names(), *others]))
+        raise UserError(unknown("detector", name, [*_names(), *others]))
     reference = others[name].value
     return _checked(imports.load_class(reference, f"entry point {name}", Detector), reference)
 

@@ -44,7 +44,7 @@ class Calibration:
         return {int(each): scores[order][classes == each] for each in np.unique(classes)}
 
     def p_values(self, scores: Float, predictions: NDArray[np.integer] | None = None) -> Float:
-        """p = (1 + |{calibration scores >= score}|) / (n + 1).
+        """Share of ID images at least as unusual: (1 + |{calibration scores >= score}|) / (n + 1).
 
         Args:
             scores: (N,).

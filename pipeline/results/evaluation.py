@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from safetensors.numpy import load_file
 
 from pipeline.columns import DIGEST, KEY, LABEL, PREDICTION, Float, Mask
 from pipeline.config.schema import LABELLED_ROLES
 from pipeline.errors import UserError, unknown
 from pipeline.metrics import pairs
+from pipeline.metrics.conformal import Calibration
 from pipeline.metrics.metrics import LEVEL
+from pipeline.results import calibrated
 from pipeline.results.cautions import COMPARED
+from pipeline.stages.decisions import DECISIONS, SCORES
 from pipeline.stages.evaluate import PAIRS, spectra
 from pipeline.stages.shards import DIGESTS
 from pipeline.workspace import files, tables
@@ -59,10 +63,47 @@ class Evaluation:
         """By detector: the score that 95 % of the ID images do not exceed; larger ones are flagged as OOD."""
         return dict(files.read_json(self.folder / "thresholds.json"))
 
+    @cached_property
+    def calibration(self) -> dict[str, Calibration]:
+        """By detector: what gives p-values, thresholds and flags; by predicted class if the run has it so.
+
+        Raises:
+            UserError: the config of the run has no `thresholds`.
+        """
+        self._require_calibrated()
+        with files.local(self.folder / SCORES) as file:
+            arrays = load_file(file)
+        predictions = arrays.pop(PREDICTION)
+        classes = predictions if self.record["thresholds"]["per_class"] else None
+        return {label: Calibration(arrays[label], classes) for label in self.record["detectors"]}
+
+    @cached_property
+    def decisions(self) -> pa.Table:
+        """One row per detector, false-alarm rate and dataset: its threshold and the images that it flags.
+
+        Columns: detector, false_alarm, prediction (-1), threshold (null where each class has its own),
+        n_calibration, dataset, role, n, flagged, share (with its 95% interval ci_low, ci_high). By class also
+        one row per detector, rate and predicted class, with threshold and n_calibration, of no dataset.
+
+        Raises:
+            UserError: the config of the run has no `thresholds`.
+        """
+        self._require_calibrated()
+        with tables.parquet(self.folder / DECISIONS) as file:
+            return file.read()
+
+    def _require_calibrated(self) -> None:
+        if self.record.get("thresholds") is None:
+            raise UserError(
+                f"{self.folder}: thresholds: the run has none of held-out images. Set "
+                "thresholds.false_alarm, e.g. [0.05], and run it again."
+            )
+
     def scores(self, dataset: str, detectors: list[str] | None = None) -> pa.Table:
         """Key, label and prediction of every image of a dataset, and its scores; higher = more OOD.
 
-        Null where a detector has no finite score; `record["unscored"]` counts and names these images.
+        Null where a detector has no finite score; `record["unscored"]` counts and names these images. Of ID
+        data of which a part calibrates, all images are there.
 
         Args:
             dataset: its name.
@@ -120,7 +161,7 @@ Entry = tuple[Evaluation, str]
 def other_data(first: Evaluation, other: Evaluation) -> str:
     """Why two runs were not measured on the same images; empty if they were.
 
-    The datasets that are compared must have the same names, roles and images.
+    The datasets that are compared must have the same names, roles and images, and the same of them be tested.
     """
     ours, theirs = (_roles(run) for run in (first, other))
     if ours != theirs:
@@ -128,7 +169,17 @@ def other_data(first: Evaluation, other: Evaluation) -> str:
             sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         )
         return f"other datasets than in the first run ({names})"
+    if _split(first) != _split(other):
+        return "other ID images are tested than in the first run (thresholds.calibrate_on, share, seed)"
     return other_images(first, other)
+
+
+def _split(run: Evaluation) -> tuple[Any, ...]:
+    """What decides which ID images are tested; nothing if all are."""
+    wanted = run.record.get("thresholds")
+    if wanted is None or wanted["calibrate_on"] != "id":
+        return ()
+    return wanted["share"], run.record["seed"]
 
 
 def other_images(first: Evaluation, other: Evaluation) -> str:
@@ -238,7 +289,8 @@ def _beside(runs: Sequence[Evaluation], dataset: str) -> dict[Entry, tuple[Float
     keys = None
     for run in runs:
         labels = list(run.record["detectors"])
-        parts = tables.Table.open(run.folder / "scores" / dataset).columns([KEY, LABEL, PREDICTION, *labels])
+        names = [KEY, LABEL, PREDICTION, *labels]
+        parts = calibrated.columns(run.folder, run.record, dataset, names)
         table = pa.concat_tables(parts).combine_chunks()
         keys = table[KEY] if keys is None else keys
         if not table[KEY].equals(keys):

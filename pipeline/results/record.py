@@ -39,6 +39,7 @@ class Record:
             "finished": None,
             "seed": settings.seed,
             "metrics": settings.metrics.model_dump(),
+            "thresholds": settings.thresholds and settings.thresholds.model_dump(mode="json"),
             "protocol": settings.protocol,
             "published": settings.published,
             "versions": _versions(),

@@ -57,6 +57,8 @@ class Scores:
     """Each with those of other detectors whose rows without a score do not count either."""
     features: Mapping[str, tables.Table]
     """Labels and predictions of the datasets of ID images; none where labels are not read."""
+    tested: Mapping[str, Mask]
+    """Rows that count, of the datasets of which others do not."""
 
     def of(self, *roles: str) -> dict[str, Sequence[tables.Table]]:
         """Scores of the datasets with these roles, by name."""
@@ -70,6 +72,7 @@ def run(
     together: Iterable[Collection[str]] = (),
     level: float = LEVEL,
     labelled: bool = True,
+    tested: Mapping[str, Mask] | None = None,
 ) -> tuple[pa.Table, dict[str, float]]:
     """Metrics of all detectors and their thresholds at 95 % ID acceptance.
 
@@ -81,9 +84,16 @@ def run(
             on all that they have scores of.
         level: share at which FPR is measured.
         labelled: whether all ID images have labels; without, metrics that need them are left out.
+        tested: rows that count, by dataset; all of the others do.
     """
-    rows = [_accuracy(job, role) for role in LABELLED_ROLES for job in jobs.get(role, ()) if labelled]
-    of_each = _of_each(jobs, together, labelled)
+    known = tested or {}
+    rows = [
+        _accuracy(job, role, known.get(job.dataset))
+        for role in LABELLED_ROLES
+        for job in jobs.get(role, ())
+        if labelled
+    ]
+    of_each = _of_each(jobs, known, together, labelled)
     thresholds = {}
     for label, (found, threshold) in zip(
         of_each,
@@ -97,7 +107,11 @@ def run(
 
 
 def paired(
-    engine: Engine, jobs: Mapping[str, Sequence[ScoreJob]], seed: int, level: float = LEVEL
+    engine: Engine,
+    jobs: Mapping[str, Sequence[ScoreJob]],
+    seed: int,
+    level: float = LEVEL,
+    tested: Mapping[str, Mask] | None = None,
 ) -> pa.Table:
     """Differences of all pairs of detectors, on the rows that all of them have scores of.
 
@@ -106,11 +120,12 @@ def paired(
         jobs: the datasets, scored, by role.
         seed: of the paired bootstrap.
         level: share at which FPR is measured.
+        tested: rows that count, by dataset; all of the others do.
     """
     labels = list(jobs["id"][0].scores)
     if len(labels) < 2:
         return PAIRS.empty_table()
-    work = ((scores, seed, level) for scores in _of_each(jobs, [labels]).values())
+    work = ((scores, seed, level) for scores in _of_each(jobs, tested or {}, [labels]).values())
     rows = []
     for samples in zip(*engine.in_order(_sample, work), strict=True):
         group_of = samples[0][1]
@@ -121,6 +136,7 @@ def paired(
 
 def _of_each(
     jobs: Mapping[str, Sequence[ScoreJob]],
+    tested: Mapping[str, Mask],
     together: Iterable[Collection[str]],
     labelled: bool = True,
 ) -> dict[str, Scores]:
@@ -136,6 +152,7 @@ def _of_each(
         label: Scores(
             {role: {name: each[label] for name, each in found.items()} for role, found in scored.items()},
             features,
+            tested,
         )
         for label in jobs["id"][0].scores
     }
@@ -212,7 +229,7 @@ def _evaluate(scores: Scores, label: str, level: float) -> tuple[list[dict[str, 
         for name, found in scores.of(role).items():
             results = comparisons.failures(name, *_classified(scores, name, found))
             rows += [{"detector": label, "group": role, **asdict(result)} for result in results]
-    inside = [_scored(found)[0] for found in scores.of("id").values()]
+    inside = [_scored(found, scores.tested.get(name))[0] for name, found in scores.of("id").items()]
     return rows, metrics.threshold(np.concatenate([np.empty(0), *inside]))
 
 
@@ -234,20 +251,26 @@ def _classified(scores: Scores, dataset: str, found: Sequence[tables.Table]) -> 
 
     None are right where labels are not read.
     """
-    values, there = _scored(found)
+    values, there = _scored(found, scores.tested.get(dataset))
     features = scores.features.get(dataset)
     right = np.zeros(len(there), np.bool_) if features is None else np.concatenate([*_right(features)])
     return values, right[there]
 
 
-def _scored(found: Sequence[tables.Table]) -> tuple[Float, Mask]:
-    """One detector's scores of the rows that it, and those beside it, have scores of, and which these are."""
-    columns, kept = [np.empty(0)], [np.empty(0, np.bool_)]
+def _scored(found: Sequence[tables.Table], tested: Mask | None = None) -> tuple[Float, Mask]:
+    """One detector's scores of the rows that it, and those beside it, have scores of, and which these are.
+
+    Of rows that are not tested there are none.
+    """
+    columns, kept, start = [np.empty(0)], [np.empty(0, np.bool_)], 0
     for parts in zip(*(table.columns([SCORE]) for table in found), strict=True):
         own, *others = (part[SCORE] for part in parts)
         there = reduce(pc.and_, (each.is_valid() for each in others), own.is_valid())
+        if tested is not None:
+            there = pc.and_(there, pa.array(tested[start : start + len(own)]))
         columns.append(own.filter(there).to_numpy())
         kept.append(there.to_numpy())
+        start += len(own)
     return np.concatenate(columns), np.concatenate(kept)
 
 
@@ -267,9 +290,10 @@ def numbering(features: tables.Table, classes: int) -> str:
     return str(suspicious(labels, predictions, classes) or "")
 
 
-def _accuracy(job: ScoreJob, role: str) -> dict[str, Any]:
+def _accuracy(job: ScoreJob, role: str, tested: Mask | None) -> dict[str, Any]:
     """The row with the classifier's accuracy on a dataset of its classes; its argmax, not a detector's."""
-    rows = job.features.rows
-    found = metrics.accuracy(sum(int(right.sum()) for right in _right(job.features)), rows)
-    result = comparisons.Result(job.dataset, "id_accuracy", *found, rows, 0)
+    right = np.concatenate([*_right(job.features)])
+    right = right if tested is None else right[tested]
+    found = metrics.accuracy(int(right.sum()), len(right))
+    result = comparisons.Result(job.dataset, "id_accuracy", *found, len(right), 0)
     return {"detector": CLASSIFIER, "group": role, **asdict(result)}

@@ -18,13 +18,14 @@ from pipeline.config import published
 from pipeline.config.schema import Config, Dataset, Extract
 from pipeline.data.manifest import Manifest, compile_manifest
 from pipeline.data.places import require_there
+from pipeline.detectors._combination import Combination
 from pipeline.detectors.base import Detector, Extra, Jigsaw, Mixup
 from pipeline.errors import UserError, unknown
 from pipeline.learned import statistics
 from pipeline.metrics.metrics import LEVEL
 from pipeline.network.description import NO_BLOCKS, WRONG_SIZE, Description
 from pipeline.network.known import Network
-from pipeline.stages import identity, index, shards
+from pipeline.stages import calibration, identity, index, shards
 from pipeline.workspace import artifacts, files, runs
 from pipeline.workspace.files import Place
 
@@ -74,8 +75,10 @@ class Prepared:
 
     def uses_ood(self, label: str) -> bool:
         """Whether a detector is fitted to OOD images, or its parameters were chosen on some."""
+        detector = self.detectors[label]
+        members = detector.members if isinstance(detector, Combination) else ()
         tuned = any(entry.tuned_on_ood for entry in self.config.detectors if entry.label == label)
-        return tuned or self.detectors[label].uses_ood()
+        return tuned or detector.uses_ood() or any(map(self.uses_ood, members))
 
     def names(self, *roles: str) -> list[str]:
         """Names of the features of the datasets with these roles."""
@@ -107,6 +110,14 @@ class Prepared:
     def scoring(self, label: str) -> dict[str, Any]:
         """What the scores of a detector depend on besides the rows that are scored."""
         detector, settings = self.detectors[label], self.config.index
+        if isinstance(detector, Combination):
+            return {
+                "detector": detectors.identity(detector, {"members"}),
+                "members": [self.scoring(member) for member in detector.members],
+                "calibration": calibration.identity(
+                    self.config, self.names(calibration.role_of(self.config))
+                ),
+            }
         approximate = detector.neighbours and settings.kind != "flat"
         if not approximate:
             return self.learned(detector)
@@ -124,7 +135,9 @@ class Prepared:
         ]
         scored = {label: self.scoring(label) for label in self.detectors}
         level = self.config.metrics.fpr_level
-        measured = [] if level == LEVEL else [{"fpr_level": level}]
+        measured: list[dict[str, Any]] = [] if level == LEVEL else [{"fpr_level": level}]
+        wanted = self.config.thresholds
+        measured += [] if wanted is None else [{"thresholds": wanted.model_dump(mode="json")}]
         return artifacts.digest([scored, roles, self.config.seed, *measured])
 
 
@@ -137,6 +150,7 @@ def prepare(settings: Config) -> Prepared:
     chosen = settings.built()
     _check_roles(settings)
     selection = Selection(chosen, settings.optional)
+    selection.keep(lambda label, detector: check_members(label, detector, chosen))
     selection.keep(lambda label, detector: check_data(label, detector, settings))
     _check_published(settings)
     if settings.tracking.enabled:
@@ -154,6 +168,7 @@ def prepare(settings: Config) -> Prepared:
         index.check(settings.index.kind, known.head[0].shape[1])
     network.note()
     manifests = {dataset.name: _listed(dataset, settings) for dataset in settings.datasets}
+    calibration.check(settings, _calibrating(settings, manifests))
     for dataset in settings.datasets:
         _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
     selection.keep(lambda label, detector: check_training_labels(label, detector, settings, manifests))
@@ -166,6 +181,7 @@ def prepare(settings: Config) -> Prepared:
     selection.keep(lambda label, detector: check_rows(label, detector, train, known))
     if any(detector.neighbours for detector in selection.detectors.values()):
         index.check_rows(settings.index, known.head[0].shape[1], sum(manifest.rows for manifest in train))
+    require_members(selection.detectors, selection.not_applicable)
     jobs = {}
     for dataset in settings.datasets:
         manifest = manifests[dataset.name]
@@ -188,6 +204,7 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
     train = [manifests[dataset.name] for dataset in settings.of_role("train")]
     held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
     selection = Selection(dict(found), found)
+    selection.keep(lambda label, detector: check_members(label, detector, found))
     selection.keep(lambda label, detector: check_data(label, detector, settings))
     selection.keep(lambda label, detector: check_applies(label, detector, network))
     selection.keep(lambda label, detector: check_training_labels(label, detector, settings, manifests))
@@ -269,8 +286,21 @@ def _check_precision(settings: Extract, network: Network) -> None:
 def _check_roles(settings: Config) -> None:
     if not settings.of_role("id"):
         raise UserError("datasets: none has role 'id'; add the ID test images.")
+    calibration.check_roles(settings)
     if len(settings.of_role("train")) > 1:
         raise UserError("datasets: several have role 'train'; expected at most one. Put the images together.")
+
+
+def _calibrating(settings: Config, manifests: Mapping[str, Manifest]) -> dict[str, int]:
+    """Images that thresholds are calibrated on, by dataset."""
+    wanted, split = settings.thresholds, calibration.Split.of(settings)
+    found = (
+        {each.name: manifests[each.name] for each in settings.of_role(wanted.calibrate_on)} if wanted else {}
+    )
+    return {
+        name: manifest.rows if split is None else int(split.calibrates(manifest.keys()).sum())
+        for name, manifest in found.items()
+    }
 
 
 def check_data(label: str, detector: Detector, settings: Config) -> None:
@@ -279,6 +309,12 @@ def check_data(label: str, detector: Detector, settings: Config) -> None:
     Raises:
         UserError: the role that no dataset plays.
     """
+    if isinstance(detector, Combination) and not settings.of_role(calibration.role_of(settings)):
+        raise UserError(
+            f"detectors.{label}: it ranks the scores of its members among those of held-out ID images, but "
+            "no dataset has role 'id_val'. Add one, or set thresholds.false_alarm, e.g. [0.05], and "
+            "thresholds.calibrate_on: id."
+        )
     if detector.needs_train() and not settings.of_role("train"):
         raise UserError(
             f"detectors.{label}: it learns from training images, but no dataset has role 'train'. "
@@ -294,6 +330,42 @@ def check_data(label: str, detector: Detector, settings: Config) -> None:
             f"detectors.{label}: it uses OOD validation images, but no dataset has role 'ood_val'. "
             "Add one, or choose other parameters."
         )
+
+
+def check_members(label: str, detector: Detector, chosen: Mapping[str, Detector]) -> None:
+    """Whether a detector that combines others names some of the run.
+
+    Raises:
+        UserError: too few, an unknown one, one twice, or one that combines others itself.
+    """
+    if not isinstance(detector, Combination):
+        return
+    where, members = f"detectors.{label}.members", detector.members
+    alone = [name for name, each in chosen.items() if not isinstance(each, Combination)]
+    if len(members) < 2:
+        raise UserError(f"{where}: got {len(members)}; expected two detectors of the run or more. Name them.")
+    for member in members:
+        if member in chosen and member not in alone:
+            raise UserError(f"{where}: {member} combines others itself. Name its members instead.")
+        if member not in alone:
+            raise UserError(f"{where}: {unknown('detector', member, alone)}")
+        if members.count(member) > 1:
+            raise UserError(f"{where}: {member} is named twice. Leave one out.")
+
+
+def require_members(left: Mapping[str, Detector], not_applicable: Mapping[str, str]) -> None:
+    """Refuse detectors that combine others of which one was left out.
+
+    Raises:
+        UserError: names both, and why it was left out.
+    """
+    for label, detector in calibration.combinations(left).items():
+        for member in detector.members:
+            if member in not_applicable:
+                raise UserError(
+                    f"detectors.{label}.members: {member} does not apply: {not_applicable[member]} Leave "
+                    "it out."
+                )
 
 
 def check_applies(label: str, detector: Detector, network: Network) -> None:

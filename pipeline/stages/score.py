@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -333,8 +333,25 @@ def _missing(job: ScoreJob, done: Mapping[tuple[str, str], Mapping[str, File]]) 
             yield {"dataset": job.dataset, "start": start, "stop": stop, "parts": parts}
 
 
+class Judging(Protocol):
+    """Adds columns to a table of scores."""
+
+    @property
+    def made_of(self) -> str:
+        """Digest of all that they depend on."""
+
+    def columns(
+        self, keys: NDArray[Any], predictions: NDArray[Any], scores: Mapping[str, Float]
+    ) -> dict[str, pa.Array]:
+        """Those of some rows, by name."""
+
+
 def assemble(
-    engine: Engine, job: ScoreJob, folder: Place, thresholds: Mapping[str, float] | None = None
+    engine: Engine,
+    job: ScoreJob,
+    folder: Place,
+    thresholds: Mapping[str, float] | None = None,
+    judge: Judging | None = None,
 ) -> None:
     """Put the scores of all detectors of a dataset into one table, if it is not there.
 
@@ -344,6 +361,7 @@ def assemble(
         folder: of the table.
         thresholds: by label; adds the columns `is_ood.<detector>`, true where the score is above, null where
             there is none.
+        judge: adds columns of its own.
     """
     scores = job.tables()
     identity = {
@@ -352,14 +370,15 @@ def assemble(
     }
     contents = {label: table.content for label, table in scores.items()}
     inputs = {"features": job.features.content, "thresholds": digest(dict(thresholds or {})), **contents}
+    inputs |= {} if judge is None else {"judge": judge.made_of}
     table = Artifact(folder, TABLE, identity, inputs)
     if table.intact() is not None:
         return
     remove_folder(folder)
-    slices = job.features.slices(SLICE)
+    slices, shared = job.features.slices(SLICE), engine.share(judge)
     arguments = [
-        (job.features, scores, dict(thresholds or {}), start, stop, str(folder / tables.part_name(number)))
-        for number, (start, stop) in enumerate(slices)
+        (job.features, scores, dict(thresholds or {}), shared, start, stop, str(folder / tables.part_name(n)))
+        for n, (start, stop) in enumerate(slices)
     ]
     names = [tables.part_name(number) for number in range(len(slices))]
     table.finish(dict(zip(names, engine.in_order(_assembled, arguments), strict=True)))
@@ -369,14 +388,20 @@ def _assembled(
     features: tables.Table,
     scores: Mapping[str, tables.Table],
     thresholds: Mapping[str, float],
+    judge: Shared[Judging | None],
     start: int,
     stop: int,
     path: str,
 ) -> File:
-    table = tables.arrow_columns(features.read(start, stop, (KEY, LABEL, PREDICTION)))
-    for label, own in scores.items():
-        values = own.read(start, stop, (SCORE,))[SCORE]  # NaN where there is none
-        table = table.append_column(label, pa.array(values, from_pandas=True))
+    rows = features.read(start, stop, (KEY, LABEL, PREDICTION))
+    values = {label: own.read(start, stop, (SCORE,))[SCORE] for label, own in scores.items()}  # NaN = none
+    table = tables.arrow_columns(rows)
+    for label, column in values.items():
+        table = table.append_column(label, pa.array(column, from_pandas=True))
     for label, threshold in thresholds.items():
         table = table.append_column(IS_OOD + label, pc.greater(table[label], threshold))
+    judging = judge.get()
+    more = {} if judging is None else judging.columns(rows[KEY], rows[PREDICTION], values)
+    for name, added in more.items():
+        table = table.append_column(name, added)
     return write_part(files.at(path), tables.written(table), rows=stop - start)

@@ -21,10 +21,11 @@ from threadpoolctl import threadpool_limits
 from pipeline.cluster import engine, usage
 from pipeline.cluster.engine import Engine
 from pipeline.cluster.logs import Logs
-from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
+from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, Mask
 from pipeline.config import loading, schema
 from pipeline.data import contents
 from pipeline.data.manifest import contents_of
+from pipeline.detectors._combination import Combination
 from pipeline.detectors.base import Detector, Jigsaw, Pass, Scorer, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Statistic, Statistics
@@ -35,9 +36,10 @@ from pipeline.results.evaluation import Evaluation
 from pipeline.results.mlflow import tracking
 from pipeline.results.record import Record, added
 from pipeline.results.unscored import sentences
-from pipeline.stages import duplicates, evaluate, index, shards
+from pipeline.stages import calibration, decisions, duplicates, ensembles, evaluate, index, shards
+from pipeline.stages.calibration import Calibrated
 from pipeline.stages.fit import Fitted, fit_detectors
-from pipeline.stages.prepare import Prepared, prepare, tracking_uri
+from pipeline.stages.prepare import Prepared, prepare, require_members, tracking_uri
 from pipeline.stages.score import FORMAT, ScoreJob, Scoring, Unscored, assemble, require_few_unscored
 from pipeline.stages.score import run as run_scores
 from pipeline.stages.statistics import Rows, Stored, fit_statistics
@@ -218,12 +220,16 @@ class Run:
     """What was extracted, by dataset."""
     fitted: Fitted | None = None
     scored: list[ScoreJob] = field(default_factory=list)
-    """What is scored, once detectors are fitted."""
+    """What was scored."""
+    calibrated: Calibrated | None = None
+    """What decides on an image, if the config has thresholds."""
     costs: dict[str, Any] = field(default_factory=dict)
     """What the stage under way says of itself."""
     worked: bool = False
     """Whether it did anything."""
     _afresh: set[str] = field(default_factory=set)
+    _to_score: set[str] = field(default_factory=set)
+    """Names of the scores of all detectors, once they are fitted."""
 
     def __post_init__(self) -> None:
         self.record = Record(self.ready)
@@ -305,8 +311,7 @@ class Run:
         jobs = self.ready.jobs.values()
         names = {job.name for job in jobs} | {job.manifest.name for job in jobs}
         names |= {self.ready.note, *self.fits.used}
-        names |= {f"scores/{artifact.name}" for job in self.scored for artifact in job.scores.values()}
-        return sorted(names)
+        return sorted(names | self._to_score)
 
     def may_work(self, name: StageName) -> bool:
         """Whether this stage may compute what is missing."""
@@ -316,13 +321,15 @@ class Run:
         """Open the MLflow run of this evaluation while others work; one that holds all is left alone."""
         settings = self.ready.config.tracking
         wanted = {"always": True, "never": False}.get(self.options.publish, settings.enabled)
-        if not wanted or self.options.last != "report" or self.tracking.opening is not None:
+        if self.options.last != "report" or self.tracking.opening is not None:
+            return
+        if not wanted and (self.record.worked or not settings.enabled):
             return
         place = self.ready.folder, tracking_uri(self.ready.config), settings.experiment
         name, fingerprint = self.ready.config.name, self.ready.fingerprint
         again = self.record.worked or self.options.publish == "always"
         complete = None if again else tracking.complete(*place, fingerprint)
-        if complete is None:
+        if complete is None and wanted:
             self.tracking = Tracked(self.background.submit(tracking.begin, *place, name, fingerprint))
         else:
             self.tracking = Tracked(None, complete)
@@ -367,6 +374,7 @@ class Run:
             numbers = self.costs
             self._describe_extras()
             self.features = {job.dataset: job.table() for job in jobs}
+            self._require_calibrating()
             for job in jobs:
                 facts = job.artifact.require().facts
                 counted = {name: facts[name] for name in ("features", "errors", "machines")}
@@ -379,6 +387,12 @@ class Run:
             shown.note += f", {passes:,} passes for extra columns" * bool(passes)
             if numbers["forward_images"]:
                 shown.note += f", {numbers['images_per_second']:,.0f} images/s once running"
+
+    def _require_calibrating(self) -> None:
+        """Refuse too few images to calibrate on, as of a class that is seldom predicted."""
+        if self.ready.config.thresholds is not None:
+            classes = len(self.ready.network.head[1])
+            calibration.require_predictions(self.ready.config, self.features, self._calibrating, classes)
 
     def _forget_contents(self) -> None:
         """Have images that are known by their bytes be read anew when they are listed next."""
@@ -406,10 +420,16 @@ class Run:
             training = self._fit(self.ready.config.optional)
             assert self.fitted is not None
             self.record.leave_out(self.fitted.not_applicable)
-            self.record.content["notices"] = self.fitted.notices
+            require_members(self.ready.detectors, self.fitted.not_applicable)
+            told = calibration.notices(self.ready.config, self.ready.detectors)
+            self.record.content["notices"] = {
+                label: [*self.fitted.notices.get(label, ()), *filter(None, [told.get(label)])]
+                for label in self._labels
+                if label in self.fitted.notices or label in told
+            }
             self.worked = bool(self.fits.made_now)
             done = [type(spec).__name__.lower() for spec in training.passes]
-            count = len(self.fitted.scorers)
+            count = len(self._labels)
             shown.note = ", ".join([f"{count} detectors", *(f"{name} pass" for name in done)])
 
     @cached_property
@@ -421,7 +441,8 @@ class Run:
 
     def _fit(self, optional: Collection[str] = ()) -> Training:
         """Fit the detectors; returns what they learned from, as far as one of them needs it."""
-        detectors = self.ready.detectors.values()
+        chosen = {name: each for name, each in self.ready.detectors.items() if name not in self._combinations}
+        detectors = chosen.values()
         stages = self.ready.network.taps.stages
         head = Head(*self.ready.network.head, tuple(stages.values()))
         specs = list(dict.fromkeys(spec for detector in detectors for spec in detector.passes()))
@@ -454,7 +475,7 @@ class Run:
         source = next(iter(self._tables("train")), None)
         self.fitted = fit_detectors(
             self.engine,
-            self.ready.detectors,
+            chosen,
             training,
             self.fits,
             source,
@@ -462,7 +483,7 @@ class Run:
             self.ready.config.index,
             optional,
         )
-        self.scored = self._score_jobs(self.fitted)
+        self._to_score = self._names_of_scores(self.fitted)
         return training
 
     def _rows_of(self, detector: Detector) -> dict[str, str]:
@@ -533,34 +554,104 @@ class Run:
         rows = sum(job.features.rows for job in unfinished)
         with self.stage("score", rows) as shown:
             self.record.content["unscored"] = self._score(jobs, fitted, shown.advance)
+            if self._combinations:
+                self.scored = jobs = self._combined(jobs)
+                limit = self.ready.config.score.max_unscored_fraction
+                self.record.content["unscored"] = require_few_unscored(jobs, limit)
+            self.calibrated = self._calibrated(jobs)
             for job in jobs if self.may_work("score") else ():
-                assemble(self.engine, job, self._scores(job.dataset), self._flagging(job.dataset))
+                self._assemble(job, self._flagging(job.dataset))
             shown.note = f"{rows:,} rows"
             self.costs = {"rows": rows, "scores": self.costs.get("scores", 0)}
 
+    @property
+    def _combinations(self) -> dict[str, Combination]:
+        """Detectors of the scores of others, by label."""
+        return calibration.combinations(self.ready.detectors)
+
+    @property
+    def _labels(self) -> list[str]:
+        """Labels of all detectors that apply."""
+        assert self.fitted is not None
+        there = {*self.fitted.scorers, *self._combinations}
+        return [label for label in self.ready.detectors if label in there]
+
+    def _combined(self, jobs: list[ScoreJob]) -> list[ScoreJob]:
+        """The same with the scores of detectors that combine others."""
+        chosen, rows = self._combinations, self._calibrating
+
+        def place(label: str, dataset: str, contents: Mapping[str, str]) -> Artifact:
+            return self._score_artifact(label, self.ready.jobs[dataset], contents)
+
+        def score(ours: list[ScoreJob]) -> int:
+            labels = {label for job in ours for label in job.scores}
+            how = ensembles.scoring(jobs, chosen, rows).only(labels)
+            return run_scores(self.engine, ours, how, lambda _: None)
+
+        combined = ensembles.jobs(jobs, chosen, rows, place)
+        self._unfinished("score", combined)
+        self._share(combined, score)
+        return ensembles.merged(jobs, combined, self._labels)
+
+    def _calibrated(self, jobs: Sequence[ScoreJob]) -> Calibrated | None:
+        """What decides on an image, from the scores of those that calibrate."""
+        if self.ready.config.thresholds is None:
+            return None
+        return calibration.gathered(
+            self.ready.config, jobs, self._calibrating, len(self.ready.network.head[1])
+        )
+
+    @property
+    def _calibrating(self) -> dict[str, Mask]:
+        """Which rows of the features calibrate, by dataset."""
+        return calibration.calibrating(self.ready.config, self.features)
+
+    @property
+    def _tested(self) -> dict[str, Mask]:
+        """Rows that are tested, of the datasets of which others calibrate."""
+        if calibration.Split.of(self.ready.config) is None:
+            return {}
+        return {name: ~rows for name, rows in self._calibrating.items()}
+
+    def _assemble(self, job: ScoreJob, flagging: Mapping[str, float]) -> None:
+        """Put the table of scores of a dataset together."""
+        (role,) = (each.role for each in self.ready.config.datasets if each.name == job.dataset)
+        judge = None
+        if self.calibrated is not None:
+            judge = decisions.judge(self.engine, self.calibrated, job, role)
+        assemble(self.engine, job, self._scores(job.dataset), flagging, judge)
+
     def _flagging(self, dataset: str) -> dict[str, float]:
         """Thresholds for the flags in a table of scores: on unlabelled data, once there are some."""
-        unlabelled = self.ready.of_role("unlabelled")
-        if dataset not in [job.dataset for job in unlabelled] or self._results().checked() is None:
+        unlabelled = [job.dataset for job in self.ready.of_role("unlabelled")]
+        if self.calibrated or dataset not in unlabelled or self._results().checked() is None:
             return {}
         return dict(files.read_json(self.ready.folder / "thresholds.json"))
 
     def _score(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> Unscored:
         """Have all scores made that are lacking; returns the rows that detectors could not score."""
+        self._share(jobs, lambda ours: self._score_ours(ours, fitted, progress))
+        return require_few_unscored(jobs, self.ready.config.score.max_unscored_fraction)
+
+    def _share(self, jobs: list[ScoreJob], score: Callable[[list[ScoreJob]], int]) -> None:
+        """Have all scores made that are lacking.
+
+        Args:
+            jobs: what is wanted.
+            score: makes those of some jobs that nobody else makes; returns how many.
+        """
 
         def make(names: set[str]) -> None:
             self.worked = True
             ours = [job.only(names) for job in jobs]
             self._renew(artifact for job in ours for artifact in job.scores.values())
-            made = self._score_ours(ours, fitted, progress)
-            self.costs = added(self.costs, {"scores": made})
+            self.costs = added(self.costs, {"scores": score(ours)})
 
         def lacking() -> list[str]:
             old = [each.name for job in jobs for each in job.scores.values() if self._old(each)]
             return old + [name for job in jobs for name in job.lacking_names()]
 
         self.claims.share(lambda: set(lacking()), make)
-        return require_few_unscored(jobs, self.ready.config.score.max_unscored_fraction)
 
     def _score_ours(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> int:
         """Scores that nobody else makes; returns how many."""
@@ -622,6 +713,17 @@ class Run:
                 jobs.append(ScoreJob(dataset.name, self.features[dataset.name], scores))
         return jobs
 
+    def _names_of_scores(self, fitted: Fitted) -> set[str]:
+        """Folders in the workspace of the scores of all detectors."""
+        jobs = self._score_jobs(fitted)
+        combined = [
+            self._score_artifact(label, self.ready.jobs[job.dataset], {})
+            for job in jobs
+            for label in self._combinations
+        ]
+        made = [*combined, *(artifact for job in jobs for artifact in job.scores.values())]
+        return {f"scores/{artifact.name}" for artifact in made}
+
     def _score_artifact(self, label: str, job: shards.Job, contents: Mapping[str, str]) -> Artifact:
         """Where the scores of a detector, that is made of some `contents`, on a dataset are kept."""
         identity = {"features": job.name, **self.ready.scoring(label)}
@@ -639,7 +741,7 @@ class Run:
     def evaluate(self) -> None:
         """Metrics, thresholds, and flags on unlabelled data."""
         assert self.fitted is not None
-        labels, results = list(self.fitted.scorers), self._results()
+        labels, results = self._labels, self._results()
         done = results.checked()
         if done is None and not self.may_work("evaluate"):
             raise UserError("evaluate: not done for this run. Run `ood-pipeline evaluate` first.")
@@ -651,12 +753,18 @@ class Run:
                 for dataset in self.ready.config.datasets:
                     if dataset.name in jobs:
                         roles.setdefault(dataset.role, []).append(jobs[dataset.name])
-                level = self.ready.config.metrics.fpr_level
-                table, thresholds = evaluate.run(self.engine, roles, shown.advance, level=level)
-                pairs = evaluate.paired(self.engine, roles, self.ready.config.seed, level)
-                for job in roles.get("unlabelled", ()):
-                    assemble(self.engine, job, self._scores(job.dataset), thresholds)
+                level, tested = self.ready.config.metrics.fpr_level, self._tested
+                table, thresholds = evaluate.run(
+                    self.engine, roles, shown.advance, level=level, tested=tested
+                )
+                pairs = evaluate.paired(self.engine, roles, self.ready.config.seed, level, tested)
                 written = evaluate.write(self.ready.folder, table, thresholds, pairs)
+                if self.calibrated is None:
+                    for job in roles.get("unlabelled", ()):
+                        self._assemble(job, thresholds)
+                else:
+                    decided = decisions.decisions(self.engine, roles, self.calibrated, tested)
+                    written |= decisions.write(self.ready.folder, self.calibrated, decided)
                 duplicated = duplicates.found(self.engine, self._jobs_by_role())
                 facts = {"numbering": self._numbering(), "duplicates": duplicated}
                 done = results.finish(written, alone=False, **facts)
@@ -717,7 +825,7 @@ class Run:
         self.record.close("finished")
         with self.stage("report") as shown:
             if self.record.worked or self.options.first == "report" or not page.is_file():
-                report.write(self.ready.folder)
+                report.write(self.ready.folder, self.ready.config.report.images)
             shown.note = str(page)
         self.record.close("finished")
 
@@ -747,6 +855,6 @@ class Tracked:
         if self.opening is None:
             return
         try:
-            tracking.fail(self.opening.result(), f"{type(error).__name__}: {error}")
+            tracking.fail(self.opening.result(), error)
         except (tracking.TrackingError, UserError):
             return

@@ -217,7 +217,7 @@ class Search(Run):
             assert fitted is not None
             banks = {bank.folder for bank in fitted.banks.values()}
             shown.note = f"{len(fitted.scorers)} points, {len(banks)} banks"
-        jobs = {job.dataset: job for job in self.scored}
+        jobs = {job.dataset: job for job in self._score_jobs(fitted)}
         rows = sum(job.features.rows for job in jobs.values() if not job.complete)
         with self.display.stage("score", rows) as shown:
             unscored = self._score(list(jobs.values()), fitted, shown.advance)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import re
 import shlex
+import signal
 import socketserver
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -33,11 +34,12 @@ from pipeline.cli import doctor, main
 from pipeline.config import loading
 from pipeline.stages.prepare import prepare
 from pipeline.workspace import claims
+from tests.servers import wait
 
 COMMAND = Path(sys.executable).parent / "ood-pipeline"
 SUBCOMMANDS = (
     *("run", "extract", "fit", "score", "evaluate", "report", "validate", "detectors", "doctor"),
-    *("submit", "status", "stop", "tune", "verify", "runs", "compare", "clean"),
+    *("submit", "status", "stop", "tune", "verify", "runs", "compare", "ui", "clean", "schema"),
 )
 
 NET = """
@@ -392,6 +394,21 @@ def test_every_command_checks_before_it_works(case, command, arguments):
     assert_nothing_looks_complete(case.workspace)
 
 
+def test_a_run_as_json_is_one_document_with_the_values_of_its_files(case, command, undrawn):
+    case.raw["tracking"] = {"enabled": False}
+    outcome = command("run", case.config(), "--engine", "inline", "--json", "--quiet")
+    found = json.loads(outcome.out)
+    assert outcome.status == 0
+    assert "extract" not in outcome.err
+    assert found["results"] in outcome.err
+    metrics = json.loads(Path(found["results"], "metrics.json").read_text())
+    assert found["metrics"] == metrics
+    assert any("fewer than 50" in text for text in found["warnings"])
+    again = command("report", case.config(), "--json")
+    assert json.loads(again.out)["metrics"] == metrics
+    assert "report" in again.err
+
+
 def test_a_config_that_is_not_there_lists_the_bundled_ones(command):
     outcome = command("validate", "quikstart")
     assert outcome.status == 2
@@ -510,7 +527,7 @@ def test_the_detectors_are_listed_with_what_they_need(command):
     outcome = command("detectors")
     assert outcome.status == 0
     table = listed(outcome)
-    assert list(table) == detectors.names()
+    assert list(table) == [*detectors.names(), *detectors.combining()]
     for name, (method, year, paper, needs, cost) in table.items():
         detector = detectors.get(name)()
         assert f"{method} ({year})" == detector.title
@@ -544,7 +561,7 @@ def test_the_list_tells_what_applies_to_a_config_and_why_not(case, command):
     outcome = command("detectors", "--config", case.config())
     assert outcome.status == 0
     table = listed(outcome)
-    assert list(table) == [*detectors.names(), "far", "own", "both"]
+    assert list(table) == [*detectors.names(), *detectors.combining(), "far", "own", "both"]
     assert {table[name][-1] for name in ("msp", "nnguide", "dice")} == {"yes"}
     for name in ("knn", "own"):
         assert table[name][-1] == "no: k is 50 but there are 30 training images; lower k."
@@ -552,6 +569,7 @@ def test_the_list_tells_what_applies_to_a_config_and_why_not(case, command):
     assert table["featurenorm"][-1].startswith("no: the model has no block with maps or tokens")
     assert table["far"][-1].startswith("no: unknown layer '1.cnv'. Did you mean '1.conv'")
     assert table["grood"][3:5] == ["features, training statistics, index, OOD data", "index"]
+    assert table["ensemble"][-1].startswith("no: members: got 0; expected two detectors of the run or more")
     assert table["grood"][-1].startswith("no: it uses OOD validation images, but no dataset has role")
     case.without("train")
     reason = listed(command("detectors", "--config", case.config()))["dice"][-1]
@@ -566,7 +584,7 @@ def test_a_detector_of_ones_own_is_explained_like_ours(case, command):
     assert "k = 50" in outcome.out
 
 
-@pytest.mark.parametrize("name", detectors.names())
+@pytest.mark.parametrize("name", [*detectors.names(), *detectors.combining()])
 def test_a_detector_is_explained_with_formula_paper_and_every_parameter(command, name):
     outcome = command("detectors", name)
     method = detectors.get(name)
@@ -716,12 +734,24 @@ def test_a_command_that_is_terminated_leaves_in_order(case):
     case.raw["model"]["name"] = "./net.py:endless"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     running = subprocess.Popen([COMMAND, "run", case.config()], cwd=case.folder, **pipes)
-    deadline = time.monotonic() + 60
-    while not (case.folder / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait("the network to be built", (case.folder / "started").exists)
     running.terminate()
     assert running.communicate(timeout=60) == (b"", b"")
     assert running.returncode == 143
+
+
+def test_a_command_that_is_interrupted_has_status_130_and_says_how_to_go_on(case):
+    case.raw["model"]["name"] = "./net.py:endless"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen([COMMAND, "run", case.config()], cwd=case.folder, **pipes)
+    wait("the network to be built", (case.folder / "started").exists)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert (out, err.decode()) == (
+        b"",
+        "interrupted; what was finished is kept, and the same command goes on from there\n",
+    )
+    assert running.returncode == 130
 
 
 def test_an_evaluation_that_is_under_way_is_refused(case, command):

@@ -205,14 +205,14 @@ def test_an_installed_package_sends_the_same_as_a_checkout_and_a_dry_run_says_wh
     sent = dict(package.contents(folder))  # running it leaves bytecode there
     shown = python(
         *(folder, tmp_path, "-m", "pipeline.cli", "submit", str(tmp_path / "laptop" / "small.yaml")),
-        *("--address", "http://127.0.0.1:1", "--dry-run", "--env", "PATH", "--stage", "extract"),
+        *("--address", "http://127.0.0.1:1", "--dry-run", "--env", "PATH", "--stage", "extract", "-v"),
     )
     found = re.findall(r"^file +([\d,]+)  (.*)$", shown, re.MULTILINE)
     listed = {name: int(size.replace(",", "")) for size, name in found}
     assert ".environment.json" in listed
     del listed[".environment.json"]
     assert listed == sent
-    assert "command   python -m pipeline.cli extract config.yaml\nvariables PATH\n" in shown
+    assert "command   python -m pipeline.cli extract config.yaml -v\nvariables PATH\n" in shown
     assert os.environ["PATH"] not in shown
 
 

@@ -88,6 +88,25 @@ def test_false_alarms_keep_to_the_rate(n: int) -> None:
         assert np.mean(flagged) == pytest.approx(truth, abs=4 * np.std(flagged) / math.sqrt(trials))
 
 
+def test_by_class_false_alarms_keep_to_the_rate_in_every_class() -> None:
+    """Where one threshold for all does not: the classes have scores of their own."""
+    random, trials, rate = np.random.default_rng(0), 300, 0.1
+    classes = np.repeat([0, 1, 2], [100, 40, 60])
+    by_class, whole = np.empty((2, trials, 3))
+    for trial in range(trials):
+        scores, tested = random.normal(size=(2, 200)) * (1 + classes)
+        for flags, found in (
+            (Calibration(scores, classes).flags(rate, tested, classes), by_class),
+            (Calibration(scores).flags(rate, tested), whole),
+        ):
+            found[trial] = [flags[classes == each].mean() for each in range(3)]
+    for each, count in enumerate((100, 40, 60)):
+        truth = math.floor(rate * (count + 1) + 1e-9) / (count + 1)
+        slack = 4 * by_class[:, each].std() / math.sqrt(trials)
+        assert by_class[:, each].mean() == pytest.approx(truth, abs=slack)
+    assert whole.mean(axis=0)[2] > 1.5 * rate
+
+
 def test_discoveries_are_those_of_benjamini_and_hochberg() -> None:
     p = np.array([0.01, 0.04, 0.03, np.nan, 0.5, 0.005])  # of 5: limits 0.01, 0.02, 0.03, 0.04, 0.05
     assert discoveries(p, 0.05).tolist() == [True, True, True, False, False, True]

@@ -135,10 +135,12 @@ class World:
         rounding of a kink, they are others in float64.
         """
         found = []
-        datasets = rows.images.split(rows.sizes or len(rows.images))
+        single = torch.from_numpy(rows.pixels).permute(0, 3, 1, 2).float().div(255)
+        single = single.sub(self.network.mean).div(self.network.std)
+        datasets = single.split(rows.sizes or len(single))
         for part in (part for images in datasets for part in images.split(BATCH)):
             padded = torch.cat([part, part[-1:].expand(BATCH - len(part), *part.shape[1:])])
-            moving = padded.float().requires_grad_()
+            moving = padded.requires_grad_()
             (gradient,) = torch.autograd.grad(objective(self.network.module(moving)).sum(), moving)
             found.append(gradient[: len(part)].double())
         return torch.cat(found)

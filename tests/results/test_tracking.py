@@ -3,7 +3,7 @@ import json
 import logging
 import math
 import os
-import shlex
+import re
 import signal
 import socket
 import subprocess
@@ -29,7 +29,7 @@ from pyarrow import csv, fs, parquet
 from pipeline.errors import UserError, redact
 from pipeline.results.mlflow import tracking
 from pipeline.workspace import files, storage
-from tests.servers import answers, free_port, wait
+from tests.servers import free_port, wait
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a deprecated loader strategy in every query for a run.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -107,22 +107,23 @@ class Server:
     """A real MLflow server of a local store, started by the command that is printed for it."""
 
     def __init__(self, folder: Path, link: str) -> None:
-        self.folder = folder
-        self.command, page = link.split("\n")
-        self.uri = page.partition("/#/")[0]
-        with (folder / "server.log").open("a") as log:
+        self.folder, log = folder, folder / "server.log"
+        self.command, _ = link.split("\n")
+        installed = Path(sys.executable).parent / self.command
+        with log.open("w") as stream:
             self.process = subprocess.Popen(
-                ["/bin/sh", "-c", self.command],
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+                ["/bin/sh", "-c", f"{installed} --no-open"],
+                stdout=stream,
+                stderr=stream,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
                 cwd=self.folder,
                 start_new_session=True,
             )
         try:
-            wait("the server", lambda: answers(f"{self.uri}/health"))
+            found = wait("the server", lambda: re.search(r"^(http\S+)/#/\S+$", log.read_text(), re.MULTILINE))
         except TimeoutError:
-            raise AssertionError((self.folder / "server.log").read_text()) from None
+            raise AssertionError(log.read_text()) from None
+        self.page, self.uri = found[0], found[1]
 
     def tell(self, what: signal.Signals) -> None:
         """Send a signal to all its processes."""
@@ -137,8 +138,10 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, embedded: str) -> Iterator[Server]:
     folder = Path(embedded.removeprefix("sqlite:///")).parent
-    session = begin(tmp_path_factory.mktemp("server") / "quick", embedded, "served")
+    workspace = tmp_path_factory.mktemp("server")
+    session = begin(write_run(workspace / "runs" / "quick" / "0123"), embedded, "served")
     server = Server(folder, tracking.link(session))
+    assert server.page == f"{server.uri}{tracking.page(session)}"
     yield server
     server.tell(signal.SIGKILL)
     server.process.wait()
@@ -388,10 +391,12 @@ def test_publishing_gives_up_in_time_and_goes_on_later(
 
 def test_a_failed_run_is_marked_and_may_still_be_finished(tmp_path: Path, uri: str, experiment: str) -> None:
     session = begin(write_run(tmp_path / "quick"), uri, experiment)
-    tracking.fail(session, f"no such file: s3://key:{PASSWORD}@bucket/x")
+    tracking.fail(session, KeyboardInterrupt())
+    assert runs_of(session)["quick"].info.status == "KILLED"
+    tracking.fail(session, UserError(f"no such file: s3://key:{PASSWORD}@bucket/x"))
     failed = runs_of(session)["quick"]
     assert failed.info.status == "FAILED"
-    assert failed.data.tags["failure"] == "no such file: s3://bucket/x"
+    assert failed.data.tags["failure"] == "UserError: no such file: s3://bucket/x"
 
     tracking.publish(begin(session.run, uri, experiment))
     finished = runs_of(session)["quick"]
@@ -545,7 +550,7 @@ def test_what_a_silent_server_missed_is_sent_when_it_answers_again(
             with pytest.raises(tracking.TrackingError, match="take the results"):
                 tracking.publish(session)
             with pytest.raises(tracking.TrackingError, match="mark the run"):
-                tracking.fail(session, "x")
+                tracking.fail(session, UserError("x"))
         assert snapshot(run) == before
     finally:
         server.tell(signal.SIGCONT)
@@ -648,9 +653,8 @@ def test_the_command_for_a_local_store_serves_its_artifacts(
 ) -> None:
     session = begin(write_run(tmp_path / "quick"), embedded, experiment)
     tracking.publish(session)
-    assert shlex.split(server.command)[-5:-2] == ["127.0.0.1", "--port", server.uri.rpartition(":")[2]]
-    other = tracking.link(session).split("\n")[1]
-    assert not other.startswith(f"{server.uri}/"), "the port is taken"
+    assert server.command.startswith("ood-pipeline ui ")
+    assert tracking.link(session) == f"{server.uri}{tracking.page(session)}", "it runs"
     page = f"{server.uri}/get-artifact?path=report%2Froc.png&run_uuid={session.run_id}"
     with urllib.request.urlopen(page, timeout=20) as answer:
         assert answer.read() == bytes(range(256))

@@ -79,8 +79,18 @@ def workspace(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
-def verify(workspace: Path) -> Result:
-    return CliRunner().invoke(main.app, ["verify", str(workspace / "runs" / "small")])
+def verify(workspace: Path, *options: str) -> Result:
+    return CliRunner().invoke(main.app, ["verify", str(workspace / "runs" / "small"), *options])
+
+
+def test_checks_that_are_fine_are_counted_and_named_on_request(finished: Path) -> None:
+    short = verify(finished).output
+    assert re.fullmatch(r"verify +[\d.]+ s  (\d+) checks, 0 bad\n", short)
+    count = int(short.split("s  ")[1].split()[0])
+    assert len(re.findall("^ok ", verify(finished, "-v").output, re.MULTILINE)) == count
+    found = json.loads(verify(finished, "--json").stdout)
+    assert len(found) == count
+    assert all(finding["good"] for finding in found)
 
 
 def bad(result: Result) -> list[str]:
@@ -505,7 +515,7 @@ def test_every_damage_is_tried_once() -> None:
 
 
 def test_a_whole_run_has_status_0_and_every_check_is_told(finished: Path) -> None:
-    result = verify(finished)
+    result = verify(finished, "-v")
     assert result.exit_code == 0, result.output
     assert not bad(result)
     assert "fix" not in result.output

@@ -185,7 +185,7 @@ class Cluster:
 
 
 def show(order: Order, console: Console) -> None:
-    """Print what would be sent.
+    """Print what would be sent: files added up by folder, or each of them if the order is verbose.
 
     Raises:
         UserError: as `submit`, but for what needs the cluster.
@@ -193,8 +193,14 @@ def show(order: Order, console: Console) -> None:
     entrypoint = order.entrypoint
     with order.packed() as (folder, _):
         files = list(package.contents(folder))
+    folders: dict[str, list[int]] = {}
     for name, size in files:
-        console.print(f"file      {size:>12,}  {name}", markup=False, soft_wrap=True)
+        above, _, rest = name.partition("/")
+        place = name if order.verbose or not rest else f"{above}/"
+        folders.setdefault(place, []).append(size)
+    for place, sizes in folders.items():
+        count = f"  {len(sizes)} files" if place.endswith("/") else ""
+        console.print(f"file      {sum(sizes):>12,}  {place}{count}", markup=False, soft_wrap=True)
     console.print(f"in all    {sum(size for _, size in files):>12,}  bytes in {len(files)} files")
     console.print(f"command   {entrypoint}")
     console.print(f"variables {', '.join(order.variables) or 'none'}", markup=False, soft_wrap=True)

@@ -15,6 +15,9 @@ from pipeline.errors import redact
 _MAX_KEY, _MAX_PARAM, MAX_TAG = 240, 6000, 8000
 """Characters; MLflow cuts or refuses what is longer."""
 
+_FLAGGED = {"id": "false_alarm", "near_ood": "caught", "far_ood": "caught"}
+"""What the share of flagged images is called, by the role of the dataset."""
+
 _Items = Iterable[tuple[tuple[str, ...], Any]]
 """Values, each with the parts its key is made of."""
 
@@ -55,9 +58,21 @@ def of_run(manifest: Mapping[str, Any], config: object, rows: list[dict[str, Any
 
 
 def of_detector(
-    label: str, manifest: Mapping[str, Any], rows: list[dict[str, Any]], threshold: float
+    label: str,
+    manifest: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    threshold: float,
+    decided: Iterable[Mapping[str, Any]] = (),
 ) -> Content:
-    """The child run of one detector: its parameters, metrics and threshold."""
+    """The child run of one detector: its parameters, metrics and threshold, and what it flags.
+
+    Args:
+        label: of the detector.
+        manifest: of the run.
+        rows: of `metrics.parquet`.
+        threshold: that 95 % of the ID images pass.
+        decided: rows of `decisions.parquet`; those at the first false-alarm rate become metrics.
+    """
     detector = manifest["detectors"][label]
     tags: list[tuple[tuple[str, ...], Any]] = [
         (("detector",), label),
@@ -70,6 +85,18 @@ def of_detector(
         dataset, group = row["dataset"], row["group"]
         full_spectrum = group.startswith("fs_") and dataset != group
         metrics.append(((row["metric"], f"fs.{dataset}" if full_spectrum else dataset), row["value"]))
+    first = [
+        row
+        for row in decided
+        if row["detector"] == label and row["dataset"] is not None
+        if row["false_alarm"] == manifest["thresholds"]["false_alarm"][0]
+    ]
+    metrics += [((f"threshold_{row['false_alarm']:.10g}",), row["threshold"]) for row in first[:1]]
+    metrics += [
+        ((f"{_FLAGGED[row['role']]}_{row['false_alarm']:.10g}", row["dataset"]), row["share"])
+        for row in first
+        if row["role"] in _FLAGGED
+    ]
     lost = manifest.get("unscored", {}).items()
     metrics += [(("unscored", name), found[label]["rows"]) for name, found in lost if label in found]
     index = manifest["index"].get(label, {})

@@ -12,12 +12,12 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import socket
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -29,11 +29,15 @@ from filelock import FileLock
 
 from pipeline.errors import UserError, redact
 from pipeline.results.mlflow.content import MAX_TAG, Content, limited, of_detector, of_run
+from pipeline.stages.decisions import DECISIONS
 from pipeline.workspace import files, tables
 from pipeline.workspace.files import Place
 
 PATIENCE = 120.0
 """Seconds after which `publish` begins no further detector; publishing again sends the rest."""
+
+PORTS = range(5000, 5010)
+"""Where servers of local stores are looked for."""
 
 _SQLITE = "sqlite:///"
 _HTTP = re.compile(r"https?://([^\s/?#@]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d+)?(/[^\s?#@]*)?")
@@ -43,7 +47,7 @@ _VIEW = (
     "&orderByKey=metrics.%60auroc%2Fnear_ood%60&orderByAsc=false"
 )
 """Charts of the detectors, best first; without an order the page shows only the parent and hides them."""
-_ARTIFACTS = ("config.yaml", "manifest.json", "metrics.csv", "metrics.json")
+_ARTIFACTS = ("config.yaml", "manifest.json", "metrics.csv", "metrics.json", DECISIONS)
 _TEXT = {".yaml", ".json", ".csv", ".html", ".md", ".svg"}
 _MAX_DIGEST = 36
 
@@ -113,9 +117,14 @@ def publish(session: Session) -> None:
     manifest, thresholds = files.read_json(run / "manifest.json"), files.read_json(run / "thresholds.json")
     with tables.parquet(run / "metrics.parquet") as file:
         rows = file.read().to_pylist()
+    decided: list[dict[str, Any]] = []
+    if manifest.get("thresholds") is not None:
+        with tables.parquet(run / DECISIONS) as file:
+            decided = file.read().to_pylist()
     parent = of_run(manifest, yaml.safe_load((run / "config.yaml").read_text("utf-8")), rows)
     children = {
-        label: of_detector(label, manifest, rows, thresholds[label]) for label in manifest["detectors"]
+        label: of_detector(label, manifest, rows, thresholds[label], decided)
+        for label in manifest["detectors"]
     }
     with _sending(session.uri, "take the results"), TemporaryDirectory() as folder:
         client = _client(session.uri)
@@ -132,34 +141,86 @@ def publish(session: Session) -> None:
     files.write_json(run / "mlflow.json", _record(run) | {"children": ids, "published": True})
 
 
-def fail(session: Session, reason: str) -> None:
-    """Mark the parent run as failed.
+def fail(session: Session, error: BaseException) -> None:
+    """Mark the parent run as failed, or as killed if it was interrupted.
 
     Raises:
         TrackingError: if MLflow fails.
     """
+    killed = isinstance(error, KeyboardInterrupt | SystemExit)
     with _sending(session.uri, "mark the run as failed"):
         client = _client(session.uri)
-        client.set_tag(session.run_id, "failure", limited(reason, MAX_TAG))
-        client.set_terminated(session.run_id, "FAILED")
+        client.set_tag(session.run_id, "failure", limited(f"{type(error).__name__}: {error}", MAX_TAG))
+        client.set_terminated(session.run_id, "KILLED" if killed else "FAILED")
+
+
+def session_of(run: Place) -> Session:
+    """The session in which a run folder was sent, as its `mlflow.json` names it.
+
+    Raises:
+        UserError: if it was never sent.
+    """
+    found = _record(run)
+    if "run_id" not in found:
+        raise UserError(
+            f"{run}: was not sent to MLflow. `ood-pipeline report CONFIG --track` sends its results."
+        )
+    uri: str = found["uri"]
+    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():
+        raise UserError(
+            f"{run}: was sent to {uri}, which is gone. `ood-pipeline report CONFIG --track` sends it again."
+        )
+    return Session(run, uri, found["experiment_id"], found["run_id"])
 
 
 def link(session: Session) -> str:
-    """URL of the charts; for a local store two lines, the command that serves them and the URL."""
-    view = _VIEW.format(session.experiment_id, session.run_id)
+    """URL of the charts; for a local store that no server shows also, before it, the command that does."""
+    view = page(session)
     if not session.uri.startswith(_SQLITE):
         return redact(session.uri) + view
-    port = next(filter(_is_free, range(5000, 65536)))
-    mlflow = "mlflow" if shutil.which("mlflow") else f"{shlex.quote(sys.executable)} -m mlflow"
-    return (
-        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {mlflow} server"
-        f" --backend-store-uri {shlex.quote(session.uri)} --host 127.0.0.1 --port {port} --workers 1\n"
-        f"http://127.0.0.1:{port}{view}"
-    )
+    if (port := serving(session)) is not None:
+        return _here(port) + view
+    return f"ood-pipeline ui {shlex.quote(str(session.run))}\n{_here(free_port())}{view}"
+
+
+def page(session: Session) -> str:
+    """Path and query of the charts of an evaluation at any server of its store."""
+    return _VIEW.format(session.experiment_id, session.run_id)
+
+
+def serving(session: Session) -> int | None:
+    """Port of a server on this machine that shows the run of a local store; None if there is none."""
+    asked = f"/api/2.0/mlflow/runs/get?run_id={session.run_id}"
+    for port in PORTS:
+        if _is_free(port):
+            continue
+        with (
+            suppress(OSError, ValueError),
+            urllib.request.urlopen(f"{_here(port)}{asked}", timeout=2) as answer,
+        ):
+            if json.load(answer)["run"]["info"]["run_id"] == session.run_id:
+                return port
+    return None
+
+
+def command(session: Session, port: int) -> list[str]:
+    """The command of a server for the store of a session, reachable from this machine alone."""
+    own = ["--backend-store-uri", session.uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    return [sys.executable, "-m", "mlflow", "server", *own]
+
+
+def free_port() -> int:
+    """The first port that a server of a local store may take."""
+    return next(port for port in range(PORTS.start, 65536) if _is_free(port))
+
+
+def _here(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
 
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that a server just left is free
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:

@@ -1,11 +1,15 @@
-"""The leaderboard for the terminal."""
+"""The leaderboard for the terminal, and what thresholds flag."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.results.calibrated import percent, sentence
 from pipeline.results.report.tables import GROUPS, Cell, Results, leaderboard, summary
 from pipeline.workspace.files import Place
 
@@ -36,6 +40,40 @@ def console_table(run: Place) -> Table:
             cells = [c for column, c in zip(board.columns, row.cells, strict=True) if column.group == group]
             table.add_row(Text(row.detector + mark), *map(_console_cell, cells))
     return table
+
+
+def decisions_table(run: Place) -> Table | None:
+    """What the thresholds of a finished run flag at the first false-alarm rate; None if it has none.
+
+    Raises:
+        UserError: if the run is not finished.
+    """
+    results = Results.read(run)
+    if not results.decisions:
+        return None
+    rate = results.manifest["thresholds"]["false_alarm"][0]
+    rows = results.decided()[rate]
+    table = Table(
+        title=f"Flagged as OOD at a false-alarm rate of {percent(rate)}",
+        caption=Text(sentence(results.manifest, results.decisions)),
+        box=SIMPLE,
+    )
+    table.add_column("Detector", overflow="fold")
+    table.add_column("Threshold", justify="right")
+    for cell in next(iter(rows.values())):
+        table.add_column(Text(f"{cell['dataset']} ({cell['role']})"), justify="right")
+    for detector, cells in rows.items():
+        threshold = cells[0]["threshold"]
+        told = "by class" if threshold is None else f"{threshold:.5g}"
+        table.add_row(Text(detector), told, *map(_share, cells))
+    return table
+
+
+def _share(cell: Mapping[str, Any]) -> Text:
+    if cell["share"] is None:
+        return Text("no images")
+    low, high = (f"{100 * cell[name]:.1f}" for name in ("ci_low", "ci_high"))
+    return Text.assemble(f"{100 * cell['share']:.2f}%", (f" {low}–{high}", "dim"))
 
 
 def _console_cell(cell: Cell) -> Text:

@@ -11,13 +11,15 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pyarrow.csv
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.config import published
 from pipeline.metrics.metrics import FAILURES, named
-from pipeline.results import unreadable
+from pipeline.results import calibrated, unreadable
 from pipeline.results.report import plots
 from pipeline.results.report.compare import comparisons, deviations
+from pipeline.results.report.review import Review, review
 from pipeline.results.report.tables import (
     GROUPS,
     OOD,
@@ -27,6 +29,7 @@ from pipeline.results.report.tables import (
     leaderboard,
     metric_boards,
 )
+from pipeline.results.report.verdict import verdict
 from pipeline.results.unscored import sentences
 from pipeline.workspace import files
 from pipeline.workspace.files import Place
@@ -52,11 +55,15 @@ class Picture:
         return int.from_bytes(self.png[16:20]) // 2
 
 
-def write(run: Place) -> Place:
-    """Write `report/index.html` and `report/*.png` into the folder of a finished run.
+def write(run: Place, images: int = 0) -> Place:
+    """Write `report/index.html`, `report/*.png` and `report/review.csv` into the folder of a finished run.
 
     An earlier report stays as it is until the new one is complete; in an object store the page is replaced
     last.
+
+    Args:
+        run: its folder.
+        images: how many to show of each kind and dataset, see `review`.
 
     Returns:
         The page.
@@ -72,7 +79,9 @@ def write(run: Place) -> Place:
         pictures = {**_score_pictures(results), "norm_ratio": _norm_ratio_pictures(results)}
         for picture in (picture for section in pictures.values() for picture in section):
             (draft / picture.file).write_bytes(picture.png)
-        (draft / "index.html").write_text(_page(results, pictures), encoding="utf-8")
+        reviewed = review(results, images)
+        pyarrow.csv.write_csv(reviewed.table(), draft / "review.csv")
+        (draft / "index.html").write_text(_page(results, pictures, reviewed), encoding="utf-8")
         files.replace_folder(draft, target, last="index.html")
     return target / "index.html"
 
@@ -123,7 +132,7 @@ def _norm_ratio_pictures(results: Results) -> list[Picture]:
     return pictures
 
 
-def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
+def _page(results: Results, pictures: Mapping[str, list[Picture]], reviewed: Review) -> str:
     manifest, unlabelled = results.manifest, results.datasets("unlabelled")
     known = published.read(manifest["published"]) if manifest["published"] else []
     return (
@@ -133,6 +142,7 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
             run=manifest,
             unreadable=unreadable.sentences(manifest["datasets"]),
             cautions=manifest.get("warnings", []),
+            verdict=verdict(results),
             unscored=sentences(manifest.get("unscored", {}), manifest["datasets"]).values(),
             finished=datetime.fromisoformat(manifest["finished"]).astimezone(UTC),
             accuracies=[row for row in results.metrics.to_pylist() if row["metric"] == "id_accuracy"],
@@ -145,9 +155,13 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]]) -> str:
             known=known,
             conventions={name: named(name) for name in ("fpr95_id", "fpr95_ood")},
             pictures=pictures,
+            review=reviewed,
             detectors=results.detectors,
             thresholds=results.thresholds,
             unlabelled=unlabelled,
+            decided=dict(sorted(results.decided().items())),
+            calibrated=calibrated.sentence(manifest, results.decisions) if results.decisions else "",
+            flagging=calibrated.flagging(manifest),
             flagged={
                 detector: [results.flagged_share(dataset, detector) for dataset in unlabelled]
                 for detector in results.detectors
@@ -166,7 +180,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"plain": _plain, "parameters": _parameters}
+    environment.filters |= {"plain": _plain, "parameters": _parameters, "percent": calibrated.percent}
     return environment
 
 

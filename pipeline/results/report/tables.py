@@ -23,6 +23,8 @@ from pipeline.metrics.base import Metric
 from pipeline.metrics.fpr import FPR
 from pipeline.metrics.metrics import FAILURES, named
 from pipeline.metrics.pairs import LEVEL_OF_TESTS
+from pipeline.results import calibrated
+from pipeline.stages.decisions import DECISIONS
 from pipeline.workspace import tables
 from pipeline.workspace.files import Place
 
@@ -218,6 +220,8 @@ class Results:
     """`comparisons.parquet`."""
     thresholds: dict[str, float]
     """Detector -> score at which 95% of the ID images are accepted."""
+    decisions: tuple[dict[str, Any], ...] = ()
+    """Rows of `decisions.parquet`, if the run has thresholds of held-out images."""
 
     @classmethod
     def read(cls, run: Place) -> Results:
@@ -237,13 +241,27 @@ class Results:
             tables.parquet(run / "comparisons.parquet") as of_pairs,
         ):
             metrics, differences = of_each.read(), of_pairs.read()
+        manifest, decided = json.loads((run / "manifest.json").read_text(encoding="utf-8")), []
+        if manifest.get("thresholds") is not None:
+            with tables.parquet(run / DECISIONS) as file:
+                decided = file.read().to_pylist()
         return cls(
             folder=run,
-            manifest=json.loads((run / "manifest.json").read_text(encoding="utf-8")),
+            manifest=manifest,
             metrics=metrics,
             differences=differences,
             thresholds=json.loads((run / "thresholds.json").read_text(encoding="utf-8")),
+            decisions=tuple(decided),
         )
+
+    def decided(self) -> dict[float, dict[str, list[dict[str, Any]]]]:
+        """Rate -> detector, in the order of the leaderboard -> its row of `decisions` for each dataset."""
+        found: dict[float, dict[str, list[dict[str, Any]]]] = {}
+        for row in sorted(self.decisions, key=lambda row: self.detectors.index(row["detector"])):
+            if row["dataset"] is not None:
+                of_rate = found.setdefault(row["false_alarm"], {})
+                of_rate.setdefault(row["detector"], []).append(row)
+        return found
 
     @property
     def detectors(self) -> list[str]:
@@ -263,6 +281,11 @@ class Results:
         parts = [part for dataset in datasets for part in self._parts(dataset, detector)]
         return np.concatenate([part.drop_null().to_numpy() for part in parts])
 
+    def column(self, dataset: str, detector: str) -> Float:
+        """(N,) scores of one detector on all rows of a dataset; NaN where there is none."""
+        parts = [part.to_numpy() for part in self._parts(dataset, detector)]
+        return np.concatenate([np.empty(0), *parts]).astype(np.float64)
+
     def flagged_share(self, dataset: str, detector: str) -> float:
         """Share of the scored rows of an unlabelled dataset above the threshold; NaN if there are none."""
         flagged = rows = 0
@@ -272,13 +295,12 @@ class Results:
         return flagged / rows if rows else math.nan
 
     def _parts(self, dataset: str, column: str) -> Iterator[pa.ChunkedArray]:
-        """One column of a dataset's score table, file by file."""
-        folder = self.folder / "scores" / dataset
+        """One column of a dataset's score table, file by file, without rows that were calibrated on."""
         try:
-            scores = tables.Table.open(folder)
+            for table in calibrated.columns(self.folder, self.manifest, dataset, [column]):
+                yield table.column(column)
         except FileNotFoundError:
+            folder = self.folder / "scores" / dataset
             raise UserError(
                 f"{folder}: no scores there. Run `ood-pipeline score`, then `evaluate`."
             ) from None
-        for table in scores.columns([column]):
-            yield table.column(column)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from pipeline.config import loading
-from pipeline.results.verify import _features, _metrics, _scores
+from pipeline.results.verify import _calibration, _features, _metrics, _scores
 from pipeline.results.verify._files import Kept, Record, Run, intact, kept, read, reading
 from pipeline.results.verify._findings import Finding, Tally, Unreadable, same
 from pipeline.results.verify._listing import Listing
@@ -52,6 +52,7 @@ def examine(folder: Place, advance: Callable[[int], None] = lambda _: None) -> I
     if all(finding.good for finding in form):
         yield from _of("metrics", fix, _metrics.examine(run))
         yield from _of("thresholds", fix, _metrics.thresholds(run))
+        yield from _of("decisions", fix, _calibration.examine(run))
     yield from _of("artifacts", f"{_AGAIN}, which makes anew what is damaged and used", _kept(run))
 
 

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from pipeline.columns import CALIBRATION
 from pipeline.results.verify._findings import Finding, Tally, Unreadable
 from pipeline.workspace import artifacts, storage, tables
 from pipeline.workspace.files import Place
@@ -73,6 +74,16 @@ class Measured(BaseModel):
         return Fraction(str(self.fpr_level))
 
 
+class Thresholds(BaseModel):
+    """When images are called OOD."""
+
+    false_alarm: list[float]
+    calibrate_on: str
+    share: float | None
+    per_class: bool
+    fdr: float | None
+
+
 class Record(BaseModel):
     """What is recounted of `manifest.json`."""
 
@@ -81,6 +92,7 @@ class Record(BaseModel):
     status: str
     seed: int
     metrics: Measured = Measured()
+    thresholds: Thresholds | None = None
     model: Model
     datasets: dict[str, Dataset]
     detectors: dict[str, dict[str, Any]]
@@ -164,9 +176,22 @@ class Run:
     def column(self, detector: str, names: Sequence[str]) -> Iterator[NDArray[Any]]:
         """The scores of a detector on some datasets, in pieces, without the rows that have none."""
         for name in names:
-            for path in parts(self.scores(name), kept(self.scores(name), Kept).part_rows):
-                for rows in columns(path, [detector], nullable=[detector]):
-                    yield rows[detector][~rows[NULL + detector]]
+            for rows in self.tested(name, [detector], nullable=[detector]):
+                yield rows[detector][~rows[NULL + detector]]
+
+    def split(self, name: str) -> bool:
+        """Whether thresholds come from a part of a dataset's rows."""
+        wanted, role = self.record.thresholds, self.record.datasets[name].role
+        return wanted is not None and wanted.calibrate_on == role == "id"
+
+    def tested(self, name: str, wanted: Sequence[str], nullable: Collection[str] = ()) -> Iterator[Rows]:
+        """Some columns of a dataset's scores, in pieces, without the rows that thresholds come from."""
+        marks = [CALIBRATION] if self.split(name) else []
+        for path in parts(self.scores(name), kept(self.scores(name), Kept).part_rows):
+            for rows in columns(path, [*wanted, *marks], nullable):
+                yield (
+                    {column: values[~rows[CALIBRATION]] for column, values in rows.items()} if marks else rows
+                )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pyarrow import csv
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from pipeline.columns import LABEL, PREDICTION, Float, Mask
-from pipeline.results.verify._files import NULL, Kept, Run, columns, kept, parts, read, reading, require
+from pipeline.results.verify._files import NULL, Run, columns, read, reading, require
 from pipeline.results.verify._findings import Finding, Tally, same
 
 FAILURES = ("aurc", "augrc")
@@ -191,11 +191,9 @@ def _accuracies(run: Run, recorded: Mapping[Name, Numbers]) -> Iterator[Finding]
     """The classifier's accuracy on datasets of its classes, counted again."""
     for dataset in run.of("id", "shifted_id"):
         right = total = 0
-        folder = run.scores(dataset)
-        for path in parts(folder, kept(folder, Kept).part_rows):
-            for rows in columns(path, (LABEL, PREDICTION)):
-                right += int((rows[LABEL] == rows[PREDICTION]).sum())
-                total += len(rows[LABEL])
+        for rows in run.tested(dataset, (LABEL, PREDICTION)):
+            right += int((rows[LABEL] == rows[PREDICTION]).sum())
+            total += len(rows[LABEL])
         found = recorded.get(_accuracy_on(run, dataset))
         told = (found.value, found.n_id, found.n_ood) if found else None
         yield same(f"accuracy on {dataset}", (right / max(total, 1), total, 0), told)
@@ -232,10 +230,9 @@ def _values(run: Run, detector: str, recorded: Mapping[Name, Numbers]) -> Findin
 
 def _right(run: Run, detector: str, dataset: str) -> Mask:
     """Which rows of a dataset that a detector has scores of the classifier has right."""
-    folder, found = run.scores(dataset), [np.empty(0, np.bool_)]
-    for path in parts(folder, kept(folder, Kept).part_rows):
-        read_rows = columns(path, (LABEL, PREDICTION, detector), nullable=[detector])
-        found += [(rows[LABEL] == rows[PREDICTION])[~rows[NULL + detector]] for rows in read_rows]
+    read_rows = run.tested(dataset, (LABEL, PREDICTION, detector), nullable=[detector])
+    found = [(rows[LABEL] == rows[PREDICTION])[~rows[NULL + detector]] for rows in read_rows]
+    found.append(np.empty(0, np.bool_))
     return np.concatenate(found)
 
 

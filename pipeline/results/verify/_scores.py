@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION, Mask
+from pipeline.columns import CALIBRATION, IS_OOD, KEY, LABEL, P_VALUE, PREDICTION, Mask
+from pipeline.results.verify import _calibration
+from pipeline.results.verify._calibration import Held
 from pipeline.results.verify._files import (
     NULL,
     Cached,
@@ -24,6 +26,7 @@ from pipeline.results.verify._files import (
     require,
 )
 from pipeline.results.verify._findings import Finding, Tally, same
+from pipeline.stages.calibration import SHARE, Split
 from pipeline.workspace.files import Place
 
 _SHARED = (KEY, LABEL, PREDICTION)
@@ -51,13 +54,13 @@ def examine(run: Run, name: str, advance: Callable[[int], None]) -> Iterator[Fin
     yield intact(folder, scored)
     yield recount(folder, scored.part_rows)
     yield same("score rows", cached.facts.features, sum(scored.part_rows))
-    types, known = _types(run, name), Known(list(run.record.detectors), _thresholds(run, name))
+    types, known = _types(run, name), Known.of(run, name)
     for path in parts(folder, scored.part_rows):
         require(path, types)
-    wrong = {check: Tally() for check in CHECKS if known.thresholds or check != "flags"}
+    wrong = {check: Tally() for check in CHECKS if check not in known.needless}
     lost = {detector: Tally() for detector in known.detectors}
     features = _rows(parts(run.features(name), cached.part_rows), _SHARED)
-    scores = _rows(parts(folder, scored.part_rows), list(types), types.keys() - {*_SHARED})
+    scores = _rows(parts(folder, scored.part_rows), list(types), types.keys() - {*_SHARED, CALIBRATION})
     for one, other in aligned(features, scores):
         for check, tally in wrong.items():
             tally.add(other[KEY][CHECKS[check].wrong(one, other, known)])
@@ -87,16 +90,20 @@ def _flagged(run: Run, name: str) -> bool:
 def _types(run: Run, name: str) -> dict[str, pa.DataType]:
     """Columns of a part."""
     types = {KEY: pa.string(), LABEL: pa.int32(), PREDICTION: pa.int32()}
+    if run.split(name):
+        types[CALIBRATION] = pa.bool_()
     for detector in run.record.detectors:
         types[detector] = pa.float64()
+        if run.record.thresholds is not None:
+            types[P_VALUE + detector] = pa.float64()
         if _flagged(run, name):
             types[IS_OOD + detector] = pa.bool_()
     return types
 
 
 def _thresholds(run: Run, name: str) -> dict[str, float]:
-    """Threshold of each detector if the rows of the dataset are flagged; NaN, which flags none, if lost."""
-    if not _flagged(run, name):
+    """Threshold of each detector if they flag the rows of the dataset; NaN, which flags none, if lost."""
+    if not _flagged(run, name) or run.record.thresholds is not None:
         return {}
     recorded = read(run.folder / "thresholds.json", dict[str, float])
     return {detector: recorded.get(detector, np.nan) for detector in run.record.detectors}
@@ -130,7 +137,34 @@ class Known:
 
     detectors: list[str]
     thresholds: dict[str, float]
-    """Empty where rows are not flagged."""
+    """Empty where they do not flag rows."""
+    held: Held | None = None
+    """Where p-values come from."""
+    limits: dict[str, float] = field(default_factory=dict)
+    """The largest p-values that are flagged; empty where they do not flag rows."""
+    split: Split | None = None
+    """Which rows calibrate."""
+
+    @classmethod
+    def of(cls, run: Run, name: str) -> Known:
+        """Of a dataset of a run."""
+        wanted = run.record.thresholds
+        if wanted is None:
+            return cls(list(run.record.detectors), _thresholds(run, name))
+        limits = _calibration.limits(run, name) if _flagged(run, name) else {}
+        share = SHARE if wanted.share is None else wanted.share
+        split = Split(share, run.record.seed) if run.split(name) else None
+        return cls(list(run.record.detectors), {}, Held(run), limits, split)
+
+    @property
+    def needless(self) -> set[str]:
+        """Checks that do not apply."""
+        applies = {
+            "flags": bool(self.thresholds or self.limits),
+            "p-values": self.held is not None,
+            "rows that calibrate": self.split is not None,
+        }
+        return {check for check, there in applies.items() if not there}
 
 
 @dataclass(frozen=True)
@@ -160,7 +194,27 @@ def _wrongly_flagged(features: Rows, scores: Rows, known: Known) -> Mask:
     for label in known.detectors:
         flag, lost = IS_OOD + label, scores[NULL + label]
         wrong |= scores[NULL + flag] != lost
-        wrong |= ~lost & (scores[flag] != (scores[label] > known.thresholds[label]))
+        if known.limits:
+            flags = scores[P_VALUE + label] <= known.limits[label]
+        else:
+            flags = scores[label] > known.thresholds[label]
+        wrong |= ~lost & (scores[flag] != flags)
+    return wrong
+
+
+def _wrong_p_values(features: Rows, scores: Rows, known: Known) -> Mask:
+    wrong: Mask = np.zeros(len(scores[KEY]), bool)
+    assert known.held is not None
+    for label in known.detectors:
+        name, lost = P_VALUE + label, scores[NULL + label]
+        expected = known.held.p_values(label, scores[label], scores[PREDICTION])
+        wrong |= (scores[NULL + name] != lost) | (~lost & (scores[name] != expected))
+    return wrong
+
+
+def _other_split(features: Rows, scores: Rows, known: Known) -> Mask:
+    assert known.split is not None
+    wrong: Mask = scores[CALIBRATION] != known.split.calibrates(scores[KEY])
     return wrong
 
 
@@ -169,6 +223,8 @@ CHECKS: dict[str, Check] = {
     "score labels": Check("those of the features", _other(LABEL)),
     "score predictions": Check("those of the features", _other(PREDICTION)),
     "finite scores": Check("every score is finite or null", _not_finite),
-    "flags": Check("is_ood = score above the threshold, null where there is none", _wrongly_flagged),
+    "rows that calibrate": Check("those that seed and key decide", _other_split),
+    "p-values": Check("(1 + scores of calibration at least as high) / (their number + 1)", _wrong_p_values),
+    "flags": Check("is_ood as the threshold or p-value says, null where there is none", _wrongly_flagged),
 }
 """Checks of every row of scores, by name."""

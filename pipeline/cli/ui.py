@@ -1,0 +1,78 @@
+"""The command `ui`: MLflow's pages of a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+import urllib.request
+import webbrowser
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.app import app, console
+
+_PATIENCE = 60.0
+"""Seconds in which a server must answer."""
+
+
+@app.command()
+def ui(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder: <workspace>/runs/<name>[/<id>].")],
+    browser: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the page in the browser, or only print its link.")
+    ] = True,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the server; 0 = 5000 or above.")] = 0,
+) -> None:
+    """Show a run in MLflow; starts a server for the workspace's own store, if none runs, until Ctrl-C.
+
+    The server can be reached from this machine alone.
+
+    Example: `ood-pipeline ui ./workspace/runs/quickstart`
+    """
+    from pipeline.errors import UserError
+    from pipeline.results.mlflow import tracking
+    from pipeline.workspace.runs import located
+
+    session = tracking.session_of(located(run))
+    link = tracking.link(session).splitlines()
+    if len(link) == 1:
+        _show(link[0], browser)
+        return
+    chosen = port or tracking.free_port()
+    address = f"http://127.0.0.1:{chosen}"
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with subprocess.Popen(
+        tracking.command(session, chosen), env=os.environ | quiet, stdout=subprocess.DEVNULL
+    ) as server:
+        try:
+            deadline = time.monotonic() + _PATIENCE
+            while not _answers(f"{address}/health"):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise UserError(
+                        f"{address}: MLflow's server did not start; what it said stands above. "
+                        "Choose another --port."
+                    )
+                time.sleep(0.1)
+            _show(address + tracking.page(session), browser)
+            console.print("Ctrl-C ends the server.")
+            server.wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            server.terminate()
+
+
+def _show(link: str, browser: bool) -> None:
+    console.print(link, markup=False, soft_wrap=True)
+    if browser:
+        webbrowser.open(link)
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except OSError:
+        return False
+    return True

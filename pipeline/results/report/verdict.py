@@ -1,0 +1,92 @@
+"""Which detector to take, in words: the best, what is level with it, what it misses, what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from pipeline.metrics.pairs import LEVEL_OF_TESTS
+from pipeline.results.report.tables import GROUPS, OOD, Cell, Results, Row, leaderboard
+
+POOR = 0.75
+"""AUROC below which nobody should rely on a detector alone."""
+
+
+def verdict(results: Results) -> list[str]:
+    """Sentences for whoever has to choose; none where no OOD dataset was compared with the ID data.
+
+    Every number is one of `metrics.parquet`. Detectors that have seen OOD images are proposed only where
+    there are no others.
+    """
+    board = leaderboard(results.metrics, results.differences)
+    if not board.rows:
+        return []
+    entries = results.manifest["detectors"]
+    unaided = [row for row in board.rows if not entries[row.detector]["uses_ood"]]
+    chosen, *others = unaided or board.rows
+    groups = [
+        (number, column.group) for number, column in enumerate(board.columns) if column.metric == "auroc"
+    ]
+    values = " and ".join(f"{_interval(chosen.cells[number])} on {GROUPS[group]}" for number, group in groups)
+    found = [f"{chosen.detector}, {entries[chosen.detector]['title']}, ranks best: AUROC {values}."]
+    apart = {other.detector: _told_apart(results, chosen, other) for other in others}
+    level = [label for label, told in apart.items() if told is False]
+    if level:
+        found.append(
+            f"On the same images its lead over {_listed(level)} may be chance; take what costs least."
+        )
+    elif apart and all(apart.values()):
+        found.append("On the same images its lead over every other is more than chance.")
+    found += _missed(results, chosen.detector)
+    found += _needs(results, chosen.detector)
+    if all(chosen.cells[number].value < POOR for number, _ in groups):
+        found.append(f"An AUROC below {POOR:g} separates little: none of these should decide alone.")
+    return found
+
+
+def _interval(cell: Cell) -> str:
+    return f"{cell.value:.3f} ({cell.low:.3f}–{cell.high:.3f})"
+
+
+def _told_apart(results: Results, chosen: Row, other: Row) -> bool | None:
+    """Whether a test on the same images tells two detectors apart by a group's AUROC; None without any."""
+    pair = {chosen.detector, other.detector}
+    tests = [
+        row["p_holm"] < LEVEL_OF_TESTS
+        for row in results.differences.to_pylist()
+        if {row["detector"], row["other"]} == pair
+        and row["metric"] == "auroc"
+        and row["dataset"] == row["group"]
+        and row["group"] in OOD
+    ]
+    return any(tests) if tests else None
+
+
+def _missed(results: Results, detector: str) -> Iterator[str]:
+    """What passes as ID at the threshold that keeps 95 % of the ID images, on the mean and at worst."""
+    rows = [
+        row
+        for row in results.metrics.to_pylist()
+        if row["detector"] == detector and row["metric"] == "fpr95_id" and row["group"] in OOD
+    ]
+    means = [row for row in rows if row["dataset"] == row["group"]]
+    sets = [row for row in rows if row["dataset"] != row["group"]]
+    if not means:
+        return
+    shares = " and ".join(f"{row['value']:.0%} of {GROUPS[row['group']]}" for row in means)
+    worst = max(sets, key=lambda row: float(row["value"]))
+    text = f"At the threshold that keeps 95% of the ID images it takes {shares} images for ID"
+    yield f"{text}, at worst {worst['value']:.0%} of {worst['dataset']}." if len(sets) > 1 else f"{text}."
+
+
+def _needs(results: Results, detector: str) -> Iterator[str]:
+    """What it asks for beyond features and logits."""
+    bank = results.manifest["index"].get(detector)
+    if bank:
+        yield f"For every image it searches {bank['rows']:,} vectors of training images."
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = list(names[:4])
+    if len(names) > len(shown):
+        shown.append(f"{len(names) - len(shown)} more")
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
