@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-import urllib.request
 import webbrowser
 from typing import Annotated
 
@@ -48,7 +47,7 @@ def ui(
     ) as server:
         try:
             deadline = time.monotonic() + _PATIENCE
-            while not _answers(f"{address}/health"):
+            while not tracking.shows(session, chosen):
                 if server.poll() is not None or time.monotonic() > deadline:
                     raise UserError(
                         f"{address}: MLflow's server did not start; what it said stands above. "
@@ -68,11 +67,3 @@ def _show(link: str, browser: bool) -> None:
     console.print(link, markup=False, soft_wrap=True)
     if browser:
         webbrowser.open(link)
-
-
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=2).close()
-    except OSError:
-        return False
-    return True

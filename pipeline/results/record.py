@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.config import schema
+from pipeline.detectors._combination import Combination
 from pipeline.stages.prepare import Prepared
 from pipeline.workspace import files
 from pipeline.workspace.runs import MANIFEST
@@ -156,6 +157,7 @@ def _dataset(ready: Prepared, dataset: schema.Dataset) -> dict[str, Any]:
 def _detector(ready: Prepared, label: str) -> dict[str, Any]:
     detector = ready.detectors[label]
     entry = next(entry for entry in ready.config.detectors if entry.label == label)
+    scores = [f"score of {name}" for name in detector.members] if isinstance(detector, Combination) else []
     return {
         "method": entry.methods,
         "title": detector.caption,
@@ -163,7 +165,9 @@ def _detector(ready: Prepared, label: str) -> dict[str, Any]:
         "formulas": [[part.title, part.formula, part.paper] for part in detector.parts()],
         "parameters": detector.model_dump(mode="json"),
         "uses_ood": ready.uses_ood(label),
-        "columns": list(dict.fromkeys([*detector.columns, *(extra.kind for extra in detector.extras())])),
+        "columns": list(
+            dict.fromkeys([*detector.columns, *(extra.kind for extra in detector.extras()), *scores])
+        ),
     }
 
 

@@ -88,18 +88,25 @@ def check_roles(settings: Config) -> None:
         )
 
 
-def check(settings: Config, counts: Mapping[str, int]) -> None:
+def check(settings: Config, counts: Mapping[str, tuple[int, int]]) -> None:
     """Whether there are as many images to calibrate on as the rates take, if all of them can be read.
 
     Args:
         settings: with `thresholds`, or without.
-        counts: images that calibrate, by dataset.
+        counts: images that calibrate, and all, by dataset.
 
     Raises:
-        UserError: too few.
+        UserError: too few, or none is left to be tested.
     """
-    if settings.thresholds is not None:
-        _require(settings.thresholds, {-1: sum(counts.values())}, ", ".join(counts))
+    if settings.thresholds is None:
+        return
+    _require(settings.thresholds, {-1: sum(count for count, _ in counts.values())}, ", ".join(counts))
+    for name, (count, rows) in counts.items() if Split.of(settings) else ():
+        if count == rows:
+            raise UserError(
+                f"thresholds.share: all {rows:,} images of {name} would calibrate, and none is left to be "
+                "tested. Lower it, or add images."
+            )
 
 
 def notices(settings: Config, chosen: Mapping[str, Detector]) -> dict[str, str]:
@@ -254,5 +261,5 @@ def held_scores(
 def column(table: tables.Table, name: str) -> NDArray[Any]:
     """A column as an array; NaN where it has none."""
     parts = [part[name].to_numpy() for part in table.columns([name])]
-    found: NDArray[Any] = np.concatenate(parts)
+    found: NDArray[Any] = np.concatenate([np.empty(0, np.int32), *parts])  # keeps the type of either column
     return found

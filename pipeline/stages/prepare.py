@@ -291,14 +291,15 @@ def _check_roles(settings: Config) -> None:
         raise UserError("datasets: several have role 'train'; expected at most one. Put the images together.")
 
 
-def _calibrating(settings: Config, manifests: Mapping[str, Manifest]) -> dict[str, int]:
-    """Images that thresholds are calibrated on, by dataset."""
-    wanted, split = settings.thresholds, calibration.Split.of(settings)
-    found = (
-        {each.name: manifests[each.name] for each in settings.of_role(wanted.calibrate_on)} if wanted else {}
-    )
+def _calibrating(settings: Config, manifests: Mapping[str, Manifest]) -> dict[str, tuple[int, int]]:
+    """Images that thresholds are calibrated on, and all, by dataset."""
+    split = calibration.Split.of(settings)
+    found = {each.name: manifests[each.name] for each in settings.of_role(calibration.role_of(settings))}
     return {
-        name: manifest.rows if split is None else int(split.calibrates(manifest.keys()).sum())
+        name: (
+            manifest.rows if split is None else int(split.calibrates(manifest.keys()).sum()),
+            manifest.rows,
+        )
         for name, manifest in found.items()
     }
 

@@ -6,6 +6,7 @@ Extract, fit, score, evaluate, report. A killed run is continued by running it a
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 import warnings
@@ -58,6 +59,9 @@ STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report"
 J = TypeVar("J", shards.Job, ScoreJob)
 
 _RECALL_QUERIES = 1024
+
+TELL = 10.0
+"""Seconds between two words to MLflow about the progress of a stage."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,8 @@ class Run:
     fitted: Fitted | None = None
     scored: list[ScoreJob] = field(default_factory=list)
     """What was scored."""
+    calibrating: dict[str, Mask] = field(default_factory=dict)
+    """Which rows thresholds and ensembles are calibrated on, by dataset."""
     calibrated: Calibrated | None = None
     """What decides on an image, if the config has thresholds."""
     costs: dict[str, Any] = field(default_factory=dict)
@@ -296,7 +302,7 @@ class Run:
             self.begin()
         started, self.costs, self.worked = time.perf_counter(), {}, False
         with self.display.stage(name, total) as shown, usage.collect() as used:
-            yield shown
+            yield self.tracking.watched(name, shown, self.background) if total else shown
         if self.may_work(name):
             seconds = round(time.perf_counter() - started, 3)
             self.record.spend(name, {**self.costs, "seconds": seconds, **used.numbers()}, self.worked)
@@ -374,7 +380,7 @@ class Run:
             numbers = self.costs
             self._describe_extras()
             self.features = {job.dataset: job.table() for job in jobs}
-            self._require_calibrating()
+            self._find_calibrating()
             for job in jobs:
                 facts = job.artifact.require().facts
                 counted = {name: facts[name] for name in ("features", "errors", "machines")}
@@ -388,11 +394,13 @@ class Run:
             if numbers["forward_images"]:
                 shown.note += f", {numbers['images_per_second']:,.0f} images/s once running"
 
-    def _require_calibrating(self) -> None:
-        """Refuse too few images to calibrate on, as of a class that is seldom predicted."""
-        if self.ready.config.thresholds is not None:
-            classes = len(self.ready.network.head[1])
-            calibration.require_predictions(self.ready.config, self.features, self._calibrating, classes)
+    def _find_calibrating(self) -> None:
+        """Which rows calibrate; too few, as of a class that is seldom predicted, are refused."""
+        config, classes = self.ready.config, len(self.ready.network.head[1])
+        if config.thresholds is not None or self._combinations:
+            self.calibrating = calibration.calibrating(config, self.features)
+        if config.thresholds is not None:
+            calibration.require_predictions(config, self.features, self.calibrating, classes)
 
     def _forget_contents(self) -> None:
         """Have images that are known by their bytes be read anew when they are listed next."""
@@ -578,7 +586,7 @@ class Run:
 
     def _combined(self, jobs: list[ScoreJob]) -> list[ScoreJob]:
         """The same with the scores of detectors that combine others."""
-        chosen, rows = self._combinations, self._calibrating
+        chosen, rows = self._combinations, self.calibrating
 
         def place(label: str, dataset: str, contents: Mapping[str, str]) -> Artifact:
             return self._score_artifact(label, self.ready.jobs[dataset], contents)
@@ -598,20 +606,15 @@ class Run:
         if self.ready.config.thresholds is None:
             return None
         return calibration.gathered(
-            self.ready.config, jobs, self._calibrating, len(self.ready.network.head[1])
+            self.ready.config, jobs, self.calibrating, len(self.ready.network.head[1])
         )
-
-    @property
-    def _calibrating(self) -> dict[str, Mask]:
-        """Which rows of the features calibrate, by dataset."""
-        return calibration.calibrating(self.ready.config, self.features)
 
     @property
     def _tested(self) -> dict[str, Mask]:
         """Rows that are tested, of the datasets of which others calibrate."""
         if calibration.Split.of(self.ready.config) is None:
             return {}
-        return {name: ~rows for name, rows in self._calibrating.items()}
+        return {name: ~rows for name, rows in self.calibrating.items()}
 
     def _assemble(self, job: ScoreJob, flagging: Mapping[str, float]) -> None:
         """Put the table of scores of a dataset together."""
@@ -850,6 +853,10 @@ class Tracked:
         except tracking.TrackingError as error:
             return "", str(error)
 
+    def watched(self, name: str, shown: Stage, background: ThreadPoolExecutor) -> Stage:
+        """A stage whose progress MLflow is told, too."""
+        return shown if self.opening is None else Watched(shown, name, self.opening, background)
+
     def fail(self, error: BaseException) -> None:
         """Mark the run as failed."""
         if self.opening is None:
@@ -858,3 +865,38 @@ class Tracked:
             tracking.fail(self.opening.result(), error)
         except (tracking.TrackingError, UserError):
             return
+
+
+class Watched:
+    """A stage that tells MLflow how far it has come; a server that fails is not told again."""
+
+    def __init__(
+        self, shown: Stage, name: str, opening: Future[tracking.Session], background: ThreadPoolExecutor
+    ) -> None:
+        self._shown, self._name, self._opening, self._background = shown, name, opening, background
+        self._started, self._done, self._told = time.monotonic(), 0, -TELL
+        self._telling: Future[None] | None = None
+
+    @property
+    def note(self) -> str:
+        """What the closing line says."""
+        return self._shown.note
+
+    @note.setter
+    def note(self, text: str) -> None:
+        self._shown.note = text
+
+    def advance(self, count: int) -> None:
+        """Count work that is done."""
+        self._shown.advance(count)
+        self._done += count
+        seconds = time.monotonic() - self._started
+        if seconds - self._told >= TELL and (self._telling is None or self._telling.done()):
+            self._told = seconds
+            self._telling = self._background.submit(self._tell, self._done, seconds)
+
+    def _tell(self, done: int, seconds: float) -> None:
+        try:
+            tracking.progress(self._opening.result(), self._name, done, seconds)
+        except (tracking.TrackingError, UserError):
+            self._told = math.inf

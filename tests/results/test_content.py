@@ -24,6 +24,24 @@ def test_nested_parameters_are_flat_and_long_ones_cut_with_an_ellipsis() -> None
     assert found.tags["uses_ood"] == "true"
 
 
+def test_of_many_metrics_the_means_and_the_auroc_of_datasets_come_first() -> None:
+    detector = {"method": "m", "title": "M", "parameters": {}, "uses_ood": False}
+    manifest = {"detectors": {"m": detector}, "model": {"name": "net"}, "index": {}}
+    datasets = {"a": "near_ood", "b": "near_ood", "c": "far_ood"}
+    places = [(name, f"{fs}{group}") for fs in ("", "fs_") for name, group in datasets.items()]
+    places += [(f"{fs}{group}", f"{fs}{group}") for fs in ("", "fs_") for group in ("near_ood", "far_ood")]
+    rows = [
+        {"detector": "m", "dataset": dataset, "group": group, "metric": metric, "value": 0.5}
+        for dataset, group in places
+        for metric in ("auroc", "aupr_in", "fpr95_id", "fpr95_ood", "oscr")
+    ]
+    found = content.of_detector("m", manifest, rows, 0.5).metrics
+    means = [f"{metric}/{group}" for group in ("near_ood", "far_ood") for metric in content._FIRST]
+    assert list(found)[: 1 + len(means)] == ["threshold", *means]
+    assert {"auroc/a", "auroc/b", "auroc/c"} <= set(found)
+    assert len(found) == content.MOST
+
+
 def test_what_must_be_known_before_the_numbers_is_a_tag_of_the_run() -> None:
     manifest = {
         "fingerprint": "f",

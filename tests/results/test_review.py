@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pytest
 from PIL import Image
@@ -15,6 +17,7 @@ from PIL import Image
 from pipeline.config.schema import Config
 from pipeline.results.report.review import BUDGET, Review, Shown, _within, review
 from pipeline.results.report.tables import Results
+from pipeline.workspace import tables
 from tests.results.test_report import Setup, make_run
 
 
@@ -84,6 +87,21 @@ def test_the_images_are_those_with_the_extreme_scores_and_have_their_pictures(
     again = {image.key: image for image in review(results, 3).images}
     assert again[shown["missed"][0].key].picture == b""
     assert again[shown["caught"][0].key].picture == shown["caught"][0].picture
+
+
+def test_images_that_calibrate_are_not_shown(
+    settings: dict[str, Any], load: Callable[..., Config], execute: Callable[..., Any]
+) -> None:
+    settings["detectors"] = ["msp"]
+    settings["thresholds"] = {"false_alarm": [0.05], "calibrate_on": "id"}
+    folder = execute(load(settings)).folder
+    found = [image for image in review(Results.read(folder), 4).images if image.dataset == "test"]
+    table = pa.concat_tables(
+        tables.Table.open(folder / "scores" / "test").columns(["key", "msp", "calibration"])
+    )
+    tested = table.filter(pc.invert(table["calibration"])).sort_by([("msp", "descending")])
+    assert 0 < len(tested) < len(table)
+    assert [image.key for image in found] == tested["key"].to_pylist()[:4]
 
 
 def test_without_listings_images_are_named_without_pictures(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import base64
+import getpass
 import json
 import logging
 import math
@@ -163,7 +164,9 @@ def begin(run: Path, uri: str, experiment: str, fingerprint: str = "f1") -> trac
 
 
 def runs_of(session: tracking.Session) -> dict[str, Any]:
-    return {run.info.run_name: run for run in MlflowClient(session.uri).search_runs([session.experiment_id])}
+    """The runs of an experiment, those of detectors by their labels."""
+    found = MlflowClient(session.uri).search_runs([session.experiment_id])
+    return {run.data.tags.get("detector", run.info.run_name): run for run in found}
 
 
 def record_of(session: tracking.Session) -> dict[str, Any]:
@@ -184,7 +187,19 @@ def test_the_store_holds_what_the_folder_holds(tmp_path: Path, uri: str, experim
         ["quick", "energy", "knn-50"], "FINISHED"
     )
     parent = MlflowClient(uri).get_run(session.run_id)
+    note = parent.data.tags.pop("mlflow.note.content")
+    assert note == (
+        "2 detectors of OOD images for `resnet` on test (id), cifar (near_ood).\n\n"
+        "Best on near_ood: **energy**, AUROC 0.3000.\n\nBest on far_ood: **energy**, AUROC 1.0000.\n\n"
+        "Best on fs_far_ood: **energy**, AUROC 0.1250."
+    )
     assert {k: v for k, v in parent.data.tags.items() if k != "mlflow.runName"} == {
+        "mlflow.source.name": "ood-pipeline",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": getpass.getuser(),
+        "best_detector.near_ood": "energy",
+        "best_detector.far_ood": "energy",
+        "best_detector.fs_far_ood": "energy",
         "fingerprint": "f1",
         "model": "resnet",
         "weights_digest": "77",
@@ -206,8 +221,7 @@ def test_the_store_holds_what_the_folder_holds(tmp_path: Path, uri: str, experim
         "datasets.test.role": "id",
         "datasets.cifar.name": "cifar",
         "datasets.cifar.role": "near_ood",
-        "detectors.energy.temperature": "1.0",
-        "detectors.knn-50.method": "knn",
+        "detectors": "energy, knn-50",
     }
     assert parent.data.metrics == {
         "seconds/extract": 12.5,
@@ -215,6 +229,11 @@ def test_the_store_holds_what_the_folder_holds(tmp_path: Path, uri: str, experim
         "seconds/fit": 3.0,
         "id_accuracy": 0.934,
         "accuracy/test": 0.934,
+        **{
+            f"{key}/{group}": value
+            for key in ("best_auroc", "mean_auroc")
+            for group, value in {"near_ood": 0.1 + 0.2, "far_ood": 1.0, "fs_far_ood": 0.125}.items()
+        },
         **{
             f"{key}/{name}": n
             for key, n in [("rows", 10), ("features", 9), ("errors", 1)]
@@ -225,6 +244,7 @@ def test_the_store_holds_what_the_folder_holds(tmp_path: Path, uri: str, experim
     assert energy.data.tags["mlflow.parentRunId"] == knn.data.tags["mlflow.parentRunId"] == session.run_id
     assert (energy.data.tags["method"], energy.data.tags["uses_ood"]) == ("energy", "true")
     assert (knn.data.tags["method"], knn.data.tags["uses_ood"]) == ("knn", "false")
+    assert energy.info.run_name == f"energy ({tmp_path.name}/quick)"
     assert energy.data.params == {"temperature": "1.0"}
     assert knn.data.params == {"k": "50", "bank.share": "0.5"}
     assert energy.data.metrics == {
@@ -242,6 +262,22 @@ def test_the_store_holds_what_the_folder_holds(tmp_path: Path, uri: str, experim
         "index/rows": 10,
         "index/recall_at_1": 0.75,
     }
+
+
+def test_a_run_that_is_under_way_shows_what_it_is_and_how_far_it_has_come(
+    tmp_path: Path, uri: str, experiment: str
+) -> None:
+    session = begin(write_run(tmp_path / "quick"), uri, experiment)
+    for seconds, done in ((0.2, 5), (10.4, 70)):
+        tracking.progress(session, "extract", done, seconds)
+    client = MlflowClient(uri)
+    found = client.get_run(session.run_id)
+    assert found.info.status == "RUNNING"
+    assert found.data.params["detectors"] == "energy, knn-50"
+    assert found.data.tags["model"] == "resnet"
+    assert {entry.dataset.name for entry in found.inputs.dataset_inputs} == {"test", "cifar"}
+    history = client.get_metric_history(session.run_id, "done/extract")
+    assert [(entry.step, entry.value) for entry in history] == [(0, 5.0), (10, 70.0)]
 
 
 def test_datasets_are_inputs_with_their_role(tmp_path: Path, uri: str, experiment: str) -> None:

@@ -78,6 +78,14 @@ def test_a_part_that_is_too_small_is_refused(settings, load) -> None:
         prepare(load(settings))
 
 
+def test_a_part_that_leaves_none_to_be_tested_is_refused(settings, load) -> None:
+    settings["thresholds"] = {"false_alarm": [0.05], "calibrate_on": "id", "share": 0.999999}
+    with pytest.raises(
+        UserError, match=r"^thresholds\.share: all 300 images of test would calibrate, and none"
+    ):
+        prepare(load(settings))
+
+
 def test_a_class_that_is_seldom_predicted_is_refused_by_name_and_count(settings, load, execute) -> None:
     settings["thresholds"] = {"false_alarm": [0.1], "per_class": True}
     with pytest.raises(

@@ -275,7 +275,7 @@ def test_a_report_that_was_not_finished_never_leaves_the_old_one(
     assert page.is_file()
     (folder / "metrics.csv").unlink()
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(report, "write", lambda _: 1 / 0)
+        patch.setattr(report, "write", lambda *_: 1 / 0)
         execute(loaded)
     assert not page.exists()
     execute(loaded)

@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from pipeline.errors import redact
@@ -17,6 +18,14 @@ _MAX_KEY, _MAX_PARAM, MAX_TAG = 240, 6000, 8000
 
 _FLAGGED = {"id": "false_alarm", "near_ood": "caught", "far_ood": "caught"}
 """What the share of flagged images is called, by the role of the dataset."""
+
+MOST, LEAST = 12, 6
+"""Metrics of a detector's run, and how many of them at least are of `metrics.parquet`: charts take that many.
+
+All are in the parent's artifacts.
+"""
+
+_FIRST = ("auroc", "fpr95_id", "fpr95_ood")
 
 _Items = Iterable[tuple[tuple[str, ...], Any]]
 """Values, each with the parts its key is made of."""
@@ -32,7 +41,13 @@ class Content:
 
 
 def of_run(manifest: Mapping[str, Any], config: object, rows: list[dict[str, Any]]) -> Content:
-    """The parent run: what was run on what, its counts, times and the classifier's accuracy."""
+    """The parent run: what was run on what, its counts and times, and what two evaluations are compared by.
+
+    Args:
+        manifest: of the run, which may have just begun.
+        config: the settings; those of detectors are parameters of their own runs.
+        rows: of `metrics.parquet`; none before the end.
+    """
     datasets, model, commit = manifest["datasets"], manifest["model"], manifest["git_commit"]
     tags: list[tuple[tuple[str, ...], Any]] = [(("fingerprint",), manifest["fingerprint"])]
     tags += [(("model",), model["name"]), (("weights_digest",), model["weights_digest"])]
@@ -48,13 +63,48 @@ def of_run(manifest: Mapping[str, Any], config: object, rows: list[dict[str, Any
     for name, dataset in datasets.items():
         keys = ("rows", "features", "errors", "accuracy")
         metrics += [((key, name), dataset[key]) for key in keys if dataset[key] is not None]
-    accuracy = [row for row in rows if row["detector"] not in manifest["detectors"]]
+    accuracy = [row for row in rows if row["metric"] == "id_accuracy"]
     alone = sum(row["group"] == "id" for row in accuracy) == 1
     metrics += [
         ((row["metric"], *([] if alone and row["group"] == "id" else [row["dataset"]])), row["value"])
         for row in accuracy
     ]
-    return _content(tags, _flat(config), metrics)
+    best = _best(rows)
+    for group, found in best.items():
+        metrics += [(("best_auroc", group), found[0][0]), (("mean_auroc", group), fmean(v for v, _ in found))]
+        tags += [(("best_detector", group), found[0][1])]
+    tags += [(("mlflow.note.content",), _note(manifest, best))]
+    return _content(tags, _flat(_without_detectors(config)), metrics)
+
+
+def _best(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[float, str]]]:
+    """Mean AUROC over each group and the detector with it, best first."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    for row in rows:
+        if row["metric"] == "auroc" and row["dataset"] == row["group"] and math.isfinite(row["value"]):
+            found.setdefault(row["group"], []).append((row["value"], row["detector"]))
+    return {group: sorted(values, key=lambda each: -each[0]) for group, values in found.items()}
+
+
+def _note(manifest: Mapping[str, Any], best: Mapping[str, list[tuple[float, str]]]) -> str:
+    """The description that MLflow shows above a run, as Markdown."""
+    sets = ", ".join(f"{name} ({dataset['role']})" for name, dataset in manifest["datasets"].items())
+    lines = [
+        f"{len(manifest['detectors'])} detectors of OOD images for `{manifest['model']['name']}` on {sets}."
+    ]
+    lines += [
+        f"Best on {group}: **{found[0][1]}**, AUROC {found[0][0]:.4f}." for group, found in best.items()
+    ]
+    lines += [f"**Warning:** {text}" for text in manifest.get("warnings", ())]
+    return "\n\n".join(lines)
+
+
+def _without_detectors(config: object) -> object:
+    """Settings with the labels of the detectors alone."""
+    if not isinstance(config, dict) or not isinstance(config.get("detectors"), list):
+        return config
+    labels = [entry.get("label", next(iter(entry), "")) for entry in config["detectors"]]
+    return {**config, "detectors": ", ".join(labels)}
 
 
 def of_detector(
@@ -80,11 +130,6 @@ def of_detector(
     ]
     tags += [((key,), detector[key]) for key in ("method", "title", "uses_ood")]
     metrics: list[tuple[tuple[str, ...], Any]] = [(("threshold",), threshold)]
-    mine = [row for row in rows if row["detector"] == label]
-    for row in sorted(mine, key=lambda row: row["dataset"] != row["group"]):
-        dataset, group = row["dataset"], row["group"]
-        full_spectrum = group.startswith("fs_") and dataset != group
-        metrics.append(((row["metric"], f"fs.{dataset}" if full_spectrum else dataset), row["value"]))
     first = [
         row
         for row in decided
@@ -101,7 +146,20 @@ def of_detector(
     metrics += [(("unscored", name), found[label]["rows"]) for name, found in lost if label in found]
     index = manifest["index"].get(label, {})
     metrics += [(("index", key), value) for key, value in index.items() if isinstance(value, int | float)]
+    mine = sorted((row for row in rows if row["detector"] == label), key=_rank)
+    for row in mine[: max(MOST - len(metrics), LEAST)]:
+        dataset, group = row["dataset"], row["group"]
+        full_spectrum = group.startswith("fs_") and dataset != group
+        metrics.append(((row["metric"], f"fs.{dataset}" if full_spectrum else dataset), row["value"]))
     return _content(tags, _flat(detector["parameters"]), metrics)
+
+
+def _rank(row: Mapping[str, Any]) -> int:
+    """What is looked at first: means over groups, AUROC of each dataset, the full spectrum, all the rest."""
+    mean = row["dataset"] == row["group"] and row["metric"] in _FIRST
+    spectrum = row["group"].startswith("fs_")
+    kinds = (mean and not spectrum, row["metric"] == "auroc" and not spectrum, mean)
+    return kinds.index(True) if True in kinds else len(kinds)
 
 
 def _content(tags: _Items, params: _Items, metrics: _Items) -> Content:
@@ -126,7 +184,7 @@ def _flat(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
             yield from _flat(inner, (*path, str(key)))
     elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
         for number, entry in enumerate(value):
-            name = () if len(entry) == 1 else (str(entry.get("name", number)),)
+            name = () if len(entry) == 1 else (str(entry.get("name", entry.get("label", number))),)
             yield from _flat(entry, path + name)
     elif path:
         yield path, value

@@ -7,6 +7,7 @@ ids only, so other users of MLflow in the process are not disturbed.
 
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ from filelock import FileLock
 from pipeline.errors import UserError, redact
 from pipeline.results.mlflow.content import MAX_TAG, Content, limited, of_detector, of_run
 from pipeline.stages.decisions import DECISIONS
-from pipeline.workspace import files, tables
+from pipeline.workspace import files, storage, tables
 from pipeline.workspace.files import Place
 
 PATIENCE = 120.0
@@ -47,6 +48,7 @@ _VIEW = (
     "&orderByKey=metrics.%60auroc%2Fnear_ood%60&orderByAsc=false"
 )
 """Charts of the detectors, best first; without an order the page shows only the parent and hides them."""
+_ORIGIN = {"mlflow.source.name": "ood-pipeline", "mlflow.source.type": "LOCAL"}
 _ARTIFACTS = ("config.yaml", "manifest.json", "metrics.csv", "metrics.json", DECISIONS)
 _TEXT = {".yaml", ".json", ".csv", ".html", ".md", ".svg"}
 _MAX_DIGEST = 36
@@ -65,6 +67,12 @@ class Session:
     """With its credentials; never written anywhere."""
     experiment_id: str
     run_id: str
+
+    @property
+    def name(self) -> str:
+        """Of the evaluation, to tell its detectors from those of others: `<name>/<id>`."""
+        place = str(self.run)
+        return f"{storage.name_of(storage.parent(place))}/{storage.name_of(place)}"
 
 
 def complete(run: Place, uri: str, experiment: str, fingerprint: str) -> Session | None:
@@ -97,8 +105,14 @@ def begin(run: Place, uri: str, experiment: str, name: str, fingerprint: str) ->
         if record.items() <= old.items() and _reopened(client, old["run_id"]):
             run_id, children = old["run_id"], old["children"]
         else:
-            opened = client.create_run(experiment_id, tags={"fingerprint": fingerprint}, run_name=name)
+            tags = {"fingerprint": fingerprint, **_ORIGIN, "mlflow.user": _user()}
+            opened = client.create_run(experiment_id, tags=tags, run_name=name)
             run_id, children = opened.info.run_id, {}
+        if (run / "manifest.json").is_file():
+            manifest = files.read_json(run / "manifest.json")
+            config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+            _log(client, client.get_run(run_id), of_run(manifest, config, []))
+            client.log_inputs(run_id, _inputs(manifest["datasets"]))
     files.write_json(
         run / "mlflow.json", record | {"run_id": run_id, "children": children, "published": False}
     )
@@ -139,6 +153,18 @@ def publish(session: Session) -> None:
         finished = round(datetime.fromisoformat(manifest["finished"]).timestamp() * 1000)
         client.set_terminated(session.run_id, "FINISHED", max(finished, found.info.start_time))
     files.write_json(run / "mlflow.json", _record(run) | {"children": ids, "published": True})
+
+
+def progress(session: Session, stage: str, done: int, seconds: float) -> None:
+    """Say how far a stage has come: `done/<stage>` over the seconds since it began.
+
+    Raises:
+        TrackingError: if MLflow fails.
+    """
+    with _sending(session.uri, "take the progress"):
+        _client(session.uri).log_metric(
+            session.run_id, f"done/{stage}", done, step=round(seconds), synchronous=True
+        )
 
 
 def fail(session: Session, error: BaseException) -> None:
@@ -190,17 +216,15 @@ def page(session: Session) -> str:
 
 def serving(session: Session) -> int | None:
     """Port of a server on this machine that shows the run of a local store; None if there is none."""
-    asked = f"/api/2.0/mlflow/runs/get?run_id={session.run_id}"
-    for port in PORTS:
-        if _is_free(port):
-            continue
-        with (
-            suppress(OSError, ValueError),
-            urllib.request.urlopen(f"{_here(port)}{asked}", timeout=2) as answer,
-        ):
-            if json.load(answer)["run"]["info"]["run_id"] == session.run_id:
-                return port
-    return None
+    return next((port for port in PORTS if not _is_free(port) and shows(session, port)), None)
+
+
+def shows(session: Session, port: int) -> bool:
+    """Whether a server at a port of this machine shows the run, and not that of another store."""
+    asked = f"{_here(port)}/api/2.0/mlflow/runs/get?run_id={session.run_id}"
+    with suppress(OSError, ValueError, KeyError), urllib.request.urlopen(asked, timeout=2) as answer:
+        return bool(json.load(answer)["run"]["info"]["run_id"] == session.run_id)
+    return False
 
 
 def command(session: Session, port: int) -> list[str]:
@@ -216,6 +240,13 @@ def free_port() -> int:
 
 def _here(port: int) -> str:
     return f"http://127.0.0.1:{port}"
+
+
+def _user() -> str:
+    """Whose process this is; accounts of containers may have no name."""
+    with suppress(OSError, KeyError):
+        return getpass.getuser()
+    return "unknown"
 
 
 def _is_free(port: int) -> bool:
@@ -349,8 +380,10 @@ def _log_children(
         if time.monotonic() > deadline:
             raise TimeoutError(f"not done after {PATIENCE:.0f} s")
         if label not in known:
-            tags = content.tags | {"mlflow.parentRunId": to.run_id}
-            known[label] = client.create_run(to.experiment_id, tags=tags, run_name=label)
+            own = {"mlflow.parentRunId": to.run_id, "mlflow.user": _user(), **_ORIGIN}
+            tags = content.tags | own
+            name = f"{label} ({to.name})"
+            known[label] = client.create_run(to.experiment_id, tags=tags, run_name=name)
         _log(client, known[label], content)
         if known[label].info.status != "FINISHED":
             client.set_terminated(known[label].info.run_id, "FINISHED")

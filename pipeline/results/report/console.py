@@ -61,7 +61,7 @@ def decisions_table(run: Place) -> Table | None:
     table.add_column("Detector", overflow="fold")
     table.add_column("Threshold", justify="right")
     for cell in next(iter(rows.values())):
-        table.add_column(Text(f"{cell['dataset']} ({cell['role']})"), justify="right")
+        table.add_column(Text(f"{cell['dataset']} ({cell['role']})"), justify="right", overflow="fold")
     for detector, cells in rows.items():
         threshold = cells[0]["threshold"]
         told = "by class" if threshold is None else f"{threshold:.5g}"

@@ -20,6 +20,7 @@ from pipeline.columns import KEY, LABEL, PREDICTION, Float
 from pipeline.data.decode import thumbnail
 from pipeline.data.fetch import fetch
 from pipeline.errors import UserError, redact
+from pipeline.results import calibrated
 from pipeline.results.report.tables import OOD, Results
 from pipeline.workspace import runs, tables
 
@@ -48,7 +49,7 @@ class Shown:
     dataset: str
     why: Why
     row: int
-    """Of the score table."""
+    """Of the rows that are tested."""
     score: float
     percentile: float
     """Share of the ID images that score lower, in [0, 1]."""
@@ -143,7 +144,7 @@ def _named(results: Results, dataset: str, chosen: Sequence[Shown]) -> list[Show
     rows = np.array([image.row for image in chosen], np.int64)
     found = list(chosen)
     start = 0
-    for table in tables.Table.open(results.folder / "scores" / dataset).columns([KEY, LABEL, PREDICTION]):
+    for table in calibrated.columns(results.folder, results.manifest, dataset, [KEY, LABEL, PREDICTION]):
         for number in np.flatnonzero((rows >= start) & (rows < start + len(table))).tolist():
             own = table.slice(int(rows[number]) - start, 1).to_pylist()[0]
             found[number] = replace(found[number], key=own[KEY], label=own[LABEL], prediction=own[PREDICTION])
