@@ -117,11 +117,11 @@ class Rows:
                     found = replace(found, **more)
         return found
 
-    def double(self) -> Rows:
-        """The same with a network that computes in float64."""
+    def to(self, dtype: torch.dtype) -> Rows:
+        """The same with a network that computes in float32 or float64."""
         if self.classifier is None:
-            return replace(self, layer=deepcopy(self.layer).double())
-        module = deepcopy(self.network).double()
+            return replace(self, layer=deepcopy(self.layer).to(dtype))
+        module = deepcopy(self.network).to(dtype)
         return replace(self, layer=module.fc, classifier=replace(self.classifier, module=module))
 
     def tensor(self, rows: str, column: str) -> Tensor:
@@ -363,7 +363,7 @@ def same_signs(peer: Any, rows: Rows, ours: Float, theirs: Float) -> float:
         hook.remove()
         return torch.cat([torch.cat(both, dim=1) for both in zip(found[::2], found[1::2], strict=True)])
 
-    same = (signs(load()) == signs(rows)).all(dim=1).numpy()
+    same = (signs(rows.to(torch.float32)) == signs(rows)).all(dim=1).numpy()
     return float(np.abs(ours - theirs)[same].max() / np.ptp(ours))
 
 
@@ -584,8 +584,9 @@ EXPLANATIONS = {
     "the predicted class as the sum of the others.",
     "tempscale": "theirs stops before the minimum of the NLL: 50 iterations of L-BFGS with a step of 0.01. "
     "Ours finds the zero of its slope. At the same temperature both are the same (msp).",
-    "gradnorm": "in two images one input of the last stage's ReLUs is less than 2e-7 from 0, which float32 "
-    "cannot tell from 0: the network's gradient jumps there, and its sign is a matter of rounding.",
+    "gradnorm": "in two images (2e-8 and -2e-7 in float64) an input of the last stage's last ReLU has "
+    "another sign in float32, in which our network computes. The gradient jumps there, so such an image has "
+    "one of two scores, and rounding decides which; theirs in float32 is not theirs in float64, either.",
     "openmax": "theirs shifts each tail so that its smallest distance is 10,000 before it fits the Weibull "
     "distribution, ours to 1, the default of libMR's Python interface; the fit depends on the shift. Theirs "
     "also gives a row another score in another batch: distances from a class that is predicted for no row "
@@ -662,7 +663,7 @@ def compare(comparison: Comparison, peer: Any, rows: Rows) -> Outcome:
     ours = comparison.scale(found, rows)
     theirs = comparison.theirs(peer, rows).detach().numpy().astype(np.float64)
     with in_double():
-        exact = rows.double()
+        exact = rows.to(torch.float64)
         precise = comparison.theirs(peer, exact).detach().numpy()
         left = comparison.left(peer, exact, ours, precise) if comparison.left else None
     return Outcome(

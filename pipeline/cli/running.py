@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,12 +39,14 @@ if TYPE_CHECKING:
     from pipeline.workflows.run import Options, Outcome, StageName
 
 
-def _execute(settings: Config, options: Options, quiet: bool = False) -> Outcome:
+def _execute(
+    settings: Config, options: Options, quiet: bool = False, prepared: Prepared | None = None
+) -> Outcome:
     """Run stages and show what came of them."""
     from pipeline.results import report
     from pipeline.workflows import run
 
-    outcome = run.execute(settings, options, display(quiet))
+    outcome = run.execute(settings, options, display(quiet), prepared)
     if options.last in ("evaluate", "report"):
         _warn(outcome.cautions)
         console.print(report.console_table(outcome.folder))
@@ -132,7 +135,8 @@ def run(
         for ready in prepared:
             show_plan(ready)
         return
-    done = [_execute(settings, chosen, quiet) for settings in repeats]
+    given = zip_longest(repeats, prepared)
+    done = [_execute(settings, chosen, quiet, ready) for settings, ready in given]
     if as_json:
         document(list(map(_described, done)) if len(done) > 1 else _described(done[0]))
     elif len(done) > 1:

@@ -93,10 +93,23 @@ class Engine(Protocol):
     def share(self, value: T) -> Shared[T]:
         """Send a value once, for all tasks and actors that get what comes back."""
 
-    def in_order(self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+    def in_order(
+        self,
+        function: Callable[..., T],
+        arguments: Iterable[tuple[Any, ...]],
+        memory: Callable[..., int] | None = None,
+        beside: Sequence[int] = (),
+    ) -> Iterator[T]:
         """Results of a function as tasks, in the order of the arguments; they do not pile up.
 
         A task whose process or node died is begun again.
+
+        Args:
+            function: what a task does.
+            arguments: of each task.
+            memory: gives the bytes that a task with these arguments may hold. On a cluster a node runs no
+                more at once than it has memory for; a task that needs more than any node has runs alone.
+            beside: bytes that actors hold meanwhile, each.
 
         Raises:
             UserError: one that a task raised, as it is; or the cluster failed.

@@ -11,11 +11,9 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import SimpleQueue
-from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -24,8 +22,6 @@ from threadpoolctl import ThreadpoolController
 from pipeline.cluster import usage
 from pipeline.cluster.engine import Decode, Needs, Pending, Row, Work
 from pipeline.cluster.logs import MERGED, Handler, Logs, attached
-from pipeline.errors import UserError
-from pipeline.workspace import files
 
 T = TypeVar("T")
 
@@ -58,18 +54,13 @@ def _logging(logs: Logs | None) -> Iterator[None]:
     if logs is None:
         yield
         return
-    with TemporaryDirectory(prefix="ood-pipeline-") as scratch:
-        local = isinstance(logs.folder, Path)
-        file = Path(logs.folder if local else scratch, MERGED)  # type: ignore[arg-type]
-        handler = Handler(file, logs.level)
-        try:
-            with attached(handler):
-                yield
-        finally:
-            handler.close()
-            if not local and file.is_file():
-                with suppress(OSError, UserError):
-                    files.put(file, logs.folder / MERGED)
+    handler = Handler(logs.folder / MERGED, logs.level)
+    try:
+        with attached(handler):
+            yield
+    finally:
+        handler.put()
+        handler.close()
 
 
 @dataclass(frozen=True)
@@ -161,7 +152,13 @@ class Inline:
         """The value itself."""
         return Held(value)
 
-    def in_order(self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+    def in_order(
+        self,
+        function: Callable[..., T],
+        arguments: Iterable[tuple[Any, ...]],
+        memory: Callable[..., int] | None = None,
+        beside: Sequence[int] = (),
+    ) -> Iterator[T]:
         """Results of a function, in the order of the arguments; at most two of each thread are waiting."""
         if self.count == 1:
             for given in arguments:

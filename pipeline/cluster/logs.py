@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 from typing import Any
 
 from pipeline.errors import UserError
@@ -123,10 +123,15 @@ class _Lines(io.TextIOBase):
 
 
 class Handler(logging.FileHandler):
-    """Writes records to a file, each at once; what cannot be written is lost."""
+    """Writes records to a file, each at once; what cannot be written is lost.
 
-    def __init__(self, file: Path, level: int) -> None:
-        super().__init__(file, encoding="utf-8", delay=True)
+    In the place of one in an object store it writes to a local file without a name, of which nothing is left
+    however the process ends; `put` copies it.
+    """
+
+    def __init__(self, file: Place, level: int) -> None:
+        super().__init__(str(file), encoding="utf-8", delay=True)
+        self._file, self._put = file, 0
         formatter = logging.Formatter(_FORMAT)
         formatter.converter = time.gmtime
         formatter.default_time_format = "%Y-%m-%dT%H:%M:%S"
@@ -135,8 +140,18 @@ class Handler(logging.FileHandler):
         self.setLevel(level)
 
     def _open(self) -> Any:
-        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(self._file, Path):
+            return TemporaryFile("w+", encoding="utf-8")
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         return super()._open()
+
+    def put(self) -> None:
+        """Copy the file to its place in an object store, if it has grown."""
+        with suppress(OSError, UserError, ValueError):
+            if self.stream and not isinstance(self._file, Path) and (size := self.stream.tell()) > self._put:
+                with files.atomic(self._file) as draft:
+                    draft.write_bytes(os.pread(self.stream.fileno(), size, 0))
+                self._put = size
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, if there is room for it."""
@@ -162,8 +177,6 @@ def attached(handler: Handler) -> Iterator[None]:
 
 
 _opened: dict[Logs, Handler] = {}
-_scratch: list[TemporaryDirectory[str]] = []
-"""Where files lie that are copied to an object store; deleted when the process ends."""
 
 
 @contextmanager
@@ -175,16 +188,13 @@ def writing(logs: Logs | None) -> Iterator[None]:
     if logs not in _opened:
         _open(logs)
     handler = _opened[logs]
-    before = _size(handler)
     logging.captureWarnings(True)
     try:
         with attached(handler), redirect_stdout(_Lines("stdout")), redirect_stderr(_Lines("stderr")):
             yield
     finally:
         logging.captureWarnings(False)
-        if not isinstance(logs.folder, Path) and _size(handler) > before:
-            with suppress(OSError, UserError):
-                files.put(_copy(Path(handler.baseFilename)), logs.piece())
+        handler.put()
 
 
 def _open(logs: Logs) -> None:
@@ -192,25 +202,8 @@ def _open(logs: Logs) -> None:
     for handler in _opened.values():
         handler.close()
     _opened.clear()
-    piece = logs.piece()
-    if not isinstance(piece, Path):
-        _scratch[:] = [TemporaryDirectory(prefix="ood-pipeline-")]
-        piece = Path(_scratch[0].name, piece.name)
-    handler = Handler(piece, logs.level)
+    handler = Handler(logs.piece(), logs.level)
     with suppress(OSError):
         handler.stream = handler._open()
         faulthandler.enable(handler.stream)
     _opened[logs] = handler
-
-
-def _size(handler: Handler) -> int:
-    with suppress(OSError, ValueError):
-        return handler.stream.tell() if handler.stream else 0
-    return 0
-
-
-def _copy(file: Path) -> Path:
-    """A file as it is now: uploading maps it into memory, and it may grow."""
-    copy = file.with_suffix(".copy")
-    copy.write_bytes(file.read_bytes())
-    return copy

@@ -7,6 +7,7 @@ is metered where it runs and comes back with its result.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import secrets
@@ -16,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -36,6 +37,8 @@ from pipeline.errors import AGAIN, UserError
 from pipeline.workspace.files import Place
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 RESTARTS = 8
 """How often an actor is started again, and a call repeated, whose process or node died."""
@@ -276,18 +279,27 @@ class OnRay:
         self.connect()
         return Put(ray.put(value))
 
-    def in_order(self, function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+    def in_order(
+        self,
+        function: Callable[..., T],
+        arguments: Iterable[tuple[Any, ...]],
+        memory: Callable[..., int] | None = None,
+        beside: Sequence[int] = (),
+    ) -> Iterator[T]:
         """Results of a function as Ray tasks, in the order of the arguments.
 
         Only about two tasks per CPU are under way at once, so results do not pile up.
         """
         self.connect()
-        task = ray.remote(measured).options(num_cpus=1, max_retries=RESTARTS, name=function.__name__)
+        task, options = ray.remote(measured), {"max_retries": RESTARTS, "name": function.__name__}
         width = 2 * max(1, int(self.cpus()))
+        asked = cache(partial(_asked, function.__name__, beside=beside))
         waiting: deque[Any] = deque()
         try:
             for given in arguments:
-                waiting.append(task.remote(self.logs, function, *given))
+                need = None if memory is None else asked(memory(*given))
+                sized = task.options(num_cpus=1, memory=need, **options)
+                waiting.append(sized.remote(self.logs, function, *given))
                 if len(waiting) >= width:
                     yield self._metered(waiting.popleft())
             while waiting:
@@ -327,10 +339,11 @@ class OnRay:
     def start(self, kind: type, needs: Needs, *arguments: Any, spread: bool = False) -> Handle:
         """An actor; it and its calls survive the loss of its process or node."""
         self.connect()
-        own = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")}
+        own = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU", "memory")}
         remote = ray.remote(hosted(kind)).options(
             num_cpus=needs["CPU"],
             num_gpus=needs["GPU"],
+            memory=needs.get("memory"),
             resources=own,
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
@@ -341,6 +354,27 @@ class OnRay:
     def pool(self, kind: type, needs: Needs, count: int, *arguments: Any) -> Handles:
         """Actors that share the calls."""
         return Handles(tuple(self.start(kind, needs, *arguments) for _ in range(count)), self.logs)
+
+
+def _asked(task: str, need: int, beside: Sequence[int]) -> int | None:
+    """Bytes that a task asks a node for; None where nodes do not say what they have.
+
+    Actors ask for none: Ray takes only CPUs back from tasks that wait, so an actor that begins again after
+    its process died could wait for the memory of tasks that wait for its answer. Tasks ask for more instead.
+    """
+    found = [node["resources"] for node in nodes().values()]
+    have = sorted(int(each["memory"]) for each in found if each.get("CPU", 0) >= 1 and "memory" in each)
+    if not have:
+        return None
+    held = sum(sorted(beside, reverse=True)[: math.ceil(len(beside) / len(have))])  # where most actors are
+    room = [each for each in have if each >= need + held]
+    if room:
+        return need * room[0] // (room[0] - held)
+    _log.warning(
+        "%s: a task may hold %.1f GiB, beside actors %.1f GiB; the largest node has %.1f GiB: it runs alone",
+        *(task, need / 2**30, held / 2**30, have[-1] / 2**30),
+    )
+    return have[-1]
 
 
 def _require_seen(folder: Path) -> None:

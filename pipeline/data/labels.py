@@ -16,6 +16,7 @@ import yaml
 from pipeline.config import loading
 from pipeline.config.schema import CLASS_FILES, ID_ROLES, LABELLED_ROLES, Dataset
 from pipeline.data.formats import _files
+from pipeline.data.places import located
 from pipeline.errors import UserError, unknown
 from pipeline.workspace import storage
 
@@ -133,7 +134,7 @@ def _mapping(path: str, where: str) -> dict[str, int]:
     with _files.open_file(path, where) as stream:
         content = stream.read()
     try:
-        found = _parsed(content.decode("utf-8-sig"), Path(storage.name_of(_files.located(path))).suffix)
+        found = _parsed(content.decode("utf-8-sig"), Path(storage.name_of(located(path))).suffix)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{where}: {path} cannot be read: {error}") from None
     mapping = dict(found)

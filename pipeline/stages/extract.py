@@ -368,13 +368,16 @@ def run(
 
 
 def actor_needs(engine: Engine, plan: Plan) -> dict[str, float]:
-    """What a model actor asks for: where it decodes, also memory for the most that takes, if there is that.
+    """What a model actor asks for: where it decodes, also memory for that."""
+    return plan.settings.needs if plan.separate else decoder_needs(engine, plan)
+
+
+def decoder_needs(engine: Engine, plan: Plan) -> dict[str, float]:
+    """What a model actor asks for that decodes: also memory for the most that takes, if there is that.
 
     A machine that has not, for the configured number of actors or for one, is asked for none.
     """
     settings = plan.settings
-    if plan.separate:
-        return settings.needs
     whole = settings.needs | {"memory": decoding.memory(plan, settings.batch_size)}
     count = 1 if settings.actors == "auto" else settings.actors
     return whole if engine.holds(whole, count) else settings.needs

@@ -18,6 +18,7 @@ from pipeline.cluster.engine import Actor, Engine, Pending, Shared
 from pipeline.columns import Float
 from pipeline.config import schema
 from pipeline.errors import UserError
+from pipeline.stages import memory
 from pipeline.workspace import files, storage
 from pipeline.workspace.artifacts import Artifact, File, Record, Store, name_of, opened
 
@@ -35,6 +36,9 @@ AUTO_SHARD_OPERATIONS, AUTO_SHARDS = 10**8, 16
 
 There are no more than 16 for it: whoever scores holds k neighbours of a query from each.
 """
+
+_FLAT, _TRAINED = 1.5, 2.5
+"""What a shard takes over the bytes of its vectors, at most, while it is loaded: measured 1.4 and 2.3."""
 
 _SCORING = 120
 """Operations that all detectors take for a row besides, over D²; measured with D = 2048 and C = 1000."""
@@ -193,6 +197,8 @@ class Index:
     shards: tuple[Actor, ...]
     flat: bool
     """Whether every search is exhaustive; the first of k neighbours are then those of a smaller k."""
+    holds: tuple[int, ...] = ()
+    """Bytes that each shard may hold."""
 
     def search(self, folder: str, queries: Vectors, k: int, exact: bool = False) -> Search:
         """Begin to look for the k nearest vectors of a bank.
@@ -334,7 +340,14 @@ def _started(engine: Engine, banks: Mapping[str, BankFiles], count: int, setting
             for number in range(count)
         ),
         settings.kind == "flat",
+        (_shard_bytes(banks.values(), count, settings),) * count,
     )
+
+
+def _shard_bytes(banks: Iterable[BankFiles], count: int, settings: schema.Index) -> int:
+    """Bytes that one of so many shards may hold."""
+    vectors = 4 * sum(-(-bank.rows // count) * bank.width for bank in banks)
+    return memory.PROCESS + int((_FLAT if settings.kind == "flat" else _TRAINED) * vectors)
 
 
 def recall(index: Index, folder: str, queries: Vectors) -> float:

@@ -164,7 +164,9 @@ class Runner:
 
     def _pool(self) -> Pool:
         if self.workers is None:
-            needs, count = self.plan.settings.needs, extract.actor_count(self.engine, self.plan)
+            needs = extract.decoder_needs(self.engine, self.plan)
+            room = self.engine.capacity(needs, "extract")
+            count = min(extract.actor_count(self.engine, self.plan), room)
             self.workers = self.engine.pool(Worker, needs, count, self.plan, self.engine.threads(needs))
         return self.workers
 

@@ -16,8 +16,8 @@ from pipeline import detectors
 from pipeline.columns import BLOCK_NORM, LABEL
 from pipeline.config import published
 from pipeline.config.schema import Config, Dataset, Extract
-from pipeline.data.formats._files import require_there
 from pipeline.data.manifest import Manifest, compile_manifest
+from pipeline.data.places import require_there
 from pipeline.detectors._combination import Combination
 from pipeline.detectors.base import Detector, Extra, Jigsaw, Mixup
 from pipeline.errors import UserError, unknown

@@ -24,6 +24,7 @@ from pipeline.cluster.engine import Engine, Shared
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION, Float, SharedBatch
 from pipeline.detectors.base import NEIGHBOURS, Bank, Scorer, bank_of
 from pipeline.errors import UserError
+from pipeline.stages import memory
 from pipeline.stages.banks import BATCH
 from pipeline.stages.index import Index, Search
 from pipeline.stages.statistics import SLICE
@@ -52,6 +53,12 @@ AT_ONCE = 16
 
 SEARCHES = 2
 """Batches that are looked up ahead: distances of one are computed behind the search for the next."""
+
+_TIMES = 3.5
+"""What scoring a slice takes over the bytes of its columns: at most 3.4, be it for 3 or for 36 detectors."""
+
+_NEIGHBOUR = 16
+"""Bytes of a neighbour that a shard has found: distance and row, and once more when they are merged."""
 
 SCORE = "score"
 """The column of a detector's own scores; null where it is not finite."""
@@ -163,6 +170,14 @@ class Scoring:
             asked[label] = partial(searches[folder, k].distance, bank.read)
         return asked
 
+    def held(self, table: tables.Table, rows: int) -> int:
+        """Bytes that a task may hold that scores some rows; scorers lie in memory that tasks share."""
+        held = memory.of_rows(table, self.columns, rows, _TIMES)
+        if self.index is None:
+            return held
+        most = sum({folder: k for folder, k, _ in self._wanted.values()}.values())
+        return held + (SEARCHES + 1) * _NEIGHBOUR * BATCH * most * len(self.index.shards)
+
     @cached_property
     def _wanted(self) -> dict[str, tuple[str, int, Bank]]:
         """Which bank each scorer searches, and for how many neighbours: in a flat index the most of any."""
@@ -272,8 +287,15 @@ def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, progress: Ca
     todo = [row for job in jobs for row in _missing(job, done)]
     scores = 0
     if todo:
-        work = engine.share((scoring, {job.dataset: job.features for job in jobs}))
-        for row, made in zip(todo, engine.in_order(score_part, ((row, work) for row in todo)), strict=True):
+        features = {job.dataset: job.features for job in jobs}
+        work = engine.share((scoring, features))
+
+        def held(row: dict[str, Any], _: object) -> int:
+            return scoring.held(features[row["dataset"]], row["stop"] - row["start"])
+
+        beside = scoring.index.holds if scoring.index is not None else ()
+        parts_made = engine.in_order(score_part, ((row, work) for row in todo), held, beside)
+        for row, made in zip(todo, parts_made, strict=True):
             for label, file in made.items():
                 done[row["dataset"], label][storage.name_of(row["parts"][label])] = file
             scores += (row["stop"] - row["start"]) * len(made)

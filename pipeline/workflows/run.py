@@ -103,14 +103,22 @@ class Outcome:
     """What is to be known of detectors, by label."""
 
 
-def execute(settings: schema.Config, options: Options, display: Display) -> Outcome:
+def execute(
+    settings: schema.Config, options: Options, display: Display, prepared: Prepared | None = None
+) -> Outcome:
     """Run the stages from `options.first` to `options.last`.
+
+    Args:
+        settings: the config.
+        options: what a command asks for beyond it.
+        display: shows the stages.
+        prepared: what `prepare` made of the config, where that is known already.
 
     Raises:
         UserError: anything the user can mend; earlier results stay as they are.
     """
     with display.stage("prepare") as stage:
-        ready = replace(prepare(settings), fresh=options.fresh)
+        ready = replace(prepared or prepare(settings), fresh=options.fresh)
         images = sum(job.manifest.rows for job in ready.jobs.values())
         stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
         if ready.not_applicable:
@@ -226,6 +234,8 @@ class Run:
     worked: bool = False
     """Whether it did anything."""
     _afresh: set[str] = field(default_factory=set)
+    _to_score: set[str] = field(default_factory=set)
+    """Names of the scores of all detectors, once they are fitted."""
 
     def __post_init__(self) -> None:
         self.record = Record(self.ready)
@@ -307,14 +317,7 @@ class Run:
         jobs = self.ready.jobs.values()
         names = {job.name for job in jobs} | {job.manifest.name for job in jobs}
         names |= {self.ready.note, *self.fits.used}
-        scored = self._score_jobs(self.fitted) if self.fitted is not None else ()
-        names |= {f"scores/{artifact.name}" for job in scored for artifact in job.scores.values()}
-        names |= {
-            f"scores/{self._score_artifact(label, self.ready.jobs[job.dataset], {}).name}"
-            for job in scored
-            for label in self._combinations
-        }
-        return sorted(names)
+        return sorted(names | self._to_score)
 
     def may_work(self, name: StageName) -> bool:
         """Whether this stage may compute what is missing."""
@@ -488,6 +491,7 @@ class Run:
             self.ready.config.index,
             optional,
         )
+        self._to_score = self._names_of_scores(self.fitted)
         return training
 
     def _rows_of(self, detector: Detector) -> dict[str, str]:
@@ -711,6 +715,17 @@ class Run:
                 }
                 jobs.append(ScoreJob(dataset.name, self.features[dataset.name], scores))
         return jobs
+
+    def _names_of_scores(self, fitted: Fitted) -> set[str]:
+        """Folders in the workspace of the scores of all detectors."""
+        jobs = self._score_jobs(fitted)
+        combined = [
+            self._score_artifact(label, self.ready.jobs[job.dataset], {})
+            for job in jobs
+            for label in self._combinations
+        ]
+        made = [*combined, *(artifact for job in jobs for artifact in job.scores.values())]
+        return {f"scores/{artifact.name}" for artifact in made}
 
     def _score_artifact(self, label: str, job: shards.Job, contents: Mapping[str, str]) -> Artifact:
         """Where the scores of a detector, that is made of some `contents`, on a dataset are kept."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.columns import padded
+from pipeline.errors import UserError
 from pipeline.workspace import artifacts, files, storage
 from pipeline.workspace.artifacts import Record
 from pipeline.workspace.files import Place
@@ -124,6 +125,12 @@ class Table:
                 found |= other._read(start, stop, [name])
         return found
 
+    def row_bytes(self, names: Iterable[str]) -> int:
+        """About how many bytes a row of some columns takes in memory; 0 where the first part is not there."""
+        beside, folder = dict(self.beside), files.at(self.folder)
+        places = {name: folder / name if name in beside else folder for name in names}
+        return sum(_widths(str(place / part_name(0))).get(name, 0) for name, place in places.items())
+
     def contents(self, name: str, columns: Iterable[str]) -> dict[str, str]:
         """Content digests of this artifact, which has a name, and of some of the columns beside it."""
         beside = dict(self.beside)
@@ -152,6 +159,24 @@ class Table:
                     tables.append(read_rows(file, first, last, names))
             offset += rows
         return numpy_columns(pa.concat_tables(tables), names)
+
+
+_TEXT = 100
+"""Bytes of a string in a column of objects, about."""
+
+
+@lru_cache(maxsize=2**10)
+def _widths(path: str) -> dict[str, int]:
+    """Bytes of a value in memory, by column of a file that need not be there or whole."""
+    with suppress(OSError, UserError, pa.ArrowException), parquet(path) as file:
+        return {field.name: _value_bytes(field.type) for field in file.schema_arrow}
+    return {}
+
+
+def _value_bytes(kind: pa.DataType) -> int:
+    if pa.types.is_fixed_size_list(kind):
+        return int(kind.list_size * max(4, _value_bytes(kind.value_type)))
+    return _TEXT if pa.types.is_string(kind) else int(kind.bit_width // 8)
 
 
 def fixed_batches(

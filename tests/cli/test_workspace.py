@@ -20,6 +20,7 @@ from pipeline import quickstart
 from pipeline.cli import main
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
+from pipeline.stages import prepare
 from pipeline.workflows import run
 from pipeline.workflows.progress import Quiet
 from pipeline.workspace import claims, files, leftovers
@@ -187,7 +188,11 @@ def test_the_example_of_compare_runs_and_two_parameters_are_two_columns(
     assert all(f"{float(row['value']):.4f}" in table for row in rows)
 
 
-def test_repeats_share_features_and_are_summarised(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_repeats_share_features_and_are_summarised(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, check = [], prepare._check_roles
+    monkeypatch.setattr(prepare, "_check_roles", lambda given: [prepared.append(given.seed), check(given)])
     settings["datasets"] = [entry for entry in settings["datasets"] if entry["role"] != "train"]
     settings["detectors"] = ["msp"]
     path = tmp_path / "small.yaml"
@@ -195,6 +200,7 @@ def test_repeats_share_features_and_are_summarised(settings: dict[str, Any], tmp
     run = ("run", str(path), "--workspace", str(tmp_path / "workspace"), "--engine", "inline")
     output = command(*run, "--seeds", "0,1")
     assert "small (2 runs)" in output
+    assert prepared == [0, 1]  # each once
     assert "Near-OOD: AUROC" in output
     assert "±" in output
     records = [

@@ -18,7 +18,18 @@ from threadpoolctl import threadpool_info
 from pipeline.cluster import logs, usage
 from pipeline.cluster.engine import Engine, opened
 from pipeline.errors import UserError
-from tests.cluster.work import Chatty, Counter, Deadly, Halver, broken, deadly, decoded, refused, scaled
+from tests.cluster.work import (
+    Chatty,
+    Counter,
+    Deadly,
+    Halver,
+    broken,
+    deadly,
+    decoded,
+    refused,
+    scaled,
+    taken,
+)
 
 NEEDS = {"CPU": 0.5, "GPU": 0.0}
 
@@ -40,6 +51,27 @@ def test_results_come_in_the_order_of_the_arguments_and_are_counted(each: Engine
     assert found == [7 * number for number in range(40)]
     assert used.tasks == 40
     assert used.retries == 0
+
+
+def test_a_node_runs_no_more_tasks_at_once_than_it_has_memory_for(
+    on_ray: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_ray.cpus()  # connects
+    (node,) = on_ray.nodes().values()
+    has = int(node["resources"]["memory"])
+
+    def most_at_once(need: int, *beside: int) -> int:
+        spans = list(on_ray.in_order(taken, [(0.3,)] * 6, lambda _: need, beside))
+        return max(sum(begun <= start < ended for begun, ended in spans) for start, _ in spans)
+
+    assert most_at_once(has // 4) > 1
+    assert most_at_once(has // 2 + 2**20) == 1
+    assert most_at_once(has // 4, has // 4, has // 4 + 2**20) == 1  # actors leave room for one
+    assert not caplog.messages
+    assert most_at_once(2 * has) == 1
+    (line,) = caplog.messages
+    assert line.startswith("taken: a task may hold")
+    assert line.endswith("GiB: it runs alone")
 
 
 def test_a_mistake_of_the_user_comes_out_as_it_is(each: Engine) -> None:

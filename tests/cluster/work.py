@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,13 @@ from pipeline.errors import UserError
 
 def scaled(number: int, factor: Shared[int]) -> int:
     return number * factor.get()
+
+
+def taken(seconds: float) -> tuple[float, float]:
+    """When it began and ended."""
+    begun = time.time()
+    time.sleep(seconds)
+    return begun, time.time()
 
 
 def refused(number: int) -> int:

@@ -152,8 +152,10 @@ class Engine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def in_order(self, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        return self.engine.in_order(self._watched(function), arguments)
+    def in_order(
+        self, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], *memory: Any
+    ) -> Iterator[Any]:
+        return self.engine.in_order(self._watched(function), arguments, *memory)
 
     def stream(self, rows: Any, decode: Any, worker: Any, needs: Any, count: int) -> Iterator[Any]:
         kind, given = worker

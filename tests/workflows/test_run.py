@@ -27,7 +27,7 @@ from pipeline.config import loading
 from pipeline.errors import UserError
 from pipeline.results import report, verify
 from pipeline.stages import passes, prepare
-from pipeline.workflows.run import Outcome
+from pipeline.workflows.run import Outcome, Run
 from pipeline.workspace import files
 from tests.conftest import everything
 from tests.stored import newest
@@ -67,12 +67,15 @@ def test_every_detector_runs_on_an_exported_vision_transformer(
 
 
 def test_a_run_keeps_the_contract_and_its_scores_are_those_of_independent_formulas(
-    settings, images, load, execute, tmp_path
+    settings, images, load, execute, tmp_path, monkeypatch
 ) -> None:
     """With every role; all detectors are in tests/test_golden and, on several nodes, in tests/cluster."""
     raw = everything(settings, images)
     raw["detectors"] = [entry for entry in raw["detectors"] if CHECKED & set(entry)]
+    named, original = [], Run._score_jobs
+    monkeypatch.setattr(Run, "_score_jobs", lambda run, fitted: named.append(fitted) or original(run, fitted))
     folder = execute(load(raw), last="evaluate").folder
+    assert len(named) == 2  # once after the fit, for all that tell what the run refers to, and to score
     check_contract(folder)
     check_scores(folder, tmp_path / "workspace")
 

@@ -10,11 +10,10 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from pipeline.config.loading import resolve
 from pipeline.config.schema import Dataset
-from pipeline.data import formats
 from pipeline.data.manifest import SCHEMA
 from pipeline.data.notes import Seen
+from pipeline.data.places import located
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 from pipeline.workspace.storage import Entry
@@ -24,27 +23,6 @@ AHEAD = 16
 """Folders beside each other that are listed at once."""
 
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
-
-
-def located(path: str) -> str:
-    """A configured path as one of `storage`: a URI, or an absolute local path."""
-    if "://" in path and not path.startswith("package://"):
-        return path
-    return str(resolve(path).absolute())
-
-
-def require_there(dataset: Dataset) -> None:
-    """Refuse a path at which there is nothing, if its format says what lies there; a look that costs no time.
-
-    Raises:
-        UserError: if there is none.
-    """
-    known = formats.get(dataset.format) if dataset.format in formats.names() else None
-    what = getattr(known, "PLACE", None)
-    if what is None or set(dataset.path) & set("*{"):
-        return
-    if storage.find(located(dataset.path)) is None:
-        raise UserError(f"datasets.{dataset.name}.path: no such {what}: {located(dataset.path)}")
 
 
 def walk(folder: str, endings: tuple[str, ...], seen: Seen) -> Iterator[tuple[str, Entry]]:

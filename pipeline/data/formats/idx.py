@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.config.schema import Dataset
 from pipeline.data.formats import _arrays, _files
 from pipeline.data.notes import Notes
+from pipeline.data.places import located
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 
@@ -62,7 +63,7 @@ def _open(path: str, where: str) -> Iterator[BinaryIO]:
 
 
 def _stem(path: str) -> str:
-    return storage.name_of(_files.located(path)).removesuffix(".gz")
+    return storage.name_of(located(path)).removesuffix(".gz")
 
 
 def _header(stream: BinaryIO, dimensions: int, where: str) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from pipeline.data.decode import EXTENSIONS
 from pipeline.data.formats import _files
 from pipeline.data.labels import Classes
 from pipeline.data.notes import Notes
+from pipeline.data.places import located
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 
@@ -25,7 +26,7 @@ PLACE = "folder"
 
 def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     """One row per image file, ordered by relative path, which is the key."""
-    root, where = _files.located(dataset.path), f"datasets.{dataset.name}.path"
+    root, where = located(dataset.path), f"datasets.{dataset.name}.path"
     found = storage.find(root)
     if found is None or not found.folder:
         raise UserError(f"{where}: no such folder: {root}")
@@ -41,7 +42,7 @@ def classes(dataset: Dataset) -> Classes:
     """The meaning of folder names."""
     if dataset.labels is not None:
         return labels.named(dataset)
-    names = [entry.name for entry in _files.visible(_files.located(dataset.path)) if entry.folder]
+    names = [entry.name for entry in _files.visible(located(dataset.path)) if entry.folder]
     return Classes("the class folders", labels.numbered(names))
 
 

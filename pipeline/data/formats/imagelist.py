@@ -18,6 +18,7 @@ from pipeline.data import labels
 from pipeline.data.formats import _files
 from pipeline.data.labels import Classes
 from pipeline.data.notes import Notes
+from pipeline.data.places import located
 from pipeline.errors import UserError
 from pipeline.workspace import storage
 
@@ -43,7 +44,7 @@ def classes(dataset: Dataset) -> Classes:
 
 
 def _rows(dataset: Dataset, text: io.TextIOWrapper, where: str) -> Iterator[dict[str, object]]:
-    root = _files.located(dataset.root or storage.parent(_files.located(dataset.path)))
+    root = located(dataset.root or storage.parent(located(dataset.path)))
     labelled = classes(dataset) if dataset.labels is None or labels.needed(dataset) else None
     lines = _table if dataset.path.lower().endswith(".csv") else _lines
     identity = _identities()

@@ -1,0 +1,128 @@
+"""What tasks ask for is what they hold, from the widths of their columns alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.cluster.engine import Engine
+from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION
+from pipeline.config import schema
+from pipeline.detectors.base import Training
+from pipeline.detectors.dice import Dice
+from pipeline.detectors.knn import Knn
+from pipeline.detectors.mds import Mds
+from pipeline.learned.percentiles import DimensionPercentiles, Percentiles
+from pipeline.learned.statistics import Classes, Head, Scatter
+from pipeline.stages import banks, index, memory, score, statistics
+from pipeline.workspace import tables
+from pipeline.workspace.artifacts import Artifact, Store
+from tests.stored import stored
+
+COLUMNS = (KEY, LABEL, PREDICTION, FEATURE, LOGITS)
+WANTED = [Classes(), Classes(correct=True), Scatter(), Percentiles((90.0,)), DimensionPercentiles((90.0,))]
+
+
+class Noted:
+    """An engine that notes what tasks ask for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.tasks: list[tuple[Callable[..., Any], tuple[Any, ...], int, Sequence[int]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def in_order(
+        self,
+        function: Callable[..., Any],
+        arguments: Iterable[tuple[Any, ...]],
+        memory: Callable[..., int],
+        beside: Sequence[int] = (),
+    ) -> Iterator[Any]:
+        def noted(given: tuple[Any, ...]) -> tuple[Any, ...]:
+            self.tasks.append((function, given, memory(*given), beside))
+            return given
+
+        return self.engine.in_order(function, map(noted, arguments))
+
+    def asked(self, name: str) -> list[int]:
+        return [memory for function, _, memory, _ in self.tasks if function.__name__ == name]
+
+
+def worked(
+    engine: Engine, folder: Path, rows: int, width: int, classes: int, searching: bool = True
+) -> Noted:
+    """The engine after statistics, a bank and scores of made-up rows, whose features are kept in 16 bits."""
+    noted, rng = Noted(engine), np.random.default_rng(0)
+    label = rng.integers(0, classes, rows).astype(np.int32)
+    feature = rng.exponential(size=(rows, width)) + 3 * (label[:, None] == np.arange(width) % classes)
+    columns = {
+        KEY: np.array([f"made-up/{row:08d}" for row in range(rows)], dtype=object),
+        LABEL: label,
+        PREDICTION: label,
+        FEATURE: feature.astype(np.float16),
+        LOGITS: rng.normal(size=(rows, classes)).astype(np.float32),
+    }
+    table = stored(folder / "table", [tables.arrow_columns(columns)])
+    head = Head(rng.normal(size=(classes, width)).astype(np.float32), np.zeros(classes, np.float32))
+    store = Store(folder / "fits")
+    known = statistics.fit_statistics(noted, store, statistics.Rows([table], ["features/x"]), WANTED, head)
+    training = Training(head.weight, head.bias, train=statistics.Statistics(known))
+    scorers = {"dice": Dice().fit(training), "mds": Mds().fit(training), "knn": Knn(k=5).fit(training)}
+    bank = banks.build_bank(noted, store, scorers["knn"].bank, table, {"of": "test"}, {})
+    searched = index.start(engine, [bank], schema.Index(shards=2)) if searching else None
+    if searched is None:
+        del scorers["knn"]
+    scoring = score.Scoring(scorers, COLUMNS, {"knn": bank.folder}, searched)
+    places = {label: Artifact(folder / "scores" / label, score.FORMAT, {}) for label in scorers}
+    score.run(noted, [score.ScoreJob("set", table, places)], scoring, lambda _: None)
+    return noted
+
+
+def test_what_is_asked_follows_from_rows_widths_and_neighbours(engine: Engine, tmp_path: Path) -> None:
+    noted = worked(engine, tmp_path, rows=3000, width=40, classes=5)
+    widths = {KEY: 100, LABEL: 4, PREDICTION: 4, FEATURE: 4 * 40, LOGITS: 4 * 5}
+    whole = sum(widths.values())
+    sums = [(given[1], asked) for function, given, asked, _ in noted.tasks if function is statistics._sums]
+    assert len(sums) >= 2
+    for some, asked in sums:
+        row = sum(widths[name] for name in {name for statistic, *_ in some for name in statistic.columns})
+        assert asked == memory.PROCESS + 3000 * 10 * row + (len(some) + 2) * 8 * (row // 4) ** 2
+    assert noted.asked("_write_bank") == [memory.PROCESS + 3000 * 6 * whole]
+    found = 3 * 16 * 1024 * 5 * 2  # batches under way, bytes, rows, neighbours, shards
+    assert noted.asked("score_part") == [memory.PROCESS + int(3000 * 3.5 * whole) + found]
+    shard = memory.PROCESS + int(1.5 * 4 * 1500 * 40)
+    assert [beside for *_, beside in noted.tasks if beside] == [(shard, shard)]
+
+
+def test_a_part_that_is_not_there_asks_for_a_process(tmp_path: Path) -> None:
+    table = tables.Table(str(tmp_path / "nothing"), "", (10,))
+    assert memory.of_rows(table, COLUMNS, 10, 2) == memory.PROCESS
+
+
+def peak(function: Callable[..., Any], given: tuple[Any, ...]) -> int:
+    """Bytes: the most memory that this process had, once it has done some work."""
+    function(*given)
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_tasks_hold_no_more_than_they_ask_for_and_not_much_less(engine: Engine, tmp_path: Path) -> None:
+    noted = worked(engine, tmp_path, rows=statistics.SLICE, width=512, classes=100, searching=False)
+    assert {function for function, *_ in noted.tasks} == {
+        statistics._sums,
+        banks._write_bank,
+        score.score_part,
+    }
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for function, given, asked, _ in noted.tasks:
+            held = pool.apply(peak, (function, given))
+            assert held <= asked <= 2.5 * held, (function.__name__, held >> 20, asked >> 20)
