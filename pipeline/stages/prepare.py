@@ -28,6 +28,7 @@ from pipeline.network.known import Network
 from pipeline.stages import calibration, identity, index, shards
 from pipeline.workspace import artifacts, files, runs
 from pipeline.workspace.files import Place
+from pipeline.workspace.patience import Unavailable
 
 if TYPE_CHECKING:
     from pipeline.network.classifier import Classifier
@@ -234,13 +235,13 @@ class Selection:
         """Leave out the optional detectors that do not pass a check.
 
         Raises:
-            UserError: the check's, if another one does not.
+            UserError: the check's, if another one does not; or a store does not answer.
         """
         for label, detector in list(self.detectors.items()):
             try:
                 check(label, detector)
             except UserError as error:
-                if label not in self.optional:
+                if label not in self.optional or isinstance(error, Unavailable):
                     raise
                 self.not_applicable[label] = str(error).removeprefix(f"detectors.{label}").lstrip(".: ")
                 del self.detectors[label]

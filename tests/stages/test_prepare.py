@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from pipeline import detectors
+from pipeline.config.schema import DetectorEntry
 from pipeline.errors import UserError
 from pipeline.stages import prepare
+from pipeline.workspace.patience import Unavailable
 
 NET = """
 from torch import nn
@@ -347,3 +349,15 @@ def test_samples_depend_on_the_seed_of_the_run(settings, load) -> None:
         settings["seed"] = seed
         digests.add(prepare.prepare(load(settings)).jobs["test"].manifest.digest)
     assert len(digests) == 2
+
+
+def test_a_store_that_does_not_answer_makes_no_detector_inapplicable():
+    entry = DetectorEntry(label="knn", method="knn", optional=True)
+    selection = prepare.Selection({"knn": entry.build()}, {"knn"})
+
+    def unanswered(label, detector):
+        raise Unavailable("s3://bucket/x", "it does not answer")
+
+    with pytest.raises(Unavailable):
+        selection.keep(unanswered)
+    assert (list(selection.detectors), selection.not_applicable) == (["knn"], {})
