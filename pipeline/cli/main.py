@@ -1,7 +1,7 @@
 """Reads arguments, calls the package, turns errors into exit statuses.
 
-0 success, 2 a mistake of the user's (one message, no traceback), 130 interrupted, 1 anything else; the job's
-status where a command waited for one.
+0 success, 2 a mistake of the user's (one message, no traceback), 3 an alarm that was asked for, 130
+interrupted, 1 anything else; the job's status where a command waited for one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typer.models import CommandInfo
 
 from pipeline import __version__, imports
 from pipeline.cli import (  # noqa: F401 - their commands
+    bundles,
     checks,
     configs,
     detectors,
@@ -34,6 +35,7 @@ from pipeline.errors import UserError
 
 _ORDER = (
     *("run", "extract", "fit", "score", "evaluate", "report", "tune"),
+    *("bundle", "apply"),
     *("submit", "status", "stop"),
     *("validate", "detectors", "doctor", "verify"),
     *("runs", "compare", "ui", "clean"),

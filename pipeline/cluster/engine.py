@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 from pipeline.cluster.logs import Logs
@@ -157,6 +158,7 @@ def opened(
     logs: Logs | None = None,
     threads: int | None = None,
     before: Callable[[], object] = lambda: None,
+    read: Sequence[Path] = (),
 ) -> AbstractContextManager[Engine]:
     """An engine for the time of a block; whatever it started ends with it.
 
@@ -168,6 +170,7 @@ def opened(
         logs: where workers log to.
         threads: of the inline engine; None = as many as there are CPUs, 1 = no thread but the caller's.
         before: is called first; what it imports computes with as many threads as work may.
+        read: other folders that every node must see.
 
     Raises:
         UserError: threads for Ray.
@@ -189,7 +192,7 @@ def opened(
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         from pipeline.cluster import on_ray  # imports Ray
 
-        return on_ray.session(workspace, logs)
+        return on_ray.session(workspace, logs, read)
 
     return _later(session)
 

@@ -29,7 +29,7 @@ T = TypeVar("T")
 @contextmanager
 def session(logs: Logs | None, threads: int | None) -> Iterator[Inline]:
     """The engine with its threads, which end with the block."""
-    count, controller = threads or _cpus(), ThreadpoolController()
+    count, controller = threads or cpus(), ThreadpoolController()
 
     def begin() -> None:
         controller.limit(limits=1)  # OpenMP counts by thread
@@ -43,7 +43,7 @@ def session(logs: Logs | None, threads: int | None) -> Iterator[Inline]:
         yield Inline(count, pool)
 
 
-def _cpus() -> int:
+def cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

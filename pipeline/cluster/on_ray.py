@@ -62,7 +62,7 @@ _CURES = {
 
 
 @contextmanager
-def session(workspace: Place | None, logs: Logs | None) -> Iterator[OnRay]:
+def session(workspace: Place | None, logs: Logs | None, read: Sequence[Path] = ()) -> Iterator[OnRay]:
     """The engine. A connection that it opened ends with the block; one that was open before stays open.
 
     Libraries compute with one thread in the driver, too: what it fits has the same bits on any machine of a
@@ -72,7 +72,7 @@ def session(workspace: Place | None, logs: Logs | None) -> Iterator[OnRay]:
     logs = logs and replace(logs, session=uuid.uuid4().hex[:8])
     try:
         with threadpool_limits(limits=1):
-            yield OnRay(logs, [workspace] if isinstance(workspace, Path) else [])
+            yield OnRay(logs, [workspace] if isinstance(workspace, Path) else [], [*read])
     finally:
         if ours and ray.is_initialized():
             ray.shutdown()
@@ -210,17 +210,21 @@ class OnRay:
 
     logs: Logs | None
     unseen: list[Path] = field(default_factory=list)
-    """The folder still to be looked for on all nodes, as soon as there is a connection."""
+    """The workspace still to be looked for on all nodes, as soon as there is a connection."""
+    unread: list[Path] = field(default_factory=list)
+    """The same for folders that are not written to."""
 
     def connect(self) -> None:
-        """Connect, and look whether all nodes see the workspace.
+        """Connect, and look whether all nodes see the folders.
 
         Raises:
-            UserError: if there is no cluster, or a node does not see the workspace.
+            UserError: if there is no cluster, or a node does not see a folder.
         """
         connect()
         while self.unseen:
             _require_seen(self.unseen.pop())
+        while self.unread:
+            _require_there(self.unread.pop())
 
     def carry(self, kinds: Iterable[type]) -> None:
         """Send foreign classes with their modules' code: workers need not be able to import it."""
@@ -378,30 +382,50 @@ def _asked(task: str, need: int, beside: Sequence[int]) -> int | None:
 
 
 def _require_seen(folder: Path) -> None:
-    """Refuse a folder that is not the same one on every node."""
-    others = nodes()
-    others.pop(ray.get_runtime_context().get_node_id(), None)
-    if not others:
+    """Refuse a workspace that is not the same one on every node."""
+    if not _others():
         return
     mark = folder / f".seen-{uuid.uuid4().hex}"
     mark.touch()
     try:
-        look = ray.remote(os.path.exists)
-        asked = {
-            node: look.options(
-                num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-            ).remote(str(mark))
-            for node in others
-        }
-        blind = [others[node]["host"] for node, answer in asked.items() if not _answer(answer)]
+        blind = _blind(mark)
     finally:
         mark.unlink()
     if blind:
         raise UserError(
-            f"workspace: {folder} is a folder of this machine that {len(blind)} of {len(others)} other nodes "
-            f"do not see ({', '.join(sorted(blind)[:3])}). On a cluster the workspace must be a folder that "
-            "all nodes share, or an object store (s3://bucket/prefix)."
+            f"workspace: {folder} is a folder of this machine that {blind}. On a cluster the workspace must "
+            "be a folder that all nodes share, or an object store (s3://bucket/prefix)."
         )
+
+
+def _require_there(folder: Path) -> None:
+    """Refuse a folder that is not on every node."""
+    if blind := _blind(folder):
+        raise UserError(
+            f"{folder} is a folder of this machine that {blind}. On a cluster it must be one that all nodes "
+            "share."
+        )
+
+
+def _blind(path: Path) -> str:
+    """Which other nodes do not see a path, in words; empty if all do."""
+    others, look = _others(), ray.remote(os.path.exists)
+    asked = {
+        node: look.options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        ).remote(str(path))
+        for node in others
+    }
+    blind = [others[node]["host"] for node, answer in asked.items() if not _answer(answer)]
+    named = ", ".join(sorted(blind)[:3])
+    return f"{len(blind)} of {len(others)} other nodes do not see ({named})" if blind else ""
+
+
+def _others() -> dict[str, dict[str, Any]]:
+    """The nodes but this one."""
+    others = nodes()
+    others.pop(ray.get_runtime_context().get_node_id(), None)
+    return others
 
 
 def _answer(reference: Any) -> bool:

@@ -87,14 +87,14 @@ def decode(
         if shape[:2] == (side, side) and transform.resize in (None, side) and _channels(shape) == channels:
             return np.frombuffer(content, np.uint8).reshape(side, side, channels)
         image = Image.fromarray(np.frombuffer(content, np.uint8).reshape(_squeezed(shape)))
-        return _fit(image, transform)
+        return fit(image, transform)
     if not content:
         raise ValueError("empty file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _opened(content) as image:
             fast = decoder == "simplejpeg" and image.format == "JPEG" and image.mode in _JPEG_COLOURS
-            return _fit(_loaded(_fast_jpeg(content, image) if fast else image), transform)
+            return fit(_loaded(_fast_jpeg(content, image) if fast else image), transform)
 
 
 def thumbnail(content: bytes, shape: tuple[int, ...] | None, side: int) -> bytes:
@@ -231,8 +231,15 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if len(shape) == 3 and shape[2] == 1 else shape
 
 
-def _fit(image: Image.Image, transform: Transform) -> Pixels:
-    """Convert, resize the shorter side, and cut out the centre (torchvision's rounding)."""
+def fit(image: Image.Image, transform: Transform) -> Pixels:
+    """Convert, resize the shorter side, and cut out the centre (torchvision's rounding).
+
+    Returns:
+        (crop, crop, channels) uint8.
+
+    Raises:
+        ValueError: over the limits, smaller than the crop, or of a mode without an agreed range.
+    """
     image = _eight_bits(image).convert("L" if transform.channels == 1 else "RGB")
     side = transform.crop
     if transform.resize is not None and transform.resize != min(image.size):

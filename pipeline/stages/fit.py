@@ -160,7 +160,7 @@ def _fitted(
     notices = list(record.facts.get("notices", ()))
     if _UNKEPT in record.files:
         return detector.fit(training), inputs, notices
-    return _read(artifact, record, detector, read), {artifact.name: record.content}, notices
+    return read_scorer(artifact, record, detector, read), {artifact.name: record.content}, notices
 
 
 def _content(values: NDArray[Any]) -> str:
@@ -168,11 +168,12 @@ def _content(values: NDArray[Any]) -> str:
     return f"{values.dtype} {values.shape} {sha256(values.tobytes()).hexdigest()}"
 
 
-def _read(
+def read_scorer(
     artifact: Artifact, record: Record, detector: Detector, read: dict[str, NDArray[Any]]
 ) -> Scorer | UserError:
-    """What is kept: always read back, so that the first run computes with what later ones read.
+    """The scorer that is kept, or why there is none.
 
+    It is always read back, so that the first run computes with what later ones read.
     Arrays of other detectors with the same bytes are the same objects: see `columns.once`.
     """
 

@@ -322,6 +322,25 @@ def start(
     return index
 
 
+def here(banks: Iterable[BankFiles], settings: schema.Index) -> Index:
+    """All shards in this process, loaded, without an engine; each may use all CPUs.
+
+    Args:
+        banks: those that are searched.
+        settings: of the index; an approximate one has as many shards as were trained.
+    """
+    from pipeline.cluster.inline import Object, cpus
+    from pipeline.stages.faiss_shard import IndexShard
+
+    found = {bank.folder: bank for bank in banks}
+    count = 1 if settings.shards == "auto" else settings.shards
+    shards = tuple(Object(IndexShard(number, count, settings, found, cpus())) for number in range(count))
+    for shard in shards:
+        for folder in found:
+            shard.target.load(folder)
+    return Index(shards, settings.kind == "flat")
+
+
 def _started(engine: Engine, banks: Mapping[str, BankFiles], count: int, settings: schema.Index) -> Index:
     """The shard actors, empty."""
     engine.capacity(settings.needs, "index")

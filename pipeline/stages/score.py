@@ -139,10 +139,10 @@ class Scoring:
     """Folder of the bank of each scorer that has one."""
     index: Index | None = None
 
-    def of(self, features: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
-        """(N,) scores of the rows of feature columns, by label."""
+    def of(self, features: Mapping[str, NDArray[Any]], size: int = BATCH) -> dict[str, NDArray[np.float64]]:
+        """(N,) scores of the rows of feature columns, by label; bits depend on the `size` of batches."""
         scores: dict[str, list[NDArray[np.float64]]] = {label: [] for label in self.scorers}
-        batches = ((SharedBatch(batch), count) for batch, count in tables.fixed_batches(features, BATCH))
+        batches = ((SharedBatch(batch), count) for batch, count in tables.fixed_batches(features, size))
         asked = ((*found, self._ask(found[0])) for found in batches)
         for batch, count, neighbours in _ahead(asked):
             for label, scorer in self.scorers.items():

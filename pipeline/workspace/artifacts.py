@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from pipeline.errors import AGAIN, UserError
 from pipeline.workspace import files, storage
@@ -165,7 +165,7 @@ class Artifact:
             alone: whether what else lies in its folder, such as drafts, is deleted.
             facts: what else is to be known about it; under `aside`, the files that nothing is made of.
         """
-        for entry in storage.entries(str(self.folder)) if alone else ():
+        for entry in _listed(self.folder).values() if alone else ():
             name = _part_of(entry.name) if _is_receipt(entry.name) else entry.name
             if not entry.folder and name not in (*made, _INPUTS):
                 files.at(entry.uri).unlink(missing_ok=True)
@@ -290,13 +290,13 @@ def name_of(folder: Place) -> str:
     return f"{storage.name_of(storage.parent(str(folder)))}/{folder.name}"
 
 
-def saved(arrays: Arrays) -> Callable[[Path], None]:
-    """A function that writes arrays to a path."""
+def saved(arrays: Arrays) -> Callable[[Path], object]:
+    """A function that writes arrays to a path, readable as any file is: `save_file` shuts out other users."""
     whole = {name: np.asarray(value, order="C") for name, value in arrays.items()}
-    return lambda path: save_file(whole, path)
+    return lambda path: path.write_bytes(save(whole))
 
 
-def write(path: Place, fill: Callable[[Path], None], **facts: Any) -> File:
+def write(path: Place, fill: Callable[[Path], object], **facts: Any) -> File:
     """Write a file; it appears when it is complete.
 
     Args:
@@ -309,7 +309,7 @@ def write(path: Place, fill: Callable[[Path], None], **facts: Any) -> File:
         return File(draft.stat().st_size, _sha256(draft), facts)
 
 
-def write_part(path: Place, fill: Callable[[Path], None], **facts: Any) -> File:
+def write_part(path: Place, fill: Callable[[Path], object], **facts: Any) -> File:
     """The same for a file that need not be written again if the work is interrupted later."""
     file = write(path, fill, **facts)
     _seal(_receipt(path), asdict(file))

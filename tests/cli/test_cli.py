@@ -40,6 +40,7 @@ COMMAND = Path(sys.executable).parent / "ood-pipeline"
 SUBCOMMANDS = (
     *("run", "extract", "fit", "score", "evaluate", "report", "validate", "detectors", "doctor"),
     *("submit", "status", "stop", "tune", "verify", "runs", "compare", "ui", "clean", "schema"),
+    *("bundle", "apply"),
 )
 
 NET = """

@@ -595,7 +595,7 @@ def test_what_a_silent_server_missed_is_sent_when_it_answers_again(
     assert tracking.complete(run, server.uri, experiment, "f1") == again
     assert tracking.complete(run, server.uri, experiment, "f2") is None
     with monkeypatch.context() as patch, pytest.raises(tracking.TrackingError):
-        patch.setattr(tracking, "_client", lambda _: 1 / 0)
+        patch.setattr(tracking, "connected", lambda _: 1 / 0)
         begin(run, server.uri, experiment)
     assert tracking.complete(run, server.uri, experiment, "f1") is None
 

@@ -99,8 +99,8 @@ def begin(run: Place, uri: str, experiment: str, name: str, fingerprint: str) ->
     if old.get("published"):
         files.write_json(run / "mlflow.json", old | {"published": False})
     record = {"uri": redact(uri), "experiment": experiment, "fingerprint": fingerprint}
-    with _sending(uri, "open the run"):
-        client = _client(uri)
+    with sending(uri, "open the run"):
+        client = connected(uri)
         record["experiment_id"] = experiment_id = _experiment(client, uri, experiment)
         if record.items() <= old.items() and _reopened(client, old["run_id"]):
             run_id, children = old["run_id"], old["children"]
@@ -140,8 +140,8 @@ def publish(session: Session) -> None:
         label: of_detector(label, manifest, rows, thresholds[label], decided)
         for label in manifest["detectors"]
     }
-    with _sending(session.uri, "take the results"), TemporaryDirectory() as folder:
-        client = _client(session.uri)
+    with sending(session.uri, "take the results"), TemporaryDirectory() as folder:
+        client = connected(session.uri)
         found = client.get_run(session.run_id)
         _log(client, found, parent)
         client.log_inputs(session.run_id, _inputs(manifest["datasets"]))
@@ -161,8 +161,8 @@ def progress(session: Session, stage: str, done: int, seconds: float) -> None:
     Raises:
         TrackingError: if MLflow fails.
     """
-    with _sending(session.uri, "take the progress"):
-        _client(session.uri).log_metric(
+    with sending(session.uri, "take the progress"):
+        connected(session.uri).log_metric(
             session.run_id, f"done/{stage}", done, step=round(seconds), synchronous=True
         )
 
@@ -174,8 +174,8 @@ def fail(session: Session, error: BaseException) -> None:
         TrackingError: if MLflow fails.
     """
     killed = isinstance(error, KeyboardInterrupt | SystemExit)
-    with _sending(session.uri, "mark the run as failed"):
-        client = _client(session.uri)
+    with sending(session.uri, "mark the run as failed"):
+        client = connected(session.uri)
         client.set_tag(session.run_id, "failure", limited(f"{type(error).__name__}: {error}", MAX_TAG))
         client.set_terminated(session.run_id, "KILLED" if killed else "FAILED")
 
@@ -273,7 +273,7 @@ def _absolute(uri: str) -> str:
 
 
 @contextmanager
-def _sending(uri: str, what: str) -> Iterator[None]:
+def sending(uri: str, what: str) -> Iterator[None]:
     """Turn whatever MLflow raises (its own, SQLAlchemy's, alembic's or requests' errors) into one error.
 
     The cause is not chained, because its text may hold the credentials of the URI.
@@ -288,7 +288,8 @@ def _sending(uri: str, what: str) -> Iterator[None]:
         ) from None
 
 
-def _client(uri: str) -> Any:
+def connected(uri: str) -> Any:
+    """A client of an MLflow store, which is made if it is a file that is not there."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
