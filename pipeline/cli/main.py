@@ -24,6 +24,7 @@ from pipeline.cli import (  # noqa: F401 - their commands
     checks,
     configs,
     detectors,
+    explain,
     jobs,
     running,
     ui,
@@ -38,7 +39,7 @@ _ORDER = (
     *("bundle", "apply"),
     *("submit", "status", "stop"),
     *("validate", "detectors", "doctor", "verify"),
-    *("runs", "compare", "ui", "clean"),
+    *("runs", "compare", "explain", "ui", "clean"),
     *("schema",),
 )
 """Of the commands in the help."""

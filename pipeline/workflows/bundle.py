@@ -83,9 +83,9 @@ def make(run: str | Place, out: str | Path, options: Options = Options()) -> bun
     evaluation, folder = open_run(run), Path(out).absolute()
     if folder.exists():
         raise UserError(f"--out: {out} exists already. Name another folder, or delete it.")
-    settings = _config(evaluation)
-    chosen = _chosen(evaluation, options.labels, settings)
-    fits = {label: _fit(evaluation, label, detector) for label, (_, detector) in chosen.items()}
+    settings = config_of(evaluation)
+    chosen = detectors_of(evaluation, options.labels, settings)
+    fits = {label: fit_of(evaluation, label, detector) for label, (_, detector) in chosen.items()}
     network = _network(evaluation, settings)
     held = _held(evaluation, settings, list(chosen), options.false_alarm)
     document = _document(evaluation, settings, chosen, fits, network) | held.document()
@@ -116,17 +116,18 @@ def log_model(made: bundle.Bundle, run: str | Place, register: str | None = None
 
     evaluation = open_run(run)
     try:
-        return model.log(made, evaluation.folder, tracking_uri(_config(evaluation)), register)
+        return model.log(made, evaluation.folder, tracking_uri(config_of(evaluation)), register)
     except tracking.TrackingError as error:
         raise UserError(str(error)) from None
 
 
-def _config(evaluation: Evaluation) -> schema.Config:
+def config_of(evaluation: Evaluation) -> schema.Config:
+    """The config of a run, with absolute paths."""
     text = (evaluation.folder / "config.yaml").read_text("utf-8")
     return schema.Config.model_validate(yaml.safe_load(text))
 
 
-def _chosen(
+def detectors_of(
     evaluation: Evaluation, labels: Sequence[str], settings: schema.Config
 ) -> dict[str, tuple[schema.DetectorEntry, Detector]]:
     """The detectors, and their entries in the config, by label."""
@@ -139,7 +140,7 @@ def _chosen(
     return {label: (entries[label], built[label]) for label in bundle.with_members(labels or known, built)}
 
 
-def _fit(evaluation: Evaluation, label: str, detector: Detector) -> Fit:
+def fit_of(evaluation: Evaluation, label: str, detector: Detector) -> Fit:
     """What a detector's scores of the ID images were made of.
 
     Raises:

@@ -1,0 +1,216 @@
+"""One image of a finished run: what every detector says of it, and which training images are most like it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.columns import BLOCK_NORM, FEATURE, IS_OOD, KEY, LABEL, LOGITS, P_VALUE, PREDICTION, Batch
+from pipeline.detectors.base import Bank, bank_of
+from pipeline.detectors.knn import KnnScorer
+from pipeline.errors import UserError, unknown
+from pipeline.results.evaluation import Evaluation, opened
+from pipeline.results.report.tables import Results
+from pipeline.stages import bundle
+from pipeline.stages.fit import read_scorer
+from pipeline.stages.statistics import SLICE
+from pipeline.workflows.bundle import config_of, detectors_of, fit_of
+from pipeline.workflows.progress import Display, Quiet
+from pipeline.workspace import artifacts, tables
+from pipeline.workspace.artifacts import Artifact
+from pipeline.workspace.runs import workspace_of
+
+FEATURES = "features"
+"""What the neighbours by direction of the feature are called, whether a detector looks for them or not."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a detector says of the image."""
+
+    detector: str
+    score: float | None
+    """Higher = more OOD; None if it has none."""
+    percentile: float | None
+    """Share of the ID test images that score lower, in [0, 1]."""
+    p_value: float | None
+    """Among held-out ID images; None in runs without thresholds."""
+    is_ood: bool | None
+    """Whether it is flagged; None where the run flags nothing."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A training image."""
+
+    dataset: str
+    key: str
+    label: int
+    prediction: int
+    distance: float
+    """Euclidean, between the vectors that the detector compares."""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What is known of one image."""
+
+    dataset: str
+    key: str
+    label: int
+    prediction: int
+    said: Sequence[Said]
+    """By every detector, the best of the run first."""
+    norms: Mapping[str, float]
+    """FeatureNorm of each block."""
+    nearest: Mapping[str, Sequence[Neighbour]]
+    """The closest training images, by the label of each detector that looks for some, and by `FEATURES`."""
+
+
+def explain(
+    run: str, key: str, dataset: str | None = None, count: int = 5, display: Display | None = None
+) -> Explained:
+    """What a finished run knows of one of its images.
+
+    Reads the features of all training images once, and holds a slice of them.
+
+    Args:
+        run: path or URI of its folder.
+        key: of the image, as the tables of scores have it.
+        dataset: that it is in; None = whichever has the key.
+        count: training images to find for each detector; 0 = none.
+        display: shows how many training images are read.
+
+    Raises:
+        UserError: no such run, dataset or key; a key of several datasets; features that are gone.
+    """
+    evaluation = opened(run)
+    results = Results.read(evaluation.folder)
+    where, row = _found(evaluation, key, dataset)
+    own = _score_row(evaluation, where, row)
+    table = _features(evaluation, where)
+    blocks = evaluation.record["model"]["blocks"]
+    columns = [KEY, LABEL, PREDICTION, FEATURE, LOGITS, *([BLOCK_NORM] if blocks else [])]
+    image = table.read(row, row + 1, columns)
+    norms = dict(zip(blocks, image[BLOCK_NORM][0].tolist(), strict=True)) if BLOCK_NORM in image else {}
+    nearest = _nearest(evaluation, image, columns, count, display or Quiet()) if count else {}
+    said = [_said(results, own, label) for label in results.detectors]
+    return Explained(where, key, own[LABEL], own[PREDICTION], said, norms, nearest)
+
+
+def _found(evaluation: Evaluation, key: str, dataset: str | None) -> tuple[str, int]:
+    """The dataset that an image is in, and its row there."""
+    names = [name for name, entry in evaluation.record["datasets"].items() if entry["role"] != "train"]
+    if dataset is not None and dataset not in names:
+        raise UserError(f"--dataset: {unknown('dataset with scores', dataset, names)}")
+    there = {}
+    for name in [dataset] if dataset is not None else names:
+        start = 0
+        for part in tables.Table.open(evaluation.folder / "scores" / name).columns([KEY]):
+            row = pc.index(part[KEY], key).as_py()
+            if row >= 0:
+                there[name] = start + row
+                break
+            start += len(part)
+    if len(there) > 1:
+        raise UserError(f"{key}: is a key of {', '.join(there)}. Name one with --dataset.")
+    if not there:
+        raise UserError(
+            f"{key}: no image of {dataset or ', '.join(names)} has this key and scores. Keys are paths below "
+            "the dataset's folder, or names of arrays with a number, as in report/review.csv."
+        )
+    return next(iter(there.items()))
+
+
+def _score_row(evaluation: Evaluation, dataset: str, row: int) -> dict[str, Any]:
+    """Labels, scores, p-values and flags of a row of a table of scores, as far as the run has them."""
+    record, labels = evaluation.record, list(evaluation.record["detectors"])
+    names = [LABEL, PREDICTION, *labels]
+    names += [P_VALUE + label for label in labels if record.get("thresholds")]
+    names += [IS_OOD + label for label in labels if record["datasets"][dataset]["role"] == "unlabelled"]
+    for part in tables.Table.open(evaluation.folder / "scores" / dataset).columns(names):
+        if row < len(part):
+            found: dict[str, Any] = part.slice(row, 1).to_pylist()[0]
+            return found
+        row -= len(part)
+    raise AssertionError(row)
+
+
+def _said(results: Results, own: Mapping[str, Any], label: str) -> Said:
+    score = own[label]
+    inside = results.scores(results.datasets("id"), label)
+    percentile = float((inside < score).mean()) if score is not None and len(inside) else None
+    return Said(label, score, percentile, own.get(P_VALUE + label), own.get(IS_OOD + label))
+
+
+def _features(evaluation: Evaluation, dataset: str) -> tables.Table:
+    """What was extracted of a dataset.
+
+    Raises:
+        UserError: it is gone.
+    """
+    entry = evaluation.record["datasets"][dataset]
+    folder = workspace_of(evaluation.folder) / "features" / f"{dataset}-{entry['hash']}"
+    try:
+        return tables.Table.open(folder)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: is gone. Run the evaluation again, which extracts what is missing."
+        ) from None
+
+
+def _nearest(
+    evaluation: Evaluation, image: Batch, columns: Sequence[str], count: int, display: Display
+) -> dict[str, list[Neighbour]]:
+    """The closest training images by each detector that looks for neighbours, and by direction."""
+    datasets = [name for name, entry in evaluation.record["datasets"].items() if entry["role"] == "train"]
+    sources = {name: _features(evaluation, name) for name in datasets}
+    if not sources:
+        return {}
+    banks = dict(_banks(evaluation))
+    queries = {label: bank.queries(image)[0] for label, bank in banks.items()}
+    found: dict[str, list[tuple[float, Neighbour]]] = {label: [] for label in banks}
+    with display.stage("explain", sum(table.rows for table in sources.values())) as stage:
+        for name, table in sources.items():
+            for start, stop in table.slices(SLICE):
+                batch = table.read(start, stop, columns)
+                for label, bank in banks.items():
+                    close = _closest(batch, bank, queries[label], name, count)
+                    found[label] = sorted([*found[label], *close], key=lambda each: each[0])[:count]
+                stage.advance(stop - start)
+    return {label: [neighbour for _, neighbour in each] for label, each in found.items()}
+
+
+def _closest(
+    batch: Batch, bank: Bank, query: NDArray[np.float32], dataset: str, count: int
+) -> Iterable[tuple[float, Neighbour]]:
+    """The closest rows of a batch, with their distances."""
+    vectors = bank.embed(batch).astype(np.float64)
+    distances = np.linalg.norm(vectors - query.astype(np.float64), axis=1)
+    distances[~bank.keep(batch)] = np.inf
+    for row in np.argsort(distances, kind="stable")[:count].tolist():
+        if np.isfinite(distances[row]):
+            key, label, prediction = (batch[name][row] for name in (KEY, LABEL, PREDICTION))
+            distance = float(distances[row])
+            yield distance, Neighbour(dataset, str(key), int(label), int(prediction), distance)
+
+
+def _banks(evaluation: Evaluation) -> Iterator[tuple[str, Bank]]:
+    """What detectors look up neighbours by, by label; all training images by direction come first."""
+    yield FEATURES, KnnScorer(1).bank
+    workspace, read = workspace_of(evaluation.folder), dict[str, NDArray[Any]]()
+    for label, (_, detector) in detectors_of(evaluation, (), config_of(evaluation)).items():
+        if detector.neighbours and detector.name != "knn":
+            fit = fit_of(evaluation, label, detector)
+            assert fit.fit is not None
+            record = artifacts.read_record(workspace / fit.fit)
+            artifact = Artifact(workspace / fit.fit, record.kind, record.identity, record.inputs)
+            scorer = read_scorer(artifact, record, detector, read)
+            bank = None if isinstance(scorer, UserError) else bank_of(scorer)
+            if bank is not None and bundle.is_scorer(record):
+                yield label, bank
