@@ -1,12 +1,72 @@
-"""Commands about config files: what may stand in one (schema)."""
+"""Commands about config files: a first one (init), and what may stand in one (schema)."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.cli.app import app, document
+from pipeline.cli.app import app, console, document
+
+_Sets = Annotated[list[str], typer.Option(metavar="DATA", help="May be repeated.")]
+
+
+@app.command()
+def init(
+    out: Annotated[str, typer.Argument(metavar="FILE", help="The config; must not exist.")],
+    model: Annotated[
+        str,
+        typer.Option(help="torchvision name, timm:NAME, program.pt2, or ./file.py:function that returns it."),
+    ],
+    id: Annotated[
+        list[str], typer.Option("--id", metavar="DATA", help="Test images of the model's classes.")
+    ],
+    weights: Annotated[str, typer.Option(help="State dict, or published weights: IMAGENET1K_V1.")] = "",
+    train: _Sets = [],  # noqa: B006 - typer copies defaults
+    near_ood: _Sets = [],  # noqa: B006
+    far_ood: _Sets = [],  # noqa: B006
+    id_val: _Sets = [],  # noqa: B006
+    unlabelled: _Sets = [],  # noqa: B006
+) -> None:
+    """Write a first config, with comments, for a model and data: folders of images, tar, Parquet, .npz files.
+
+    Example: `ood-pipeline init mine.yaml --model resnet50 --weights w.pt --id ./val --far-ood ./textures`
+    """
+    from pipeline.config import beginning, loading
+    from pipeline.data.guess import guessed
+    from pipeline.errors import UserError
+
+    file = Path(out)
+    if file.exists():
+        raise UserError(f"{out}: exists already. Name another file, or delete it.")
+    roles = {
+        "train": train,
+        "id": id,
+        "id_val": id_val,
+        "near_ood": near_ood,
+        "far_ood": far_ood,
+        "unlabelled": unlabelled,
+    }
+    datasets = [
+        {"role": role, "format": guessed(path, f"--{role.replace('_', '-')}"), "path": _absolute(path)}
+        for role, paths in roles.items()
+        for path in paths
+    ]
+    file.write_text(beginning.text(file, _absolute(model), _absolute(weights) or None, datasets), "utf-8")
+    try:
+        loading.load(str(file))
+    except UserError:
+        file.unlink()
+        raise
+    console.print(f"config   {file}\nnext     ood-pipeline validate {file}", markup=False, soft_wrap=True)
+
+
+def _absolute(given: str) -> str:
+    """A path of something that is there as an absolute one, also of `file.py:function`; other words stay."""
+    place, mark, rest = given.partition(":")
+    there = bool(place) and not rest.startswith("//") and Path(place).exists()
+    return f"{Path(place).absolute()}{mark}{rest}" if there else given
 
 
 @app.command()

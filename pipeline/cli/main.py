@@ -40,7 +40,7 @@ _ORDER = (
     *("submit", "status", "stop"),
     *("validate", "detectors", "doctor", "verify"),
     *("runs", "compare", "explain", "ui", "clean"),
-    *("schema",),
+    *("init", "schema"),
 )
 """Of the commands in the help."""
 

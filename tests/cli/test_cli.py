@@ -39,7 +39,20 @@ from tests.servers import wait
 COMMAND = Path(sys.executable).parent / "ood-pipeline"
 SUBCOMMANDS = (
     *("run", "extract", "fit", "score", "evaluate", "report", "validate", "detectors", "doctor"),
-    *("submit", "status", "stop", "tune", "verify", "runs", "compare", "explain", "ui", "clean", "schema"),
+    *(
+        "submit",
+        "status",
+        "stop",
+        "tune",
+        "verify",
+        "runs",
+        "compare",
+        "explain",
+        "ui",
+        "clean",
+        "init",
+        "schema",
+    ),
     *("bundle", "apply"),
 )
 
