@@ -4,7 +4,7 @@
 
 Starts Ray with logical CPUs and GPUs and streams shards through the pipeline's own engine. A decoding task
 sleeps as long as one CPU takes to decode a shard, a model actor as long as a GPU takes to forward it; both
-rates are those of `gpu.md`. What is real is scheduling: Ray Data, its back-pressure, the driver. Not simulated:
+rates are those of `gpu.md`. Real is the scheduling: Ray Data, its back-pressure, the driver. Not simulated:
 pixels (they do not travel), the network, the store. A discrete simulation counts the same, also for 64 GPUs.
 """
 
