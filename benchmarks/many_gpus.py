@@ -15,15 +15,35 @@ import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import machine
+import numpy as np
 import ray
 
 from pipeline.cluster.engine import opened
 
 SHARD = 2048
 """Images, as with `shard_rows: auto`."""
+
+_PAGE = """\
+# Extraction on many GPUs, simulated
+
+Written by `python benchmarks/many_gpus.py --output benchmarks/many_gpus.md`; no GPU was there.
+
+{facts}
+
+A GPU takes {forward:,.0f} images/s, a CPU decodes {decode:,.0f}: sleeping stands for both. *engine*: shards
+went through the pipeline's own engine on Ray, on logical CPUs and GPUs; pixels did not travel, nothing was
+written. *paper*: the same by a simulation of events, with what a shard cost the driver: {each:.0f} ms of its
+CPU, and {always:.0%} of a CPU always.
+Busy and images/s: between the first and the last quarter of the shards. Bound: the slower side never waiting.
+
+|  | GPUs | CPUs | images of a shard | who waits | GPUs busy | images/s | of the bound | CPUs of the driver |
+| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |
+{lines}
+"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +64,7 @@ class Site:
         return min(self.gpus * self.forward, self.cpus * self.decode)
 
     @property
-    def starves(self) -> str:
+    def waits(self) -> str:
         """Which side waits for the other."""
         return "GPUs" if self.gpus * self.forward > self.cpus * self.decode else "CPUs"
 
@@ -77,7 +97,7 @@ class Measured:
     rate: float
     """Images per second in it."""
     driver: float
-    """Seconds of the driver's CPU per shard."""
+    """Share of a CPU that the driver took."""
 
 
 def run(site: Site, seconds: float) -> Measured:
@@ -94,7 +114,7 @@ def run(site: Site, seconds: float) -> Measured:
     try:
         with opened("ray") as engine:
             rows = [{"number": number, "rows": SHARD} for number in range(count)]
-            cpu = time.process_time()
+            cpu, clock = time.process_time(), time.perf_counter()
             receipts = list(
                 engine.stream(
                     rows,
@@ -104,7 +124,7 @@ def run(site: Site, seconds: float) -> Measured:
                     count=site.gpus,
                 )
             )
-            driver = (time.process_time() - cpu) / count
+            driver = (time.process_time() - cpu) / (time.perf_counter() - clock)
     finally:
         ray.shutdown()
     spans = [(receipt["started"], receipt["ended"]) for receipt in receipts]
@@ -120,26 +140,26 @@ def _steady(spans: Sequence[tuple[float, float]], gpus: int) -> tuple[float, flo
     return busy / (gpus * (last - first)), done * SHARD / (last - first)
 
 
-def on_paper(site: Site, shards: int, driver: float) -> Measured:
+def on_paper(site: Site, shards: int, rows: int, driver: float) -> Measured:
     """The same by events: CPUs decode, GPUs take what is decoded, the driver hands out shards one by one.
 
     Args:
         site: the cluster.
         shards: how many.
+        rows: images of a shard.
         driver: seconds of the driver per shard.
     """
     cpus, gpus = [0.0] * site.cpus, [0.0] * site.gpus
     told, spans = 0.0, []
     for _ in range(shards):
-        told = max(told + driver, 0.0)
-        begun = max(heapq.heappop(cpus), told)
-        decoded = begun + SHARD / site.decode
+        told += driver
+        decoded = max(heapq.heappop(cpus), told) + rows / site.decode
         heapq.heappush(cpus, decoded)
         start = max(heapq.heappop(gpus), decoded)
-        end = start + SHARD / site.forward
-        heapq.heappush(gpus, end)
-        spans.append((start, end))
-    return Measured(*_steady(spans, site.gpus), driver)
+        heapq.heappush(gpus, start + rows / site.forward)
+        spans.append((start, start + rows / site.forward))
+    busy, rate = _steady(spans, site.gpus)
+    return Measured(busy, rate * rows / SHARD, driver * rate / SHARD)
 
 
 def main() -> None:
@@ -150,30 +170,37 @@ def main() -> None:
         "--decode", type=float, default=257, help="images/s of a CPU (500 x 375 JPEG, Pillow)"
     )
     parser.add_argument("--seconds", type=float, default=60, help="that each cluster works")
+    parser.add_argument("--output", type=Path, help="also write the page there")
     options = parser.parse_args()
     rates = options.forward, options.decode
-    print("\n".join(f"* {name}: {value}" for name, value in machine.describe().items()))
-    print(
-        f"\n{options.forward:,.0f} images/s of a GPU, {options.decode:,.0f} of a CPU; shards of {SHARD:,}.\n"
-    )
-    print("| GPUs | CPUs | who waits | GPUs busy | images/s | of the bound | driver, ms/shard | on paper |")
-    print("| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
-    driver = 0.0
+    lines, found = [], []
     for gpus, cpus in ((1, 8), (8, 64), (8, 32)):
         site = Site(gpus, cpus, *rates)
-        found = run(site, options.seconds)
-        driver = max(driver, found.driver)
-        paper = on_paper(site, int(site.bound * options.seconds / SHARD), found.driver)
-        print(_line(site, found, f"{paper.busy:.1%}"), flush=True)
-    for gpus, cpus in ((64, 512), (64, 256), (256, 2048)):
+        found.append(run(site, options.seconds))
+        lines.append(_line(site, SHARD, found[-1], "engine"))
+    shards = np.array([each.rate / SHARD for each in found])
+    each, always = np.polyfit(shards, [one.driver for one in found], 1).tolist()
+    for gpus, cpus, rows in ((8, 64, SHARD), (64, 512, SHARD), (64, 512, 4 * SHARD), (64, 256, 4 * SHARD)):
         site = Site(gpus, cpus, *rates)
-        print(_line(site, on_paper(site, int(site.bound * 60 / SHARD), driver), "only"))
+        count = int(site.bound * options.seconds / rows)
+        lines.append(_line(site, rows, on_paper(site, count, rows, each), "paper"))
+    facts = "\n".join(f"* {name}: {value}" for name, value in machine.describe().items())
+    page = _PAGE.format(
+        facts=facts,
+        forward=rates[0],
+        decode=rates[1],
+        lines="\n".join(lines),
+        each=1000 * each,
+        always=always,
+    )
+    print(page)
+    if options.output:
+        options.output.write_text(page)
 
 
-def _line(site: Site, found: Measured, paper: str) -> str:
-    cells = (site.gpus, site.cpus, site.starves, f"{found.busy:.1%}", f"{found.rate:,.0f}")
-    more = (f"{found.rate / site.bound:.1%}", f"{1000 * found.driver:.1f}", paper)
-    return f"| {' | '.join(map(str, (*cells, *more)))} |"
+def _line(site: Site, rows: int, found: Measured, how: str) -> str:
+    cells = (how, site.gpus, site.cpus, f"{rows:,}", site.waits, f"{found.busy:.1%}", f"{found.rate:,.0f}")
+    return f"| {' | '.join(map(str, cells))} | {found.rate / site.bound:.1%} | {found.driver:.2f} |"
 
 
 if __name__ == "__main__":

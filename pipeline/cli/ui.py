@@ -12,7 +12,7 @@ import typer
 
 from pipeline.cli.app import app, console
 
-_PATIENCE = 60.0
+_PATIENCE = 120.0
 """Seconds in which a server must answer."""
 
 

@@ -332,7 +332,8 @@ class Run:
         if not wanted and (self.record.worked or not settings.enabled):
             return
         place = self.ready.folder, tracking_uri(self.ready.config), settings.experiment
-        name, fingerprint = self.ready.config.name, self.ready.fingerprint
+        name = f"{self.ready.config.name}/{self.ready.folder.name}"
+        fingerprint = self.ready.fingerprint
         again = self.record.worked or self.options.publish == "always"
         complete = None if again else tracking.complete(*place, fingerprint)
         if complete is None and wanted:

@@ -121,7 +121,9 @@ class Server:
                 start_new_session=True,
             )
         try:
-            found = wait("the server", lambda: re.search(r"^(http\S+)/#/\S+$", log.read_text(), re.MULTILINE))
+            found = wait(
+                "the server", lambda: re.search(r"^(http\S+)/#/\S+$", log.read_text(), re.MULTILINE), 150
+            )
         except TimeoutError:
             raise AssertionError(log.read_text()) from None
         self.page, self.uri = found[0], found[1]

@@ -26,6 +26,7 @@ All are in the parent's artifacts.
 """
 
 _FIRST = ("auroc", "fpr95_id", "fpr95_ood")
+_REST = 4
 
 _Items = Iterable[tuple[tuple[str, ...], Any]]
 """Values, each with the parts its key is made of."""
@@ -146,8 +147,9 @@ def of_detector(
     metrics += [(("unscored", name), found[label]["rows"]) for name, found in lost if label in found]
     index = manifest["index"].get(label, {})
     metrics += [(("index", key), value) for key, value in index.items() if isinstance(value, int | float)]
-    mine = sorted((row for row in rows if row["detector"] == label), key=_rank)
-    for row in mine[: max(MOST - len(metrics), LEAST)]:
+    mine = [row for row in rows if row["detector"] == label]
+    shown = sorted((row for row in mine if _rank(row) < _REST), key=_rank) or mine
+    for row in shown[: max(MOST - len(metrics), LEAST)]:
         dataset, group = row["dataset"], row["group"]
         full_spectrum = group.startswith("fs_") and dataset != group
         metrics.append(((row["metric"], f"fs.{dataset}" if full_spectrum else dataset), row["value"]))
@@ -155,11 +157,12 @@ def of_detector(
 
 
 def _rank(row: Mapping[str, Any]) -> int:
-    """What is looked at first: means over groups, AUROC of each dataset, the full spectrum, all the rest."""
+    """What is looked at first: means over groups, AUROC of datasets, the full spectrum; `_REST` is not."""
     mean = row["dataset"] == row["group"] and row["metric"] in _FIRST
     spectrum = row["group"].startswith("fs_")
-    kinds = (mean and not spectrum, row["metric"] == "auroc" and not spectrum, mean)
-    return kinds.index(True) if True in kinds else len(kinds)
+    auroc = row["metric"] == "auroc"
+    kinds = (mean and not spectrum, auroc and not spectrum, mean, auroc)
+    return kinds.index(True) if True in kinds else _REST
 
 
 def _content(tags: _Items, params: _Items, metrics: _Items) -> Content:
