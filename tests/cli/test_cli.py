@@ -757,7 +757,8 @@ def test_a_command_that_is_terminated_leaves_in_order(case):
 def test_a_command_that_is_interrupted_has_status_130_and_says_how_to_go_on(case):
     case.raw["model"]["name"] = "./net.py:endless"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = subprocess.Popen([COMMAND, "run", case.config()], cwd=case.folder, **pipes)
+    command = ["env", "--default-signal=INT", COMMAND, "run", case.config()]  # background jobs ignore it
+    running = subprocess.Popen(command, cwd=case.folder, **pipes)
     wait("the network to be built", (case.folder / "started").exists)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)

@@ -355,6 +355,7 @@ def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
     return found
 
 
+@pytest.mark.slow
 def test_a_compiled_network_gives_the_same_features(job, plan, graphs) -> None:
     reference, other = extracted(job, plan, 200), extracted(job, variant(plan, compile=True), 200)
     assert len(graphs) == 1
@@ -362,6 +363,7 @@ def test_a_compiled_network_gives_the_same_features(job, plan, graphs) -> None:
         np.testing.assert_array_equal(other[name], reference[name])
 
 
+@pytest.mark.slow
 def test_a_compiled_network_gives_the_same_extras_and_is_compiled_once(job, plan, classifier, graphs) -> None:
     specs = [MOVED, POOLED, RankReduced(block="early"), ParameterGradient(layers=("layer4", "fc"))]
     compiled = load_classifier(plan.model, 0).tuned(plan.settings, compiled=True)
@@ -376,6 +378,7 @@ def test_a_compiled_network_gives_the_same_extras_and_is_compiled_once(job, plan
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_layer_that_the_compiler_leaves_alone_is_still_tapped(job, plan, classifier, graphs) -> None:
     other = load_classifier(plan.model, 0)
     other.module.layer3.forward = torch.compiler.disable(other.module.layer3.forward)

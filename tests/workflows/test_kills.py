@@ -45,7 +45,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return Undisturbed(evaluation.raw, evaluation.contents(), plan.moments())
 
 
-@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_was_killed_in_one_stage_after_the_other_goes_on_to_the_same_bytes(
     undisturbed: Undisturbed, seed: int, tmp_path: Path
 ) -> None:

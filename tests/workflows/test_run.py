@@ -89,6 +89,7 @@ def build():
 """
 
 
+@pytest.mark.slow
 def test_all_detectors_that_apply_run_on_a_perceptron_without_a_bias_and_the_others_are_listed(
     settings, load, execute, tmp_path, monkeypatch
 ) -> None:

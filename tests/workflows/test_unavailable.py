@@ -106,6 +106,7 @@ def expected(
     return results(execute(load(over(settings, str(pictures))), last="evaluate").folder)
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_now_and_then_changes_nothing(
     settings: dict[str, Any],
     load: Callable[..., schema.Config],
