@@ -104,7 +104,14 @@ def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-@pytest.fixture(scope="module", params=EXPECTED)
+LARGE = ("vgg11_bn", "densenet121")
+"""Drawing their weights, or tracing their layers, takes seconds."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in EXPECTED],
+)
 def named(request: pytest.FixtureRequest) -> tuple[str, Classifier]:
     """An architecture of torchvision with random weights, for 64 x 64 images."""
     transform = Transform(crop=64, mean=(0.5,) * 3, std=(0.25,) * 3)

@@ -28,6 +28,8 @@ from tests.conftest import small
 from tests.servers import answers, free_port, wait
 from tests.workflows.test_bundle import evaluated
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:DeprecationWarning", "ignore::UserWarning:mlflow"
 )
@@ -125,7 +127,6 @@ def test_a_run_that_is_not_in_mlflow_is_refused(logged, tmp_path) -> None:
         record.write_text(content)
 
 
-@pytest.mark.slow
 def test_it_is_served(logged, tmp_path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", logged.uri, "--env-manager", "local"]

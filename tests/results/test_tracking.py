@@ -150,7 +150,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, embedded: str) -> Iterator[
     server.process.wait()
 
 
-@pytest.fixture(params=["embedded", "server"])
+@pytest.fixture(params=["embedded", pytest.param("server", marks=pytest.mark.slow)])
 def uri(request: pytest.FixtureRequest) -> str:
     store = request.getfixturevalue(request.param)
     return store if isinstance(store, str) else str(store.uri)

@@ -72,7 +72,9 @@ def plain() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("network", [resnet, vit, pytest.param(swin, marks=pytest.mark.slow), plain])
+@pytest.mark.parametrize(
+    "network", [resnet, *(pytest.param(each, marks=pytest.mark.slow) for each in (vit, swin)), plain]
+)
 def test_a_program_has_the_output_and_the_taps_of_its_network(network, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = network().eval()
