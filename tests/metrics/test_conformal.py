@@ -124,7 +124,9 @@ def test_p_values_that_equal_their_limit_are_discovered(rate: float) -> None:
     for _ in range(500):
         size, n = int(random.integers(1, 50)), int(random.choice([9, 19, 39, 99, 199]))
         above = np.sort(random.integers(1, max(2, int(2 * rate * (n + 1))) + 1, size))
-        good = [k for k, m in enumerate(above, 1) if Fraction(int(m), n + 1) <= Fraction(str(rate)) * k / size]
+        good = [
+            k for k, m in enumerate(above, 1) if Fraction(int(m), n + 1) <= Fraction(str(rate)) * k / size
+        ]
         last = above[good[-1] - 1] if good else 0
         assert discoveries(above / (n + 1), rate).tolist() == (above <= last).tolist()
         assert largest(above / (n + 1), rate) == last / (n + 1)
