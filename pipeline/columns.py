@@ -29,6 +29,8 @@ IS_OOD = "is_ood."
 """bool; prefix of one column per detector in the score tables of unlabelled datasets."""
 P_VALUE = "p."
 """float64 in (0, 1]; prefix of one column per detector in the score tables of runs with thresholds."""
+ERROR = "error"
+"""string; why an image could not be read, beside the scores of images that a bundle judges."""
 CALIBRATION = "calibration"
 """bool; in the score tables of ID data that are split: thresholds are calibrated on the row, not tested."""
 

@@ -32,7 +32,7 @@ Detectors = Annotated[
 @app.command()
 def bundle(
     run: Annotated[
-        str, typer.Argument(metavar="RUN", help="Run folder, path or URI: <workspace>/runs/<name>[/<id>].")
+        str, typer.Argument(metavar="RUN", help="Run folder, path or URI: `<workspace>/runs/<name>[/<id>]`.")
     ],
     out: Annotated[str, typer.Option(metavar="FOLDER", help="The bundle; must not exist.")],
     detectors: Detectors = "",

@@ -40,7 +40,7 @@ def doctor(
 @app.command()
 def verify(
     folder: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run folder, path or URI: <workspace>/runs/<name>.")
+        str, typer.Argument(metavar="RUN", help="A run folder, path or URI: `<workspace>/runs/<name>`.")
     ],
     all_of_them: Annotated[
         bool, typer.Option("-v", "--verbose", help="Name every check, not only what is bad.")

@@ -18,7 +18,9 @@ _PATIENCE = 120.0
 
 @app.command()
 def ui(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder: <workspace>/runs/<name>[/<id>].")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run folder: `<workspace>/runs/<name>[/<id>]`.")
+    ],
     browser: Annotated[
         bool, typer.Option("--open/--no-open", help="Open the page in the browser, or only print its link.")
     ] = True,

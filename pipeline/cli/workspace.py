@@ -56,7 +56,9 @@ def runs(workspace: Folder = "workspace", as_json: Json = False) -> None:
 def compare(
     folders: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Run folders, paths or URIs: <workspace>/runs/<name>[/<id>]."),
+        typer.Argument(
+            metavar="RUN...", help="Run folders, paths or URIs: `<workspace>/runs/<name>[/<id>]`."
+        ),
     ],
     metric: Annotated[
         list[str], typer.Option(help="auroc (default), oscr, aurc, fpr95_id, ...; may be repeated.")

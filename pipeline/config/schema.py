@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from pipeline import detectors
-from pipeline.columns import CALIBRATION, IS_OOD, KEY, LABEL, P_VALUE, PREDICTION
+from pipeline.columns import CALIBRATION, ERROR, IS_OOD, KEY, LABEL, P_VALUE, PREDICTION
 from pipeline.config.explanations import explain
 from pipeline.config.grids import Tune, points
 from pipeline.detectors._combination import Combination
@@ -461,7 +461,7 @@ class Config(Frozen):
             if dataset.name in groups:
                 wrong.append(f"datasets: {dataset.name!r} is the name of a group; choose another")
         for entry in self.detectors:
-            reserved = (KEY, LABEL, PREDICTION, CALIBRATION, "classifier")
+            reserved = (KEY, LABEL, PREDICTION, CALIBRATION, ERROR, "classifier")
             if entry.label in reserved or entry.label.startswith((IS_OOD, P_VALUE)):
                 wrong.append(f"detectors: {entry.label!r} is a column of the results; choose another")
         if wrong:

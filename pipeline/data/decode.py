@@ -240,6 +240,8 @@ def fit(image: Image.Image, transform: Transform) -> Pixels:
     Raises:
         ValueError: over the limits, smaller than the crop, or of a mode without an agreed range.
     """
+    if not min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels: it is empty")
     image = _eight_bits(image).convert("L" if transform.channels == 1 else "RGB")
     side = transform.crop
     if transform.resize is not None and transform.resize != min(image.size):

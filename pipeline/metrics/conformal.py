@@ -19,9 +19,20 @@ from numpy.typing import NDArray
 from pipeline.columns import Float, Mask
 
 
+def exact(rate: float) -> Fraction:
+    """A rate as it is written, 0.1 as 1/10: p-values are fractions of whole numbers that often equal it.
+
+    Raises:
+        ValueError: it is not between 0 and 1.
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"rate: got {rate:g}; expected a number between 0 and 1, as 0.05")
+    return Fraction(repr(float(rate)))
+
+
 def needed(rate: float) -> int:
     """How many calibration images a false-alarm rate takes at least: with fewer nothing is ever flagged."""
-    return math.ceil(1 / Fraction(repr(rate))) - 1
+    return math.ceil(1 / exact(rate)) - 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,9 @@ class Calibration:
         """(N,) bool, which images are flagged at a false-alarm rate: those whose p-value is at most the rate.
 
         A score that is not finite is not flagged.
+
+        Raises:
+            ValueError: the rate is not between 0 and 1.
         """
         found = np.zeros(len(scores), np.bool_)
         for rows, group in self._matched(scores, predictions):
@@ -73,6 +87,9 @@ class Calibration:
         """The largest score that is not flagged, by predicted class; under -1 where classes do not count.
 
         It is a calibration score, the ⌈(n + 1)(1 - rate)⌉-th smallest; +inf where there are too few.
+
+        Raises:
+            ValueError: the rate is not between 0 and 1.
         """
         return {each: _threshold(group, rate) for each, group in self.groups.items()}
 
@@ -90,7 +107,7 @@ class Calibration:
 
 def _threshold(group: Float, rate: float) -> float:
     """Of scores in ascending order."""
-    flagged = math.floor(Fraction(repr(rate)) * (len(group) + 1)) - 1
+    flagged = math.floor(exact(rate) * (len(group) + 1)) - 1
     return float(group[len(group) - 1 - flagged]) if flagged >= 0 else math.inf
 
 
@@ -105,7 +122,10 @@ def discoveries(p_values: Float, rate: float) -> Mask:
     """
     there = np.flatnonzero(~np.isnan(p_values))
     ordered = np.sort(p_values[there])
-    kept = np.flatnonzero(ordered <= rate * np.arange(1, len(ordered) + 1) / max(len(ordered), 1))
+    above, below = map(float, exact(rate).as_integer_ratio())
+    # one rounding, as in p-values: what is equal stays equal
+    limits = above * np.arange(1, len(ordered) + 1) / (below * max(len(ordered), 1))
+    kept = np.flatnonzero(ordered <= limits)
     found = np.zeros(len(p_values), np.bool_)
     if len(kept):
         found[there] = p_values[there] <= ordered[kept[-1]]

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.columns import Float
+from pipeline.metrics.conformal import exact
 
 BEYOND = 0.00135
 """Probability that a share in control is above the limit of the p-chart, as of three standard deviations."""
@@ -113,7 +113,7 @@ def centre(rate: float, calibration: int) -> float:
     """
     from scipy.special import betaincinv
 
-    k = math.floor(Fraction(repr(rate)) * (calibration + 1))
+    k = math.floor(exact(rate) * (calibration + 1))
     return float(betaincinv(k, calibration + 1 - k, 1 - _TAIL)) if k else 0.0
 
 

@@ -177,8 +177,11 @@ def load(model: schema.Model, seed: int, device: str = "cpu") -> Classifier:
     """Build a classifier, load its weights and find its taps.
 
     Raises:
-        UserError: unknown name, weights that are missing or do not fit, taps that cannot be found.
+        UserError: unknown name, weights that are missing or do not fit, taps that cannot be found, or no
+            such device.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda is not available here. Set it to cpu.")
     torch.manual_seed(seed)
     built = sources.build(model)
     module, transform = built.module, built.transform

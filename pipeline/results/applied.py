@@ -250,7 +250,8 @@ def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
     )
     for label, entry in summary["detectors"].items():
         if "share" not in entry:
-            yield f"{label}: {entry['scored']:,} scores; no calibration images to flag by"
+            why = "no calibration images to flag by" if entry["scored"] else "nothing to flag"
+            yield f"{label}: {entry['scored']:,} scores; {why}"
             continue
         interval = f"{entry['ci_low']:.2%} to {entry['ci_high']:.2%}"
         scores = entry["scores"]

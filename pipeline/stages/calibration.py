@@ -185,6 +185,7 @@ def _require(wanted: Thresholds, counts: Mapping[int, int], where: str) -> None:
     which = "fdr" if wanted.smallest == wanted.fdr else "false_alarm"
     takes = f"thresholds.{which}: {wanted.smallest:g} takes at least {least:,} calibration images"
     never = f"with fewer nothing is ever flagged. Add images of role {wanted.calibrate_on!r}"
+    never += ", raise thresholds.share" * (wanted.calibrate_on == "id")
     more = f"{never}, or raise the rate"
     if -1 in few:
         raise UserError(f"{takes}, got {few[-1]:,} in {where}; {more}.")

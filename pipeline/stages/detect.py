@@ -14,7 +14,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from pipeline.columns import CALIBRATION, DIGEST, IS_OOD, KEY, LABEL, P_VALUE, PREDICTION, Float, Pixels
+from pipeline.columns import (
+    CALIBRATION,
+    DIGEST,
+    ERROR,
+    IS_OOD,
+    KEY,
+    LABEL,
+    P_VALUE,
+    PREDICTION,
+    Float,
+    Pixels,
+)
 from pipeline.config import schema
 from pipeline.data import decode
 from pipeline.errors import UserError
@@ -32,24 +43,24 @@ if TYPE_CHECKING:
 
     from pipeline.network.classifier import Classifier
 
-ERROR = "error"
-"""Column with the reason why an image could not be read; null where it could."""
+
+_ALONE = Lock()
+"""Held by the one thread of the process that computes: torch's settings are those of the process."""
 
 
 class OodDetector:
-    """A network and its fitted detectors, ready for images; threads that call it wait for each other."""
+    """A network and its fitted detectors, ready for images; threads that call such wait for each other."""
 
     def __init__(self, opened: Bundle, device: str = "auto") -> None:
         from pipeline.network.classifier import load
 
         self.bundle = opened
         self._settings = _on(opened.extract, device)
-        self._scoring = self._searching(opened)
-        with settings_kept():
+        with _ALONE, settings_kept():
             classifier = load(opened.model, opened.document["run"]["seed"], self._device)
             opened.require_same(classifier)
             self._classifier: Classifier = classifier.tuned(self._settings, self._settings.compile)
-        self._lock = Lock()
+        self._scoring = self._searching(opened)
 
     @property
     def _device(self) -> str:
@@ -94,9 +105,9 @@ class OodDetector:
         judge = self._judge(false_alarm)
         if isinstance(images, str | bytes | Path) or not isinstance(images, Sequence):
             raise UserError(f"images: got {type(images).__name__}; expected a list of images.")
-        keys = [str(each) if isinstance(each, str | Path) else str(n) for n, each in enumerate(images)]
+        keys = [_key(each, number) for number, each in enumerate(images)]
         parts = [self._empty]
-        with self._lock, _as_in_workers() if exact else ExitStack():
+        with _ALONE, _as_in_workers() if exact else ExitStack():
             for start in range(0, len(images), BATCH):
                 found = self._judged(keys[start : start + BATCH], images[start : start + BATCH], exact, judge)
                 parts.append(found)
@@ -227,6 +238,13 @@ def _on(settings: schema.Extract, device: str) -> schema.Extract:
     return settings.model_copy(update={"device": device})
 
 
+def _key(image: Any, number: int) -> str:
+    """The path of an image, bytes that are no UTF-8 spelled out; its number if it has none."""
+    if not isinstance(image, str | Path):
+        return str(number)
+    return str(image).encode("utf-8", "backslashreplace").decode()
+
+
 @contextmanager
 def _as_in_workers() -> Iterator[None]:
     """In the block, libraries compute as in a worker with one CPU."""
@@ -245,7 +263,7 @@ def load(path: str | Path, device: str = "auto") -> OodDetector:
         device: "cpu" or "cuda"; "auto" is what the evaluation computed on.
 
     Raises:
-        UserError: no bundle, one that is damaged or of a newer version, or a network that is not the one the
-            detectors were fitted to.
+        UserError: no bundle, one that is damaged or of a newer version, a network that is not the one the
+            detectors were fitted to, or no such device.
     """
     return OodDetector(bundle.opened(path), device)

@@ -168,6 +168,7 @@ def prepare(path: str, data: str, out: str, options: Options) -> Ready:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", storage.name_of(data.rstrip("/"))).strip("-._")[:100] or "images"
     kind = options.format or guessed(data, "--format")
     dataset = schema.Dataset(name=name, role="unlabelled", format=kind, path=data, images=options.images)
+    files.require_writable(storage.parent(str(output.place)), "--out")
     files.require_writable(options.workspace, "--workspace")
     workspace = files.at(options.workspace)
     identity.require_decoder(known.extract.decoder)

@@ -627,6 +627,12 @@ def test_the_help_lists_every_command(command):
     assert "ood-pipeline run quickstart" in outcome.out
 
 
+@pytest.mark.parametrize("name", ["bundle", "verify", "ui", "compare"])
+def test_the_help_says_where_runs_lie(name):
+    help_text = CliRunner().invoke(main.app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    assert "<workspace>/runs/<name>" in help_text
+
+
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_the_help_of_every_command_has_an_example_that_works(name):
     help_text = CliRunner().invoke(main.app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output

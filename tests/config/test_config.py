@@ -152,7 +152,19 @@ def test_an_unknown_detector_is_refused_with_the_file_and_the_closest_detector(r
             3,
             "model.transform: Input should be a valid dictionary or instance of Transform",
         ),
-        ("detectors", [], "detectors: Tuple should have at least 1 item"),
+        ("detectors", [], "detectors: List should have at least 1 item"),
+        (
+            "thresholds",
+            {"false_alarm": 0.05},
+            "thresholds.false_alarm: Input should be a list, as [...], got 0.05",
+        ),
+        (
+            "thresholds",
+            {"false_alarm": [0]},
+            "thresholds.false_alarm.0: Input should be greater than 0, got 0",
+        ),
+        ("detectors.1", {"error": {"method": "energy"}}, "detectors: 'error' is a column of the results"),
+        ("detectors.1", {"p.x": {"method": "energy"}}, "detectors: 'p.x' is a column of the results"),
         ("detectors", "msp", "detectors: expected 'all' or a list of detectors"),
         ("detectors.1", {"knn": 5}, "detectors: 'knn': expected its parameters"),
         (

@@ -1,11 +1,13 @@
 """Conformal p-values and thresholds against their definitions, and their promise in simulation."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from pipeline.metrics.conformal import Calibration, discoveries, needed
+from pipeline.results.verify._calibration import largest
 
 RATES = (0.01, 0.05, 0.1, 0.3)
 
@@ -113,6 +115,34 @@ def test_discoveries_are_those_of_benjamini_and_hochberg() -> None:
     assert discoveries(p, 0.01).tolist() == [False] * 6
     assert discoveries(np.empty(0), 0.05).tolist() == []
     assert discoveries(np.full(3, np.nan), 0.05).tolist() == [False] * 3
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.025, 0.05, 0.1, 0.15, 0.3])
+def test_p_values_that_equal_their_limit_are_discovered(rate: float) -> None:
+    """They often do: both are fractions of whole numbers, as 1/40 and 0.025 · 43/43."""
+    random = np.random.default_rng(7)
+    for _ in range(500):
+        size, n = int(random.integers(1, 50)), int(random.choice([9, 19, 39, 99, 199]))
+        above = np.sort(random.integers(1, max(2, int(2 * rate * (n + 1))) + 1, size))
+        good = [
+            k for k, m in enumerate(above, 1) if Fraction(int(m), n + 1) <= Fraction(str(rate)) * k / size
+        ]
+        last = above[good[-1] - 1] if good else 0
+        assert discoveries(above / (n + 1), rate).tolist() == (above <= last).tolist()
+        assert largest(above / (n + 1), rate) == last / (n + 1)
+
+
+@pytest.mark.parametrize("rate", [0, 1, 1.5, -0.1, math.nan])
+def test_what_is_no_rate_is_refused(rate: float) -> None:
+    found = Calibration(np.arange(100.0))
+    for asked in (found.thresholds, needed, lambda rate: found.flags(rate, np.ones(1))):
+        with pytest.raises(ValueError, match="expected a number between 0 and 1"):
+            asked(rate)
+
+
+def test_a_rate_may_be_a_number_of_numpy() -> None:
+    found = Calibration(np.arange(1.0, 100.0))
+    assert found.thresholds(np.float64(0.05)) == found.thresholds(0.05)
 
 
 def test_few_discoveries_are_false() -> None:

@@ -118,6 +118,31 @@ def test_the_terminal_shows_the_first_rate(run: Evaluation) -> None:
             assert f"{100 * row['share']:.2f}%" in text
 
 
+def test_shares_and_intervals_of_many_datasets_are_whole_on_80_columns(run: Evaluation, monkeypatch) -> None:
+    decided = Results.decided
+    longer = {"dataset": "imagenet-validation", "role": "unlabelled"}
+
+    def wide(self: Results) -> dict[float, dict[str, list[dict[str, Any]]]]:
+        return {
+            rate: {
+                name: [*cells, *({**cells[0], **longer} for _ in range(5))] for name, cells in found.items()
+            }
+            for rate, found in decided(self).items()
+        }
+
+    monkeypatch.setattr(Results, "decided", wide)
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(report.decisions_table(run.folder))
+    text = console.export_text()
+    whole = {
+        cell
+        for cells in wide(Results.read(run.folder))[0.1].values()
+        for each in cells
+        for cell in (f"{100 * each['share']:.2f}%", f"{100 * each['ci_low']:.1f}–{100 * each['ci_high']:.1f}")
+    }
+    assert [cell for cell in whole if cell not in text] == []
+
+
 def rows_at_first(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return next(row for row in rows if row["detector"] == "knn" and row["false_alarm"] == 0.1)
 

@@ -73,7 +73,8 @@ def test_as_many_as_it_takes_are_enough(settings, load) -> None:
 def test_a_part_that_is_too_small_is_refused(settings, load) -> None:
     settings["thresholds"] = {"false_alarm": [0.05], "calibrate_on": "id", "share": 0.02}
     with pytest.raises(
-        UserError, match=r"takes at least 19 calibration images, got \d in test; .* role 'id'"
+        UserError,
+        match=r"least 19 calibration images, got \d in test; .* role 'id', raise thresholds\.share, or raise",
     ):
         prepare(load(settings))
 

@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +34,7 @@ from pipeline.cli import main
 from pipeline.config import loading
 from pipeline.errors import UserError
 from pipeline.network.sources import torchvision
+from pipeline.results import applied as results
 from pipeline.stages import bundle as bundles
 from pipeline.stages import extract
 from pipeline.stages.detect import OodDetector
@@ -199,6 +203,36 @@ def test_images_come_as_paths_bytes_pictures_and_arrays_and_bad_ones_are_told(ke
 def test_what_is_no_image_is_refused(detect, given, message) -> None:
     with pytest.raises(UserError, match=message):
         detect(given)
+
+
+def test_empty_arrays_and_names_that_are_no_text_are_rows_with_a_reason(detect) -> None:
+    found = detect([np.zeros((0, 28), np.uint8), np.zeros((0, 0, 3), np.uint8), "\udcff.png"])
+    assert found["key"].to_pylist() == ["0", "1", "\\udcff.png"]
+    assert found["error"].to_pylist()[0] == "28 x 0 pixels: it is empty"
+    assert found["energy"].null_count == found["prediction"].null_count == 3
+
+
+def test_a_device_that_is_not_there_is_refused(kept, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=r"device: cuda is not available here\. Set it to cpu"):
+        pipeline.load_bundle(kept.bundle, "cuda")
+
+
+def test_two_detectors_do_not_compute_at_once_in_one_process(kept, detect, monkeypatch) -> None:
+    """Torch has one number of threads and one choice of algorithms, which `exact` sets and gives back."""
+    together, met = threading.Barrier(2), []
+    plain = OodDetector._judged
+
+    def judged(*given: Any) -> pa.Table:
+        with suppress(threading.BrokenBarrierError):
+            met.append(together.wait(0.3))
+        return plain(*given)
+
+    monkeypatch.setattr(OodDetector, "_judged", judged)
+    images, other = kept.pixels("test")[:1], pipeline.load_bundle(kept.bundle)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda each: each(images, exact=True), (detect, other)))
+    assert found[0].equals(found[1]) and not met
 
 
 def test_a_rate_for_which_there_are_too_few_images_is_refused(detect) -> None:
@@ -419,7 +453,8 @@ def test_images_none_of_which_can_be_read_give_an_empty_table(kept, tmp_path) ->
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "bad.png").write_bytes(b"no image")
     for name in ("out", "out.parquet", "out.csv"):
-        applied(kept, tmp_path / "images", tmp_path / name, images=None, fdr=0.2)
+        outcome = applied(kept, tmp_path / "images", tmp_path / name, images=None, fdr=0.2)
+        assert "knn: 0 scores; nothing to flag" in results.sentences(outcome.summary)
     assert len(pq.read_table(tmp_path / "out")) == len(pq.read_table(tmp_path / "out.parquet")) == 0
     assert "is_ood.knn" in pq.read_table(tmp_path / "out").column_names
 
@@ -502,6 +537,13 @@ def test_what_cannot_be_done_is_told_before_work(kept, tmp_path, changes, data, 
     with pytest.raises(UserError, match=message):
         applied(kept, tmp_path / data, tmp_path / "out", **own)
     assert not list(tmp_path.glob("out*"))
+    assert not list(tmp_path.glob("state/features/*"))
+
+
+def test_a_table_that_cannot_be_written_is_told_before_work(kept, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out: cannot write to .*file: "):
+        applied(kept, kept.images, tmp_path / "file" / "out.csv", workspace=str(tmp_path / "state"))
     assert not list(tmp_path.glob("state/features/*"))
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import __version__
+from pipeline.columns import ERROR
 from pipeline.errors import UserError
 from pipeline.results.mlflow import tracking
 from pipeline.stages import detect
@@ -111,7 +112,7 @@ def _signature(bundle: Bundle) -> Any:
     from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     columns = [ColSpec(DataType.string, "key"), ColSpec(DataType.integer, "prediction", required=False)]
-    columns.append(ColSpec(DataType.string, detect.ERROR, required=False))
+    columns.append(ColSpec(DataType.string, ERROR, required=False))
     kinds = {"": DataType.double, "p.": DataType.double, "is_ood.": DataType.boolean}
     columns += [
         ColSpec(kind, prefix + label, required=False)

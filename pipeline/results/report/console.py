@@ -13,6 +13,12 @@ from pipeline.results.calibrated import percent, sentence
 from pipeline.results.report.tables import GROUPS, Cell, Results, leaderboard, summary
 from pipeline.workspace.files import Place
 
+_ABREAST = 3
+"""Datasets beside each other, so that a terminal of 80 columns holds them."""
+
+_INTERVAL = len("87.5–92.7")
+"""Width of an interval, which goes below its share where the terminal is too narrow for both."""
+
 
 def console_table(run: Place) -> Table:
     """The leaderboard of a finished run for the terminal; best values in green, AUROC below 0.5 in red.
@@ -59,13 +65,19 @@ def decisions_table(run: Place) -> Table | None:
         box=SIMPLE,
     )
     table.add_column("Detector", overflow="fold")
-    table.add_column("Threshold", justify="right")
-    for cell in next(iter(rows.values())):
-        table.add_column(Text(f"{cell['dataset']} ({cell['role']})"), justify="right", overflow="fold")
-    for detector, cells in rows.items():
-        threshold = cells[0]["threshold"]
-        told = "by class" if threshold is None else f"{threshold:.5g}"
-        table.add_row(Text(detector), told, *map(_share, cells))
+    table.add_column("Threshold", justify="right", no_wrap=True)
+    first = next(iter(rows.values()))
+    for _ in first[:_ABREAST]:
+        table.add_column(justify="right", overflow="fold", min_width=_INTERVAL)
+    for start in range(0, len(first), _ABREAST):
+        shown = slice(start, start + _ABREAST)
+        table.add_section()
+        titles = (Text(f"{cell['dataset']} ({cell['role']})", "bold") for cell in first[shown])
+        table.add_row("", "", *titles)
+        for detector, cells in rows.items():
+            threshold = cells[0]["threshold"]
+            told = "by class" if threshold is None else f"{threshold:.5g}"
+            table.add_row(Text(detector), told, *map(_share, cells[shown]))
     return table
 
 

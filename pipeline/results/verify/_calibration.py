@@ -106,8 +106,14 @@ def _named(run: Run, dataset: str, detector: str, rate: float) -> float:
     found = [np.empty(0)]
     for path in parts(folder, kept(folder, Kept).part_rows):
         found += [rows[name][~rows[NULL + name]] for rows in columns(path, [name], nullable=[name])]
-    values, counts = np.unique(np.concatenate(found), return_counts=True)
-    good = values * counts.sum() <= rate * np.cumsum(counts)
+    return largest(np.concatenate(found), rate)
+
+
+def largest(p_values: Float, rate: float) -> float:
+    """The largest of some p-values that the procedure names; 0 if there is none."""
+    values, counts = np.unique(p_values, return_counts=True)
+    above, below = map(float, Fraction(repr(rate)).as_integer_ratio())
+    good = values <= above * np.cumsum(counts) / (below * counts.sum())
     return float(values[good].max(initial=0.0))
 
 
