@@ -31,7 +31,11 @@ def exact(rate: float) -> Fraction:
 
 
 def needed(rate: float) -> int:
-    """How many calibration images a false-alarm rate takes at least: with fewer nothing is ever flagged."""
+    """How many calibration images a false-alarm rate takes at least: with fewer nothing is ever flagged.
+
+    Raises:
+        ValueError: the rate is not between 0 and 1.
+    """
     return math.ceil(1 / exact(rate)) - 1
 
 
@@ -119,6 +123,9 @@ def discoveries(p_values: Float, rate: float) -> Mask:
     Args:
         p_values: (N,) in (0, 1]; NaN is never named and does not count in N.
         rate: false-discovery rate in (0, 1).
+
+    Raises:
+        ValueError: the rate is not between 0 and 1.
     """
     there = np.flatnonzero(~np.isnan(p_values))
     ordered = np.sort(p_values[there])
