@@ -6,6 +6,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterator
+from tokenize import TokenError
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -90,5 +91,5 @@ def _header(stream: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, np.dty
         major, _ = npy.read_magic(stream)
         read_header = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
         return read_header(stream)
-    except (ValueError, RecursionError, MemoryError) as error:  # the last two: a header nested too deeply
+    except (ValueError, RecursionError, MemoryError, TokenError) as error:  # but the first: nested too deeply
         raise UserError(f"{where} is not a NumPy array: {error}.") from None
