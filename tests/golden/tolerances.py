@@ -48,7 +48,7 @@ ARRAYS = (
     (r'Grood \d+ bank .*"prototype": "noise".*: vectors', FORWARD),
     (r"(Grood|Knn|NnGuide) \d+ bank .*: vectors", ROUNDED),
     (r"LargestEnergy 1 of .*: energy", DOUBLE),
-    (r"Match 1 of .*: residual", SOLVED),
+    (r"Match \S+ of .*: residual", SOLVED),
     (r"Ranges \d+ of .*: (high|low)", DOUBLE),
     (r'Scatter 1 of .*"unit": true.*: mean', DOUBLE),
     (r"Scatter 1 of .*: scatter", DOUBLE),
