@@ -36,6 +36,7 @@ def init(
     from pipeline.config import beginning, loading
     from pipeline.data.guess import guessed
     from pipeline.errors import UserError
+    from pipeline.workspace import files
 
     file = Path(out)
     if file.exists():
@@ -53,7 +54,7 @@ def init(
         for role, paths in roles.items()
         for path in paths
     ]
-    file.write_text(beginning.text(file, _absolute(model), _absolute(weights) or None, datasets), "utf-8")
+    files.write_text(file, beginning.text(file, _absolute(model), _absolute(weights) or None, datasets))
     try:
         loading.load(str(file))
     except UserError:

@@ -73,20 +73,17 @@ def _described(outcome: Outcome) -> dict[str, object]:
     from pipeline.results import report
     from pipeline.workspace import files
 
+    texts = (*outcome.cautions, *outcome.unreadable, *outcome.unscored, outcome.warning)
     return {
         "results": str(outcome.folder),
         "verdict": report.verdict(outcome.folder),
         "report": str(outcome.folder / "report" / "index.html"),
         "mlflow": outcome.link,
-        "warnings": [*outcome.cautions, *outcome.unreadable, *outcome.unscored, *_told(outcome.warning)],
+        "warnings": list(filter(None, texts)),
         "notices": dict(outcome.notices),
         "not_applicable": dict(outcome.not_applicable),
         "metrics": files.read_json(outcome.folder / "metrics.json"),
     }
-
-
-def _told(text: str) -> list[str]:
-    return [text] if text else []
 
 
 def _warn(texts: Iterable[str], word: str = "warning") -> None:

@@ -37,12 +37,11 @@ def ui(
     from pipeline.workspace.runs import located
 
     session = tracking.session_of(located(run))
-    link = tracking.link(session).splitlines()
-    if len(link) == 1:
-        _show(link[0], browser)
+    if (found := tracking.address(session)) is not None:
+        _show(found + tracking.page(session), browser)
         return
     chosen = port or tracking.free_port()
-    address = f"http://127.0.0.1:{chosen}"
+    address = tracking.local(chosen)
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with subprocess.Popen(
         tracking.command(session, chosen), env=os.environ | quiet, stdout=subprocess.DEVNULL

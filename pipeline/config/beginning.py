@@ -51,14 +51,14 @@ def text(file: Path, model: str, weights: str | None, datasets: Sequence[Mapping
         wanted = _plain(Path(entry["path"]).name.partition(".")[0]) or entry["role"]
         names[wanted] = names.get(wanted, 0) + 1
         own = wanted if names[wanted] == 1 else f"{wanted}-{names[wanted]}"
-        fields = ", ".join(f"{key}: {_quoted(entry[key])}" for key in ("role", "format", "path"))
-        lines.append(f"  - {{name: {_quoted(own)}, {fields}}}")
+        fields = ", ".join(f"{key}: {json.dumps(entry[key])}" for key in ("role", "format", "path"))
+        lines.append(f"  - {{name: {json.dumps(own)}, {fields}}}")
     return _TEXT.format(
         file=file,
-        name=_quoted(_plain(file.stem) or "mine"),
+        name=json.dumps(_plain(file.stem) or "mine"),
         source=source,
-        model=_quoted(name),
-        weights="null" if weights is None else _quoted(weights),
+        model=json.dumps(name),
+        weights="null" if weights is None else json.dumps(weights),
         datasets="\n".join(lines),
     )
 
@@ -74,7 +74,3 @@ def _source(model: str) -> tuple[str, str]:
 def _plain(name: str) -> str:
     """A name as configs take it."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-._")[:100]
-
-
-def _quoted(value: str) -> str:
-    return value if re.fullmatch(r"[A-Za-z][\w./-]*", value) else json.dumps(value, ensure_ascii=False)

@@ -7,6 +7,7 @@ there are computed. The table of all detectors of a run is put together from the
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +23,9 @@ from numpy.typing import NDArray
 from pipeline.cluster import attempts
 from pipeline.cluster.engine import Engine, Shared
 from pipeline.columns import IS_OOD, KEY, LABEL, PREDICTION, Float, SharedBatch
-from pipeline.detectors.base import NEIGHBOURS, Bank, Scorer, bank_of
+from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Scorer, bank_of
 from pipeline.errors import UserError
-from pipeline.stages import memory
+from pipeline.stages import memory, shards
 from pipeline.stages.banks import BATCH
 from pipeline.stages.index import Index, Search
 from pipeline.stages.statistics import SLICE
@@ -127,6 +128,29 @@ class ScoreJob:
         """
         facts = {label: record.facts for label, record in self.records.items()}
         return {label: each["unscored"] for label, each in facts.items() if "unscored" in each}
+
+
+def score_artifact(
+    workspace: Place,
+    features: shards.Job,
+    detector: Detector,
+    scoring: Mapping[str, Any],
+    contents: Mapping[str, str],
+) -> Artifact:
+    """Where the scores of a detector on a dataset are kept, whoever asks for them.
+
+    Args:
+        workspace: that they are in.
+        features: of the dataset.
+        detector: whose scores; the folder begins with its name.
+        scoring: what else they depend on.
+        contents: digests by name of what they are made of.
+    """
+    identity = {"features": features.name, **scoring}
+    method = re.sub(r"\W+", "-", detector.name)
+    name = f"{method}-{digest([FORMAT, identity])[:16]}"
+    folder = workspace / "scores" / features.artifact.folder.name / name
+    return Artifact(folder, FORMAT, identity, contents)
 
 
 @dataclass(frozen=True)

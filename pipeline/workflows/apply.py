@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
-from threadpoolctl import threadpool_limits
 
 from pipeline.cluster import engine
 from pipeline.cluster.engine import Engine
@@ -28,14 +25,15 @@ from pipeline.data.guess import guessed
 from pipeline.data.manifest import Manifest, compile_manifest
 from pipeline.errors import UserError
 from pipeline.network.description import Description
-from pipeline.network.known import Network, settings_kept
+from pipeline.network.known import Network
 from pipeline.results import applied
 from pipeline.results.applied import Output, Tally
 from pipeline.stages import bundle, decisions, ensembles, identity, index, shards
 from pipeline.stages.bundle import Bundle
 from pipeline.stages.calibration import Calibrated
-from pipeline.stages.score import FORMAT, ScoreJob, Scoring, assemble
+from pipeline.stages.score import ScoreJob, Scoring, assemble, score_artifact
 from pipeline.stages.score import run as run_scores
+from pipeline.workflows.engines import engine_for
 from pipeline.workflows.progress import Display
 from pipeline.workspace import artifacts, files, storage, tables
 from pipeline.workspace.artifacts import Artifact, Damaged
@@ -113,7 +111,13 @@ def execute(path: str, data: str, out: str, options: Options, display: Display) 
         files.roomy(f"below {ready.workspace}", str(ready.workspace)),
         opened(ready.workspace, display.say) as claims,
         claims.alone(f"scores/{ready.table}", wait=True),
-        _working(ready, options) as chosen,
+        engine_for(
+            options,
+            ready.workspace,
+            Logs(ready.workspace / "logs", options.level),
+            ready.bundle.detectors.values(),
+            [ready.bundle.folder],
+        ) as chosen,
     ):
         return Application(ready, options, display, chosen, claims).all()
 
@@ -244,29 +248,6 @@ def _is_dated(manifest: Manifest) -> bool:
         return any(any(of_folders(batch[KEY].to_pylist())) for batch in batches)
 
 
-@contextmanager
-def _working(ready: Ready, options: Options) -> Iterator[Engine]:
-    """The engine that was asked for, with the code of all detectors, and torch as it was after the block."""
-    logs = Logs(ready.workspace / "logs", options.level)
-    known, neighbours = ready.bundle, bool(ready.bundle.banks)
-    with (
-        settings_kept(),
-        threadpool_limits(limits=1),
-        engine.opened(
-            options.engine, ready.workspace, logs, options.threads, partial(_load, neighbours), [known.folder]
-        ) as chosen,
-    ):
-        chosen.carry(type(part) for detector in known.detectors.values() for part in detector.parts())
-        yield chosen
-
-
-def _load(neighbours: bool) -> None:
-    from pipeline.stages import extract  # noqa: F401
-
-    if neighbours:
-        from pipeline.stages import faiss_shard  # noqa: F401
-
-
 @dataclass
 class Application:
     """The stages of one application."""
@@ -354,11 +335,8 @@ class Application:
     def _artifact(self, label: str, made_of: Mapping[str, str]) -> Artifact:
         """Where the scores of a detector are kept: as those of an evaluation are."""
         ready = self.ready
-        method = re.sub(r"\W+", "-", ready.bundle.detectors[label].name)
-        identity = {"features": ready.job.name, **ready.bundle.scoring(label)[0]}
-        name = f"{method}-{artifacts.digest([FORMAT, identity])[:16]}"
-        folder = ready.workspace / "scores" / ready.job.artifact.folder.name / name
-        return Artifact(folder, FORMAT, identity, made_of)
+        detector, scoring = ready.bundle.detectors[label], ready.bundle.scoring(label)[0]
+        return score_artifact(ready.workspace, ready.job, detector, scoring, made_of)
 
     def _score_ours(self, job: ScoreJob, progress: Callable[[int], None]) -> None:
         """Scores that nobody else makes."""

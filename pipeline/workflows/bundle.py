@@ -55,7 +55,7 @@ class Fit:
     made_of: dict[str, str]
     """Content digests by name."""
     fit: str | None
-    """None of a detector of the scores of others."""
+    """None of a detector of the scores of others, and of one that is not kept as plain data."""
     bank: str | None
     shards: int | None
     """How many a trained index has; None for a flat one."""
@@ -86,6 +86,12 @@ def make(run: str | Place, out: str | Path, options: Options = Options()) -> bun
     settings = config_of(evaluation)
     chosen = detectors_of(evaluation, options.labels, settings)
     fits = {label: fit_of(evaluation, label, detector) for label, (_, detector) in chosen.items()}
+    for label, (_, detector) in chosen.items():
+        if fits[label].fit is None and not isinstance(detector, Combination):
+            raise UserError(
+                f"detectors.{label}: its fitted form is not kept as plain data, so that a bundle cannot hold "
+                "it. Leave it out (--detectors); docs/add-a-detector.md says what is plain."
+            )
     network = _network(evaluation, settings)
     held = _held(evaluation, settings, list(chosen), options.false_alarm)
     document = _document(evaluation, settings, chosen, fits, network) | held.document()
@@ -144,7 +150,7 @@ def fit_of(evaluation: Evaluation, label: str, detector: Detector) -> Fit:
     """What a detector's scores of the ID images were made of.
 
     Raises:
-        UserError: files that are gone, or a detector that is not kept as plain data.
+        UserError: files that are gone.
     """
     workspace, names = workspace_of(evaluation.folder), evaluation.record["datasets"].items()
     dataset = next(name for name, entry in names if entry["role"] == "id")
@@ -164,16 +170,11 @@ def fit_of(evaluation: Evaluation, label: str, detector: Detector) -> Fit:
     scoring = {name: each for name, each in scores.identity.items() if name != "features"}
     if isinstance(detector, Combination):
         return Fit(scoring, {}, None, None, None)
-    fitted = [name for name, record in records.items() if bundle.is_scorer(record)]
-    if not fitted:
-        raise UserError(
-            f"detectors.{label}: its fitted form is not kept as plain data, so that a bundle cannot hold it. "
-            "Leave it out (--detectors); docs/add-a-detector.md says what is plain."
-        )
+    fitted = next((name for name, record in records.items() if bundle.is_scorer(record)), None)
     banks = [name for name, record in records.items() if record.kind == BANK]
     indexes = [record for record in records.values() if record.kind == INDEX]
     shards = indexes[0].identity["shard"][1] if indexes else None
-    return Fit(scoring, made_of, fitted[0], next(iter(banks), None), shards)
+    return Fit(scoring, made_of, fitted, next(iter(banks), None), shards)
 
 
 def _network(evaluation: Evaluation, settings: schema.Config) -> Description:

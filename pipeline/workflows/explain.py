@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.columns import BLOCK_NORM, FEATURE, IS_OOD, KEY, LABEL, LOGITS, P_VALUE, PREDICTION, Batch
-from pipeline.detectors.base import Bank, bank_of
+from pipeline.detectors.base import Bank, Scorer, bank_of
 from pipeline.detectors.knn import KnnScorer
 from pipeline.errors import UserError, unknown
 from pipeline.results.evaluation import Evaluation, opened
 from pipeline.results.report.tables import Results
-from pipeline.stages import bundle
 from pipeline.stages.fit import read_scorer
 from pipeline.stages.statistics import SLICE
 from pipeline.workflows.bundle import config_of, detectors_of, fit_of
@@ -133,12 +133,14 @@ def _score_row(evaluation: Evaluation, dataset: str, row: int) -> dict[str, Any]
     names = [LABEL, PREDICTION, *labels]
     names += [P_VALUE + label for label in labels if record.get("thresholds")]
     names += [IS_OOD + label for label in labels if record["datasets"][dataset]["role"] == "unlabelled"]
-    for part in tables.Table.open(evaluation.folder / "scores" / dataset).columns(names):
-        if row < len(part):
-            found: dict[str, Any] = part.slice(row, 1).to_pylist()[0]
-            return found
-        row -= len(part)
-    raise AssertionError(row)
+    found = tables.Table.open(evaluation.folder / "scores" / dataset).read(row, row + 1, names)
+    return {name: _plain(column[0]) for name, column in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value of an array as Python has it; None where there is none."""
+    plain = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(plain, float) and math.isnan(plain) else plain
 
 
 def _said(results: Results, own: Mapping[str, Any], label: str) -> Said:
@@ -202,15 +204,15 @@ def _closest(
 
 def _banks(evaluation: Evaluation) -> Iterator[tuple[str, Bank]]:
     """What detectors look up neighbours by, by label; all training images by direction come first."""
-    yield FEATURES, KnnScorer(1).bank
+    directions = KnnScorer(1).bank
+    yield FEATURES, directions
     workspace, read = workspace_of(evaluation.folder), dict[str, NDArray[Any]]()
     for label, (_, detector) in detectors_of(evaluation, (), config_of(evaluation)).items():
-        if detector.neighbours and detector.name != "knn":
-            fit = fit_of(evaluation, label, detector)
-            assert fit.fit is not None
-            record = artifacts.read_record(workspace / fit.fit)
-            artifact = Artifact(workspace / fit.fit, record.kind, record.identity, record.inputs)
-            scorer = read_scorer(artifact, record, detector, read)
-            bank = None if isinstance(scorer, UserError) else bank_of(scorer)
-            if bank is not None and bundle.is_scorer(record):
+        fit = fit_of(evaluation, label, detector).fit if detector.neighbours else None
+        if fit is not None:
+            record = artifacts.read_record(workspace / fit)
+            artifact = Artifact(workspace / fit, record.kind, record.identity, record.inputs)
+            bank = bank_of(cast(Scorer, read_scorer(artifact, record, detector, read)))
+            assert bank is not None
+            if (bank.embed, bank.keep) != (directions.embed, directions.keep):
                 yield label, bank

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-
-from threadpoolctl import threadpool_limits
 
 from pipeline.cluster import engine, usage
 from pipeline.cluster.engine import Engine
@@ -30,7 +27,6 @@ from pipeline.detectors._combination import Combination
 from pipeline.detectors.base import Detector, Jigsaw, Pass, Scorer, Training, bank_of
 from pipeline.errors import UserError
 from pipeline.learned.statistics import Head, Statistic, Statistics
-from pipeline.network.known import settings_kept
 from pipeline.results import report, unreadable
 from pipeline.results.cautions import Found, cautions
 from pipeline.results.evaluation import Evaluation
@@ -41,9 +37,10 @@ from pipeline.stages import calibration, decisions, duplicates, ensembles, evalu
 from pipeline.stages.calibration import Calibrated
 from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare, require_members, tracking_uri
-from pipeline.stages.score import FORMAT, ScoreJob, Scoring, Unscored, assemble, require_few_unscored
+from pipeline.stages.score import ScoreJob, Scoring, Unscored, assemble, require_few_unscored, score_artifact
 from pipeline.stages.score import run as run_scores
 from pipeline.stages.statistics import Rows, Stored, fit_statistics
+from pipeline.workflows.engines import engine_for
 from pipeline.workflows.progress import Display, Quiet, Stage
 from pipeline.workspace import artifacts, files, leftovers, runs, storage, tables
 from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Kept, Store
@@ -185,27 +182,11 @@ def evaluated(
     return Evaluation(outcome.folder)
 
 
-@contextmanager
-def working(ready: Prepared, options: Options) -> Iterator[Engine]:
-    """The engine that was asked for, with the code of all detectors, and torch as it was after the block."""
-    logs = Logs(ready.folder / "logs", options.level)
-    neighbours = any(detector.neighbours for detector in ready.detectors.values())
-    load = partial(_load_libraries, neighbours)
-    with (
-        settings_kept(),
-        threadpool_limits(limits=1),  # what the driver fits has the same bits on any machine of a kind
-        engine.opened(options.engine, ready.workspace, logs, options.threads, load) as chosen,
-    ):
-        chosen.carry(type(part) for detector in ready.detectors.values() for part in detector.parts())
-        yield chosen
-
-
-def _load_libraries(neighbours: bool) -> None:
-    """Import what computes and takes seconds to import; a run that has nothing to do needs none of it."""
-    from pipeline.stages import extract  # noqa: F401
-
-    if neighbours:
-        from pipeline.stages import faiss_shard  # noqa: F401
+def working(ready: Prepared, options: Options) -> AbstractContextManager[Engine]:
+    """The engine that a run was asked to take."""
+    return engine_for(
+        options, ready.workspace, Logs(ready.folder / "logs", options.level), ready.detectors.values()
+    )
 
 
 @dataclass
@@ -730,14 +711,10 @@ class Run:
 
     def _score_artifact(self, label: str, job: shards.Job, contents: Mapping[str, str]) -> Artifact:
         """Where the scores of a detector, that is made of some `contents`, on a dataset are kept."""
-        identity = {"features": job.name, **self.ready.scoring(label)}
-        method = re.sub(r"\W+", "-", self.ready.detectors[label].name)
-        name = f"{method}-{artifacts.digest([FORMAT, identity])[:16]}"
-        folder = self.ready.workspace / "scores" / job.artifact.folder.name / name
         detector = self.ready.detectors[label]
         columns = (extra.column for extra in detector.extras())
-        own = self.features[job.dataset].contents(job.name, columns)
-        return Artifact(folder, FORMAT, identity, {**contents, **own})
+        made_of = {**contents, **self.features[job.dataset].contents(job.name, columns)}
+        return score_artifact(self.ready.workspace, job, detector, self.ready.scoring(label), made_of)
 
     def _scores(self, dataset: str) -> Place:
         return self.ready.folder / "scores" / dataset

@@ -70,6 +70,13 @@ def test_the_source_follows_from_the_name_of_the_model(
     assert (found.source, Path(found.name).name) == (source, name)
 
 
+def test_names_that_are_other_things_in_yaml_stay_names(init: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "val").rename(tmp_path / "no")
+    assert init("below/null.yaml", "--model", "resnet50", "--id", "no").exit_code == 0
+    found = loading.load("below/null.yaml")
+    assert (found.name, found.datasets[0].name) == ("null", "no")
+
+
 def test_nothing_is_written_over_or_half(init: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "there.yaml").write_text("mine")
     with pytest.raises(UserError, match=r"there\.yaml: exists already"):

@@ -201,12 +201,17 @@ def session_of(run: Place) -> Session:
 
 def link(session: Session) -> str:
     """URL of the charts; for a local store that no server shows also, before it, the command that does."""
-    view = page(session)
+    if (found := address(session)) is not None:
+        return found + page(session)
+    return f"ood-pipeline ui {shlex.quote(str(session.run))}\n{local(free_port())}{page(session)}"
+
+
+def address(session: Session) -> str | None:
+    """A server that shows the run: that of its store, or one of this machine; None if none runs."""
     if not session.uri.startswith(_SQLITE):
-        return redact(session.uri) + view
-    if (port := serving(session)) is not None:
-        return _here(port) + view
-    return f"ood-pipeline ui {shlex.quote(str(session.run))}\n{_here(free_port())}{view}"
+        return redact(session.uri)
+    ports = (port for port in PORTS if not _is_free(port) and shows(session, port))
+    return next(map(local, ports), None)
 
 
 def page(session: Session) -> str:
@@ -214,14 +219,9 @@ def page(session: Session) -> str:
     return _VIEW.format(session.experiment_id, session.run_id)
 
 
-def serving(session: Session) -> int | None:
-    """Port of a server on this machine that shows the run of a local store; None if there is none."""
-    return next((port for port in PORTS if not _is_free(port) and shows(session, port)), None)
-
-
 def shows(session: Session, port: int) -> bool:
     """Whether a server at a port of this machine shows the run, and not that of another store."""
-    asked = f"{_here(port)}/api/2.0/mlflow/runs/get?run_id={session.run_id}"
+    asked = f"{local(port)}/api/2.0/mlflow/runs/get?run_id={session.run_id}"
     with suppress(OSError, ValueError, KeyError), urllib.request.urlopen(asked, timeout=2) as answer:
         return bool(json.load(answer)["run"]["info"]["run_id"] == session.run_id)
     return False
@@ -238,7 +238,8 @@ def free_port() -> int:
     return next(port for port in range(PORTS.start, 65536) if _is_free(port))
 
 
-def _here(port: int) -> str:
+def local(port: int) -> str:
+    """The address of a server of this machine."""
     return f"http://127.0.0.1:{port}"
 
 
