@@ -5,6 +5,8 @@ A test fails for a dataset, a statistic or a detector, and names what is differe
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,12 @@ def check(found: Outputs, kind: str, group: str) -> None:
 
 def test_every_detector_is_among_the_golden_ones() -> None:
     assert set(detectors.names()) <= set(GOLDEN["scores"])
+
+
+def test_every_tolerance_is_that_of_a_golden_array() -> None:
+    arrays = [f"{group}: {name}" for group, names in GOLDEN["statistics"].items() for name in names]
+    for pattern, _ in tolerances.ARRAYS:
+        assert any(re.fullmatch(pattern, each) for each in arrays), pattern
 
 
 def test_golden_files_were_made_with_the_versions_of_the_code(loaded: schema.Config) -> None:

@@ -41,24 +41,26 @@ COLUMNS = {
 """Tolerances of feature columns; all others are exact."""
 
 ARRAYS = (
-    (r'Classes \d+ of .*"unit": true.*: (class|unlabelled)_sum', DOUBLE),
-    (r"Deviations \d+ of .*: total", DOUBLE),
-    (r"Draw 1 of .*: (feature|probability)", ROUNDED),
-    (r"Farthest 1 of .*: distance", DOUBLE),
-    (r'Grood \d+ bank .*"prototype": "noise".*: vectors', FORWARD),
-    (r"(Grood|Knn|NnGuide) \d+ bank .*: vectors", ROUNDED),
-    (r"LargestEnergy 1 of .*: energy", DOUBLE),
+    (r'Classes \S+ of .*"unit": true.*: (class|unlabelled)_sum', DOUBLE),
+    (r"Deviations \S+ of .*: total", DOUBLE),
+    (r"Draw \S+ of .*: (feature|probability)", ROUNDED),
+    (r"Farthest \S+ of .*: distance", DOUBLE),
+    (r'Grood \S+ bank .*"prototype": "noise".*: vectors', FORWARD),
+    (r"(Grood|Knn|NnGuide) \S+ bank .*: vectors", ROUNDED),
+    (r"LargestEnergy \S+ of .*: energy", DOUBLE),
     (r"Match \S+ of .*: residual", SOLVED),
-    (r"Ranges \d+ of .*: (high|low)", DOUBLE),
-    (r'Scatter 1 of .*"unit": true.*: mean', DOUBLE),
-    (r"Scatter 1 of .*: scatter", DOUBLE),
-    (r"Slopes 1 of .*: (inverse|slope)", SOLVED),
-    (r"Softmax 1 of .*: sum", DOUBLE),
+    (r"Ranges \S+ of .*: (high|low)", DOUBLE),
+    (r'Scatter \S+ of .*"unit": true.*: mean', DOUBLE),
+    (r"Scatter \S+ of .*: scatter", DOUBLE),
+    (r"Slopes \S+ of .*: (inverse|slope)", SOLVED),
+    (r"Softmax \S+ of .*: sum", DOUBLE),
     (r"jigsaw pass .*: ratio", ROUNDED),
     (r"jigsaw pass .*: stderr", FORWARD),
     (r"noise pass .*: mean", FORWARD),
 )
-"""Tolerances of what is fitted, by the first pattern of `statistic: array` that fits; others are exact."""
+"""Tolerances of what is fitted, by the first pattern of `statistic: array` that fits; others are exact.
+
+They hold for every version of a statistic."""
 
 SCORES = {
     # Largest logits of exact features, as they are or pruned, and of an exact last layer, whole or pruned.
