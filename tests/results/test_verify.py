@@ -422,10 +422,6 @@ CASES: dict[str, tuple[Damage, str]] = {
         of_earlier_version,
         r"metrics +format: expected results 3; found results 2: results of another version",
     ),
-    "unfinished": (
-        document(of_run("manifest.json"), "status", value="failed"),
-        r"run +status: .*found failed",
-    ),
     "killed while it extracted": (
         document(of_run("manifest.json"), "datasets", "test", "features", value=None),
         r"features/test +rows: expected 300 rows = None features \+ 0 errors; found 300 rows = 300 features",
@@ -481,7 +477,7 @@ TOGETHER = (
     ("image list lost", "score NaN", "scores in another order", "interval beside the value"),
     ("count edited", "metric edited", "metric counts edited"),
     ("score null", "flag null", "loss of scores made up", "p-value edited"),
-    ("truncated scores", "truncated metrics", "threshold lost", "unfinished"),
+    ("truncated scores", "truncated metrics", "threshold lost"),
     ("metrics.json edited", "metrics.csv edited", "accuracy edited", "threshold edited"),
     ("killed while it extracted", "another evaluation", "report lost", "config broken"),
     ("role edited", "extra column of other rows", "extra column not finite", "extra column lost"),
@@ -529,6 +525,16 @@ def test_a_whole_run_has_status_0_and_every_check_is_told(finished: Path) -> Non
         r"ok +thresholds +threshold of msp: ",
     ):
         assert re.search(line, result.output), line
+
+
+def test_of_a_run_that_is_not_finished_nothing_else_is_said(workspace: Path) -> None:
+    document(of_run("manifest.json"), "status", value="partial")(workspace)
+    (newest(workspace) / "metrics.parquet").unlink()
+    result = verify(workspace)
+    assert result.exit_code == 1
+    assert re.search(r"bad +run +status: expected finished; found partial", result.output)
+    assert len(re.findall(r"^bad ", result.output, re.MULTILINE)) == 1
+    assert "fix  run the evaluation again: only what is finished is counted" in result.output
 
 
 def test_a_draft_that_a_killed_writer_left_behind_is_no_result(workspace: Path) -> None:

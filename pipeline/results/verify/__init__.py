@@ -38,6 +38,10 @@ def examine(folder: Place, advance: Callable[[int], None] = lambda _: None) -> I
         yield _unreadable(error, "manifest.json", f"{_AGAIN}, which writes {folder / 'manifest.json'} anew")
         return
     run = Run(folder, runs.workspace_of(folder), record)
+    status = same("status", "finished", record.status)
+    yield from _of("run", f"{_AGAIN}: only what is finished is counted", iter([status]))
+    if not status.good:
+        return
     yield from _of("run", _AGAIN, _run(run))
     for name in record.datasets:
         yield from _dataset(run, name, advance)
@@ -114,7 +118,6 @@ def _kept(run: Run) -> Iterator[Finding]:
 def _run(run: Run) -> Iterator[Finding]:
     """The run as a whole."""
     record = run.record
-    yield same("status", "finished", record.status)
     yield same("name", storage.name_of(storage.parent(str(run.folder))), record.name)
     page = run.folder / "report" / "index.html"
     yield Finding("report", str(page), "there" if page.is_file() else "missing", page.is_file())

@@ -1,0 +1,16 @@
+"""What work costs, measured in the process that does it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+
+SCRIPT = "from pipeline.cluster import usage; print(usage.peak_memory())"
+
+
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it() -> None:
+    room = np.ones(2**26)  # 512 MiB
+    found = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert 2**22 < int(found.stdout) < room.nbytes
