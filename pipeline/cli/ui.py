@@ -6,14 +6,19 @@ import os
 import subprocess
 import time
 import webbrowser
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.app import app, console
 
+if TYPE_CHECKING:
+    from pipeline.results.mlflow.tracking import Session
+
 _PATIENCE = 120.0
 """Seconds in which a server must answer."""
+_TRIES = 3
+"""How often a server is started: others may take its port before it listens, seconds after it was free."""
 
 
 @app.command()
@@ -40,28 +45,34 @@ def ui(
     if (found := tracking.address(session)) is not None:
         _show(found + tracking.page(session), browser)
         return
-    chosen = port or tracking.free_port()
-    address = tracking.local(chosen)
+    for _ in range(1 if port else _TRIES):
+        if _serve(session, port or tracking.free_port(), browser):
+            return
+    raise UserError("MLflow's server did not start; what it said stands above. Choose another --port.")
+
+
+def _serve(session: Session, port: int, browser: bool) -> bool:
+    """Whether a server at a port showed the run, until Ctrl-C."""
+    from pipeline.results.mlflow import tracking
+
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with subprocess.Popen(
-        tracking.command(session, chosen), env=os.environ | quiet, stdout=subprocess.DEVNULL
+        tracking.command(session, port), env=os.environ | quiet, stdout=subprocess.DEVNULL
     ) as server:
         try:
             deadline = time.monotonic() + _PATIENCE
-            while not tracking.shows(session, chosen):
+            while not tracking.shows(session, port):
                 if server.poll() is not None or time.monotonic() > deadline:
-                    raise UserError(
-                        f"{address}: MLflow's server did not start; what it said stands above. "
-                        "Choose another --port."
-                    )
+                    return False
                 time.sleep(0.1)
-            _show(address + tracking.page(session), browser)
+            _show(tracking.local(port) + tracking.page(session), browser)
             console.print("Ctrl-C ends the server.")
             server.wait()
         except KeyboardInterrupt:
             pass
         finally:
             server.terminate()
+    return True
 
 
 def _show(link: str, browser: bool) -> None:
