@@ -9,7 +9,7 @@ FAISS ?= cpu  # or gpu
 # Tests start many processes: what these import is compiled once, whatever the shell says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-cluster test-slow test-gpu test-corpus coverage check install clean
+.PHONY: quickstart test test-cluster test-slow test-browser test-gpu test-corpus coverage check install clean
 
 PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
@@ -28,6 +28,10 @@ test-slow: install
 	$(BIN)/python $(PYTEST) -m 'slow and not chaos'
 	$(BIN)/python -m pytest -m chaos tests/cluster
 
+# Needs Debian's packages chromium and chromium-driver. What was seen lies in .screenshots.
+test-browser: install
+	$(BIN)/python -m pytest -m browser tests/results
+
 # Needs an NVIDIA GPU, and the FAISS that runs on it: make test-gpu FAISS=gpu.
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu tests/gpu
@@ -38,7 +42,7 @@ test-corpus: install
 
 coverage: install
 	$(BIN)/coverage erase
-	$(BIN)/coverage run $(PYTEST) -m 'not slow and not chaos and not gpu and not corpus'
+	$(BIN)/coverage run $(PYTEST) -m 'not slow and not chaos and not browser and not gpu and not corpus'
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
