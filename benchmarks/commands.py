@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,13 @@ class Done:
         return found
 
 
-def run(command: str, settings: dict[str, Any], folder: Path, watch: float | None = None) -> Done:
+def run(
+    command: str,
+    settings: dict[str, Any],
+    folder: Path,
+    watch: float | None = None,
+    options: Sequence[str] = (),
+) -> Done:
     """Run a command with its workspace in `folder`; a second call there finds what the first left.
 
     Args:
@@ -47,10 +54,11 @@ def run(command: str, settings: dict[str, Any], folder: Path, watch: float | Non
         settings: the config.
         folder: where config, workspace and log lie.
         watch: seconds between two samples of memory; None takes none.
+        options: more of the command.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    arguments = [*PROGRAM, command, "config.yaml", "--workspace", str(folder / "workspace")]
+    arguments = [*PROGRAM, command, "config.yaml", "--workspace", str(folder / "workspace"), *options]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     log = folder / "log.txt"
     started = time.perf_counter()
