@@ -30,11 +30,11 @@ MEAN, STD = 0.2860, 0.3530
 
 def forward(network: nn.Module, pixels: Any) -> tuple[Tensor, Tensor]:
     """Features and logits of images."""
-    features, logits = [], []
+    features: list[Tensor] = []
     hook = network.get_submodule("fc").register_forward_pre_hook(lambda _, given: features.append(given[0]))
     with torch.inference_mode():
-        for part in torch.split(torch.from_numpy(pixels[:, None]), BATCH):
-            logits.append(network((part.float() / 255 - MEAN) / STD))
+        parts = torch.split(torch.from_numpy(pixels[:, None]), BATCH)
+        logits = [network((part.float() / 255 - MEAN) / STD) for part in parts]
     hook.remove()
     return torch.cat(features), torch.cat(logits)
 
@@ -71,7 +71,7 @@ def of_maps(made: Any) -> Callable[..., Any]:
     return use
 
 
-def detectors(layer: nn.Linear) -> dict[str, Callable[..., Any]]:
+def detectors(layer: Any) -> dict[str, Callable[..., Any]]:
     """The methods that both sides have, by our names."""
     weight, bias = layer.weight, layer.bias
     tail = nn.Sequential(nn.Flatten(), layer)

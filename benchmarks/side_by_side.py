@@ -3,9 +3,9 @@
     pip install --no-deps --target PEER pytorch-ood==0.4.0
     python benchmarks/side_by_side.py --peer PEER --output benchmarks/side_by_side.md
 
-`peer_evaluation.py` is what its user would write: one forward pass, features shared by all detectors, a table.
-Ours is `ood-pipeline run` with the engine in this process and with Ray: intervals, paired comparisons, report and
-MLflow included, in an empty workspace. The sides take turns; nothing else should run meanwhile.
+`peer_evaluation.py` is what its user would write: one forward pass, features shared by all detectors, a
+table. Ours is `ood-pipeline run` with the engine in this process and with Ray: intervals, comparisons, report
+and MLflow included, in an empty workspace. The sides take turns; nothing else should run meanwhile.
 """
 
 from __future__ import annotations
