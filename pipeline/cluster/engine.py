@@ -70,6 +70,9 @@ class Engine(Protocol):
     def cpus(self) -> float:
         """CPUs for all work together."""
 
+    def gpus(self) -> float:
+        """GPUs that are there, whether work asks for them or not."""
+
     def nodes(self, dead: bool = False) -> dict[str, dict[str, Any]]:
         """The nodes that are alive, or also those that were, by id: address, host name and resources."""
 

@@ -131,6 +131,12 @@ class Inline:
         """One for each thread."""
         return self.count
 
+    def gpus(self) -> float:
+        """Those that torch sees."""
+        import torch
+
+        return torch.cuda.device_count()
+
     def nodes(self, dead: bool = False) -> dict[str, dict[str, Any]]:
         """None but this process."""
         return {}

@@ -238,6 +238,11 @@ class OnRay:
         self.connect()
         return float(ray.cluster_resources().get("CPU", 1))
 
+    def gpus(self) -> float:
+        """GPUs of the cluster."""
+        self.connect()
+        return float(ray.cluster_resources().get("GPU", 0))
+
     def nodes(self, dead: bool = False) -> dict[str, dict[str, Any]]:
         """The nodes of the cluster; none before there is a connection."""
         return nodes(dead)

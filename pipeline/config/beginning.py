@@ -28,7 +28,8 @@ datasets:
 
 detectors: all   # that apply; or a list: [msp, knn: {{k: 50}}]; `ood-pipeline detectors` explains each
 
-extract: {{batch_size: 64, gpus_per_actor: 0}}   # gpus_per_actor: 1 where there are GPUs
+extract: {{batch_size: 64}}
+hardware: cpu   # gpu: a GPU for each model actor and each shard of the index
 
 # p-values and flags at a false-alarm rate, see docs/metrics.md:
 # thresholds: {{false_alarm: [0.05], calibrate_on: id}}

@@ -433,6 +433,11 @@ class Config(Frozen):
         description="folder, relative to the current one, or URI that relative paths of datasets and weights "
         "start from; null = the folder of the config file",
     )
+    hardware: Literal["cpu", "gpu"] = Field(
+        default="cpu",
+        description="gpu = a GPU for each model actor and each shard of the index, where "
+        "extract.gpus_per_actor and index.gpus_per_shard are not given",
+    )
     model: Model
     datasets: tuple[Dataset, ...] = Field(min_length=1)
     detectors: Annotated[tuple[DetectorEntry, ...], BeforeValidator(_entries)] = Field(min_length=1)
@@ -446,6 +451,17 @@ class Config(Frozen):
     )
     tracking: Tracking = Tracking()
     tune: Tune | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_gpus(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("hardware") != "gpu":
+            return given
+        found = dict(given)
+        for part, key in (("extract", "gpus_per_actor"), ("index", "gpus_per_shard")):
+            if isinstance(section := given.get(part, {}), dict):
+                found[part] = {key: 1, **section}
+        return found
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Config:

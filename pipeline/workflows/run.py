@@ -342,6 +342,7 @@ class Run:
                 from pipeline.stages import extract
 
                 self.worked = True
+                self._tell_of_gpus()
                 ours = [job for job in jobs if job.name in names]
                 self._renew(artifact for job in ours for artifact in job.artifacts())
                 try:
@@ -383,6 +384,11 @@ class Run:
             self.calibrating = calibration.calibrating(config, self.features)
         if config.thresholds is not None:
             calibration.require_predictions(config, self.features, self.calibrating, classes)
+
+    def _tell_of_gpus(self) -> None:
+        """Say that there are GPUs where the config leaves them idle."""
+        if self.ready.config.extract.needs["GPU"] == 0 and (there := self.engine.gpus()):
+            self.display.say(f"GPUs: {there:g} there, none used; `--set hardware=gpu` uses them")
 
     def _forget_contents(self) -> None:
         """Have images that are known by their bytes be read anew when they are listed next."""

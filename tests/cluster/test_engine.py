@@ -53,6 +53,13 @@ def test_results_come_in_the_order_of_the_arguments_and_are_counted(each: Engine
     assert used.retries == 0
 
 
+def test_gpus_are_counted_whether_anything_asks_for_them_or_not(
+    each: Engine, request: pytest.FixtureRequest
+) -> None:
+    on_ray = request.node.callspec.params["each"] == "ray"
+    assert each.gpus() == (2 if on_ray else torch.cuda.device_count())
+
+
 def test_a_node_runs_no_more_tasks_at_once_than_it_has_memory_for(
     on_ray: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -60,6 +60,13 @@ def load(tmp_path: Path) -> Load:
     return loaded
 
 
+def test_hardware_gpu_gives_a_gpu_to_all_that_have_not_said_otherwise(load: Load) -> None:
+    assert (load().extract.needs["GPU"], load().index.needs["GPU"]) == (0, 0)
+    found = load({**RAW, "extract": {"batch_size": 8}}, "hardware=gpu", "index.gpus_per_shard=0.5")
+    assert (found.extract.batch_size, found.extract.needs["GPU"], found.index.needs["GPU"]) == (8, 1, 0.5)
+    assert load(yaml.safe_load(loading.dump(found))) == found
+
+
 @pytest.fixture
 def refusal(load: Load) -> Callable[..., str]:
     """The message with which a raw config is refused."""

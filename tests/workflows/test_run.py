@@ -27,6 +27,8 @@ from pipeline.config import loading
 from pipeline.errors import UserError
 from pipeline.results import report, verify
 from pipeline.stages import passes, prepare
+from pipeline.workflows import run
+from pipeline.workflows.progress import Quiet
 from pipeline.workflows.run import Outcome, Run
 from pipeline.workspace import files
 from tests.conftest import everything
@@ -140,6 +142,18 @@ def test_more_actors_than_there_are_gpus_are_refused(settings, load, execute, ra
     settings["extract"] |= {"actors": 3, "gpus_per_actor": 1, "device": "cpu"}
     with pytest.raises(UserError, match=r"extract\.actors: 3 asked for, the cluster has room for 2"):
         execute(load(settings), engine="ray")
+
+
+def test_gpus_that_are_left_idle_are_told(settings, load, monkeypatch, tmp_path) -> None:
+    settings["workspace"] = str(tmp_path / "new")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    said: list[str] = []
+    display = Quiet()
+    display.say = said.append
+    options = run.Options(last="extract", publish="never", engine="inline", threads=1)
+    run.execute(load(settings), options, display)
+    run.execute(load(settings), options, display)  # has nothing to do
+    assert said == ["GPUs: 2 there, none used; `--set hardware=gpu` uses them"]
 
 
 def features(workspace: Path, dataset: str) -> dict[str, np.ndarray]:
