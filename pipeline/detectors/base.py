@@ -42,6 +42,8 @@ class Mixup(Pass):
     Result: `mean` (D,) float64 and `samples` () int, the number of images that went in.
     """
 
+    version: ClassVar[int] = 2
+
     block: str = "auto"
     weight: float = Field(default=0.8, ge=0, le=1)
     samples: int = Field(default=1000, ge=1)

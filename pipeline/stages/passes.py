@@ -7,16 +7,19 @@ a pass run on a pool of model actors and are merged in order, so the result does
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
 from pipeline import columns
-from pipeline.cluster.engine import Engine, Pool
-from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LOGITS, Float, padded
+from pipeline.cluster.engine import Engine, Needs, Pool
+from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LOGITS, Float, Mask, padded
 from pipeline.data import decode
 from pipeline.data.manifest import Manifest
 from pipeline.detectors.base import Extra, Jigsaw, Mixup, Noise, Pass, Samples
@@ -31,13 +34,32 @@ Result = dict[str, NDArray[Any]]
 Index = NDArray[np.int64]
 
 
+BATCHES = 16
+"""Batches of images behind mean maps in one call."""
+MAPS = 32
+"""Most mean maps that a worker holds; one takes up to 3 MiB in float32 and twice that as a sum."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images that are mixed with the same map: the prototype p^early of a class (ElAraby et al., eq. 7)."""
+
+    mixed: Index
+    """Rows of these images."""
+    behind: Index
+    """Rows of the class whose mean map it is, ascending."""
+
+
 class Worker:
     """Model worker of the pool."""
 
-    def __init__(self, plan: Plan, threads: int) -> None:
+    def __init__(self, plan: Plan, threads: int, decoders: int = 1) -> None:
+        """Args: the model, threads that the network computes with, and threads that decode."""
         self.plan, self.threads = plan, threads
         self.size = plan.settings.batch_size
         self.seed = plan.seed
+        self.decoders = ThreadPoolExecutor(decoders, "decoder")
+        self.slices = decoders
 
     @cached_property
     def classifier(self) -> Classifier:
@@ -45,14 +67,29 @@ class Worker:
         return extract.load_in_worker(self.plan, self.threads)
 
     def _batches(self, train: Manifest, rows: Index) -> Iterator[tuple[columns.Pixels, Index]]:
-        """Decodable images of some rows (ascending), at most `size` at once, and their rows."""
-        for start in range(0, len(rows), self.size):
-            piece = rows[start : start + self.size]
-            table = train.take(piece)
-            decoded = decoding.decode_rows(table, self.plan)
-            if decoded.rows:
-                readable = np.isin(table["key"].to_pylist(), [row["key"] for row in decoded.rows])
-                yield decoded.pixels, piece[readable]
+        """Decodable images of some rows (ascending), at most `size` at once, and their rows.
+
+        While the network works on a batch, the next one is decoded.
+        """
+        pieces = [rows[start : start + self.size] for start in range(0, len(rows), self.size)]
+        following = self._decode(train, pieces[0]) if pieces else []
+        for number, piece in enumerate(pieces):
+            found = [future.result() for future in following]
+            following = self._decode(train, pieces[number + 1]) if number + 1 < len(pieces) else []
+            readable = np.concatenate([kept for _, kept in found])
+            if readable.any():
+                yield np.concatenate([pixels for pixels, _ in found]), piece[readable]
+
+    def _decode(self, train: Manifest, rows: Index) -> list[Future[tuple[columns.Pixels, Mask]]]:
+        """The readable images of some rows, and which they are, in slices that are decoded side by side."""
+        return [
+            self.decoders.submit(self._decoded, train.take(some))
+            for some in np.array_split(rows, min(self.slices, len(rows)))
+        ]
+
+    def _decoded(self, table: pa.Table) -> tuple[columns.Pixels, Mask]:
+        decoded = decoding.decode_rows(table, self.plan)
+        return decoded.pixels, np.isin(table[KEY].to_pylist(), [row[KEY] for row in decoded.rows])
 
     def _forward(self, pixels: columns.Pixels, blocks: bool) -> dict[str, NDArray[np.float32]]:
         output = self.classifier.forward(padded(pixels, self.size), blocks)
@@ -72,41 +109,27 @@ class Worker:
             ratios.append(np.divide(norms, shuffled, out=np.full_like(norms, np.nan), where=shuffled > 0))
         return np.concatenate(ratios)
 
-    def runners_up(self, train: Manifest, rows: Index) -> tuple[Index, Index]:
-        """The decodable ones of some rows, and the class with the second largest logit of each."""
+    def runners_up(self, train: Manifest, rows: Index, classes: Index) -> tuple[Index, Index]:
+        """The decodable ones of some rows, and of some classes that with the largest logit of each row.
+
+        Its own predicted class does not count.
+        """
         found = [(np.empty(0, np.int64), np.empty(0, np.int64))]
         for pixels, kept in self._batches(train, rows):
-            order = np.argsort(self._forward(pixels, blocks=False)[LOGITS], axis=1)
-            found.append((kept, order[:, -2]))
-        kept, classes = (np.concatenate(side) for side in zip(*found, strict=True))
-        return kept, classes
+            logits = self._forward(pixels, blocks=False)[LOGITS]
+            logits[np.arange(len(logits)), logits.argmax(axis=1)] = -np.inf
+            found.append((kept, classes[logits[:, classes].argmax(axis=1)]))
+        kept, chosen = (np.concatenate(side) for side in zip(*found, strict=True))
+        return kept, chosen
 
-    def mean_map(self, train: Manifest, rows: Index, block: str) -> NDArray[np.float32]:
-        """Mean output of a block over some rows."""
-        total: Any = 0.0
-        count = 0
-        for pixels, kept in self._batches(train, rows):
-            seen: list[torch.Tensor] = []
-
-            def see(_: Any, __: Any, output: torch.Tensor, seen: list[torch.Tensor] = seen) -> None:
-                seen.append(output.clone())  # a later layer may work in place
-
-            with taps.hooked(self.classifier.module, {block: see}):
-                self._forward(pixels, blocks=False)
-            total = total + seen[0][: len(kept)].double().sum(dim=0).cpu().numpy()
-            count += len(kept)
-        if not count:
-            raise UserError(f"datasets: none of the training images {rows[0]} ... {rows[-1]} can be read.")
-        mean: NDArray[np.float32] = (total / count).astype(np.float32)
-        return mean
-
-    def mixed_sum(self, train: Manifest, rows: Index, others: list[Any], spec: Mixup) -> tuple[Float, int]:
-        """Sum of the penultimate features of some rows mixed with one map each, and their number."""
-        of_row = dict(zip(rows.tolist(), others, strict=True))
+    def mixed_sum(self, train: Manifest, groups: Sequence[Group], spec: Mixup) -> tuple[Float, int]:
+        """Sum of the penultimate features of images mixed with their group's mean map, and their number."""
+        maps = self.mean_maps(train, [group.behind for group in groups], spec.block)
+        of_row = {row: number for number, group in enumerate(groups) for row in group.mixed.tolist()}
         total, count = np.zeros(self.classifier.head[0].shape[1]), 0
-        for pixels, kept in self._batches(train, rows):
-            maps = padded(np.stack([of_row[row] for row in kept.tolist()]), self.size)
-            other = torch.tensor(maps, device=self.classifier.device)
+        for pixels, kept in self._batches(train, np.sort(np.array(list(of_row)))):
+            own_maps = padded(np.stack([maps[of_row[row]] for row in kept.tolist()]), self.size)
+            other = torch.tensor(own_maps, device=self.classifier.device)
 
             def mix(_: Any, __: Any, own: torch.Tensor, other: torch.Tensor = other) -> torch.Tensor:
                 return spec.weight * own + (1 - spec.weight) * other
@@ -115,6 +138,29 @@ class Worker:
                 total += self._forward(pixels, blocks=False)[FEATURE].astype(np.float64).sum(axis=0)
             count += len(kept)
         return total, count
+
+    def mean_maps(self, train: Manifest, groups: Sequence[Index], block: str) -> list[NDArray[np.float32]]:
+        """Mean output of a block over the rows of each group, all groups in the same batches."""
+        of_row = {row: number for number, rows in enumerate(groups) for row in rows.tolist()}
+        totals: list[Any] = [0.0] * len(groups)
+        counts = np.zeros(len(groups), np.int64)
+        for pixels, kept in self._batches(train, np.sort(np.concatenate(groups))):
+            seen: list[torch.Tensor] = []
+
+            def see(_: Any, __: Any, output: torch.Tensor, seen: list[torch.Tensor] = seen) -> None:
+                seen.append(output.clone())  # a later layer may work in place
+
+            with taps.hooked(self.classifier.module, {block: see}):
+                self._forward(pixels, blocks=False)
+            members = np.array([of_row[row] for row in kept.tolist()])
+            for number in np.unique(members).tolist():
+                mine = torch.from_numpy(np.flatnonzero(members == number)).to(seen[0].device)
+                totals[number] = totals[number] + seen[0][mine].double().sum(dim=0).cpu().numpy()
+                counts[number] += len(mine)
+        if len(missing := np.flatnonzero(counts == 0)):
+            rows = groups[missing[0]]
+            raise UserError(f"datasets: none of the training images {rows[0]} ... {rows[-1]} can be read.")
+        return [(total / count).astype(np.float32) for total, count in zip(totals, counts, strict=True)]
 
     def features_and(self, source: Manifest, rows: Index, extra: Extra) -> list[tuple[Float, Float]]:
         """Penultimate features of some rows, as precise as stored ones, and an extra of theirs, by batch.
@@ -167,8 +213,24 @@ class Runner:
             needs = extract.decoder_needs(self.engine, self.plan)
             room = self.engine.capacity(needs, "extract")
             count = min(extract.actor_count(self.engine, self.plan), room)
-            self.workers = self.engine.pool(Worker, needs, count, self.plan, self.engine.threads(needs))
+            threads = self.engine.threads(needs)
+            more, decoders = self._with_decoders(needs, count)
+            self.workers = self.engine.pool(Worker, more, count, self.plan, threads, decoders)
         return self.workers
+
+    def _with_decoders(self, needs: Needs, count: int) -> tuple[Needs, int]:
+        """What a worker asks for, and threads that decode in it.
+
+        Where decoding is separate, workers share the CPUs that would decode for them.
+        """
+        if self.plan.separate:
+            for cpus in range(int(self.engine.cpus() // count), int(needs["CPU"]), -1):
+                more = {**needs, "CPU": cpus}
+                if "memory" in needs:
+                    more["memory"] = cpus * needs["memory"]
+                if self.engine.holds(more, count):
+                    return more, cpus
+        return needs, 1
 
     def each(self, call: str, arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Results of a method of `Worker` on the pool, in the order of the arguments."""
@@ -206,26 +268,35 @@ class Runner:
         spec = spec.model_copy(update={"block": self.early if spec.block == "auto" else spec.block})
         if spec.block is None:
             raise UserError("the model has no block to mix images at; name a layer with mixup_layer.")
+        labels = self.train.labels()
+        classes = np.unique(labels[labels >= 0]).astype(np.int64)
+        if len(classes) < 2:
+            raise UserError("datasets: training images of one class alone; mixing needs two.")
         sample = self.pieces(self.sample(spec, spec.samples))
-        found = self.each("runners_up", [(self.train, rows) for rows in sample])
-        rows, classes = (np.concatenate(side) for side in zip(*found, strict=True))
-        maps = self._class_maps(spec, np.unique(classes))
-        grouped = [np.sort(piece) for piece in self.pieces(rows[np.argsort(classes, kind="stable")])]
-        runner_up = dict(zip(rows.tolist(), classes.tolist(), strict=True))
-        others = [[maps[runner_up[row]] for row in piece.tolist()] for piece in grouped]
-        pairs = zip(grouped, others, strict=True)
-        sums = self.each("mixed_sum", [(self.train, piece, some, spec) for piece, some in pairs])
+        found = self.each("runners_up", [(self.train, rows, classes) for rows in sample])
+        rows, chosen = (np.concatenate(side) for side in zip(*found, strict=True))
+        rng = np.random.default_rng([self.plan.seed, *b"class maps"])
+        order = rng.permutation(len(labels))
+        groups = [
+            Group(rows[chosen == label], np.sort(order[labels[order] == label][: spec.class_samples]))
+            for label in np.unique(chosen)
+        ]
+        together = self._together(groups)
+        sums = self.each("mixed_sum", [(self.train, some, spec) for some in together])
         totals, counts = zip(*sums, strict=True)
         return {"mean": np.sum(totals, axis=0) / sum(counts), "samples": np.array(sum(counts))}
 
-    def _class_maps(self, spec: Mixup, classes: Index) -> dict[int, NDArray[np.float32]]:
-        """Mean map of the mixing block for some classes: prototypes p^early (ElAraby et al., eq. 7)."""
-        labels = self.train.labels()
-        rng = np.random.default_rng([self.plan.seed, *b"class maps"])
-        order = rng.permutation(len(labels))
-        rows = [np.sort(order[labels[order] == label][: spec.class_samples]) for label in classes]
-        found = self.each("mean_map", [(self.train, some, spec.block) for some in rows])
-        return dict(zip(classes.tolist(), found, strict=True))
+    def _together(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """Groups in pieces of so many images that few batches are not full, and of not too many maps."""
+        pieces: list[list[Group]] = []
+        images = 0
+        for group in groups:
+            if not pieces or images >= BATCHES * self.plan.settings.batch_size or len(pieces[-1]) == MAPS:
+                pieces.append([])
+                images = 0
+            pieces[-1].append(group)
+            images += len(group.behind)
+        return pieces
 
     def noise(self, spec: Noise) -> Result:
         """Mean feature of the share of noise images with the lowest logsumexp."""

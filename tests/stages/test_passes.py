@@ -116,9 +116,10 @@ def test_tokens_are_mixed_as_maps_are(settings, load, train, pixels) -> None:
         mean = tokens.double().mean(dim=0).float()
         mixed = network.norm(network.blocks[3](0.8 * tokens + 0.2 * mean))
         feature = network.pool(mixed).double().sum(dim=0)
-    found = worker.mean_map(train, rows, "blocks.2")
+    (found,) = worker.mean_maps(train, [rows], "blocks.2")
     np.testing.assert_allclose(found, mean.numpy(), atol=1e-6)
-    total, count = worker.mixed_sum(train, rows, [found] * 20, Mixup(block="blocks.2", weight=0.8))
+    group = passes.Group(rows, rows)
+    total, count = worker.mixed_sum(train, [group], Mixup(block="blocks.2", weight=0.8))
     assert count == 20
     np.testing.assert_allclose(total, feature.numpy(), rtol=1e-4, atol=1e-4)
 
@@ -128,6 +129,52 @@ def test_mixup_uses_no_more_images_of_a_class_than_asked_for(runner) -> None:
     more = runner.run(Mixup(samples=SAMPLES, class_samples=None))["mean"]
     assert not np.array_equal(some, more)
     np.testing.assert_allclose(some, more, rtol=0.5, atol=0.3)
+
+
+def test_mean_maps_come_in_full_batches_and_do_not_depend_on_what_stands_beside(
+    runner, plan, train, monkeypatch
+) -> None:
+    forwarded, forward = [], Classifier.forward
+
+    def counted(self: Classifier, pixels: Any, *more: Any) -> Any:
+        forwarded.append(len(pixels))
+        return forward(self, pixels, *more)
+
+    spec = Mixup(samples=SAMPLES, class_samples=10)
+    monkeypatch.setattr(Classifier, "forward", counted)
+    together = runner.run(spec)
+    assert len(forwarded) <= 3 + 7 + 3 + 1, "16 each: runners-up, 10 images of up to 10 classes, mixed ones"
+    monkeypatch.setattr(passes, "MAPS", 1)
+    alone = runner.run(spec)
+    np.testing.assert_allclose(alone["mean"], together["mean"], rtol=1e-6)
+    worker = passes.Worker(plan, 1)
+    some = [np.arange(0, 30, 3), np.arange(1, 30, 3)]
+    for number, rows in enumerate(some):
+        np.testing.assert_array_equal(
+            worker.mean_maps(train, some, "layer3")[number], worker.mean_maps(train, [rows], "layer3")[0]
+        )
+
+
+def test_decoders_change_nothing_and_a_worker_on_a_gpu_takes_the_cpus_that_are_left(
+    plan, train, runner, on_ray
+) -> None:
+    rows = np.arange(0, 60, 2)
+    one, three = (passes.Worker(plan, 1, decoders).mean_maps(train, [rows], "layer3") for decoders in (1, 3))
+    np.testing.assert_array_equal(one, three)
+    on_gpus = replace(plan, settings=plan.settings.model_copy(update={"gpus_per_actor": 1, "device": "cpu"}))
+    for settings, count, cpus in ((on_gpus, 1, 3), (on_gpus, 2, 1), (plan, 1, 1)):
+        needs = {"CPU": 1.0, "GPU": settings.settings.gpus_per_actor}
+        chosen, decoders = passes.Runner(on_ray, train, settings, None, [])._with_decoders(needs, count)
+        assert (chosen["CPU"], decoders) == (cpus, cpus)
+
+
+def test_a_class_without_training_images_is_no_runner_up(plan, train, runner) -> None:
+    worker, rows = passes.Worker(plan, 1), np.arange(20)
+    _, all_of_them = worker.runners_up(train, rows, np.arange(10))
+    lacking = all_of_them[0]
+    _, others = worker.runners_up(train, rows, np.delete(np.arange(10), lacking))
+    assert lacking not in others
+    np.testing.assert_array_equal(others[all_of_them != lacking], all_of_them[all_of_them != lacking])
 
 
 def slow_norm(maps: torch.Tensor) -> float:
@@ -187,8 +234,7 @@ def test_noise_is_blurred_5_pixels_wide_and_7_high(plan) -> None:
 
 def test_the_network_is_left_without_hooks(plan, train) -> None:
     worker = passes.Worker(plan, 1)
-    worker.mean_map(train, np.arange(20), "layer3")
-    worker.mixed_sum(train, np.arange(4), [np.zeros((64, 7, 7), np.float32)] * 4, Mixup(block="layer3"))
+    worker.mixed_sum(train, [passes.Group(np.arange(4), np.arange(20))], Mixup(block="layer3"))
     for module in worker.classifier.module.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
@@ -281,7 +327,7 @@ def test_unreadable_training_images_are_left_out(plan, settings, tmp_path) -> No
     listed = manifest.compile_manifest(dataset, tmp_path / "manifests")
     ratios = worker.norm_ratios(listed, np.arange(5), grid=3)
     assert ratios.shape == (4, 4)
-    kept, _ = worker.runners_up(listed, np.arange(5))
+    kept, _ = worker.runners_up(listed, np.arange(5), np.arange(10))
     np.testing.assert_array_equal(kept, [0, 1, 3, 4])
 
 
