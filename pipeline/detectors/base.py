@@ -357,6 +357,16 @@ class Detector(Frozen):
         """Whether the run must have held-out ID data, or training data in their place."""
         return bool(self.calibration() or any(spec.held_out for spec in self.passes()))
 
+    def table(self, classes: int, width: int, stages: Mapping[str, int]) -> int:
+        """Numbers in the largest array that it holds by pairs of classes, or by class and more than features.
+
+        Args:
+            classes: of the head.
+            width: dimensions of the feature.
+            stages: as `Training.stages`.
+        """
+        return 0
+
     def check(self, width: int, stages: Mapping[str, int]) -> None:
         """Whether the parameters suit the network.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,6 +34,10 @@ class Fdbd(Detector):
         "one network only."
     )
     columns: ClassVar[tuple[str, ...]] = (FEATURE, LOGITS)
+
+    def table(self, classes: int, width: int, stages: Mapping[str, int]) -> int:
+        """The distances between the classes' weights."""
+        return classes * classes
 
     def statistics(self) -> tuple[Classes]:
         """The mean feature."""

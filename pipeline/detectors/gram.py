@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar
@@ -54,6 +54,10 @@ class Gram(Detector):
     def extras(self) -> tuple[Pooled]:
         """Pooled maps."""
         return (Pooled(),)
+
+    def table(self, classes: int, width: int, stages: Mapping[str, int]) -> int:
+        """The ranges of every class."""
+        return 2 * classes * sum(stages.values()) * len(self.orders)
 
     def statistics(self) -> tuple[Deviations]:
         """Mean deviation of every stage; it builds on the ranges."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,6 +36,10 @@ class KlMatching(Detector):
         " = a prediction that is typical for one class, high = typical for none."
     )
     columns: ClassVar[tuple[str, ...]] = (LOGITS,)
+
+    def table(self, classes: int, width: int, stages: Mapping[str, int]) -> int:
+        """The mean softmax of every class."""
+        return classes * classes
 
     def calibration(self) -> tuple[Softmax]:
         """Mean softmax of each predicted class."""

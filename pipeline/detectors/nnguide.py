@@ -40,6 +40,10 @@ class LargestEnergy(Statistic[Largest]):
         """The classifier's output."""
         return (LOGITS,)
 
+    def numbers(self, width: int, classes: int) -> int:
+        """One."""
+        return 1
+
     def measure(self, head: Head, known: Statistics) -> Callable[[Batch], Largest]:
         """The largest of a batch."""
         return _largest

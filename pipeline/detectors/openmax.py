@@ -64,6 +64,10 @@ class OpenMax(Detector):
         description="classes α whose logits are corrected, the largest; at most C",
     )
 
+    def table(self, classes: int, width: int, stages: Mapping[str, int]) -> int:
+        """The mean logits of every class."""
+        return classes * classes
+
     def statistics(self) -> tuple[Classes, Farthest]:
         """Mean logits of each class, and the largest distances from them."""
         return _MEANS, Farthest(self.tail or _TAIL)
@@ -168,6 +172,10 @@ class Farthest(Statistic[Tails]):
     def columns(self) -> tuple[str, ...]:
         """Logits, true and predicted class."""
         return (LOGITS, LABEL, PREDICTION)
+
+    def numbers(self, width: int, classes: int) -> int:
+        """The tails."""
+        return self.tail * classes
 
     def after(self) -> tuple[Classes]:
         """The mean logits."""

@@ -167,6 +167,10 @@ class Draw(Statistic[Drawn]):
         """Feature and the classifier's output."""
         return (FEATURE, LOGITS)
 
+    def numbers(self, width: int, classes: int) -> int:
+        """The rows."""
+        return self.size * width
+
     def after(self) -> tuple[Hashes]:
         """The lowest hashes."""
         return (Hashes(self.size, self.seed),)

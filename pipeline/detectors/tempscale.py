@@ -101,6 +101,10 @@ class Slopes(Statistic[SlopeSums]):
         """Logits and true class."""
         return (LOGITS, LABEL)
 
+    def numbers(self, width: int, classes: int) -> int:
+        """Points and slopes."""
+        return 2 * _POINTS
+
     def after(self) -> tuple[Slopes, ...]:
         """The coarse slopes."""
         return (Slopes(),) if self.refined else ()

@@ -99,6 +99,10 @@ class Match(Statistic[Sizes]):
         """Feature and logits."""
         return (FEATURE, LOGITS)
 
+    def numbers(self, width: int, classes: int) -> int:
+        """Two sums."""
+        return 2
+
     def after(self) -> tuple[Scatter]:
         """The moments behind the subspace."""
         return (Scatter(),)

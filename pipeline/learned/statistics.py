@@ -7,7 +7,7 @@ statistic of one detector alone lies in that detector's file; those here serve s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
@@ -39,6 +39,10 @@ class Part:
         """What it holds of both sets of rows together; here the sum of every array."""
         return type(self)(**{name: value + getattr(other, name) for name, value in self.arrays().items()})
 
+    def whole(self) -> Part:
+        """What is kept of all rows; of some rows it may hold less than that."""
+        return self
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Its arrays by name, to be stored; the constructor takes them back."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
@@ -52,7 +56,9 @@ class Statistic(Generic[P]):
     """A specification of what to learn from training rows; equal ones are computed once."""
 
     part: ClassVar[type[Part]]
-    """What it gives."""
+    """What it gives, of all rows."""
+    piece: ClassVar[type[Part] | None] = None
+    """What it gives of some rows, if that is another: parts are `whole` pieces."""
     version: ClassVar[int] = 1
     """Goes up when the bits of its result change: what is kept of it is then computed again."""
 
@@ -61,12 +67,21 @@ class Statistic(Generic[P]):
         """Columns of the feature table it reads."""
         return (FEATURE,)
 
+    def numbers(self, width: int, classes: int) -> int:
+        """Most numbers that it holds, of pairs of columns or of columns by class unless it says otherwise.
+
+        Args:
+            width: values that a row of its columns has.
+            classes: of the head.
+        """
+        return width * max(width, classes)
+
     def after(self) -> tuple[Statistic[Any], ...]:
         """Statistics of all rows it builds on; it is measured in a later pass than they are."""
         return ()
 
-    def measure(self, head: Head, known: Statistics) -> Callable[[Batch], P]:
-        """A picklable function of one batch, at least one row; called once per pass.
+    def measure(self, head: Head, known: Statistics) -> Callable[[Batch], Part]:
+        """A picklable function of one batch, at least one row, that gives a piece; called once per pass.
 
         Args:
             head: the last layer.
@@ -131,7 +146,7 @@ def in_passes(wanted: Iterable[Statistic[Any]]) -> list[list[Statistic[Any]]]:
 
 def of(batch: Batch, wanted: Iterable[Statistic[Any]], head: Head) -> Statistics:
     """Statistics of rows that are all in memory."""
-    return compute(wanted, lambda group, known: [each.measure(head, known)(batch) for each in group])
+    return compute(wanted, lambda group, known: [each.measure(head, known)(batch).whole() for each in group])
 
 
 def normalize(feature: NDArray[Any]) -> Float:
@@ -145,6 +160,80 @@ def normalize(feature: NDArray[Any]) -> Float:
 def unit_rows(batch: Batch) -> Float:
     """(N, D) the features of a batch, normalised; for `once`."""
     return normalize(batch[FEATURE])
+
+
+@dataclass(frozen=True)
+class Occurring(Part):
+    """Sums over rows of the classes that they are of: of many classes some rows have few."""
+
+    classes: NDArray[np.int64]
+    """(K,) ascending."""
+    count: NDArray[np.int64]
+    """(K,) rows of each."""
+    total: Float
+    """(K, W) sum over the rows of each."""
+    known: NDArray[np.int64]
+    """() C, classes that there are."""
+
+    @classmethod
+    def of(cls, rows: NDArray[Any], label: NDArray[Any], known: int, **more: NDArray[Any]) -> Self:
+        """Sums of rows (N, W) by label (N,) in [0, C).
+
+        Args:
+            rows: what is summed.
+            label: of each row.
+            known: C.
+            more: what else it holds.
+        """
+        order = np.argsort(label, kind="stable")
+        classes, starts, count = np.unique(label[order], return_index=True, return_counts=True)
+        total = np.empty((len(classes), rows.shape[1]))
+        for place, own in zip(total, np.split(order, starts[1:]), strict=False):  # one stays in the cache
+            rows[own].astype(np.float64).sum(axis=0, out=place)
+        return cls(
+            classes=classes.astype(np.int64), count=count, total=total, known=np.asarray(known), **more
+        )
+
+    def merge(self, other: Self) -> Self:
+        """Sums of both sets of rows."""
+        classes = np.union1d(self.classes, other.classes)
+        own, theirs = (np.searchsorted(classes, part.classes) for part in (self, other))
+        count, total = np.zeros(len(classes), np.int64), np.zeros((len(classes), self.total.shape[1]))
+        count[own], total[own] = self.count, self.total
+        count[theirs] += other.count
+        for place, more in zip(theirs, other.total, strict=True):  # a copy of all of them would be large
+            total[place] += more
+        return replace(self, classes=classes, count=count, total=total)
+
+    def dense(self) -> tuple[NDArray[np.int64], Float]:
+        """Count (C,) and sum (C, W) of the rows of every class."""
+        if len(self.classes) == self.known:
+            return self.count, self.total
+        count, total = np.zeros(self.known, np.int64), np.zeros((self.known, self.total.shape[1]))
+        count[self.classes], total[self.classes] = self.count, self.total
+        return count, total
+
+
+@dataclass(frozen=True)
+class Labelled(Occurring):
+    """The same, and the sum of the rows without a label."""
+
+    unlabelled_count: NDArray[np.int64]
+    """() rows without a label."""
+    unlabelled_sum: Float
+    """(W,) their sum."""
+
+    def merge(self, other: Self) -> Self:
+        """Sums of both sets of rows."""
+        return replace(
+            super().merge(other),
+            unlabelled_count=self.unlabelled_count + other.unlabelled_count,
+            unlabelled_sum=self.unlabelled_sum + other.unlabelled_sum,
+        )
+
+    def whole(self) -> ClassSums:
+        """With all classes."""
+        return ClassSums(*self.dense(), self.unlabelled_count, self.unlabelled_sum)
 
 
 @dataclass(frozen=True)
@@ -183,6 +272,7 @@ class Classes(Statistic[ClassSums]):
     """Count and sum of the rows of each class."""
 
     part: ClassVar[type[Part]] = ClassSums
+    piece: ClassVar[type[Part] | None] = Labelled
     version: ClassVar[int] = 2
 
     column: str = FEATURE
@@ -197,26 +287,22 @@ class Classes(Statistic[ClassSums]):
         """What is summed, the class, and whether the classifier got it right."""
         return (self.column, LABEL, *((PREDICTION,) if self.correct else ()))
 
-    def measure(self, head: Head, known: Statistics) -> Callable[[Batch], ClassSums]:
+    def measure(self, head: Head, known: Statistics) -> Callable[[Batch], Labelled]:
         """Sums of a batch; its labels lie in [-1, C)."""
         return partial(self._of, classes=len(head.bias))
 
-    def _of(self, batch: Batch, classes: int) -> ClassSums:
+    def _of(self, batch: Batch, classes: int) -> Labelled:
         rows, label = normalize(batch[self.column]) if self.unit else batch[self.column], batch[LABEL]
         if self.correct:
             right = label == batch[PREDICTION]
             rows, label = rows[right], label[right]
-        known = np.flatnonzero(label >= 0)
-        order = known[np.argsort(label[known], kind="stable")]
-        present, starts = np.unique(label[order], return_index=True)
-        class_sum = np.zeros((classes, rows.shape[1]))
-        for each, own in zip(present, np.split(order, starts[1:]), strict=False):  # one stays in the cache
-            rows[own].astype(np.float64).sum(axis=0, out=class_sum[each])
-        return ClassSums(
-            class_count=np.bincount(label[known], minlength=classes),
-            class_sum=class_sum,
-            unlabelled_count=np.asarray((label < 0).sum()),
-            unlabelled_sum=rows[label < 0].astype(np.float64).sum(axis=0),
+        known = label >= 0
+        return Labelled.of(
+            rows if known.all() else rows[known],
+            label[known],
+            classes,
+            unlabelled_count=np.asarray((~known).sum()),
+            unlabelled_sum=rows[~known].astype(np.float64).sum(axis=0),
         )
 
 
@@ -313,24 +399,30 @@ class SoftmaxSums(Part):
 
 
 @dataclass(frozen=True)
+class Predicted(Occurring):
+    """Sums of softmax probabilities of the predicted classes that occur."""
+
+    def whole(self) -> SoftmaxSums:
+        """With all classes."""
+        return SoftmaxSums(*self.dense())
+
+
+@dataclass(frozen=True)
 class Softmax(Statistic[SoftmaxSums]):
     """Count and sum of the softmax probabilities of each predicted class."""
 
     part: ClassVar[type[Part]] = SoftmaxSums
+    piece: ClassVar[type[Part] | None] = Predicted
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The classifier's output."""
         return (LOGITS, PREDICTION)
 
-    def measure(self, head: Head, known: Statistics) -> Callable[[Batch], SoftmaxSums]:
+    def measure(self, head: Head, known: Statistics) -> Callable[[Batch], Predicted]:
         """Sums of a batch."""
         return self._of
 
-    def _of(self, batch: Batch) -> SoftmaxSums:
-        probability, prediction = softmax(batch[LOGITS]), batch[PREDICTION]
-        order = np.argsort(prediction, kind="stable")
-        present, starts = np.unique(prediction[order], return_index=True)
-        total = np.zeros((probability.shape[1],) * 2)
-        total[present] = np.add.reduceat(probability[order], starts, axis=0)
-        return SoftmaxSums(np.bincount(prediction, minlength=len(total)), total)
+    def _of(self, batch: Batch) -> Predicted:
+        probability = softmax(batch[LOGITS])
+        return Predicted.of(probability, batch[PREDICTION], probability.shape[1])

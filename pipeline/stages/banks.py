@@ -72,17 +72,18 @@ def build_bank(
 
 def _held(_: Bank, table: tables.Table, columns: Sequence[str], start: int, stop: int, __: str) -> int:
     """Bytes that a task may hold."""
-    return memory.of_rows(table, columns, stop - start, _TIMES)
+    first, last = memory.cuts(table, columns, start, stop)[0]
+    return memory.of_rows(table, columns, last - first, _TIMES)
 
 
 def _write_bank(
     bank: Bank, table: tables.Table, columns: Sequence[str], start: int, stop: int, path: str
 ) -> File:
     """One piece of a bank."""
-    rows = table.read(start, stop, columns)
     pieces = [
         bank.embed(batch)[:count][bank.keep(batch)[:count]]
-        for batch, count in tables.fixed_batches(rows, BATCH)
+        for cut in memory.cuts(table, columns, start, stop)
+        for batch, count in tables.fixed_batches(table.read(*cut, columns), BATCH)
     ]
     vectors = np.concatenate(pieces).astype(np.float32)
     if not np.isfinite(vectors).all():

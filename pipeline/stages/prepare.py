@@ -25,7 +25,7 @@ from pipeline.learned import statistics
 from pipeline.metrics.metrics import LEVEL
 from pipeline.network.description import NO_BLOCKS, WRONG_SIZE, Description
 from pipeline.network.known import Network
-from pipeline.stages import calibration, identity, index, shards
+from pipeline.stages import calibration, identity, index, memory, shards
 from pipeline.workspace import artifacts, files, runs
 from pipeline.workspace.files import Place
 from pipeline.workspace.patience import Unavailable
@@ -393,13 +393,24 @@ def check_applies(label: str, detector: Detector, network: Network) -> None:
 def _check_network(label: str, detector: Detector, network: Network) -> None:
     """Whether parameters suit the network, and it gives the extra columns."""
     known = network.description
+    classes, width = known.head[0].shape
     try:
         for part in detector.parts():
-            part.check(known.head[0].shape[1], known.taps.stages)
+            part.check(width, known.taps.stages)
+            _check_table(part, 8 * part.table(classes, width, known.taps.stages), classes)
         for extra in detector.extras():
             network.check([type(extra).__name__, extra.model_dump(mode="json")], partial(_try, extra))
     except UserError as error:
         raise UserError(f"detectors.{label}: {error}") from None
+
+
+def _check_table(detector: Detector, held: int, classes: int) -> None:
+    """Whether a task may hold the largest array of a detector."""
+    if held > memory.MOST:
+        raise UserError(
+            f"{detector.name} holds {held / 2**30:.1f} GiB for the {classes:,} classes of the model, more "
+            f"than the {memory.MOST >> 30} GiB that a task may. Drop the detector."
+        )
 
 
 def _try(extra: Extra, classifier: Classifier) -> None:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from pipeline import imports
 from pipeline.cluster.engine import Engine, Shared
-from pipeline.columns import LABEL, PREDICTION, Batch
+from pipeline.columns import FEATURE, LABEL, LOGITS, PREDICTION, Batch
 from pipeline.learned import statistics
 from pipeline.learned.statistics import Head, Part, Statistic, Statistics
 from pipeline.stages import memory
@@ -21,7 +21,10 @@ from pipeline.workspace import tables
 from pipeline.workspace.artifacts import ARRAYS, Artifact, File, Kept, Store, opened, saved, write_part
 
 SLICE = 8192
-"""Rows per task. Fixed, so that sums are added in the same order however the rows lie in parts."""
+"""Rows that are measured at once, fewer where they are wide (`_slice`).
+
+Fixed, so that sums are added in the same order however the rows lie in parts.
+"""
 
 
 EVERY = 8
@@ -29,6 +32,9 @@ EVERY = 8
 
 Fixed, too: the sums of such pieces are merged in their order, whoever made them.
 """
+
+_WIDEST = 2**28
+"""Bytes of columns that are measured at once, at most."""
 
 _TIMES = 10
 """What measuring a slice takes over the bytes of its columns: at most 9.1, with all detectors."""
@@ -67,7 +73,12 @@ def fit_statistics(
         made = {
             each: store.artifact(
                 f"{FORMAT}.{each.version}",
-                {"features": list(rows.names), **each.identity, **imports.foreign(type(each))},
+                {
+                    "features": list(rows.names),
+                    **each.identity,
+                    **imports.foreign(type(each)),
+                    **_cut(each, head),
+                },
                 rows.contents(each.columns) | Stored(found).contents(each.after()),
             )
             for each in group
@@ -123,17 +134,16 @@ def _sweep(
     known: Statistics,
 ) -> None:
     """Make some statistics in one pass over the rows: sums of pieces, and of each the sum of these."""
-    slices = [(table, start, stop) for table in rows.tables for start, stop in table.slices(SLICE)]
-    pieces = [slices[first : first + EVERY] for first in range(0, len(slices), EVERY)]
-    names = (
-        [f"sum-{number:05d}.safetensors" for number in range(len(pieces))] if len(pieces) > 1 else [ARRAYS]
-    )
     done = {each: artifact.begin() for each, artifact in wanted.items()}
     measures = {each: engine.share(each.measure(head, known)) for each in wanted}
+    groups = [
+        (together, _pieces(rows, _slice(together[0], head))) for together in _together(wanted, rows, head)
+    ]
+    names = {each: list(pieces) for together, pieces in groups for each in together}
     todo = [
         (name, piece, lacking)
-        for name, piece in zip(names, pieces, strict=True)
-        for together in _together(wanted)
+        for together, pieces in groups
+        for name, piece in pieces.items()
         if (lacking := [each for each in together if not {name, ARRAYS} & done[each].keys()])
     ]
     arguments = (
@@ -142,43 +152,79 @@ def _sweep(
     )
 
     def held(piece: Sequence[tuple[tables.Table, int, int]], some: Sequence[tuple[Any, ...]], _: str) -> int:
-        return _held(piece[0], [each for each, *_ in some], len(head.bias))
+        return _held(piece[0], [each for each, *_ in some], head)
 
     for (name, _, lacking), made in zip(todo, engine.in_order(_sums, arguments, held), strict=True):
         for each, file in zip(lacking, made, strict=True):
             done[each][name] = file
     whole = {each: files[ARRAYS] for each, files in done.items() if ARRAYS in files}
     sums = [
-        (each, artifact, {name: done[each][name] for name in names})
+        (each, artifact, {name: done[each][name] for name in names[each]})
         for each, artifact in wanted.items()
         if each not in whole
     ]
-    made_whole = engine.in_order(_whole, sums, _merged)
+
+    def merged(statistic: Statistic[Any], _: Artifact, pieces: Mapping[str, File]) -> int:
+        return _merged(pieces, _sum_bytes(rows.tables[0], statistic, head))
+
+    made_whole = engine.in_order(_whole, sums, merged)
     whole |= {each: file for (each, *_), file in zip(sums, made_whole, strict=True)}
     for each, artifact in wanted.items():
         artifact.finish({ARRAYS: whole[each]})
 
 
-def _together(wanted: Iterable[Statistic[Any]]) -> list[list[Statistic[Any]]]:
-    """Statistics that read the same wide columns: a task holds the sums of no others."""
+def _slice(statistic: Statistic[Any], head: Head) -> int:
+    """Rows that it measures at once; of its columns these two alone can be too wide for `SLICE`."""
+    widths = {FEATURE: head.weight.shape[1], LOGITS: len(head.bias)}
+    width = sum(width for column, width in widths.items() if column in statistic.columns)
+    return memory.narrowed(SLICE, 4 * width, _WIDEST)
+
+
+def _cut(statistic: Statistic[Any], head: Head) -> dict[str, int]:
+    """What its bits depend on if it measures fewer rows at once than others."""
+    rows = _slice(statistic, head)
+    return {} if rows == SLICE else {"slice": rows}
+
+
+def _pieces(rows: Rows, size: int) -> dict[str, list[tuple[tables.Table, int, int]]]:
+    """Slices of the rows that are summed in one task, by name of the file of their sum."""
+    slices = [(table, start, stop) for table in rows.tables for start, stop in table.slices(size)]
+    if len(slices) <= EVERY:
+        return {ARRAYS: slices}
+    pieces = [slices[first : first + EVERY] for first in range(0, len(slices), EVERY)]
+    return {f"piece-{number:05d}.safetensors": piece for number, piece in enumerate(pieces)}
+
+
+def _sum_bytes(table: tables.Table, statistic: Statistic[Any], head: Head) -> int:
+    """Bytes of the sums of a statistic, at most."""
+    return 8 * statistic.numbers(table.row_bytes(statistic.columns) // 4, len(head.bias))
+
+
+def _together(wanted: Iterable[Statistic[Any]], rows: Rows, head: Head) -> list[list[Statistic[Any]]]:
+    """Statistics that read the same wide columns, as many as may sum at once: a task does no others."""
     found: dict[frozenset[str], list[Statistic[Any]]] = {}
     for each in wanted:
         found.setdefault(frozenset(each.columns) - {LABEL, PREDICTION}, []).append(each)
-    return list(found.values())
+    groups = []
+    for some in found.values():
+        most = max(_sum_bytes(rows.tables[0], each, head) for each in some)
+        count = max(memory.MOST // 4 // max(most, 1), 1)
+        groups += [some[first : first + count] for first in range(0, len(some), count)]
+    return groups
 
 
-def _held(cut: tuple[tables.Table, int, int], wanted: Sequence[Statistic[Any]], classes: int) -> int:
-    """Bytes that a task may hold; sums are of pairs of columns, or of columns by class."""
+def _held(cut: tuple[tables.Table, int, int], wanted: Sequence[Statistic[Any]], head: Head) -> int:
+    """Bytes that a task may hold."""
     table, start, stop = cut
     columns = {column for statistic in wanted for column in statistic.columns}
-    width = table.row_bytes(columns) // 4
-    sums = 8 * width * max(width, classes)
-    return memory.of_rows(table, columns, stop - start, _TIMES) + (len(wanted) + 2) * sums
+    sums = [_sum_bytes(table, statistic, head) for statistic in wanted]
+    return memory.of_rows(table, columns, stop - start, _TIMES) + sum(sums) + 2 * max(sums)
 
 
-def _merged(_: Statistic[Any], __: Artifact, pieces: Mapping[str, File]) -> int:
-    """Bytes that a task may hold: the sum so far, the next piece, their sum, and what is written of it."""
-    return memory.PROCESS + 4 * max(piece.size for piece in pieces.values())
+def _merged(pieces: Mapping[str, File], most: int) -> int:
+    """Bytes that a task may hold: the sum so far, the next piece, and their sum."""
+    sizes = [piece.size for piece in pieces.values()]
+    return memory.PROCESS + 3 * max(*sizes, min(sum(sizes), most))
 
 
 def _sums(
@@ -195,7 +241,7 @@ def _sums(
             part = measure.get()(batch)
             sums[statistic] = sums[statistic].merge(part) if statistic in sums else part
     return [
-        write_part(artifact.folder / name, saved(part.arrays()))
+        write_part(artifact.folder / name, saved((part.whole() if name == ARRAYS else part).arrays()))
         for (_, _, artifact), part in zip(wanted, sums.values(), strict=True)
     ]
 
@@ -205,7 +251,7 @@ def _whole(statistic: Statistic[Any], artifact: Artifact, pieces: Mapping[str, F
     total: Part | None = None
     for name, piece in pieces.items():
         with opened(artifact.folder / name, piece.sha256) as file:
-            part = statistic.part(**load_file(file))
+            part = (statistic.piece or statistic.part)(**load_file(file))
         total = part if total is None else total.merge(part)
     assert total is not None
-    return write_part(artifact.folder / ARRAYS, saved(total.arrays()))
+    return write_part(artifact.folder / ARRAYS, saved(total.whole().arrays()))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import AGAIN, UserError
 from pipeline.workspace import files, storage
@@ -291,9 +291,16 @@ def name_of(folder: Place) -> str:
 
 
 def saved(arrays: Arrays) -> Callable[[Path], object]:
-    """A function that writes arrays to a path, readable as any file is: `save_file` shuts out other users."""
+    """A function that writes arrays to a path, without another copy of them in memory."""
     whole = {name: np.asarray(value, order="C") for name, value in arrays.items()}
-    return lambda path: path.write_bytes(save(whole))
+
+    def fill(path: Path) -> None:
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(whole, path)
+        path.chmod(mode)  # which shuts out other users by itself
+
+    return fill
 
 
 def write(path: Place, fill: Callable[[Path], object], **facts: Any) -> File:

@@ -55,7 +55,7 @@ def merged(batches, wanted: list[Statistic], head: Head = HEAD) -> Statistics:
         total = [measure(batches[0]) for measure in measures]
         for batch in batches[1:]:
             total = [part.merge(measure(batch)) for part, measure in zip(total, measures, strict=True)]
-        return total
+        return [part.whole() for part in total]
 
     return statistics.compute(wanted, sweep)
 
@@ -83,6 +83,29 @@ def test_class_sums_equal_loops_over_the_rows(batch, column, unit, correct) -> N
     np.testing.assert_allclose(
         found.class_mean, (found.class_sum / np.maximum(found.class_count, 1)[:, None])[[0, 1, 3]]
     )
+
+
+@pytest.mark.parametrize("wanted", [Classes(), Classes(correct=True), Softmax()])
+def test_sums_of_some_rows_hold_no_more_classes_than_these_have(batch, wanted) -> None:
+    rows = {name: values[:3] for name, values in batch.items()}
+    many = {**rows, "logits": np.pad(rows["logits"], ((0, 0), (0, 996)), constant_values=-np.inf)}
+    head = Head(np.zeros((1000, 7), np.float32), np.zeros(1000, np.float32))
+    part = wanted.measure(head, Statistics())(many)
+    assert len(part.classes) <= 3
+    assert max(value.size for value in part.arrays().values()) <= 3 * 1000
+    few = wanted.measure(HEAD, Statistics())(rows).whole().arrays()
+    for name, value in part.whole().arrays().items():
+        common = tuple(slice(0, size) for size in few[name].shape)
+        np.testing.assert_allclose(value[common], few[name], rtol=1e-15)
+        assert np.count_nonzero(value) == np.count_nonzero(few[name])
+
+
+def test_class_sums_are_added_in_the_order_of_the_parts(batch) -> None:
+    parts = [Classes().measure(HEAD, Statistics())(each) for each in cut(batch, 30)]
+    total, expected = parts[0], parts[0].whole().class_sum
+    for part in parts[1:]:
+        total, expected = total.merge(part), expected + part.whole().class_sum
+    np.testing.assert_array_equal(total.whole().class_sum, expected)
 
 
 def test_the_mean_is_that_of_all_rows_and_class_means_leave_out_classes_without_rows(batch) -> None:

@@ -237,7 +237,7 @@ def test_sums_of_pieces_are_merged_without_reading_rows_again(engine, tmp_path, 
         else:
             patch.setattr(statistics, "_whole", killed)
         fitted(engine, Store(tmp_path / "fits"), table, wanted)
-    pieces = sorted(tmp_path.glob("fits/*/sum-*"))
+    pieces = sorted(tmp_path.glob("fits/*/piece-*"))
     assert len(pieces) == (0 if damage == "sums are gone" else 5)
     if damage == "flipped":
         pieces[3].write_bytes(DAMAGES[damage](pieces[3].read_bytes()))

@@ -17,6 +17,7 @@ from pipeline.detectors.base import Training
 from pipeline.detectors.dice import Dice
 from pipeline.detectors.knn import Knn
 from pipeline.detectors.mds import Mds
+from pipeline.detectors.nnguide import LargestEnergy
 from pipeline.learned.percentiles import DimensionPercentiles, Percentiles
 from pipeline.learned.statistics import Classes, Head, Scatter
 from pipeline.stages import banks, index, memory, score, statistics
@@ -93,12 +94,57 @@ def test_what_is_asked_follows_from_rows_widths_and_neighbours(engine: Engine, t
     assert len(sums) >= 2
     for some, asked in sums:
         row = sum(widths[name] for name in {name for statistic, *_ in some for name in statistic.columns})
-        assert asked == memory.PROCESS + 3000 * 10 * row + (len(some) + 2) * 8 * (row // 4) ** 2
+        own = [8 * (sum(widths[name] for name in each.columns) // 4) ** 2 for each, *_ in some]
+        assert asked == memory.PROCESS + 3000 * 10 * row + sum(own) + 2 * max(own)
     assert noted.asked("_write_bank") == [memory.PROCESS + 3000 * 6 * whole]
     found = 3 * 16 * 1024 * 5 * 2  # batches under way, bytes, rows, neighbours, shards
-    assert noted.asked("score_part") == [memory.PROCESS + int(3000 * 3.5 * whole) + found]
+    assert noted.asked("score_part") == [memory.PROCESS + 18 * 1024 * whole + found]
     shard = memory.PROCESS + int(1.5 * 4 * 1500 * 40)
     assert [beside for *_, beside in noted.tasks if beside] == [(shard, shard)]
+
+
+def test_wide_rows_are_read_in_smaller_ranges_of_whole_row_groups(tmp_path: Path) -> None:
+    assert memory.narrowed(8192, 4 * (2048 + 1000)) == 8192
+    assert memory.narrowed(8192, 4 * (2048 + 21_843)) == tables.ROW_GROUP
+    assert memory.narrowed(8192, 2**30) == tables.ROW_GROUP
+    assert memory.narrowed(10, 2**30) == 10
+    table = stored(tmp_path, [tables.arrow_columns({FEATURE: np.zeros((4, 2**14), np.float32)})])
+    assert memory.cuts(table, (FEATURE,), 100, 5000) == [(100, 2148), (2148, 4196), (4196, 5000)]
+
+
+def test_scores_and_vectors_are_the_same_in_whatever_ranges_rows_are_read(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bound in (2**27, 1):
+        monkeypatch.setattr(memory, "_BYTES", bound)
+        worked(engine, tmp_path / str(bound), rows=3000, width=20, classes=5)
+    whole, cut = (
+        {file.relative_to(tmp_path / bound): file.read_bytes() for file in (tmp_path / bound).rglob("part-*")}
+        | {file.name: file.read_bytes() for file in (tmp_path / bound).rglob("bank-*")}
+        for bound in (str(2**27), "1")
+    )
+    assert len(whole) > 4
+    assert whole == cut
+
+
+def test_statistics_of_wide_rows_are_of_fewer_at_once_and_other_artifacts(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = worked(engine, tmp_path / "whole", rows=3000, width=40, classes=5, searching=False)
+    monkeypatch.setattr(statistics, "SLICE", 2048)
+    monkeypatch.setattr(statistics, "_WIDEST", 2048 * 4 * 40 - 1)
+    cut = worked(engine, tmp_path / "cut", rows=3000, width=40, classes=5, searching=False)
+    lengths = [
+        [
+            [stop - start for _, start, stop in given[0]]
+            for function, given, *_ in noted.tasks
+            if function is statistics._sums
+        ]
+        for noted in (whole, cut)
+    ]
+    assert lengths == [[[3000]] * len(lengths[0]), [[1024, 1024, 952]] * len(lengths[0])]
+    names = [{folder.name for folder in (tmp_path / each / "fits").iterdir()} for each in ("whole", "cut")]
+    assert len(names[0] & names[1]) == 1  # the bank
 
 
 def test_a_part_that_is_not_there_asks_for_a_process(tmp_path: Path) -> None:
@@ -126,3 +172,26 @@ def test_tasks_hold_no_more_than_they_ask_for_and_not_much_less(engine: Engine, 
         for function, given, asked, _ in noted.tasks:
             held = pool.apply(peak, (function, given))
             assert held <= asked <= 2.5 * held, (function.__name__, held >> 20, asked >> 20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_sums_of_many_classes_are_few_at_a_time(engine: Engine, tmp_path: Path) -> None:
+    rows, width, classes, rng = statistics.SLICE, 1024, 9000, np.random.default_rng(0)
+    label = rng.integers(0, classes, rows).astype(np.int32)
+    columns = {
+        LABEL: label,
+        PREDICTION: label,
+        FEATURE: rng.exponential(size=(rows, width)).astype(np.float32),
+    }
+    logits = rng.normal(size=(1024, classes)).astype(np.float32)
+    columns[LOGITS] = np.tile(logits, (rows // 1024, 1))
+    table = stored(tmp_path / "table", [tables.arrow_columns(columns)])
+    head, noted = Head(np.zeros((classes, width), np.float32), np.zeros(classes, np.float32)), Noted(engine)
+    wanted = [Classes(), Classes(correct=True), Classes(unit=True), LargestEnergy()]
+    store = Store(tmp_path / "fits")
+    statistics.fit_statistics(noted, store, statistics.Rows([table], ["features/x"]), wanted, head)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for function, given, asked, _ in noted.tasks:
+            held = pool.apply(peak, (function, given))
+            assert held <= min(asked, 2**30), (function.__name__, held >> 20, asked >> 20)

@@ -11,7 +11,7 @@ import pytest
 from pipeline import detectors
 from pipeline.config.schema import DetectorEntry
 from pipeline.errors import UserError
-from pipeline.stages import prepare
+from pipeline.stages import memory, prepare
 from pipeline.workspace.patience import Unavailable
 
 NET = """
@@ -96,6 +96,15 @@ def test_of_all_detectors_those_that_do_not_apply_are_left_out_with_the_reason(f
     assert [*ready.detectors] == [name for name in detectors.names() if name not in ready.not_applicable]
     flat["detectors"] = list(ready.detectors)
     assert prepare.prepare(load(flat)).fingerprint == ready.fingerprint
+
+
+def test_tables_of_pairs_of_classes_that_no_task_may_hold_are_foreseen(flat, load, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "MOST", 8 * 10 * 10 - 1)
+    left_out = prepare.prepare(load({**flat, "detectors": "all"})).not_applicable
+    large = {label for label, reason in left_out.items() if "GiB for the 10 classes of the model" in reason}
+    assert large == {"fdbd", "klmatching", "openmax"}
+    with pytest.raises(UserError, match=r"^detectors\.fdbd: fdbd holds .* Drop the detector"):
+        prepare.prepare(load({**flat, "detectors": ["msp", "fdbd"]}))
 
 
 def test_without_training_images_all_detectors_that_learn_nothing_are_left(settings, load) -> None:
