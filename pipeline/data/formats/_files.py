@@ -22,6 +22,7 @@ from pipeline.workspace.tables import ROW_GROUP
 AHEAD = 16
 """Folders beside each other that are listed at once."""
 
+_FIELDS = [(field.name, field.type) for field in SCHEMA]
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 
 
@@ -132,10 +133,10 @@ def batched(rows: Iterable[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
         given = set[str]().union(*some)
         yield pa.RecordBatch.from_arrays(
             [
-                pa.array([row.get(field.name) for row in some], field.type)
-                if field.name in given
-                else pa.nulls(len(some), field.type)
-                for field in SCHEMA
+                pa.array([row.get(name) for row in some], kind)
+                if name in given
+                else pa.nulls(len(some), kind)
+                for name, kind in _FIELDS
             ],
             schema=SCHEMA,
         )

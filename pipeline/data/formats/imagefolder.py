@@ -48,14 +48,11 @@ def classes(dataset: Dataset) -> Classes:
 
 def _rows(dataset: Dataset, root: str, labelled: Classes | None, notes: Notes) -> Iterator[dict[str, object]]:
     part = 0 if dataset.labels is None else -1
+    inside, label = "", -1
     for path, entry in _files.walk(root, EXTENSIONS, notes.files):
-        *folders, _ = path.split("/")
-        label = -1
-        if labelled is not None and folders:
-            label = labelled.of(folders[part], f"datasets.{dataset.name}.labels: {_files.spelled(path)}")
-        yield {
-            "key": _files.spelled(path),
-            "uri": entry.uri,
-            "label": label,
-            "identity": entry.identity,
-        }
+        key, folder = _files.spelled(path), path.rpartition("/")[0]
+        if folder != inside:  # once for all images beside each other
+            inside, label = folder, -1
+            if labelled is not None and folder:
+                label = labelled.of(folder.split("/")[part], f"datasets.{dataset.name}.labels: {key}")
+        yield {"key": key, "uri": entry.uri, "label": label, "identity": entry.identity}
