@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline.cluster.engine import Shared
 from pipeline.columns import Float
 from pipeline.config import schema
 from pipeline.errors import UserError
-from pipeline.stages.index import FILE, BankFiles, Ids, Neighbours, Vectors, device, kept, merge
+from pipeline.stages.index import FILE, BankFiles, Distances, Ids, Neighbours, Vectors, device, kept, merge
 from pipeline.workspace import files
 from pipeline.workspace.artifacts import File, opened, write_part
 
@@ -127,14 +128,14 @@ class IndexShard:
         parts = self.pool.map(lambda cut: nearest(*cut) if cut[0] < cut[1] else nothing, cuts)
         return merge(list(parts), k)
 
-    def distance(self, folder: str, queries: Shared[Vectors], row: Ids) -> Float:
-        """(N, m) Euclidean float64 distances of queries to rows of a bank; inf to those of other shards."""
+    def distance(self, folder: str, queries: Shared[Vectors], row: Ids) -> Distances:
+        """Euclidean float64 distances of queries to those of (N, m) rows of a bank that lie in this shard."""
         self.load(folder)
-        vectors, own = self.vectors[folder], row - self.offset[folder]
-        query, column = np.nonzero((own >= 0) & (own < len(vectors)) & (row >= 0))
-        distance = np.full(row.shape, np.inf)
-        distance[query, column] = exact_distance(queries.get(), vectors, query, own[query, column])
-        return distance
+        vectors, start = self.vectors[folder], self.offset[folder]
+        found = Distances(start, start + len(vectors), np.empty(0))
+        own = found.of(row)
+        query, _ = np.nonzero(own)
+        return replace(found, value=exact_distance(queries.get(), vectors, query, row[own] - start))
 
     def train(self, folder: str, path: str) -> File:
         """Train an index of this shard's rows of a bank by the factory string, and write it to a path.

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cluster.engine import Actor, Engine, Pending, Shared
-from pipeline.columns import Float
+from pipeline.columns import Float, Mask
 from pipeline.config import schema
 from pipeline.errors import UserError
 from pipeline.stages import memory
@@ -101,6 +101,23 @@ class Neighbours:
     """(N, k) rows of the bank; -1 where it found none."""
 
 
+@dataclass(frozen=True)
+class Distances:
+    """Distances to those of some rows that lie in one shard: no others travel."""
+
+    start: int
+    """First row of the bank in the shard."""
+    stop: int
+    """Behind the last."""
+    value: Float
+    """(M,) in the order of the rows."""
+
+    def of(self, row: Ids) -> Mask:
+        """(N, m) bool, which of the rows they are for."""
+        mask: Mask = (row >= self.start) & (row < self.stop)
+        return mask
+
+
 def merge(found: Sequence[Neighbours], k: int) -> Neighbours:
     """The k nearest of several shards, ties in the order of the shards."""
     if len(found) == 1:
@@ -135,8 +152,10 @@ class Search:
             (N, m) float64.
         """
         row = self.neighbours.row[:, columns]
-        asked = [shard.ask("distance", self.folder, self.queries, row) for shard in self.shards]
-        distance: Float = np.min([part() for part in asked], axis=0)  # each row lies in one shard alone
+        distance = np.full(row.shape, np.inf)
+        for part in [shard.ask("distance", self.folder, self.queries, row) for shard in self.shards]:
+            found: Distances = part()
+            distance[found.of(row)] = found.value
         return distance
 
 

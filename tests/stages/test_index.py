@@ -133,6 +133,19 @@ def test_only_the_distances_that_are_read_are_computed(tmp_path, vectors, querie
     assert pairs == [64 * 9, 64]
 
 
+def test_each_shard_sends_the_distances_to_its_own_vectors_alone(tmp_path) -> None:
+    rng = np.random.default_rng(3)
+    vectors, asked = (rng.normal(size=(rows, 8)).astype(np.float32) for rows in (3 * faiss_shard.BLOCK, 20))
+    files = bank(tmp_path, vectors)
+    found = shards(files, 3)
+    row = begun(found, asked, 7).neighbours.row
+    row[0, 0] = -1
+    sent = [Object(shard).ask("distance", files.folder, Object(shard).send(asked), row)() for shard in found]
+    assert [len(each.value) for each in sent] == [
+        (row // faiss_shard.BLOCK == number).sum() for number in range(3)
+    ]
+
+
 def test_distances_are_exact_where_faiss_own_are_lost(tmp_path) -> None:
     rng = np.random.default_rng(2)
     vectors = (rng.normal(size=(100, 16)) * 1e-4 + 10).astype(np.float32)
