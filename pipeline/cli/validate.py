@@ -13,6 +13,7 @@ from pipeline.cli.detectors import per_image
 if TYPE_CHECKING:
     from pipeline.cluster.engine import Engine
     from pipeline.stages.prepare import Prepared
+    from pipeline.stages.shards import Job
 
 
 @app.command()
@@ -56,8 +57,8 @@ def show_plan(ready: Prepared) -> None:
     table = Table("dataset", "role", "images", "labels", "features cached")
     for dataset in settings.datasets:
         job = ready.jobs[dataset.name]
-        labels, cached = _histogram(job.manifest.class_count), "yes" if job.complete else "no"
-        table.add_row(dataset.name, dataset.role, f"{job.manifest.rows:,}", labels, cached)
+        labels = _histogram(job.manifest.class_count)
+        table.add_row(dataset.name, dataset.role, f"{job.manifest.rows:,}", labels, _cached(job))
     console.print(table)
     for dataset in settings.datasets:
         for note in ready.jobs[dataset.name].manifest.notes:
@@ -82,6 +83,13 @@ def show_left_out(not_applicable: Mapping[str, str]) -> None:
         labels.setdefault(reason, []).append(label)
     for reason, found in labels.items():
         console.print(f"left out {', '.join(found)}: {reason}", markup=False, soft_wrap=True)
+
+
+def _cached(job: Job) -> str:
+    """Whether the features of a dataset are there, and which columns beside them are not."""
+    if not job.featured:
+        return "no"
+    return ", ".join(["yes", *(f"no {extra.kind}" for extra in job.lacking())])
 
 
 def _histogram(class_count: Mapping[int, int]) -> str:
@@ -118,8 +126,16 @@ def _show_probe(working: Engine, ready: Prepared, batch_sizes: bool) -> None:
     for size, rate in found.forward.items() if batch_sizes else ():
         best = "  <- fastest" if rate == max(found.forward.values()) else ""
         console.print(f"batch     {size:>5}  {rate:,.0f} images/s{best}")
-    seconds, actors = estimate.duration(working, ready, found)
-    console.print(f"estimate  about {_duration(seconds)} of forward passes on {actors} model actors")
+    about, (_, actors) = estimate.times(working, ready, found), estimate.forwarding(working, ready, found)
+    parts = {
+        "starting": about.start,
+        f"forward passes on {actors} model actors": about.forward,
+        "fit": about.fit,
+        "score": about.score,
+        "evaluation and report": about.rest,
+    }
+    told = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
+    console.print(f"estimate  about {_duration(about.total)}: {told}", soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

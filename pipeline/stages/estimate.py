@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
+from threadpoolctl import threadpool_limits
 
 from pipeline.cluster.engine import Engine
-from pipeline.columns import LOGITS, padded
+from pipeline.columns import FEATURE, LOGITS, padded
 from pipeline.errors import UserError
+from pipeline.learned import statistics
+from pipeline.learned.logits import softmax
+from pipeline.learned.statistics import Scatter
 from pipeline.metrics.numbering import Numbering, suspicious
 from pipeline.network.classifier import Classifier
 from pipeline.stages import decoding, extract, shards
@@ -24,6 +29,15 @@ BATCH_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 _SECONDS = 1.0
 """Least time over which the forward pass is measured."""
+
+_SPECTRUM = 0.007
+"""A spectrum of D dimensions over D times a product of `Products.ROWS` rows with a (D, D) matrix."""
+
+_STARTS = 2.4, 1.3, 0.3
+"""What the start of extraction, of extra passes and of an index takes over that of engine and one actor."""
+
+_REST, _DRAWN = 3.0, 0.03
+"""Seconds of evaluation and report, and more of them for each detector on each dataset."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +96,96 @@ class Probe:
     """Images per second of one model actor, by batch size."""
     numbering: Numbering | None = None
     """What is suspicious about the order of labels."""
+    products: Products | None = None
+    """What detectors do to rows."""
+    seconds: float = 0.0
+    """What measuring took."""
+    start: float = 0.0
+    """Seconds until the actor began to measure: Ray, a process, its imports, the model."""
 
 
-def duration(engine: Engine, ready: Prepared, found: Probe) -> tuple[float, int]:
+@dataclass(frozen=True)
+class Products:
+    """Seconds of one CPU for `ROWS` rows of features (D) and logits (C)."""
+
+    ROWS: ClassVar[int] = 1024
+
+    classes: float
+    """A product with a matrix (D, C) in float64."""
+    features: float
+    """A product with a matrix (D, D) in float64."""
+    softmax: float
+    """Of the logits."""
+
+    @classmethod
+    def measured(cls, width: int, classes: int) -> Products:
+        """Of made-up rows."""
+        rng = np.random.default_rng(0)
+        feature, logits = (rng.normal(size=(cls.ROWS, each)) for each in (width, classes))
+        weight, square = (rng.normal(size=(width, each)) for each in (classes, width))
+        work = (lambda: feature @ weight, lambda: feature @ square, lambda: softmax(logits))
+        with threadpool_limits(limits=1):
+            return cls(*(min(_seconds(each) for _ in range(3)) for each in work))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Times:
+    """About how many seconds a run takes, by what it does."""
+
+    start: float
+    """Of Ray, of workers, and of what they import."""
+    forward: float
+    """All passes through the network, once they are running."""
+    fit: float
+    score: float
+    rest: float
+    """Evaluation and report."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.start + self.forward + self.fit + self.score + self.rest
+
+
+def times(engine: Engine, ready: Prepared, found: Probe) -> Times:
+    """About how long a run takes, features that are cached left out; of fits and scores it is all of them.
+
+    Products and softmaxes stand for what detectors do: one of each that a detector reads the input of.
+    """
+    assert found.products is not None
+    per, cpus, width = found.products, max(engine.cpus(), 1), ready.network.head[0].shape[1]
+    forward, _ = forwarding(engine, ready, found)
+    chosen = ready.detectors.values()
+    train = sum(job.manifest.rows for job in ready.of_role("train"))
+    scored = sum(job.manifest.rows for job in ready.jobs.values()) - train
+    learned = {each for detector in chosen for each in (*detector.statistics(), *detector.calibration())}
+    passed = [each for group in statistics.in_passes(learned) for each in group]
+    sweeps = sum(
+        per.features * (FEATURE in each.columns) + per.softmax * (LOGITS in each.columns) for each in passed
+    )
+    banks = sum(detector.neighbours for detector in chosen)
+    spectra = sum(any(isinstance(each, Scatter) for each in detector.statistics()) for detector in chosen)
+    columns = [name for detector in chosen for name in detector.columns]
+    scores = per.classes * columns.count(FEATURE) + per.softmax * columns.count(LOGITS)
+    pairs = per.features / (2 * width) * banks * train  # in float32
+    begun = [Cost.of(ready).images > 0, any(detector.passes() for detector in chosen), banks > 0]
+    return Times(
+        start=found.start * sum(share for share, there in zip(_STARTS, begun, strict=True) if there),
+        forward=forward,
+        fit=train * (sweeps + banks * per.features) / Products.ROWS / cpus
+        + spectra * _SPECTRUM * width * per.features,
+        score=scored * (scores + pairs) / Products.ROWS / cpus,
+        rest=_REST + _DRAWN * len(chosen) * len(ready.jobs),
+    )
+
+
+def forwarding(engine: Engine, ready: Prepared, found: Probe) -> tuple[float, int]:
     """About how many seconds all forward passes take once they are running, and on how many model actors."""
     plan, cost = ready.plan, Cost.of(ready)
     images, actors = cost.images + cost.extra, extract.actor_count(engine, plan)
@@ -101,7 +202,7 @@ def probe(engine: Engine, ready: Prepared, sizes: Sequence[int]) -> Probe:
     Raises:
         UserError: if no image of a dataset can be read, or the cluster has no room for a model actor.
     """
-    settings = ready.config.extract
+    settings, started = ready.config.extract, time.perf_counter()
     extract.actor_count(engine, ready.plan)
     each = -(-PROBE_IMAGES // len(ready.jobs))
     tables = {}
@@ -112,9 +213,9 @@ def probe(engine: Engine, ready: Prepared, sizes: Sequence[int]) -> Probe:
     worker = engine.start(Prober, needs, ready.plan, engine.threads(needs))
     try:
         found: Probe = worker.ask("measure", tables, list(sizes))()
+        return replace(found, start=max(time.perf_counter() - started - found.seconds, 0))
     finally:
         worker.stop()
-    return found
 
 
 @dataclass(frozen=True)
@@ -131,6 +232,7 @@ class Prober:
             UserError: if no image of a dataset can be read, or the first batch does not fit.
         """
         classifier = extract.load_in_worker(self.plan, self.threads, compiled=self.plan.settings.compile)
+        begun = time.perf_counter()
         decoding.decode_rows(next(iter(tables.values())).slice(0, 8), self.plan)  # warms up
         started = time.perf_counter()
         decoded = self._decoded(tables)
@@ -159,7 +261,10 @@ class Prober:
                 raise UserError(f"extract.batch_size: {size} images do not fit: {error}. Lower it.") from None
             rates[size] = count * size / (time.perf_counter() - started)
         numbering = self._numbering(classifier, decoded, min(rates))
-        return Probe(images, decoded.errors, decode, rates, numbering)
+        weight, _ = classifier.head
+        products = Products.measured(weight.shape[1], weight.shape[0])
+        seconds = time.perf_counter() - begun
+        return Probe(images, decoded.errors, decode, rates, numbering, products, seconds)
 
     def _decoded(self, tables: Mapping[str, pa.Table]) -> decoding.Decoded:
         """The images of all datasets.

@@ -364,6 +364,14 @@ def test_a_good_evaluation_is_shown_and_not_started(case, command):
     assert_nothing_looks_complete(case.workspace)
 
 
+def test_columns_that_are_missing_of_cached_features_are_named(case, command):
+    assert command("extract", "--engine", "inline", "-q", case.config()).status == 0
+    case.raw["detectors"].append("odin")
+    outcome = command("validate", "--no-probe", case.config())
+    assert re.search(r"train +│ train +│ 30 +│ .* │ yes +│", outcome.out)
+    assert re.search(r"test +│ id +│ 30 +│ .* │ yes, no perturbed", outcome.out)
+
+
 def test_files_that_are_left_out_are_told_before_a_run(case, command):
     folder = case.folder / "photos"
     folder.mkdir()

@@ -48,18 +48,36 @@ def test_the_probe_measures_some_images_of_every_dataset(engine, ready) -> None:
     assert 100 <= found.images < 110
     assert found.errors == []
     assert list(found.forward) == [32, 64]
-    seconds, actors = estimate.duration(engine, ready, found)
+    assert found.products is not None and found.products.classes > 0
+    seconds, actors = estimate.forwarding(engine, ready, found)
     assert actors == 1
     cost = estimate.Cost.of(ready)
     images = cost.images + cost.extra
     assert seconds == pytest.approx(images / found.forward[64] + images / found.decode)
 
 
+def test_the_estimate_covers_starting_fit_and_score(engine, ready, settings, load, execute) -> None:
+    products = estimate.Products(classes=0.1, features=0.2, softmax=0.3)
+    probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=products, start=2.0)
+    found, cpus = estimate.times(engine, ready, probe), engine.cpus()
+    train = ready.jobs["train"].manifest.rows
+    scored = sum(job.manifest.rows for job in ready.jobs.values()) - train
+    assert found.start == pytest.approx(2 * (2.4 + 1.3 + 0.3))
+    assert found.forward == estimate.forwarding(engine, ready, probe)[0]
+    assert found.fit == pytest.approx(train * (0.2 + 2 * 0.2) / 1024 / cpus)  # class sums and two banks
+    neighbours = 2 * train * 0.2 / (2 * 128)
+    assert found.score == pytest.approx(scored * (2 * 0.1 + 0.3 + neighbours) / 1024 / cpus)
+    assert found.total == found.start + found.forward + found.fit + found.score + found.rest
+    settings["detectors"] = ["msp"]
+    execute(load(settings), last="extract")
+    assert estimate.times(engine, prepare.prepare(load(settings)), probe).start == 0
+
+
 def test_decoding_elsewhere_is_limited_by_the_slower_side(on_ray, ready) -> None:
     given = estimate.Probe(100, [], decode=10.0, forward={64: 1000.0})
     settings = ready.config.extract.model_copy(update={"decode": "separate"})
     apart = replace(ready, config=ready.config.model_copy(update={"extract": settings}))
-    seconds, _ = estimate.duration(on_ray, apart, given)
+    seconds, _ = estimate.forwarding(on_ray, apart, given)
     cost = estimate.Cost.of(apart)
     assert seconds == pytest.approx((cost.images + cost.extra) / (2 * 10))
 
