@@ -17,8 +17,8 @@ from pipeline.detectors.knn import KnnScorer
 from pipeline.errors import UserError, unknown
 from pipeline.results.evaluation import Evaluation, opened
 from pipeline.results.report.tables import Results
+from pipeline.stages import memory
 from pipeline.stages.fit import read_scorer
-from pipeline.stages.statistics import SLICE
 from pipeline.workflows.bundle import config_of, detectors_of, fit_of
 from pipeline.workflows.progress import Display, Quiet
 from pipeline.workspace import artifacts, tables
@@ -179,7 +179,7 @@ def _nearest(
     found: dict[str, list[tuple[float, Neighbour]]] = {label: [] for label in banks}
     with display.stage("explain", sum(table.rows for table in sources.values())) as stage:
         for name, table in sources.items():
-            for start, stop in table.slices(SLICE):
+            for start, stop in memory.cuts(table, columns, 0, table.rows):
                 batch = table.read(start, stop, columns)
                 for label, bank in banks.items():
                     close = _closest(batch, bank, queries[label], name, count)
