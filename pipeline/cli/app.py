@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -111,6 +111,17 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def warn(texts: Iterable[str], word: str = "warning") -> None:
+    """Print texts, each after a word that says what it is."""
+    for text in texts:
+        console.print(f"{word:<8} {text}", markup=False, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Print what went wrong to standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", markup=False)
+
+
 def level(verbose: int) -> int:
     """The level of logging for a number of -v."""
     return (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
@@ -122,7 +133,14 @@ def changes(overrides: list[str], workspace: str) -> list[str]:
 
 
 def load(source: str, overrides: list[str], workspace: str) -> Config:
-    """The config of a command."""
+    """The config of a command that is about one model."""
     from pipeline.config import loading
 
     return loading.load(source, changes(overrides, workspace))
+
+
+def load_all(source: str, overrides: list[str], workspace: str) -> list[Config]:
+    """The config of a command, one for each of its models."""
+    from pipeline.config import loading
+
+    return loading.load_all(source, changes(overrides, workspace))

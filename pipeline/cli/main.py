@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from typer.models import CommandInfo
 
 from pipeline import __version__, imports
@@ -31,7 +30,7 @@ from pipeline.cli import (  # noqa: F401 - their commands
     validate,
     workspace,
 )
-from pipeline.cli.app import app, console
+from pipeline.cli.app import app, complain, console
 from pipeline.errors import UserError
 
 _ORDER = (
@@ -77,7 +76,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            "\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), markup=False
-        )
+        complain("\n".join([str(error), *getattr(error, "__notes__", ())]))
         raise SystemExit(2) from None

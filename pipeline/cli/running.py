@@ -6,9 +6,8 @@ They read the config before they import what takes seconds, so that a mistake in
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from itertools import zip_longest
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,14 +28,18 @@ from pipeline.cli.app import (
     document,
     level,
     load,
+    load_all,
+    warn,
 )
-from pipeline.cli.validate import show_left_out, show_plan
+from pipeline.cli.several import documented, end, several_of
+from pipeline.cli.validate import show_left_out, show_plans
 from pipeline.cli.workspace import show_comparison
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
     from pipeline.stages.prepare import Prepared
     from pipeline.workflows.run import Options, Outcome, StageName
+    from pipeline.workflows.several import Several
 
 
 def _execute(
@@ -48,7 +51,7 @@ def _execute(
 
     outcome = run.execute(settings, options, display(quiet), prepared)
     if options.last in ("evaluate", "report"):
-        _warn(outcome.cautions)
+        warn(outcome.cautions)
         console.print(report.console_table(outcome.folder))
         for sentence in report.verdict(outcome.folder):
             console.print(f"verdict  {sentence}", markup=False, soft_wrap=True)
@@ -61,9 +64,9 @@ def _execute(
     for name, text in lines.items():
         if text:
             console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)
-    _warn(outcome.unreadable)
-    _warn(outcome.unscored)
-    _warn((f"{label}: {text}" for label, texts in outcome.notices.items() for text in texts), "notice")
+    warn(outcome.unreadable)
+    warn(outcome.unscored)
+    warn((f"{label}: {text}" for label, texts in outcome.notices.items() for text in texts), "notice")
     show_left_out(outcome.not_applicable)
     return outcome
 
@@ -84,11 +87,6 @@ def _described(outcome: Outcome) -> dict[str, object]:
         "not_applicable": dict(outcome.not_applicable),
         "metrics": files.read_json(outcome.folder / "metrics.json"),
     }
-
-
-def _warn(texts: Iterable[str], word: str = "warning") -> None:
-    for text in texts:
-        console.print(f"{word:<8} {text}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -116,47 +114,51 @@ def run(
     quiet: Quietly = False,
     as_json: Json = False,
 ) -> None:
-    """Run a whole evaluation; a run that was interrupted goes on where it stopped.
+    """Run a whole evaluation, or one for each of its `models`; what was interrupted goes on where it stopped.
 
     Example: `ood-pipeline run quickstart --set extract.batch_size=64 --workspace /tmp/ood`
     """
     apart(as_json)
-    repeats = [load(source, [*overrides, *each], workspace) for each in _repeats(seeds, weights)]
-    from pipeline.stages.prepare import prepare
+    repeats = _repeats(seeds, weights)
+    configs = [config for each in repeats for config in load_all(source, [*overrides, *each], workspace)]
     from pipeline.workflows.run import Options
 
-    chosen = Options(fresh=fresh, wait=wait, engine=engine, threads=threads or None, level=level(verbose))
-    prepared = [prepare(settings) for settings in repeats] if dry_run or len(repeats) > 1 else []
-    _require_others(prepared)
+    options = Options(fresh=fresh, wait=wait, engine=engine, threads=threads or None, level=level(verbose))
+    several = several_of(configs)
     if dry_run:
-        for ready in prepared:
-            show_plan(ready)
-        return
-    given = zip_longest(repeats, prepared)
-    done = [_execute(settings, chosen, quiet, ready) for settings, ready in given]
-    if as_json:
-        document(list(map(_described, done)) if len(done) > 1 else _described(done[0]))
-    elif len(done) > 1:
-        from pipeline.results.comparing import compared
-        from pipeline.results.evaluation import opened
-
-        metric = "auroc" if repeats[0].of_role("near_ood", "far_ood") else "aurc"
-        show_comparison(compared([opened(outcome.folder) for outcome in done], [metric]))
+        show_plans(several, as_json)
+        end(several, 2)
+    else:
+        done = _run(several, options, quiet)
+        if as_json:
+            document(documented([*map(_described, done)], several))
+        elif len(done) > 1:
+            _show_together(done, configs[0])
+        end(several)
 
 
-def _require_others(repeats: Sequence[Prepared]) -> None:
-    """Refuse repeats that are one run, as of two files with the same weights."""
-    from pipeline.errors import UserError
+def _run(several: Several, options: Options, quiet: bool) -> list[Outcome]:
+    """Run all on one engine. One that is alone is made ready by its run, which shows that it is."""
+    from pipeline.cluster.engine import shared
 
-    seen: dict[str, Prepared] = {}
-    for ready in repeats:
-        first = seen.setdefault(ready.fingerprint, ready)
-        if first is not ready:
-            model, other = first.config.model, ready.config.model
-            raise UserError(
-                f"--weights: {model.weights} and {other.weights} have the same content, so that both are one "
-                "run. Give each its own."
-            )
+    if len(several.configs) == 1:
+        return [_execute(several.configs[0], options, quiet)]
+
+    def execute(ready: Prepared) -> Outcome:
+        warn([ready.config.name], "run")
+        return _execute(ready.config, options, quiet, ready)
+
+    ready = several.prepared()
+    with shared(options.engine):
+        return several.run(execute, ready)
+
+
+def _show_together(done: Sequence[Outcome], settings: Config) -> None:
+    from pipeline.results.comparing import compared
+    from pipeline.results.evaluation import opened
+
+    metric = "auroc" if settings.of_role("near_ood", "far_ood") else "aurc"
+    show_comparison(compared([opened(outcome.folder) for outcome in done], [metric]))
 
 
 def _repeats(seeds: str, weights: list[str]) -> list[list[str]]:
@@ -191,11 +193,12 @@ def _stage(name: StageName, summary: str) -> None:
         verbose: Verbose = 0,
         quiet: Quietly = False,
     ) -> None:
-        settings = load(source, overrides, workspace)
+        several = several_of(load_all(source, overrides, workspace))
         from pipeline.workflows.run import Options
 
         options = Options(name, name, engine=engine, threads=threads or None, level=level(verbose))
-        _execute(settings, options, quiet)
+        _run(several, options, quiet)
+        end(several)
 
     command.__doc__ = f"{summary}\n\nExample: `ood-pipeline {name} quickstart`"
     app.command(name)(command)
@@ -213,6 +216,7 @@ def report(
     overrides: Overrides = [],  # noqa: B006 - typer copies defaults
     workspace: Workspace = "",
     track: Annotated[bool, typer.Option("--track", help="Send the results to MLflow, too.")] = False,
+    quiet: Quietly = False,
     as_json: Json = False,
 ) -> None:
     """Write the report of a finished evaluation again, and send it to MLflow with `--track`.
@@ -220,13 +224,14 @@ def report(
     Example: `ood-pipeline report quickstart --track`
     """
     apart(as_json)
-    settings = load(source, overrides, workspace)
+    several = several_of(load_all(source, overrides, workspace))
     from pipeline.workflows.run import Options
 
     options = Options("report", publish="always" if track else "never", engine="inline")
-    outcome = _execute(settings, options)
+    done = _run(several, options, quiet)
     if as_json:
-        document(_described(outcome))
+        document(documented([*map(_described, done)], several))
+    end(several)
 
 
 @app.command()
@@ -243,11 +248,13 @@ def tune(
     threads: Threads = 0,
     verbose: Verbose = 0,
     quiet: Quietly = False,
+    as_json: Json = False,
 ) -> None:
     """Choose detector parameters from the grids of `tune`, on cached rows of `id_val` and `ood_val` images.
 
     Example: `ood-pipeline tune quickstart --metric fpr95_id --output tuned.yaml`
     """
+    apart(as_json)
     chosen = [f"tune.metric={json.dumps(metric)}"] if metric else []
     settings = load(source, [*overrides, *chosen], workspace)
     from pipeline.workflows import tune as search
@@ -257,4 +264,6 @@ def tune(
     console.print(search.console_table(outcome))
     for name, text in {"table": outcome.table, "config": outcome.config}.items():
         console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)
-    _warn(outcome.unscored)
+    warn(outcome.unscored)
+    if as_json:
+        document(asdict(outcome))

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.app import ConfigFile, EngineName, Overrides, Workspace, app, console, load
+from pipeline.cli.app import (
+    ConfigFile,
+    EngineName,
+    Json,
+    Overrides,
+    Workspace,
+    apart,
+    app,
+    console,
+    document,
+    load_all,
+    warn,
+)
 from pipeline.cli.detectors import per_image
+from pipeline.cli.several import documented, end, several_of
 
 if TYPE_CHECKING:
-    from pipeline.cluster.engine import Engine
+    from pipeline.cluster.engine import Name
+    from pipeline.detectors.base import Detector
     from pipeline.stages.prepare import Prepared
     from pipeline.stages.shards import Job
+    from pipeline.workflows.several import Several
+
+Document = dict[str, Any]
 
 
 @app.command()
@@ -26,20 +45,73 @@ def validate(
         bool, typer.Option("--batch-sizes", help="Try batch sizes in the probe and name the fastest.")
     ] = False,
     engine: EngineName = "ray",
+    as_json: Json = False,
 ) -> None:
     """Open data and model, check that everything goes together, and estimate the cost; no long work.
 
     Example: `ood-pipeline validate quickstart --batch-sizes`
     """
-    settings = load(source, overrides, workspace)
-    from pipeline.cluster.engine import opened
-    from pipeline.stages.prepare import prepare
+    apart(as_json)
+    several = several_of(load_all(source, overrides, workspace))
+    from pipeline.cluster.engine import shared
 
-    ready = prepare(settings)
-    show_plan(ready)
-    if probe:
-        with opened(engine) as working:
-            _show_probe(working, ready, batch_sizes)
+    with shared(engine if probe else "inline"):
+        show_plans(several, as_json, partial(_probed, engine, batch_sizes) if probe else None)
+    end(several, 2)
+
+
+def show_plans(
+    several: Several, as_json: bool, measured: Callable[[Prepared], Document] | None = None
+) -> None:
+    """What was found of each evaluation and what a run would do; as one document, a list of several."""
+
+    def planned(ready: Prepared) -> Document:
+        if len(several.configs) > 1:
+            warn([ready.config.name], "run")
+        show_plan(ready)
+        return {**_plan(ready), **(measured(ready) if measured else {})}
+
+    found = several.run(planned, several.prepared())
+    if as_json:
+        document(documented(found, several))
+
+
+def _plan(ready: Prepared) -> Document:
+    """What `show_plan` shows."""
+    from pipeline.stages.estimate import Cost
+
+    weight, _ = ready.network.head
+    datasets = {}
+    for dataset in ready.config.datasets:
+        job = ready.jobs[dataset.name]
+        datasets[dataset.name] = {
+            "role": dataset.role,
+            "images": job.manifest.rows,
+            "images_per_class": {
+                label: n for label, n in job.manifest.class_count.items() if label >= 0 and n
+            },
+            "features_cached": job.complete,
+            "notes": list(job.manifest.notes),
+        }
+    return {
+        "name": ready.config.name,
+        "model": ready.config.model.name,
+        "classes": weight.shape[0],
+        "feature": weight.shape[1],
+        "head": ready.network.taps.head,
+        "blocks": list(ready.network.taps.blocks),
+        "datasets": datasets,
+        "cost": asdict(Cost.of(ready)),
+        "detectors": {
+            label: {"method": detector.caption, "needs": _needs(detector), "uses_ood": ready.uses_ood(label)}
+            for label, detector in ready.detectors.items()
+        },
+        "not_applicable": dict(ready.not_applicable),
+    }
+
+
+def _needs(detector: Detector) -> list[str]:
+    return [f"{type(spec).__name__} pass" for spec in detector.passes()] + per_image(detector)
 
 
 def show_plan(ready: Prepared) -> None:
@@ -69,8 +141,7 @@ def show_plan(ready: Prepared) -> None:
     console.print(f"cache     {_size(cost.cache_bytes)} in all; {shards} to do")
     console.print(f"index     {_size(cost.index_bytes)} of memory")
     for label, detector in ready.detectors.items():
-        needs = [f"{type(spec).__name__} pass" for spec in detector.passes()] + per_image(detector)
-        extra = ", ".join(needs)
+        extra = ", ".join(_needs(detector))
         flag = "  [bold]uses OOD data[/bold]" if ready.uses_ood(label) else ""
         console.print(f"detector  {label:<14} {detector.caption}{'; ' + extra if extra else ''}{flag}")
     show_left_out(ready.not_applicable)
@@ -108,13 +179,16 @@ def _size(count: int) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
-def _show_probe(working: Engine, ready: Prepared, batch_sizes: bool) -> None:
-    """What some real images tell about the time."""
+def _probed(engine: Name, batch_sizes: bool, ready: Prepared) -> Document:
+    """Show what some real images tell about the time."""
+    from pipeline.cluster.engine import opened
     from pipeline.stages import estimate
 
     settings = ready.config.extract
     sizes = sorted({settings.batch_size, *(estimate.BATCH_SIZES if batch_sizes else ())})
-    found = estimate.probe(working, ready, sizes)
+    with opened(engine) as working:
+        found = estimate.probe(working, ready, sizes)
+        about, (_, actors) = estimate.times(working, ready, found), estimate.forwarding(working, ready, found)
     console.print(
         f"probe     {found.images} images: decoding {found.decode:,.0f} images/s per CPU, "
         f"forward pass {found.forward[settings.batch_size]:,.0f} images/s per model actor"
@@ -126,7 +200,6 @@ def _show_probe(working: Engine, ready: Prepared, batch_sizes: bool) -> None:
     for size, rate in found.forward.items() if batch_sizes else ():
         best = "  <- fastest" if rate == max(found.forward.values()) else ""
         console.print(f"batch     {size:>5}  {rate:,.0f} images/s{best}")
-    about, (_, actors) = estimate.times(working, ready, found), estimate.forwarding(working, ready, found)
     parts = {
         "starting": about.start,
         f"forward passes on {actors} model actors": about.forward,
@@ -136,6 +209,7 @@ def _show_probe(working: Engine, ready: Prepared, batch_sizes: bool) -> None:
     }
     told = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
     console.print(f"estimate  about {_duration(about.total)}: {told}", soft_wrap=True)
+    return {"probe": asdict(found), "seconds": asdict(about), "actors": actors}
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 from pipeline.cluster.logs import Logs
@@ -189,15 +190,27 @@ def opened(
             from pipeline.cluster import inline
 
             return inline.session(logs, threads)
-        if (
-            "RAY_ADDRESS" not in os.environ
-        ):  # Ray reads it when it is imported: it then binds to loopback only
-            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        from pipeline.cluster import on_ray  # imports Ray
-
-        return on_ray.session(workspace, logs, read)
+        return _on_ray().session(workspace, logs, read)  # type: ignore[no-any-return]
 
     return _later(session)
+
+
+@contextmanager
+def shared(name: Name) -> Iterator[None]:
+    """One connection to Ray, or none if it is not asked to work, for all engines opened in the block."""
+    with ExitStack() as stack:
+        if name == "ray":
+            stack.enter_context(_on_ray().kept())
+        yield
+
+
+def _on_ray() -> ModuleType:
+    """The engine on Ray, which this imports."""
+    if "RAY_ADDRESS" not in os.environ:  # Ray reads it when it is imported: it then binds to loopback only
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    from pipeline.cluster import on_ray
+
+    return on_ray
 
 
 @contextmanager

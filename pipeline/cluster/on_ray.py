@@ -45,6 +45,9 @@ RESTARTS = 8
 
 _TOKEN = "RAY_AUTH_TOKEN"
 
+_kept = 0
+"""Blocks that a connection is kept for."""
+
 _STOPPING = 10.0
 """Seconds that an actor has to say what it cost; one that is just being started again is not waited for."""
 
@@ -68,18 +71,29 @@ def session(workspace: Place | None, logs: Logs | None, read: Sequence[Path] = (
     Libraries compute with one thread in the driver, too: what it fits has the same bits on any machine of a
     kind, and with any engine.
     """
-    ours, token = not ray.is_initialized(), os.environ.get(_TOKEN)
     logs = logs and replace(logs, session=uuid.uuid4().hex[:8])
     try:
-        with threadpool_limits(limits=1):
+        with kept(), threadpool_limits(limits=1):
             yield OnRay(logs, [workspace] if isinstance(workspace, Path) else [], [*read])
     finally:
-        if ours and ray.is_initialized():
+        if logs is not None:
+            logs.merge()
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """A connection that is opened in the block stays open until its end, also between sessions."""
+    global _kept  # as the connection is: Ray has one a process
+    outermost, token = not (_kept or ray.is_initialized()), os.environ.get(_TOKEN)
+    _kept += 1
+    try:
+        yield
+    finally:
+        _kept -= 1
+        if outermost and ray.is_initialized():
             ray.shutdown()
             if token is None:
                 os.environ.pop(_TOKEN, None)
-        if logs is not None:
-            logs.merge()
 
 
 def connect() -> None:

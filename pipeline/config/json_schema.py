@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import detectors
-from pipeline.config import inherit
-from pipeline.config.schema import Config
+from pipeline.config import inherit, sweep
+from pipeline.config.schema import NAME, Config
 from pipeline.detectors.base import Detector
 
 Schema = dict[str, Any]
 
 
 def json_schema(formats: Sequence[str], sources: Sequence[str]) -> Schema:
-    """Draft 2020-12: what `loading.load` accepts, but for what depends on several keys or on files.
+    """Draft 2020-12: what `loading.load_all` accepts, but for what depends on several keys or on files.
 
     No key is required, because a file may extend another that has it.
 
@@ -57,6 +57,16 @@ def json_schema(formats: Sequence[str], sources: Sequence[str]) -> Schema:
     }
     properties["detectors"] = {
         "anyOf": [{"const": "all", **_described("Every detector that applies")}, _pointer("Detectors")]
+    }
+    properties[sweep.MODEL] = {
+        "anyOf": [_pointer("Model"), {"type": "string", **_described("The label of one of `models`")}]
+    }
+    properties[sweep.MODELS] = {
+        "type": "object",
+        "minProperties": 1,
+        "propertyNames": {"pattern": NAME},
+        "additionalProperties": _pointer("Model"),
+        **_described("Several models by labels, in place of `model`: a run for each, and a table of all"),
     }
     properties[inherit.KEY] = {"type": "string", **_described("Another config that this one changes")}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import inherit
+from pipeline.config import inherit, sweep
 from pipeline.config.documents import Section
 from pipeline.config.explanations import explain, place_told
 from pipeline.config.overrides import apply_override
@@ -21,41 +22,75 @@ from pipeline.errors import UserError
 
 
 def load(source: str, overrides: list[str] | None = None) -> Config:
-    """Read a config file, or a bundled one by name, and apply `key.path=value` overrides.
+    """Read a config file of one model, or a bundled one by name, and apply `key.path=value` overrides.
 
     A file may build on another (`extends`, see `inherit.read`); overrides come last.
 
     Raises:
         UserError: missing file, invalid YAML, unknown key, value of a wrong type or out of range,
-            unknown detector; the message names file and key.
+            unknown detector, several `models`; the message names file and key.
     """
-    return _absolute(*read(source, overrides))
+    first, *others = found = load_all(source, overrides)
+    if others:
+        raise UserError(
+            f"{source}: models: {', '.join(each.name for each in found)} are a run each; expected one. "
+            "Choose its model by the label, with --set model=LABEL."
+        )
+    return first
 
 
-def read(source: str, overrides: list[str] | None = None) -> tuple[Config, Path]:
-    """The config as `load` validates it, with paths as they are written, and the folder of its file.
+def load_all(source: str, overrides: list[str] | None = None) -> list[Config]:
+    """As `load`, with a config for each of the file's `models`; their names end in the model's label.
 
     Raises:
-        UserError: as `load`.
+        UserError: as `load`, but for several models.
+    """
+    found, base = read(source, overrides)
+    return [_absolute(config, base) for config in found.values()]
+
+
+def read(source: str, overrides: list[str] | None = None) -> tuple[dict[str, Config], Path]:
+    """The configs as `load_all` validates them, with paths as they are written, and the folder of the file.
+
+    They go by the labels of their models; that of a file without `models` by "".
+
+    Raises:
+        UserError: as `load_all`.
     """
     path = locate(source)
     data = inherit.read(path, bundled())
     for override in overrides or []:
         apply_override(data, override)
+    try:
+        sections = sweep.spread(data)
+    except UserError as error:
+        raise UserError(f"{path}: {place_told(str(error), data)}") from None
+    wrong: dict[str, None] = {}
+    found = {}
+    for label, section in sections.items():
+        config, mistakes = _validated(section, path.parent)
+        wrong |= dict.fromkeys(sweep.told(label, line) for line in mistakes)
+        if config is not None:
+            found[label] = config
+    if wrong:
+        raise UserError("\n".join(f"{path}: {line}" for line in wrong))
+    return found, path.parent
+
+
+def _validated(data: Section, base: Path) -> tuple[Config | None, list[str]]:
+    """The config of one model, and all that is wrong with it."""
     wrong: list[str] = []
     try:
         config = Config.model_validate(data)
-        entries = list(_absolute(config, path.parent).detectors)
+        entries = list(_absolute(config, base).detectors)
     except ValidationError as error:
         wrong, config = explain(error, "", Config, data), None
         entries = sound(data.get("detectors"))
     for entry in entries:
         wrong += _mistakes(entry.build, data)
     if config is not None and not wrong:
-        wrong = _mistakes(_absolute(config, path.parent).points, data)
-    if config is None or wrong:
-        raise UserError("\n".join(f"{path}: {line}" for line in wrong))
-    return config, path.parent
+        wrong = _mistakes(_absolute(config, base).points, data)
+    return config, wrong
 
 
 def _mistakes(made: Callable[[], object], data: Section) -> list[str]:
@@ -111,7 +146,16 @@ def is_name(weights: str) -> bool:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML; loads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return _yaml(config.model_dump(mode="json"))
+
+
+def dump_all(found: Mapping[str, Config]) -> str:
+    """The configs of `read` as one YAML, from which it reads equal ones."""
+    return _yaml(sweep.gathered({label: config.model_dump(mode="json") for label, config in found.items()}))
+
+
+def _yaml(content: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
 
 
 def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config:

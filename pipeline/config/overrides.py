@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import yaml
 
-from pipeline.config.documents import Section, names, position_of
+from pipeline.config.documents import Items, Section, names, position_of
 from pipeline.errors import UserError, unknown
 
 
@@ -32,21 +33,25 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _inside(node: Any, key: str, where: str) -> Any:
-    """What lies under a key; an empty section if nothing does."""
+    """What lies under a key, apart from whatever an alias repeats it as; an empty section if nothing does."""
+    place: Any = key
     if isinstance(node, list):
-        position, labelled = _position(node, key, where)
+        place, labelled = _position(node, key, where)
         if labelled:
-            if isinstance(node[position], str):
-                node[position] = {key: {}}
-            return _inside(node[position], key, where)
-        found = node[position]
-    else:
-        if node.get(key) is None:
-            _put(node, key, Section({}, {}))
-        found = node[key]
-    if not isinstance(found, dict | list):
+            node[place] = {key: {}} if isinstance(node[place], str) else _copied(node[place])
+            return _inside(node[place], key, where)
+    elif node.get(key) is None:
+        _put(node, key, Section({}, {}))
+    if not isinstance(node[place], dict | list):
         raise UserError(f"{where}: {key!r} is a value, not a section")
-    return found
+    node[place] = _copied(node[place])
+    return node[place]
+
+
+def _copied(node: Any) -> Any:
+    if isinstance(node, Section):
+        return Section(node, dict(node.places))
+    return Items(node, node.places) if isinstance(node, Items) else copy(node)
 
 
 def _put(node: dict[str, Any], key: str, value: Any) -> None:

@@ -42,7 +42,8 @@ Start = Literal["current", "file", "data"]
 LARGEST_SIDE = 16384
 """Pixels along an image as a network may want it."""
 Text = Annotated[str, Field(min_length=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+Name = Annotated[str, Field(pattern=NAME, max_length=100)]
 """A name that is a folder, a column and an MLflow metric at once."""
 
 

@@ -19,7 +19,7 @@ from pipeline.metrics.metrics import FAILURES, against_ood, named
 from pipeline.metrics.pairs import LEVEL_OF_TESTS
 from pipeline.results.evaluation import Evaluation, differences, other_data
 
-_ALONE = ("name", "seed", "workspace", "tracking", "tune", "published")
+_ALONE = ("seed", "workspace", "tracking", "tune", "published")
 """Keys of a config in which repeats of one evaluation may differ, besides the weights of the model."""
 
 

@@ -15,8 +15,8 @@ import torch
 from ray.exceptions import RayTaskError
 from threadpoolctl import threadpool_info
 
-from pipeline.cluster import logs, usage
-from pipeline.cluster.engine import Engine, opened
+from pipeline.cluster import logs, on_ray, usage
+from pipeline.cluster.engine import Engine, opened, shared
 from pipeline.errors import UserError
 from tests.cluster.work import (
     Chatty,
@@ -256,3 +256,26 @@ def test_work_that_kills_its_process_is_given_up_and_the_images_are_named(
     assert "counting: the process died again and again" in str(refusal.value)
     assert "3 times after a restart, the last time at 2 images: image 2, image 3." in str(refusal.value)
     assert [file.name for file in tmp_path.iterdir()] == [".attempts-counting-part-2.json"]
+
+
+def test_a_connection_lasts_as_long_as_the_outermost_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_now, closed = [False], []
+
+    class Ray:
+        is_initialized = staticmethod(lambda: open_now[0])
+
+        @staticmethod
+        def shutdown() -> None:
+            closed.append(True)
+            open_now[0] = False
+
+    monkeypatch.setattr(on_ray, "ray", Ray)
+    with shared("ray"):
+        for _ in range(2):
+            with on_ray.session(None, None):
+                open_now[0] = True
+            assert not closed
+    assert len(closed) == 1
+    with on_ray.session(None, None):
+        open_now[0] = True
+    assert len(closed) == 2

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.network import zoo
 from pipeline.stages import prepare
 
-OTHERS = ("quickstart", "photos")
+OTHERS = ("quickstart", "photos", "photos-sweep")
 BENCHMARKS = sorted(path.stem for path in loading.bundled().glob("*.yaml") if path.stem not in OTHERS)
 TRAINED_BY_OPENOOD = ("cifar10-resnet18", "cifar100-resnet18", "imagenet200-resnet18")
 

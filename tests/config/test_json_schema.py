@@ -51,6 +51,7 @@ def _plain(value: Any) -> Any:
     "config",
     [
         {"detectors": "all", "extends": "quickstart"},
+        {"models": {"a": {"source": "timm", "name": "x"}}, "model": "a"},
         {"detectors": [{"mine": {"method": "grood", "prototype": "noise"}}, "./mine.py:Mine"]},
         {"detectors": [{"react_dice": {"method": "energy", "steps": ["react", {"dice": {"p": 10}}]}}]},
     ],
@@ -72,6 +73,9 @@ def test_what_the_loader_takes_is_accepted(
         {"datasets": [{"name": "x", "role": "ood", "format": "npz", "path": "x"}]},
         {"datasets": [{"name": "x", "role": "id", "format": "npy", "path": "x"}]},
         {"model": {"source": "torchvison"}},
+        {"models": {}},
+        {"models": {"a/b": {"source": "timm"}}},
+        {"models": {"a": {"source": "torchvison"}}},
     ],
 )
 def test_what_the_loader_refuses_is_refused(

@@ -180,7 +180,7 @@ def test_a_relative_file_starts_from_the_config_and_is_sent_with_a_job(
     path.write_text(yaml.safe_dump(settings))
     (entry,) = loading.load(str(path)).detectors
     assert entry.method == f"{own}:Own"
-    sent = package.fill(tmp_path / "elsewhere", str(path), [], {})
+    sent = package.fill(tmp_path / "elsewhere", str(path), [], {})[""]
     (entry,) = sent.detectors
     assert entry.method == "files/0/own.py:Own"
     assert (elsewhere / "files/0/own.py").read_text() == OWN

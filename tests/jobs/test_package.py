@@ -77,7 +77,8 @@ def fill(tmp_path: Path) -> Callable[..., tuple[schema.Config, Path]]:
         (here / "small.yaml").write_text(yaml.safe_dump(raw))
         folder = tmp_path / f"package-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        return package.fill(folder, str(here / "small.yaml"), list(overrides), variables), folder
+        sent = package.fill(folder, str(here / "small.yaml"), list(overrides), variables)
+        return next(iter(sent.values())), folder
 
     return filled
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pipeline import beside
 from pipeline.cluster.remote import environment
-from pipeline.config import loading
+from pipeline.config import loading, sweep
 from pipeline.config.schema import Config, Start
 from pipeline.errors import UserError
 
@@ -30,7 +32,7 @@ _STAMPED = ("webdataset", "parquet")
 _ELSEWHERE = "Give a folder that all nodes see, or a URI such as s3://bucket/prefix."
 
 
-def fill(folder: Path, source: str, overrides: list[str], variables: Mapping[str, str]) -> Config:
+def fill(folder: Path, source: str, overrides: list[str], variables: Mapping[str, str]) -> dict[str, Config]:
     """Make the package of an evaluation in an empty folder.
 
     Args:
@@ -40,14 +42,15 @@ def fill(folder: Path, source: str, overrides: list[str], variables: Mapping[str
         variables: environment variables of the job.
 
     Returns:
-        The config that is sent, with paths as they are in the package and on the cluster.
+        The configs that are sent, as `loading.read` gives them, with paths as they are in the package and on
+        the cluster.
 
     Raises:
         UserError: whatever `config.load` refuses; workspace, data or another folder on this machine; a file
             that is not there or whose identity would be lost; files that are too large.
     """
     sent, files = _relocated(*loading.read(source, overrides))
-    (folder / CONFIG).write_text(loading.dump(sent), encoding="utf-8")
+    (folder / CONFIG).write_text(loading.dump_all(sent), encoding="utf-8")
     for name, file in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,40 +69,63 @@ def contents(folder: Path) -> Iterator[tuple[str, int]]:
             yield path.relative_to(folder).as_posix(), path.stat().st_size
 
 
-def _relocated(settings: Config, base: Path) -> tuple[Config, dict[str, Path]]:
-    """The config for the cluster, and the files that go along by their names in the package."""
-    _check(settings)
-    files: dict[str, Path] = {}
-    numbers: dict[Path, int] = {}
+def _relocated(found: Mapping[str, Config], base: Path) -> tuple[dict[str, Config], dict[str, Path]]:
+    """The configs for the cluster, and the files that go along by their names in the package."""
+    sending, sent = _Sending(base), {}
+    for label, settings in found.items():
+        try:
+            _check(settings)
+            sent[label] = loading.relocated(settings, partial(sending.place, settings.data is not None))
+        except UserError as error:
+            raise UserError(sweep.told(label, str(error))) from None
+    _require_small(sending.files.values())
+    return sent, sending.files
 
-    def send(file: Path, origin: Path, name: Path) -> str:
+
+@dataclass
+class _Sending:
+    """The files that go along, by their names in the package, and a number for each place they come from."""
+
+    base: Path
+    """Folder of the config file."""
+    files: dict[str, Path] = field(default_factory=dict)
+    numbers: dict[Path, int] = field(default_factory=dict)
+
+    def send(self, file: Path, origin: Path, name: Path) -> str:
         """One file; those of one origin lie together."""
-        sent = f"{FILES}/{numbers.setdefault(origin, len(numbers))}/{name.as_posix()}"
-        files[sent] = file
+        sent = f"{FILES}/{self.numbers.setdefault(origin, len(self.numbers))}/{name.as_posix()}"
+        self.files[sent] = file
         return sent
 
-    def place(field: str, path: str, start: Start) -> str:
-        if not _is_here(path) or (start == "data" and settings.data is not None):
+    def place(self, has_data: bool, key: str, path: str, start: Start) -> str:
+        """The path of a field in the package, or as it is if it is the cluster's.
+
+        Args:
+            has_data: whether the config names the folder that its data start from.
+            key: of the path in the config.
+            path: as it is written.
+            start: what a relative one starts from.
+
+        Raises:
+            UserError: a folder of this machine, or a file that is not there.
+        """
+        if not _is_here(path) or (start == "data" and has_data):
             return path
-        file = base / path
+        file = self.base / path
         if start == "current" or file.is_dir() or "*" in path:
-            raise UserError(f"{field}: {path} lies on this machine. {_ELSEWHERE}")
+            raise UserError(f"{key}: {path} lies on this machine. {_ELSEWHERE}")
         if not file.is_file():
             raise UserError(
-                f"{field}: no such file: {file}. A relative path means a file of this machine, which is sent "
+                f"{key}: no such file: {file}. A relative path means a file of this machine, which is sent "
                 "with the job; what the cluster has needs an absolute path or a URI."
             )
         if start != "file":
-            return send(file, file, Path(file.name))
+            return self.send(file, file, Path(file.name))
         code = file.resolve()
         root, found = beside.companions(code)
         for each in (part for module in found.values() for part in _parts(module)):
-            send(each, root, each.relative_to(root))
-        return send(code, root, code.relative_to(root))
-
-    sent = loading.relocated(settings, place)
-    _require_small(files.values())
-    return sent, files
+            self.send(each, root, each.relative_to(root))
+        return self.send(code, root, code.relative_to(root))
 
 
 def _require_small(files: Iterable[Path]) -> None:

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.cluster.remote import environment, package
+from pipeline.config import sweep
 from pipeline.errors import UserError, redact, unknown
 
 RAY = SpecifierSet(">=2.58,<2.64")
@@ -95,7 +96,8 @@ class Order:
         """
         with TemporaryDirectory(prefix="ood-pipeline-") as folder:
             sent = package.fill(Path(folder), self.source, self.overrides, self.variables)
-            yield Path(folder), sent.name
+            (label, first), *_ = sent.items()
+            yield Path(folder), sweep.whole(label, first.name)
 
 
 class Cluster:

@@ -1,0 +1,71 @@
+"""A config of several models: `models` where `model` would stand, and a run for each. Plain data alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.config.documents import Section
+from pipeline.config.schema import NAME
+from pipeline.errors import UserError, unknown
+
+MODEL, MODELS = "model", "models"
+
+
+def spread(data: Section) -> dict[str, Section]:
+    """The config of each model, by its label; the config itself, by no label, where it has no `models`.
+
+    Each is named `<name>-<label>`. A label that stands as `model` chooses that model alone.
+
+    Raises:
+        UserError: `model` beside `models`, no models, or a label that is no name or not there.
+    """
+    if MODELS not in data:
+        return {"": data}
+    models, chosen = data[MODELS], data.get(MODEL)
+    if chosen is not None and not isinstance(chosen, str):
+        raise UserError(
+            f"{MODELS}: given beside {MODEL}. Leave one of them out; models.LABEL.KEY changes one of several."
+        )
+    if not isinstance(models, Section) or not models:
+        raise UserError(f"{MODELS}: got {models!r:.100}; expected labels, and below each what a model has.")
+    for label in map(str, models):
+        if not re.fullmatch(NAME, label):
+            raise UserError(
+                f"{MODELS}.{label}: a label is part of a run's name; expected letters, digits, '_', '.' and '-'."
+            )
+    found = {str(label): _of_one(data, str(label), model) for label, model in models.items()}
+    if chosen is None:
+        return found
+    if chosen not in found:
+        raise UserError(f"{MODEL}: {unknown('model', chosen, found)}")
+    return {chosen: found[chosen]}
+
+
+def _of_one(data: Section, label: str, model: Any) -> Section:
+    shared = {key: value for key, value in data.items() if key not in (MODEL, MODELS)}
+    own: dict[str, Any] = {MODEL: model}
+    if isinstance(data.get("name"), str):  # anything else is refused as it is
+        own["name"] = f"{data['name']}-{label}"
+    return Section({**shared, **own}, {**data.places, MODEL: data[MODELS].places.get(label, "")})
+
+
+def gathered(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The inverse of `spread`, of plain data."""
+    (first, content), *_ = found.items()
+    if not first:
+        return dict(content)
+    shared = {key: value for key, value in content.items() if key != MODEL}
+    models = {label: each[MODEL] for label, each in found.items()}
+    return {**shared, "name": whole(first, content["name"]), MODELS: models}
+
+
+def whole(label: str, name: str) -> str:
+    """The name of a sweep, given that of the run of one of its models."""
+    return name.removesuffix(f"-{label}") if label else name
+
+
+def told(label: str, mistake: str) -> str:
+    """What is wrong with a model, by the key that it has in the file."""
+    return re.sub(rf"^{MODEL}(?=[.:])", f"{MODELS}.{label}", mistake) if label else mistake
