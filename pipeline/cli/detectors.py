@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.cli.app import app, console
+from pipeline.cli.app import Json, apart, app, console, document
 
 if TYPE_CHECKING:
     from pipeline.detectors.base import Detector
@@ -24,6 +24,7 @@ def detectors(
         str,
         typer.Option("--config", metavar="CONFIG", help="Also tell which ones apply to this model and data."),
     ] = "",
+    as_json: Json = False,
 ) -> None:
     """List the detectors, or explain one: formula, needs, parameters with defaults, paper.
 
@@ -31,13 +32,21 @@ def detectors(
     """
     from pipeline import detectors as known
 
+    apart(as_json)
     if name:
-        _explain(name)
+        if as_json:
+            document(_documented(name))
+        else:
+            _explain(name)
         return
     found = {
         method: known.get(method)() for method in [*known.names(), *known.combining(), *known.installed()]
     }
-    _list_detectors(found, _obstacles(applying, found) if applying else None)
+    obstacles = _obstacles(applying, found) if applying else None
+    if as_json:
+        document([_row(label, detector, obstacles) for label, detector in found.items()])
+    else:
+        _list_detectors(found, obstacles)
 
 
 def _obstacles(source: str, found: dict[str, Detector]) -> dict[str, str]:
@@ -72,19 +81,25 @@ def _list_detectors(found: Mapping[str, Detector], obstacles: Mapping[str, str] 
     ):
         table.add_column(column, overflow="fold")
     for label, detector in found.items():
-        methods, years, papers = zip(*map(_described, detector.parts()), strict=True)
-        cost = ["index"] * detector.neighbours + ["pass"] * bool(detector.passes())
-        cost += per_image(detector)
-        joined = [" + ".join(dict.fromkeys(words)) for words in (methods, years, papers, cost)]
-        row = [label, *joined[:3], _needs(detector), joined[3] or "cheap"]
-        if obstacles is not None:
-            row.append(f"no: {obstacles[label]}" if label in obstacles else "yes")
-        table.add_row(*map(escape, row))
+        table.add_row(*map(escape, _row(label, detector, obstacles).values()))
     if console.is_terminal:
         console.print(table)
     else:  # one line each, for other programs
         whole = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
         Console(highlight=False, width=whole).print(table)
+
+
+def _row(label: str, detector: Detector, obstacles: Mapping[str, str] | None) -> dict[str, str]:
+    """One line of the list."""
+    methods, years, papers = zip(*map(_described, detector.parts()), strict=True)
+    cost = ["index"] * detector.neighbours + ["pass"] * bool(detector.passes()) + per_image(detector)
+    names = ("method", "year", "paper", "cost")
+    texts = (" + ".join(dict.fromkeys(words)) for words in (methods, years, papers, cost))
+    found = {"name": label, **dict(zip(names, texts, strict=True)), "needs": _needs(detector)}
+    found["cost"] = found.pop("cost") or "cheap"
+    if obstacles is not None:
+        found["applies"] = f"no: {obstacles[label]}" if label in obstacles else "yes"
+    return found
 
 
 def per_image(detector: Detector) -> list[str]:
@@ -114,6 +129,25 @@ def _needs(detector: Detector) -> str:
     needs += ["held-out or training statistics"] * bool(detector.calibration())
     needs += [f"extra pass ({type(spec).__name__.lower()})" for spec in detector.passes()]
     return ", ".join(needs + ["OOD data"] * detector.uses_ood())
+
+
+def _documented(name: str) -> dict[str, object]:
+    """What `_explain` shows, as a document."""
+    from pipeline import detectors as found
+
+    detector = found.get(name)
+    return {
+        "name": name,
+        "title": detector.title,
+        "paper": detector.paper,
+        "formula": detector.formula,
+        "reading": detector.reading,
+        "needs": _needs(detector()),
+        "parameters": {
+            key: {"default": field.default, "description": field.description}
+            for key, field in detector.model_fields.items()
+        },
+    }
 
 
 def _explain(name: str) -> None:

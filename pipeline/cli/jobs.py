@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.app import Address, ConfigFile, Overrides, Verbose, Workspace, app, changes, console
+from pipeline.cli.app import (
+    Address,
+    ConfigFile,
+    Json,
+    Overrides,
+    Verbose,
+    Workspace,
+    apart,
+    app,
+    changes,
+    console,
+    document,
+)
 
 
 @app.command()
@@ -48,20 +60,27 @@ def status(
     follow: Annotated[
         bool, typer.Option("--follow", help="Show its log until it ends; the exit status is the job's.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """List the jobs of a cluster, or show one.
 
     Example: `ood-pipeline status quickstart-1a2b3c4d --address http://head:8265 --follow`
     """
+    apart(as_json)
     from pipeline.cluster.remote import submit as jobs
 
     cluster = jobs.Cluster(address)
-    if not job:
-        jobs.table(cluster, console)
-    elif follow:
-        raise typer.Exit(jobs.watch(cluster, job, console, follow=True))
-    else:
-        jobs.describe(cluster, job, console)
+    ending = jobs.watch(cluster, job, console, follow=True) if job and follow else None
+    found = [cluster.info(job)] if job else cluster.jobs()
+    if as_json:
+        described = list(map(jobs.described, found))
+        document(described[0] if job else described)
+    elif not job:
+        jobs.table(found, console)
+    elif ending is None:
+        jobs.describe(found[0], console)
+    if ending is not None:
+        raise typer.Exit(ending)
 
 
 @app.command()

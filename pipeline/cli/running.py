@@ -266,4 +266,4 @@ def tune(
         console.print(f"{name:<8} {text}", markup=False, soft_wrap=True)
     warn(outcome.unscored)
     if as_json:
-        document(asdict(outcome))
+        document({**asdict(outcome), "table": str(outcome.table), "config": str(outcome.config)})

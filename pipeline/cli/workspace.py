@@ -73,23 +73,34 @@ def compare(
             help="Runs of one config that differ in seed or weights alone become one column: mean ± std."
         ),
     ] = True,
+    other_data: Annotated[
+        bool, typer.Option("--other-data", help="Show runs on other images, too, without ranks and tests.")
+    ] = False,
     format: Annotated[
-        Literal["table", "csv", "markdown", "latex", "html", "json"],
-        typer.Option(help="csv and json have a row for every value."),
+        Literal["table", "csv", "markdown", "latex", "html", "json", "openood"],
+        typer.Option(help="csv, json: a row for every value; openood: rows of OpenOOD's leaderboard."),
     ] = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     out: Annotated[str, typer.Option(metavar="FILE", help="Write it there; default: the terminal.")] = "",
 ) -> None:
     """Compare detectors of several runs, of any workspaces: values, ranks, tests on the same images, cost.
 
     Example: `ood-pipeline compare ./workspace/runs/quickstart --metric auroc --metric aurc --format markdown`
     """
+    from pipeline.errors import UserError
     from pipeline.results.evaluation import opened
 
+    if format == "openood" and (metric or dataset):
+        raise UserError("--format openood: has its own metrics and groups. Leave out --metric and --dataset.")
     evaluations = [opened(folder) for folder in folders]
     from pipeline.results.comparing import compared
     from pipeline.results.report import leaderboards
 
-    found = compared(evaluations, metric or ["auroc"], dataset, group)
+    format = "json" if as_json else format
+    chosen = metric or (leaderboards.OPENOOD if format == "openood" else ["auroc"])
+    found = compared(evaluations, chosen, dataset, group)
+    if not other_data:
+        found.require_same_data()
     if format == "table" and not out:
         show_comparison(found)
         return

@@ -33,7 +33,7 @@ def spread(data: Section) -> dict[str, Section]:
     for label in map(str, models):
         if not re.fullmatch(NAME, label):
             raise UserError(
-                f"{MODELS}.{label}: a label is part of a run's name; expected letters, digits, '_', '.' and '-'."
+                f"{MODELS}.{label}: is part of the name of a run; expected letters, digits, '_', '.' and '-'."
             )
     found = {str(label): _of_one(data, str(label), model) for label, model in models.items()}
     if chosen is None:

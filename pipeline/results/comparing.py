@@ -116,6 +116,19 @@ class Comparing:
         tests = self._tests()
         return [cell for place, found in values.items() for cell in self._ranked(place, found, tests)]
 
+    def require_same_data(self) -> None:
+        """Refuse columns of other data than the first.
+
+        Raises:
+            UserError: names one, and how its data differ.
+        """
+        for column in self.columns:
+            if column.foreign:
+                raise UserError(
+                    f"{column.name}: {column.foreign}: its values say nothing beside the others. Compare "
+                    "runs on the same images; --other-data shows it, without ranks and tests."
+                )
+
     def _ranked(self, place: _Place, found: Mapping[_Entry, _Summary], tests: _Tests) -> Iterator[Cell]:
         """The cells of one metric on one dataset or group."""
         metric, group, dataset = place

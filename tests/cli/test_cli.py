@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import math
 import os
 import re
 import shlex
@@ -33,6 +34,7 @@ from pipeline import __version__, detectors, imports
 from pipeline.cli import doctor, main
 from pipeline.config import loading
 from pipeline.stages.prepare import prepare
+from pipeline.workflows import tune
 from pipeline.workspace import claims
 from tests.servers import wait
 
@@ -428,7 +430,10 @@ def test_a_run_as_json_is_one_document_with_the_values_of_its_files(case, comman
     assert any("fewer than 50" in text for text in found["warnings"])
     again = command("report", case.config(), "--json")
     assert json.loads(again.out)["metrics"] == metrics
-    assert "report" in again.err
+    assert re.search(r"^report +\d", again.err, re.MULTILINE)
+    quiet = command("report", case.config(), "--quiet")
+    assert not re.search(r"^report +\d", quiet.out, re.MULTILINE)
+    assert f"results  {found['results']}\n" in quiet.out
 
 
 def test_a_config_that_is_not_there_lists_the_bundled_ones(command):
@@ -523,6 +528,19 @@ def test_a_mistake_in_tuning_has_status_2_and_leaves_nothing(case, command, mist
     assert [path.read_text() for path in case.folder.glob("*.tuned.yaml")] in ([], ["mine"])
 
 
+def test_a_search_as_json_is_its_points_and_files(case, command, monkeypatch):
+    point = tune.Point("knn", "knn[k=1]", {"k": 1}, {"odd": 0.5}, 0.5, 0.25, math.nan, True)
+    done = tune.Outcome("auroc", (point,), case.workspace / "tune.csv", case.folder / "small.tuned.yaml")
+    monkeypatch.setattr(tune, "execute", lambda *_: done)
+    outcome = command("tune", case.config(), "--json")
+    found = json.loads(outcome.out)
+    assert (found["config"], found["table"]) == (str(done.config), str(done.table))
+    assert [(each["point"], each["mean"], each["ci_high"]) for each in found["points"]] == [
+        ("knn[k=1]", 0.5, None)
+    ]
+    assert str(done.config) in outcome.err
+
+
 @pytest.mark.parametrize("name", ["a: b #1", "null", "[red]x", "123"])
 def test_the_workspace_of_the_command_line_is_taken_as_it_is(case, command, monkeypatch, name):
     monkeypatch.chdir(case.folder)
@@ -543,6 +561,9 @@ def listed(outcome: Outcome) -> dict[str, list[str]]:
     lines = [line for line in outcome.out.splitlines() if line.startswith("│")]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
     return {name: cells for name, *cells in rows}
+
+
+DETECTOR_COLUMNS = ("method", "year", "paper", "needs", "cost", "applies")
 
 
 def test_the_detectors_are_listed_with_what_they_need(command):
@@ -616,6 +637,26 @@ def test_a_detector_is_explained_with_formula_paper_and_every_parameter(command,
     assert f"How to read it: {method.reading}" in outcome.out
     for key, field in method.model_fields.items():
         assert f"  {key} = {field.default!r}  {field.description}" in outcome.out
+
+
+def test_detectors_as_json_are_the_rows_of_the_list_and_what_explains_one(case, command):
+    found = json.loads(command("detectors", "--json", "--config", case.config()).out)
+    table = listed(command("detectors", "--config", case.config()))
+    assert {row["name"]: [row[key] for key in DETECTOR_COLUMNS] for row in found} == table
+    knn = json.loads(command("detectors", "knn", "--json").out)
+    assert knn["parameters"]["k"]["default"] == 50
+    assert (knn["formula"], knn["needs"]) == (detectors.get("knn").formula, "features, index")
+
+
+def test_a_plan_as_json_holds_what_is_shown(case, command):
+    outcome = command("validate", case.config(), "--engine", "inline", "--json")
+    found = json.loads(outcome.out)
+    assert (found["classes"], found["head"], found["blocks"]) == (3, "4", ["0", "1"])
+    assert found["datasets"]["train"]["images_per_class"] == {"0": 10, "1": 10, "2": 10}
+    assert (found["cost"]["images"], found["probe"]["images"]) == (90, 90)
+    assert found["detectors"]["msp"] == {"method": "MSP (2017)", "needs": [], "uses_ood": False}
+    assert found["actors"] >= 1
+    assert "forward   90 images" in outcome.err
 
 
 def test_an_unknown_detector_is_refused_with_the_closest_one(command):

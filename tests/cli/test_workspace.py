@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -186,6 +187,22 @@ def test_the_example_of_compare_runs_and_two_parameters_are_two_columns(
     assert "False" not in levels
     table = command("compare", *map(str, folders[:2]))
     assert all(f"{float(row['value']):.4f}" in table for row in rows)
+
+
+def test_runs_on_other_data_are_compared_only_if_asked(
+    runs: tuple[Path, list[Path]], load, execute, settings
+):
+    _, (first, *_) = runs
+    settings |= {"name": "fewer", "datasets": settings["datasets"][:-1]}
+    fewer = str(execute(load(settings)).folder)
+    with pytest.raises(UserError, match=r"fewer: other datasets than in the first run \(textures\)"):
+        command("compare", str(first), fewer)
+    assert "no rank and no test" in command("compare", str(first), fewer, "--other-data")
+    found = json.loads(command("compare", str(first), "--json"))
+    assert {cell["detector"] for cell in found["cells"]} == {"msp", "dice"}
+    with pytest.raises(UserError, match="--format openood: has its own metrics"):
+        command("compare", str(first), "--format", "openood", "--metric", "aurc")
+    assert command("compare", str(first), "--format", "openood").startswith("Training,Postprocessor,Near")
 
 
 def test_repeats_share_features_and_are_summarised(

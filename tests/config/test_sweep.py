@@ -74,7 +74,7 @@ def test_what_is_read_is_written_and_read_again(write: Write, tmp_path: Path, ov
         ({}, ["model.weights=w.pt"], r"models: given beside model"),
         ({"models": {}}, [], r"models: got \{\}; expected labels, and below each what a model has \(line"),
         ({"models": ["one"]}, [], r"models: got \['one'\]"),
-        ({"models": {"a/b": MODEL}}, [], r"models\.a/b: a label is part of a run's name; expected let"),
+        ({"models": {"a/b": MODEL}}, [], r"models\.a/b: is part of the name of a run; expected let"),
         ({"models": {"a" * 100: MODEL}}, [], r"name: String should have at most 100 characters"),
         ({}, ["model=three"], r"model: unknown model 'three'\. .*Known: one, two"),
         ({}, ["models.two.nam=x"], r"models\.two\.nam: unknown key 'nam'\. Did you mean 'name'\?"),

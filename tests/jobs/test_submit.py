@@ -15,6 +15,7 @@ import threading
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,9 @@ import yaml
 from packaging.requirements import Requirement
 from ray.job_submission import JobStatus
 from rich.console import Console
+from typer.testing import CliRunner
 
+from pipeline.cli import main
 from pipeline.cluster.remote import submit
 from pipeline.errors import UserError
 from pipeline.workspace import claims
@@ -400,3 +403,28 @@ def test_a_server_that_is_silent_for_a_while_is_asked_again(monkeypatch):
     assert (status, output) == (0, "a line\nstate     RUNNING\nstate     SUCCEEDED\n")
     with pytest.raises(UserError, match="silent"):
         watched(running, *[silence] * (submit.RETRIES + 1), done)
+
+
+def test_the_status_of_jobs_as_json(monkeypatch):
+    def of(name: str, status: JobStatus, code: int | None = None, ended: int | None = None) -> Any:
+        known = {"submission_id": name, "start_time": 1_700_000_000_000, "end_time": ended}
+        return SimpleNamespace(**vars(info(status, code)), **known)
+
+    found = [of("a-1", JobStatus.RUNNING), of("a-0", JobStatus.FAILED, 2, 1_700_000_060_000)]
+
+    class Known(Scripted):
+        def __init__(self, _: str) -> None:
+            super().__init__(found[1], found[1])
+
+        def jobs(self) -> list[Any]:
+            return found
+
+    monkeypatch.setattr(submit, "Cluster", Known)
+    shown = partial(CliRunner().invoke, main.app)
+    listed = json.loads(shown(["status", "--address", "http://a", "--json"]).stdout)
+    running = {"job": "a-1", "state": "RUNNING", "started": "2023-11-14 22:13:20+00:00", "ended": None}
+    failed = {"job": "a-0", "state": "FAILED", "exit": 2, "ended": "2023-11-14 22:14:20+00:00"}
+    assert listed[0] == {**running, "exit": None, "message": "the reason"}
+    assert failed.items() <= listed[1].items()
+    one = shown(["status", "a-0", "--address", "http://a", "--json", "--follow"])
+    assert (one.exit_code, json.loads(one.stdout), one.stderr) == (2, listed[1], "a line\nstate     FAILED\n")

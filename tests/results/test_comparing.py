@@ -183,6 +183,54 @@ def test_every_format_holds_every_value(both: Comparing) -> None:
     assert texts["html"].count("<table>") == 3  # two groups and the cost
 
 
+def test_rows_of_openoods_leaderboard_are_percentages(evaluations: dict[str, Evaluation]) -> None:
+    head = "Training,Postprocessor,Near-OOD_AUROC,Far-OOD_AUROC,ID_Accuracy,Outlier_Data,Arch,"
+    pair = [evaluations["a"], evaluations["b"]]
+    apart = leaderboards.FORMATS["openood"](compared(pair, leaderboards.OPENOOD, group=False))
+    first, *rows = csv.reader(apart.splitlines())
+    assert ",".join(first) == head + "Additional_Description"
+    assert [(row[1], row[-1]) for row in rows] == [
+        (detector, f"quickstart/{name}") for name in "ab" for detector in ("grood", "knn")
+    ]
+    model = pair[0].record["model"]["name"]
+    for training, detector, near, far, accuracy, outliers, arch, column in rows:
+        made = evaluations[column.removeprefix("quickstart/")]
+        assert near == f"{100 * of_metric(made, detector, 'near_ood'):.2f}"
+        assert far == f"{100 * of_metric(made, detector, 'far_ood'):.2f}"
+        assert (training, accuracy, outliers, arch) == ("/", "91.37", "No", model)
+    (_, grood, _) = csv.reader(
+        leaderboards.FORMATS["openood"](compared(pair, leaderboards.OPENOOD)).splitlines()
+    )
+    values = [100 * of_metric(run, "grood", "near_ood") for run in pair]
+    assert grood[2] == f"{mean(values):.2f} ± {stdev(values):.2f}"
+    assert grood[4] == "91.37 ± 0.00"
+
+
+def test_what_openoods_leaderboard_asks_and_a_run_lacks_is_a_stroke(tmp_path: Path) -> None:
+    made = run(tmp_path, "a", Setup(ood={"svhn": "far_ood"}, uses_ood=("knn",)))
+    text = leaderboards.FORMATS["openood"](compared([made], leaderboards.OPENOOD))
+    rows = {row["Postprocessor"]: row for row in csv.DictReader(text.splitlines())}
+    assert {name: (row["Near-OOD_AUROC"], row["Outlier_Data"]) for name, row in rows.items()} == {
+        "grood": ("/", "No"),
+        "knn": ("/", "Yes"),
+    }
+
+
+def test_a_run_on_other_images_is_refused_with_the_reason(evaluations: dict[str, Evaluation]) -> None:
+    compared([evaluations["a"], evaluations["b"]], ["auroc"], group=False).require_same_data()
+    found = compared(list(evaluations.values()), ["auroc"], group=False)
+    with pytest.raises(UserError, match=r"quickstart/fewer: other images in cifar10_test .*--other-data"):
+        found.require_same_data()
+
+
+def test_runs_of_different_names_are_no_repeats(evaluations: dict[str, Evaluation], tmp_path: Path) -> None:
+    other = run(tmp_path, "c", WORSE)
+    (other.folder / "config.yaml").write_text(
+        yaml.safe_dump({"name": "other", "seed": 1, "model": {"weights": "c"}})
+    )
+    assert len(compared([evaluations["a"], other], ["auroc"]).columns) == 2
+
+
 def test_what_is_wrong_is_one_message(evaluations: dict[str, Evaluation]) -> None:
     first = evaluations["a"]
     with pytest.raises(UserError, match="given twice"):

@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -284,32 +284,33 @@ def stop(cluster: Cluster, job: str, console: Console) -> None:
     watch(cluster, job, console, follow=False)
 
 
-def describe(cluster: Cluster, job: str, console: Console) -> None:
-    """Print the state of a job.
+def described(info: Any) -> dict[str, Any]:
+    """What a job is and how it ended; its exit status only then."""
+    return {
+        "job": info.submission_id,
+        "state": str(info.status),
+        "started": _time(info.start_time),
+        "ended": _time(info.end_time),
+        "exit": _exit_status(info) if info.status.is_terminal() else None,
+        "message": info.message or "",
+    }
 
-    Raises:
-        UserError: no such job, or no answer.
-    """
-    info = cluster.info(job)
-    console.print(f"job       {job}", markup=False, soft_wrap=True)
-    console.print(f"state     {info.status}")
-    console.print(f"started   {_time(info.start_time)}")
-    console.print(f"ended     {_time(info.end_time)}")
+
+def describe(info: Any, console: Console) -> None:
+    """Print the state of a job."""
+    found = described(info)
+    for name in ("job", "state", "started", "ended"):
+        console.print(f"{name:<9} {found[name] or '-'}", markup=False, soft_wrap=True)
     _tell(info, console)
 
 
-def table(cluster: Cluster, console: Console) -> None:
-    """Print the jobs of a cluster, the latest first.
-
-    Raises:
-        UserError: no answer.
-    """
+def table(infos: Sequence[Any], console: Console) -> None:
+    """Print jobs, a line each."""
     found = Table("started", "state", "exit status")
     found.add_column("job", no_wrap=True)
-    for info in cluster.jobs():
-        ended = info.status.is_terminal()
-        status = str(_exit_status(info)) if ended else ""
-        found.add_row(_time(info.start_time), str(info.status), status, info.submission_id)
+    for each in map(described, infos):
+        status = "" if each["exit"] is None else str(each["exit"])
+        found.add_row(each["started"] or "-", each["state"], status, each["job"])
     console.print(found)
 
 
@@ -328,7 +329,7 @@ def _exit_status(info: Any) -> int:
     return int(code) if code >= 0 else 128 - int(code)
 
 
-def _time(milliseconds: int | None) -> str:
+def _time(milliseconds: int | None) -> str | None:
     if not milliseconds:
-        return "-"
+        return None
     return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(" ", "seconds")
