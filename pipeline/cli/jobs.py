@@ -8,7 +8,6 @@ import typer
 
 from pipeline.cli.app import (
     Address,
-    ConfigFile,
     Json,
     Overrides,
     Verbose,
@@ -19,19 +18,38 @@ from pipeline.cli.app import (
     console,
     document,
 )
+from pipeline.cluster.remote.start import COMMANDS, OF_CONFIGS
+
+_PLACES = {
+    "tune": ("output",),
+    "bundle": ("run", "out"),
+    "apply": ("bundle", "data", "out", "workspace"),
+    "verify": ("folder",),
+}
+"""Parameters that are files or folders, which the cluster must see."""
 
 
 @app.command()
 def submit(
-    source: ConfigFile,
+    source: Annotated[
+        str, typer.Argument(metavar="FIRST", help="The command's first argument: CONFIG, RUN or BUNDLE.")
+    ],
     address: Address,
+    rest: Annotated[
+        list[str] | None, typer.Argument(metavar="-- ARGUMENTS", help="The command's others, after a --.")
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--command", metavar="NAME", help=f"One of {', '.join(COMMANDS)}.")
+    ] = "run",
     overrides: Overrides = [],  # noqa: B006 - typer copies defaults
     workspace: Workspace = "",
-    stage: Annotated[str, typer.Option(help="run, extract, fit, score or evaluate.")] = "run",
     env: Annotated[
         list[str],
         typer.Option(metavar="NAME", help="Environment variable to send, or pattern; may be repeated."),
     ] = [],  # noqa: B006
+    pip: Annotated[
+        bool, typer.Option("--pip", help="Have Ray install what the code needs, where the cluster lacks it.")
+    ] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Show the job's log while waiting.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return when the job is submitted.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do everything again.")] = False,
@@ -40,17 +58,35 @@ def submit(
     ] = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Run an evaluation on a Ray cluster, and wait for its end; submitting again resumes it.
+    """Run an evaluation, or another long command, on a Ray cluster, and wait for its end.
+
+    Submitting again resumes it. Arguments of the command itself come after `--`.
 
     Example: `ood-pipeline submit quickstart --address http://head:8265 --workspace /shared/ood --env 'AWS_*'`
     """
     from pipeline.cluster.remote import submit as jobs
 
-    order = jobs.Order(source, changes(overrides, workspace), stage, fresh, tuple(env), verbose)
+    ours = [*(rest or ()), *["--fresh"] * fresh, *["-v"] * verbose]
+    if name not in OF_CONFIGS:
+        ours += [f"--set={each}" for each in overrides]
+        ours += [f"--workspace={workspace}"] if workspace else []
+    order = jobs.Order(source, changes(overrides, workspace), name, tuple(ours), tuple(env), pip)
+    _check(order.line)
     if dry_run:
-        jobs.show(order, console)
+        jobs.show(order, console, bool(verbose))
     else:
         raise typer.Exit(jobs.submit(order, address, console, follow, wait=not no_wait))
+
+
+def _check(line: list[str]) -> None:
+    """Refuse what the command would refuse, and files that the cluster does not see."""
+    from pipeline.cluster.remote import package
+
+    group = typer.main.get_command(app)
+    name, *arguments = line
+    given = group.commands[name].make_context(name, arguments).params  # type: ignore[attr-defined]
+    for key in _PLACES.get(name, ()):
+        package.require_elsewhere(f"--command {name}: {key}", given[key])
 
 
 @app.command()

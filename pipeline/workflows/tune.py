@@ -74,12 +74,12 @@ class Outcome:
     metric: str
     points: tuple[Point, ...]
     table: Place
-    config: Path
+    config: Place
     unscored: Sequence[str] = ()
     """What is to be said of points that could not score all images."""
 
 
-def target(source: str, output: str, force: bool) -> Path:
+def target(source: str, output: str, force: bool) -> Place:
     """The file that the new config becomes: `output`, or NAME.tuned.yaml beside the old one.
 
     For a bundled config it lies in the current folder.
@@ -89,15 +89,15 @@ def target(source: str, output: str, force: bool) -> Path:
     """
     path = Path(source)
     beside = path if path.is_file() else Path(path.name)
-    file = Path(output) if output else beside.with_name(f"{beside.stem}.tuned.yaml")
-    if file.exists() and not force:
+    file = files.at(output) if output else beside.with_name(f"{beside.stem}.tuned.yaml")
+    if file.is_file() and not force:
         raise UserError(f"--output: {file} exists already. Name another file, or replace it with --force.")
-    if not file.absolute().parent.is_dir():
+    if isinstance(file, Path) and not file.absolute().parent.is_dir():
         raise UserError(f"--output: no such folder: {file.parent}. Make it, or name another file.")
     return file
 
 
-def execute(settings: Config, output: Path, display: Display, options: Options = FROM_FIT) -> Outcome:
+def execute(settings: Config, output: Place, display: Display, options: Options = FROM_FIT) -> Outcome:
     """Try every point of the grids and write the table and the config with the best ones.
 
     Args:

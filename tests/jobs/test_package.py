@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.cluster.remote import package
+from pipeline.cluster.remote import package, start
 from pipeline.config import loading, schema
 from pipeline.errors import UserError
 from tests.jobs.conftest import clean
@@ -206,14 +207,14 @@ def test_an_installed_package_sends_the_same_as_a_checkout_and_a_dry_run_says_wh
     sent = dict(package.contents(folder))  # running it leaves bytecode there
     shown = python(
         *(folder, tmp_path, "-m", "pipeline.cli", "submit", str(tmp_path / "laptop" / "small.yaml")),
-        *("--address", "http://127.0.0.1:1", "--dry-run", "--env", "PATH", "--stage", "extract", "-v"),
+        *("--address", "http://127.0.0.1:1", "--dry-run", "--env", "PATH", "--command", "extract", "-v"),
     )
     found = re.findall(r"^file +([\d,]+)  (.*)$", shown, re.MULTILINE)
     listed = {name: int(size.replace(",", "")) for size, name in found}
     assert ".environment.json" in listed
     del listed[".environment.json"]
     assert listed == sent
-    assert "command   python -m pipeline.cli extract config.yaml -v\nvariables PATH\n" in shown
+    assert f"command   python -m {start.MODULE} extract config.yaml -v\nvariables PATH\n" in shown
     assert os.environ["PATH"] not in shown
 
 
@@ -261,3 +262,50 @@ def test_files_that_are_too_large_are_refused_with_the_largest(fill, monkeypatch
     monkeypatch.setattr(package, "LIMIT", 100)
     with pytest.raises(UserError, match=r"/w\.pt has 0 MiB, all files .* Put it on storage that all"):
         fill(RAW)
+
+
+def test_a_sweep_is_sent_whole_with_the_files_of_each_model(fill, tmp_path):
+    raw = deepcopy(RAW)
+    one = raw.pop("model")
+    (tmp_path / "laptop" / "v.pt").write_text("other weights")
+    raw["models"] = {"one": one, "two": {**one, "weights": "v.pt"}}
+    _, folder = fill(raw)
+    found = loading.load_all(str(folder / "config.yaml"))
+    assert [config.name for config in found] == ["small-one", "small-two"]
+    assert [Path(config.model.weights or "").read_text() for config in found] == [
+        "content of ../weights/w.pt",
+        "other weights",
+    ]
+    raw["models"]["two"]["weights"] = "nowhere.pt"
+    with pytest.raises(UserError, match=r"^models\.two\.weights: no such file"):
+        fill(raw)
+
+
+def test_a_package_says_what_its_code_needs_but_for_the_ray_of_the_cluster(fill):
+    _, folder = fill(RAW)
+    lines = (folder / start.FILE).read_text().splitlines()
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[^\w-]", text)[0] for text in project["dependencies"]}
+    assert {re.split(r"[^\w-]", line)[0] for line in lines} == names - {"ray"}
+
+
+def test_a_job_whose_python_lacks_something_says_so_at_once(fill):
+    """Even if it lacks everything that is not Python's own."""
+    _, folder = fill(RAW)
+    command = ["-m", start.MODULE, "run", "config.yaml"]
+    environment = clean("COVERAGE", "PYTHONPATH")
+    done = subprocess.run(
+        [sys.executable, "-S", *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        r"error: \S+ on \S+ lacks .*typer.*\. Start the cluster from the image of .*--pip\.\n",
+        done.stderr,
+    )
+    (folder / start.FILE).write_text("typer>=0.19\nno-such-package>=1")
+    assert start.missing((folder / start.FILE).read_text().splitlines()) == ["no-such-package>=1"]

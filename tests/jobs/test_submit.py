@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from ray.job_submission import JobStatus
 from rich.console import Console
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from pipeline.cli import main
-from pipeline.cluster.remote import submit
+from pipeline.cluster.remote import start, submit
 from pipeline.errors import UserError
 from pipeline.workspace import claims
 from tests.jobs.conftest import Head
@@ -194,6 +194,14 @@ def test_a_job_that_is_submitted_again_resumes_with_the_results_of_an_undisturbe
     assert resumed == undisturbed
 
 
+def test_another_command_runs_as_a_job_with_its_exit_status(story, head):
+    folder = newest(story.workspace)
+    done = head.command("submit", str(folder), "--command", "verify", "--follow", "--", "--json")
+    assert done.returncode == 0
+    assert '"good": true' in done.stdout
+    assert '"good": false' not in done.stdout
+
+
 def test_the_jobs_of_a_cluster_are_listed(story, head):
     listed = head.command("status")
     states = re.findall(r"(STOPPED|FAILED|SUCCEEDED) *│ (\d) *│ (small-\w+)", listed.stdout)
@@ -258,6 +266,8 @@ class Fake(http.server.BaseHTTPRequestHandler):
     """A head with another version of Ray, on which every id is taken and some service that fails."""
 
     version = "2.60.0"
+    asked: ClassVar[dict[str, Any]] = {}
+    """By the last job."""
 
     def do_GET(self) -> None:
         answer = {"ray_version": self.version, "version": "4"}
@@ -267,7 +277,7 @@ class Fake(http.server.BaseHTTPRequestHandler):
         self.answer(200, b"")
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        Fake.asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.answer(400, b"Traceback (most recent call last):\n  File x\nValueError: Job a already exists.\n")
 
     def answer(self, status: int, content: bytes) -> None:
@@ -325,29 +335,97 @@ def test_the_versions_of_ray_are_those_of_the_package():
     assert ray.specifier == submit.RAY
 
 
+def dry(*arguments: str) -> Result:
+    """What `submit` would send."""
+    words = ["submit", "--dry-run", "--address", "http://a", *arguments]
+    return CliRunner().invoke(main.app, words, env={"COLUMNS": "200"})
+
+
 @pytest.mark.parametrize(
-    ("order", "expected"),
+    ("arguments", "expected"),
     [
-        (submit.Order("a", [], "fot"), r"^--stage: unknown stage 'fot'\. Did you mean 'fit'\?"),
-        (submit.Order("a", [], "fit", fresh=True), r"^--fresh: not for --stage fit"),
+        (["C"], "run config.yaml"),
+        (["C", "--fresh", "-vv"], "run config.yaml --fresh -v -v"),
+        (["C", "--", "--seeds", "0,1"], "run config.yaml --seeds 0,1"),
+        (["C", "--command", "score"], "score config.yaml"),
+        (
+            ["C", "--command", "tune", "--", "--output", "s3://b/t.yaml", "--metric", "fpr95_id"],
+            "tune config.yaml --output s3://b/t.yaml --metric fpr95_id",
+        ),
+        (
+            ["/d.ood", "--command", "apply", "--workspace", "/w", "--", "s3://b/new images", "--out", "/o"],
+            "apply /d.ood 's3://b/new images' --out /o --workspace=/w",
+        ),
+        (
+            ["s3://b/runs/a", "--command", "bundle", "--", "--weights", "--out", "/d.ood"],
+            "bundle s3://b/runs/a --weights --out /d.ood",
+        ),
+        (["/w/runs/a", "--command", "verify"], "verify /w/runs/a"),
     ],
 )
-def test_a_command_that_a_job_cannot_have_is_refused(order, expected):
-    with pytest.raises(UserError, match=expected):
-        _ = order.entrypoint
+def test_the_command_of_a_job_is_the_one_that_was_asked_for(evaluation, arguments, expected):
+    given = [evaluation[0] if word == "C" else word for word in arguments]
+    where = ["--workspace", "/shared"] if "C" in arguments else []
+    shown = dry(*where, *given)
+    assert shown.exit_code == 0, shown.output
+    assert f"\ncommand   python -m {start.MODULE} {expected}\n" in shown.stdout
+    assert (" config.yaml\n" in shown.stdout) == ("C" in arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["quickstart", "--command", "fot"], r"--command: unknown command 'fot'\. Did you mean 'fit'\?"),
+        (
+            ["quickstart", "--command", "tune"],
+            r"--command tune: output: not given, and so lies in the job's own",
+        ),
+        (
+            ["d.ood", "--command", "apply", "--", "/x", "--out", "/o"],
+            r"--command apply: bundle: d\.ood lies in",
+        ),
+        (
+            ["/d.ood", "--command", "apply", "--", "/x", "--out", "/o"],
+            r"--command apply: workspace: \./workspace ",
+        ),
+        (["/w/runs/a", "--command", "bundle", "--", "--out", "x"], r"--command bundle: out: x lies in"),
+    ],
+)
+def test_what_a_job_cannot_do_or_would_lose_is_refused(arguments, expected):
+    shown = dry(*arguments)
+    assert isinstance(shown.exception, UserError)
+    assert re.match(expected, str(shown.exception)), shown.exception
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["quickstart", "--command", "fit", "--fresh"], "No such option: --fresh"),
+        (["/d.ood", "--command", "apply"], "Missing argument 'DATA'"),
+    ],
+)
+def test_what_the_command_of_a_job_does_not_take_is_refused_before_it_is_sent(arguments, expected):
+    shown = dry(*arguments)
+    assert shown.exit_code == 2
+    assert expected in shown.stderr
+
+
+def test_what_the_code_needs_is_installed_if_that_is_asked_for(fake, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="already"):
+        submit.Cluster(fake).submit("a", "true", tmp_path, start.requirements())
+    found = Fake.asked["runtime_env"]["pip"]
+    packages = found["packages"] if isinstance(found, dict) else found
+    assert any(text.startswith("typer") for text in packages)
+    assert not any(text.startswith("ray") for text in packages)
+    with pytest.raises(UserError, match="already"):
+        submit.Cluster(fake).submit("a", "true", tmp_path)
+    assert "pip" not in Fake.asked["runtime_env"]
 
 
 def test_a_log_is_not_followed_without_waiting():
     order = submit.Order("quickstart", [])
     with pytest.raises(UserError, match=r"^--follow: .* but --no-wait is set\. Leave one out"):
         submit.submit(order, "http://127.0.0.1:1", Console(), follow=True, wait=False)
-
-
-def test_the_command_of_a_job_is_that_of_a_stage():
-    assert submit.Order("a", []).entrypoint == "python -m pipeline.cli run config.yaml"
-    assert submit.Order("a", [], fresh=True).entrypoint == "python -m pipeline.cli run config.yaml --fresh"
-    assert submit.Order("a", [], "score").entrypoint == "python -m pipeline.cli score config.yaml"
-    assert submit.Order("a", [], verbose=2).entrypoint == "python -m pipeline.cli run config.yaml -v -v"
 
 
 class Scripted:

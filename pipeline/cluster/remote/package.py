@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import beside
-from pipeline.cluster.remote import environment
+from pipeline.cluster.remote import environment, start
 from pipeline.config import loading, sweep
 from pipeline.config.schema import Config, Start
 from pipeline.errors import UserError
@@ -55,11 +55,27 @@ def fill(folder: Path, source: str, overrides: list[str], variables: Mapping[str
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
+    fill_code(folder, variables)
+    return sent
+
+
+def fill_code(folder: Path, variables: Mapping[str, str]) -> None:
+    """Make the package of a command that takes no config: code, what it needs, and environment variables."""
     code = folder / "pipeline"
     shutil.copytree(Path(__file__).parents[2], code, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(loading.bundled(), code / "configs", dirs_exist_ok=True)
+    (folder / start.FILE).write_text("\n".join(start.requirements()), encoding="utf-8")
     environment.write(folder, variables)
-    return sent
+
+
+def require_elsewhere(field: str, path: str) -> None:
+    """Refuse a path that a job on a cluster would look for in its own folder, which is deleted.
+
+    Raises:
+        UserError: a relative path, or none.
+    """
+    if _is_here(path):
+        raise UserError(f"{field}: {path or 'not given, and so'} lies in the job's own folder. {_ELSEWHERE}")
 
 
 def contents(folder: Path) -> Iterator[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""Evaluations as jobs of a Ray cluster: sent, watched and stopped from a machine that is no part of it.
+"""Commands as jobs of a Ray cluster: sent, watched and stopped from a machine that is no part of it.
 
 A job outlives the command that sent it. What is sent is made by `package`; the rest is done by `run`.
 """
@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,14 +26,13 @@ from ray.job_submission import JobSubmissionClient
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cluster.remote import environment, package
+from pipeline.cluster.remote import environment, package, start
+from pipeline.cluster.remote.start import COMMANDS, OF_CONFIGS
 from pipeline.config import sweep
 from pipeline.errors import UserError, redact, unknown
 
 RAY = SpecifierSet(">=2.58,<2.64")
 """Versions of Ray that this package runs on; a cluster brings its own."""
-
-STAGES = ("run", "extract", "fit", "score", "evaluate")
 
 TIMEOUT = 10.0
 """Seconds after which an address that does not answer is given up."""
@@ -53,30 +53,36 @@ class Unanswered(UserError):
 
 @dataclass(frozen=True)
 class Order:
-    """An evaluation to be run on a cluster."""
+    """A command to be run on a cluster."""
 
     source: str
+    """Its first argument: a config, or a path or URI as the cluster has it."""
     overrides: list[str]
-    stage: str = "run"
-    fresh: bool = False
+    """Changes to the config."""
+    command: str = "run"
+    arguments: tuple[str, ...] = ()
+    """The others."""
     patterns: tuple[str, ...] = ()
     """Names of the environment variables that travel, or patterns."""
-    verbose: int = 0
-    """How much its workers log: the number of -v."""
+    pip: bool = False
+    """Whether Ray installs what the code needs for the job."""
+
+    @property
+    def line(self) -> list[str]:
+        """The command as the job runs it.
+
+        Raises:
+            UserError: an unknown command.
+        """
+        if self.command not in COMMANDS:
+            raise UserError(f"--command: {unknown('command', self.command, COMMANDS)}")
+        first = package.CONFIG if self.command in OF_CONFIGS else self.source
+        return [self.command, first, *self.arguments]
 
     @property
     def entrypoint(self) -> str:
-        """The command of the job.
-
-        Raises:
-            UserError: an unknown stage, or one that cannot be done afresh.
-        """
-        if self.stage not in STAGES:
-            raise UserError(f"--stage: {unknown('stage', self.stage, STAGES)}")
-        if self.fresh and self.stage != "run":
-            raise UserError(f"--fresh: not for --stage {self.stage}; it does a whole run again.")
-        options = " --fresh" * self.fresh + " -v" * self.verbose
-        return f"python -m pipeline.cli {self.stage} {package.CONFIG}{options}"
+        """The same for a shell of the cluster."""
+        return shlex.join(["python", "-m", start.MODULE, *self.line])
 
     @property
     def variables(self) -> dict[str, str]:
@@ -89,12 +95,16 @@ class Order:
 
     @contextmanager
     def packed(self) -> Iterator[tuple[Path, str]]:
-        """The folder that is sent, gone after the block, and the name of the evaluation.
+        """The folder that is sent, gone after the block, and the name of the evaluation or the command.
 
         Raises:
             UserError: whatever `package.fill` refuses.
         """
         with TemporaryDirectory(prefix="ood-pipeline-") as folder:
+            if self.command not in OF_CONFIGS:
+                package.fill_code(Path(folder), self.variables)
+                yield Path(folder), self.command
+                return
             sent = package.fill(Path(folder), self.source, self.overrides, self.variables)
             (label, first), *_ = sent.items()
             yield Path(folder), sweep.whole(label, first.name)
@@ -121,8 +131,8 @@ class Cluster:
             requests.get(address, timeout=TIMEOUT)
             self._client = JobSubmissionClient(address)
 
-    def submit(self, name: str, entrypoint: str, folder: Path) -> None:
-        """Start a job with this submission id in a copy of the folder."""
+    def submit(self, name: str, entrypoint: str, folder: Path, pip: Sequence[str] = ()) -> None:
+        """Start a job with this submission id in a copy of the folder, and packages installed for it."""
         found = self._client._server_ray_version
         if not RAY.contains(found, prereleases=True):
             raise UserError(
@@ -130,6 +140,8 @@ class Cluster:
                 "another image for the cluster, or the version of ood-pipeline that fits it."
             )
         sent: dict[str, Any] = {"working_dir": str(folder), "env_vars": _GRACE}
+        if pip:
+            sent["pip"] = list(pip)
         if (folder / environment.FILE).exists():
             sent["worker_process_setup_hook"] = environment.HOOK
         with self._asked(name):
@@ -186,8 +198,8 @@ class Cluster:
         return Unanswered(f"{where}: the cluster answered: {(lines or ['nothing'])[-1].rstrip('.')[:300]}.")
 
 
-def show(order: Order, console: Console) -> None:
-    """Print what would be sent: files added up by folder, or each of them if the order is verbose.
+def show(order: Order, console: Console, each: bool) -> None:
+    """Print what would be sent: files added up by folder, or each of them.
 
     Raises:
         UserError: as `submit`, but for what needs the cluster.
@@ -198,13 +210,13 @@ def show(order: Order, console: Console) -> None:
     folders: dict[str, list[int]] = {}
     for name, size in files:
         above, _, rest = name.partition("/")
-        place = name if order.verbose or not rest else f"{above}/"
+        place = name if each or not rest else f"{above}/"
         folders.setdefault(place, []).append(size)
     for place, sizes in folders.items():
         count = f"  {len(sizes)} files" if place.endswith("/") else ""
         console.print(f"file      {sum(sizes):>12,}  {place}{count}", markup=False, soft_wrap=True)
     console.print(f"in all    {sum(size for _, size in files):>12,}  bytes in {len(files)} files")
-    console.print(f"command   {entrypoint}")
+    console.print(f"command   {entrypoint}", markup=False, soft_wrap=True)
     console.print(f"variables {', '.join(order.variables) or 'none'}", markup=False, soft_wrap=True)
 
 
@@ -225,7 +237,7 @@ def submit(order: Order, address: str, console: Console, follow: bool, wait: boo
     with order.packed() as (folder, name):
         cluster = Cluster(address)
         job = f"{name}-{secrets.token_hex(4)}"
-        cluster.submit(job, entrypoint, folder)
+        cluster.submit(job, entrypoint, folder, start.requirements() if order.pip else ())
     console.print(f"job       {job}", markup=False, soft_wrap=True)
     for command in ("status", "stop"):
         line = f"ood-pipeline {command} {job} --address {cluster.address}"
