@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from html import escape
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.app import Json, Quietly, apart, app, console, display, document
+
+if TYPE_CHECKING:
+    from pipeline.workflows.explain import Explained, Said
 
 
 @app.command()
@@ -22,6 +28,9 @@ def explain(
     nearest: Annotated[
         int, typer.Option(min=0, max=100, help="Closest training images to find; 0 = none, which is quick.")
     ] = 5,
+    page: Annotated[
+        str, typer.Option("--html", metavar="FILE", help="Write it as a page with pictures, too.")
+    ] = "",
     quiet: Quietly = False,
     as_json: Json = False,
 ) -> None:
@@ -37,9 +46,14 @@ def explain(
         document(asdict(found))
     else:
         _show(found)
+    if page:
+        from pipeline.workspace import files
+
+        files.write_text(files.at(page), _page(found, work.pictures(run, found)))
+        console.print(f"page     {page}", markup=False, soft_wrap=True)
 
 
-def _show(found: Any) -> None:
+def _show(found: Explained) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
@@ -50,9 +64,7 @@ def _show(found: Any) -> None:
     )
     table = Table("detector", "score", "above ID images", "p-value", "flagged", box=SIMPLE)
     for said in found.said:
-        share = "" if said.percentile is None else f"{said.percentile:.1%}"
-        flagged = {None: "", True: "yes", False: "no"}[said.is_ood]
-        table.add_row(*map(Text, (said.detector, _number(said.score), share, _number(said.p_value), flagged)))
+        table.add_row(*map(Text, _cells(said)))
     console.print(table)
     if found.norms:
         norms = ", ".join(f"{block} {value:.4g}" for block, value in found.norms.items())
@@ -69,6 +81,47 @@ def _show(found: Any) -> None:
                 str(each.prediction),
             )
         console.print(near)
+
+
+_STYLE = (
+    "body{font:14px sans-serif;margin:2em}td,th{padding:2px 1em;text-align:left}figure{display:inline-block}"
+)
+
+
+def _page(found: Explained, pictures: Mapping[tuple[str, str], bytes]) -> str:
+    """The same as an HTML page that stands alone."""
+
+    def figure(dataset: str, key: str, text: str) -> str:
+        data = b64encode(pictures.get((dataset, key), b"")).decode()
+        image = f'<img src="data:image/jpeg;base64,{data}" alt="">' if data else "no picture"
+        return f"<figure>{image}<figcaption>{escape(text)}</figcaption></figure>"
+
+    def row(cells: Iterable[str], tag: str = "td") -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    said = [row(("detector", "score", "above ID images", "p-value", "flagged"), "th")]
+    said += [row(_cells(each)) for each in found.said]
+    parts = [
+        f'<!doctype html>\n<meta charset="utf-8"><title>{escape(found.key)}</title><style>{_STYLE}</style>',
+        f"<h1>{escape(found.key)} of {escape(found.dataset)}</h1>",
+        figure(found.dataset, found.key, f"class {found.label}, predicted as {found.prediction}"),
+        f"<table>{''.join(said)}</table>",
+    ]
+    for name, neighbours in found.nearest.items():
+        texts = [
+            (each, f"{each.distance:.4g}: {each.key}, class {each.label}, predicted as {each.prediction}")
+            for each in neighbours
+        ]
+        figures = "".join(figure(each.dataset, each.key, text) for each, text in texts)
+        parts.append(f"<h2>Nearest training images by {escape(name)}</h2>{figures}")
+    return "\n".join(parts) + "\n"
+
+
+def _cells(said: Said) -> tuple[str, ...]:
+    """What a detector says, as it is shown."""
+    share = "" if said.percentile is None else f"{said.percentile:.1%}"
+    flagged = {None: "", True: "yes", False: "no"}[said.is_ood]
+    return said.detector, _number(said.score), share, _number(said.p_value), flagged
 
 
 def _number(value: float | None) -> str:

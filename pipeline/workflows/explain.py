@@ -16,6 +16,7 @@ from pipeline.detectors.base import Bank, Scorer, bank_of
 from pipeline.detectors.knn import KnnScorer
 from pipeline.errors import UserError, unknown
 from pipeline.results.evaluation import Evaluation, opened
+from pipeline.results.report import review
 from pipeline.results.report.tables import Results
 from pipeline.stages import memory
 from pipeline.stages.fit import read_scorer
@@ -101,6 +102,28 @@ def explain(
     nearest = _nearest(evaluation, image, columns, count, display or Quiet()) if count else {}
     said = [_said(results, own, label) for label in results.detectors]
     return Explained(where, key, own[LABEL], own[PREDICTION], said, norms, nearest)
+
+
+def pictures(run: str, found: Explained) -> dict[tuple[str, str], bytes]:
+    """Small JPEG files of the image and of its closest training images, of those that can be read again.
+
+    Args:
+        run: path or URI of its folder.
+        found: what `explain` knows of the image.
+
+    Returns:
+        By dataset and key.
+    """
+    evaluation = opened(run)
+    keys: dict[str, set[str]] = {found.dataset: {found.key}}
+    for each in (neighbour for nearest in found.nearest.values() for neighbour in nearest):
+        keys.setdefault(each.dataset, set()).add(each.key)
+    return {
+        (dataset, key): place["picture"]
+        for dataset, own in keys.items()
+        for key, place in review.places(evaluation.folder, evaluation.record, dataset, own).items()
+        if place.get("picture")
+    }
 
 
 def _found(evaluation: Evaluation, key: str, dataset: str | None) -> tuple[str, int]:

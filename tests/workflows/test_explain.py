@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
+from base64 import b64decode
 from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline.cli import main
+from pipeline.cli.explain import _page
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.results.evaluation import opened
-from pipeline.workflows.explain import FEATURES, explain
+from pipeline.workflows.explain import FEATURES, Explained, explain, pictures
 from pipeline.workspace import tables
 
 
@@ -113,3 +120,39 @@ def test_the_command_prints_it_or_a_document(run: str) -> None:
     found = json.loads(CliRunner().invoke(main.app, [*arguments, "--json"]).stdout)
     assert found["dataset"] == "camera"
     assert [each["dataset"] for each in found["nearest"]["grood"]] == ["train", "train"]
+
+
+def test_a_page_shows_the_image_and_its_neighbours(run: str, tmp_path: Path) -> None:
+    page = tmp_path / "below" / "one.html"
+    arguments = ["explain", run, "production_x/00000001", "--nearest", "2", "-q", "--html", str(page)]
+    shown = CliRunner().invoke(main.app, arguments, env={"COLUMNS": "120"})
+    assert shown.exit_code == 0
+    assert shown.output.endswith(f"page     {page}\n")
+    text, found = page.read_text(), explain(run, "production_x/00000001", count=2)
+    assert text.count("<figure><img") == 1 + sum(map(len, found.nearest.values()))
+    assert all(f"<td>{said.detector}</td><td>{said.score:.4g}</td>" in text for said in found.said)
+    with np.load(next(iter(places_of(run)))) as arrays:
+        expected = [arrays["production_x"][1], *(arrays["train_x"][row] for row in rows_of(found))]
+    drawn = [
+        np.asarray(Image.open(BytesIO(b64decode(data))).convert("L"), float)
+        for data in re.findall(r"base64,([^\"]+)", text)
+    ]
+    assert all(abs(one - other).mean() < 12 for one, other in zip(drawn, expected, strict=True))
+
+
+def places_of(run: str) -> set[str]:
+    """Files of the images of a run."""
+    config = yaml.safe_load(Path(run, "config.yaml").read_text())
+    return {entry["path"] for entry in config["datasets"]}
+
+
+def rows_of(found: Explained) -> list[int]:
+    """Rows of the neighbours in their array, in the order in which they are shown."""
+    return [int(each.key.rpartition("/")[2]) for nearest in found.nearest.values() for each in nearest]
+
+
+def test_what_cannot_be_read_again_is_said_on_the_page(run: str) -> None:
+    found = replace(explain(run, "production_x/00000001", count=1), key="<gone>")
+    assert "&lt;gone&gt;" in _page(found, {})
+    assert "no picture" in _page(found, {})
+    assert ("camera", "<gone>") not in pictures(run, found)

@@ -7,7 +7,7 @@ gone has none.
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from pipeline.errors import UserError, redact
 from pipeline.results import calibrated
 from pipeline.results.report.tables import OOD, Results
 from pipeline.workspace import runs, tables
+from pipeline.workspace.files import Place
 
 SIDE = 96
 """Pixels of the longer side of a picture."""
@@ -154,28 +155,44 @@ def _named(results: Results, dataset: str, chosen: Sequence[Shown]) -> list[Show
 
 def _located(results: Results, dataset: str, chosen: Sequence[Shown]) -> Iterator[Shown]:
     """The same with their places and pictures, as far as they can be read."""
-    keys = pa.array(sorted({image.key for image in chosen}), pa.string())
-    entry = results.manifest["datasets"][dataset]
-    name = f"{dataset}-{entry['digest'][:16]}"
-    listing = runs.workspace_of(results.folder) / "manifests" / name / "rows.parquet"
-    found: dict[str, dict[str, Any]] = {}
-    try:
-        with tables.parquet(listing) as file:
-            parts = [
-                batch.filter(pc.is_in(batch[KEY], keys)) for batch in file.iter_batches(tables.ROW_GROUP)
-            ]
-        rows = pa.Table.from_batches(parts)
-        places = rows.select([KEY, "uri", "shape"]).to_pylist()
-        found = {place[KEY]: place for place in places}
-        for place, content in zip(places, fetch(rows), strict=True):
-            if isinstance(content, bytes):
-                place["picture"] = _picture(content, place["shape"])
-    except (OSError, UserError, pa.ArrowException):  # moved, changed, or a store that does not answer
-        pass
+    found = places(results.folder, results.manifest, dataset, {image.key for image in chosen})
     for image in chosen:
         place = found.get(image.key, {})
         uri = redact(place.get("uri") or "")
         yield replace(image, uri=uri, picture=place.get("picture", b""))
+
+
+def places(
+    run: Place, manifest: Mapping[str, Any], dataset: str, keys: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """Where images of a dataset lie (`uri`), and small pictures of them (`picture`), as far as there are any.
+
+    Args:
+        run: its folder.
+        manifest: its record.
+        dataset: that they are in.
+        keys: theirs.
+
+    Returns:
+        By key.
+    """
+    wanted = pa.array(sorted(keys), pa.string())
+    name = f"{dataset}-{manifest['datasets'][dataset]['digest'][:16]}"
+    listing = runs.workspace_of(run) / "manifests" / name / "rows.parquet"
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        with tables.parquet(listing) as file:
+            parts = [
+                batch.filter(pc.is_in(batch[KEY], wanted)) for batch in file.iter_batches(tables.ROW_GROUP)
+            ]
+        rows = pa.Table.from_batches(parts)
+        found = {place[KEY]: place for place in rows.select([KEY, "uri", "shape"]).to_pylist()}
+        for place, content in zip(found.values(), fetch(rows), strict=True):
+            if isinstance(content, bytes):
+                place["picture"] = _picture(content, place["shape"])
+    except (OSError, UserError, pa.ArrowException):  # moved, changed, or a store that does not answer
+        pass
+    return found
 
 
 def _picture(content: bytes, shape: Sequence[int] | None) -> bytes:
