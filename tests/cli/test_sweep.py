@@ -74,26 +74,23 @@ def test_a_sweep_is_a_run_for_each_model_and_one_table(sweep: Sweep, tmp_path: P
         assert [each["stages"]["extract"]["forward_images"] for each in record["executions"]] == [128, 0]
 
 
+@pytest.mark.slow
 def test_repeats_of_a_sweep_are_a_column_for_each_model_even_if_models_are_alike(sweep: Sweep) -> None:
     found = sweep("run", "--quiet", "--seeds", "0,1", a={}, b={})
     assert found.exit_code == 0, found.output
     assert re.search(r"Detector +small-a \(2 runs\) +small-b \(2 runs\) *\n", found.stdout)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "expected"),
-    [({"fails": True}, "of the user's own code"), ({"height": 3}, "unexpected keyword argument 'height'")],
-)
-def test_a_model_that_fails_is_named_and_the_others_run(
-    sweep: Sweep, tmp_path: Path, wrong: dict[str, Any], expected: str
-) -> None:
-    found = sweep("run", "--json", a={}, wrong=wrong, b={"width": 5})
+def test_a_model_that_fails_is_named_and_the_others_run(sweep: Sweep) -> None:
+    found = sweep("run", "--json", a={}, wrong={"fails": True}, b={"width": 5})
     assert found.exit_code == 1
     first, second, failed = json.loads(found.stdout)
     assert [Path(each["results"]).parent.name for each in (first, second)] == ["small-a", "small-b"]
     assert failed["name"] == "small-wrong"
-    assert expected in failed["error"]
-    assert f"error: small-wrong: {failed['error']}\n" in found.stderr
+    assert (
+        "ArithmeticError: of the user's own code\nerror: small-wrong: of the user's own code\n"
+        in found.stderr
+    )
     assert found.stderr.endswith("error: 1 of 3 failed: small-wrong\n")
     record = files.read_json(Path(second["results"]) / "manifest.json")
     assert record["status"] == "finished"
