@@ -83,7 +83,9 @@ def test_the_datasets_in_the_documents_are_valid(block: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_bundled_config_is_valid(path: Path) -> None:
-    assert loading.load(str(path)).name == yaml.safe_load(path.read_text())["name"]
+    raw = yaml.safe_load(path.read_text())
+    names = [f"{raw['name']}-{label}" for label in raw.get("models", ())] or [raw["name"]]
+    assert [config.name for config in loading.load_all(str(path))] == names
 
 
 def test_jobs_are_thin() -> None:
