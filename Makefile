@@ -27,6 +27,7 @@ test-cluster: install
 test-slow: install
 	$(BIN)/python $(PYTEST) -m 'slow and not chaos'
 	$(BIN)/python -m pytest -m chaos tests/cluster
+	$(BIN)/python -m pytest -m browser tests/results
 
 # Needs Debian's packages chromium and chromium-driver. What was seen lies in .screenshots.
 test-browser: install

@@ -14,12 +14,13 @@ PICTURES = Path(__file__).parents[1] / ".screenshots"
 
 
 @contextmanager
-def chromium(width: int, height: int) -> Iterator[Chrome]:
-    """A browser with a window of some pixels for the time of a block."""
+def chromium(width: int, height: int, **preferences: int) -> Iterator[Chrome]:
+    """A browser with a window of some pixels, and preferences of a profile, for the time of a block."""
     options = ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},{height}"):
         options.add_argument(argument)
+    options.add_experimental_option("prefs", preferences)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = Chrome(options, Service("/usr/bin/chromedriver"))
     try:

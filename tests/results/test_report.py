@@ -18,9 +18,10 @@ from sklearn.metrics import roc_curve
 
 from pipeline.errors import UserError
 from pipeline.results import report
-from pipeline.results.report import plots
+from pipeline.results.report import charts, plots
+from pipeline.results.report import page as page_module
 from pipeline.results.report.compare import deviations
-from pipeline.results.report.tables import Results
+from pipeline.results.report.tables import GROUPS, Results
 from pipeline.stages.evaluate import PAIRS
 from tests.stored import stored
 
@@ -350,7 +351,9 @@ def test_the_page_asks_for_nothing_from_outside(finished, page):
     assert links
     assert all(link.startswith(("data:", "#")) for link in links)
     source = (finished / "report" / "index.html").read_text(encoding="utf-8")
-    assert not re.search(r"@import|url\(|https?://", source)
+    drawing = page_module._vendored("uPlot.iife.min.js")
+    assert drawing.count("https://") == 1, "its own address, in a comment"
+    assert not re.search(r"@import|url\(|https?://", source.replace(drawing, ""))
 
 
 def test_names_with_markup_are_shown_and_not_interpreted(tmp_path):
@@ -450,7 +453,20 @@ def test_only_the_group_that_exists_is_in_the_summary(tmp_path, ood, shown, hidd
 def test_full_spectrum_values_have_columns_of_their_own(tmp_path):
     page = page_of(make_run(tmp_path, Setup(full_spectrum=True)))
     assert page.cells["datasets"].count("Near-OOD, full spectrum") == len(METRICS)
-    assert "Near-OOD, full spectrum" not in page.cells["summary"]
+    assert page.cells["summary"].count("Near-OOD, full spectrum") == 1
+
+
+def test_full_spectrum_values_do_not_decide_on_the_order(tmp_path):
+    run = make_run(tmp_path, Setup(full_spectrum=True))
+    metrics = pq.read_table(run / "metrics.parquet")
+    rows = [
+        row | ({"value": 0.0} if row["group"].startswith("fs_") and row["detector"] == "grood" else {})
+        for row in metrics.to_pylist()
+    ]
+    wanted = [row.detector for row in report.leaderboard(metrics).rows]
+    found = report.leaderboard(pa.Table.from_pylist(rows), groups=GROUPS)
+    assert [row.detector for row in found.rows] == wanted
+    assert {column.group for column in found.columns} == set(GROUPS)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -569,14 +585,60 @@ def test_roc_points_are_those_of_scikit_learn_with_ties():
 def test_thinned_roc_points_stay_on_the_curve_and_near_what_is_left_out():
     rng = np.random.default_rng(4)
     inlier, outlier = rng.normal(0, 1, 5000), np.round(rng.normal(2, 1, 60), 1)
-    all_points = np.stack(plots.roc_points(inlier, outlier, limit=10_000), axis=1)
-    kept = np.stack(plots.roc_points(inlier, outlier, limit=101), axis=1)
+    points = plots.roc_points(inlier, outlier)
+    all_points, kept = np.stack(points, axis=1), np.stack(plots.thinned(*points, limit=101), axis=1)
     assert len(kept) <= 101 < len(all_points)
     assert {tuple(point) for point in kept} <= {tuple(point) for point in all_points}
     assert kept[0].tolist() == [0, 0]
     assert kept[-1].tolist() == [1, 1]
     distance = np.abs(all_points[:, None] - kept).sum(axis=2).min(axis=1)
     assert distance.max() <= 2 / 100 + 1e-12
+
+
+def test_charts_have_the_rates_of_the_curve_through_all_points():
+    rng = np.random.default_rng(6)
+    inlier, outlier = rng.integers(0, 30, 300).astype(float), rng.integers(10, 40, 90).astype(float)
+    fpr, tpr = plots.roc_points(inlier, outlier)
+    found = np.array(charts.tpr_at_rates(fpr, tpr)) / charts.UNIT
+    upper = [
+        max(tpr[fpr == rate]) if (fpr == rate).any() else np.interp(rate, fpr, tpr) for rate in charts.RATES
+    ]
+    np.testing.assert_allclose(found, upper, atol=0.5 / charts.UNIT)
+    assert found[0] == (outlier > inlier.max()).mean() > 0
+    assert charts.tpr_at_rates(*plots.roc_points(np.zeros(3), np.zeros(4))) == [
+        round(charts.UNIT * rate) for rate in charts.RATES
+    ], "scores that are all equal tell nothing"
+
+
+def data_of(run):
+    source = (run / "report" / "index.html").read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script id="charts" type="application/json">(.*?)</script>', source)[1])
+
+
+def test_the_charts_have_every_detector_and_the_aurocs_of_the_metrics(finished, page):
+    data, rows = data_of(finished), pq.read_table(finished / "metrics.parquet").to_pylist()
+    aurocs = {(r["detector"], r["dataset"]): r["value"] for r in rows if r["metric"] == "auroc"}
+    assert data["detectors"] == Results.read(finished).detectors
+    assert [panel["dataset"] for panel in data["roc"]] == [*NEAR, *FAR]
+    for panel in data["roc"]:
+        assert panel["auroc"] == [aurocs[name, panel["dataset"]] for name in data["detectors"]]
+        assert [len(tpr) for tpr in panel["tpr"]] == [len(data["rates"])] * len(DETECTORS)
+    assert data["samples"] == ["cifar10_test", *NEAR, *FAR]
+    for chart in data["scores"]:
+        assert all(0.95 * charts.UNIT < sum(shares) <= 1.002 * charts.UNIT for shares in chart["shares"])
+    assert len({json.dumps(line) for line in charts.lines(42)}) == 42
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_more_detectors_than_have_figures_are_in_the_charts_alone(tmp_path):
+    many = tuple(f"d{i:02}" for i in range(page_module.STATIC + 2))
+    run = make_run(tmp_path, Setup({"tin": "near_ood"}, many, {"d03": 0.1, "d05": 0.2}, passes=False))
+    text, data = page_of(run).text, data_of(run)
+    assert data["detectors"][-2:] == ["d05", "d03"]
+    figures = {path.stem for path in (run / "report").glob("scores-*.png")}
+    assert figures == {f"scores-{name}" for name in data["detectors"][: page_module.STATIC]}
+    assert f"the first {page_module.STATIC} of {len(many)} detectors" in text
+    assert "detectors by mean AUROC" not in page_of(make_run(tmp_path / "few", Setup(passes=False))).text
 
 
 def test_densities_count_rows_per_unit_of_score_and_ignore_a_far_tail():

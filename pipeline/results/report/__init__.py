@@ -1,6 +1,7 @@
 """The report of a finished run: one HTML page that stands alone, its figures, and the leaderboard.
 
-Reads the run folder, and the images it shows; runs no model and computes no metric.
+Reads the run folder, and the images it shows; runs no model, and computes no metric but those by predicted
+class.
 """
 
 from __future__ import annotations

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
+from importlib import resources
 from typing import Any
 
 import numpy as np
 import pyarrow.csv
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from pipeline.config import published
 from pipeline.metrics.metrics import FAILURES, named
 from pipeline.results import calibrated, unreadable
-from pipeline.results.report import plots
+from pipeline.results.report import charts, plots
+from pipeline.results.report.by_class import SHOWN, by_class
 from pipeline.results.report.compare import comparisons, deviations
 from pipeline.results.report.review import Review, review
 from pipeline.results.report.tables import (
@@ -33,6 +36,9 @@ from pipeline.results.report.verdict import verdict
 from pipeline.results.unscored import sentences
 from pipeline.workspace import files
 from pipeline.workspace.files import Place
+
+STATIC = 8
+"""Detectors, best first, that have figures for a page without scripts; charts draw the others."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +82,31 @@ def write(run: Place, images: int = 0) -> Place:
     with files.scratch(run) as scratch:
         draft = scratch / "new"
         draft.mkdir()
-        pictures = {**_score_pictures(results), "norm_ratio": _norm_ratio_pictures(results)}
+        drawn = _drawn(results)
+        pictures = {**drawn.pictures, "norm_ratio": _norm_ratio_pictures(results)}
         for picture in (picture for section in pictures.values() for picture in section):
             (draft / picture.file).write_bytes(picture.png)
-        reviewed = review(results, images)
+        reviewed, classes = review(results, images), by_class(results)
         pyarrow.csv.write_csv(reviewed.table(), draft / "review.csv")
-        (draft / "index.html").write_text(_page(results, pictures, reviewed), encoding="utf-8")
+        if classes is not None:
+            pyarrow.csv.write_csv(classes.table(), draft / "classes.csv")
+        page = _page(results, pictures, reviewed, charts=drawn.charts, classes=classes)
+        (draft / "index.html").write_text(page, encoding="utf-8")
         files.replace_folder(draft, target, last="index.html")
     return target / "index.html"
 
 
-def _score_pictures(results: Results) -> dict[str, list[Picture]]:
-    """ROC curves for each OOD dataset and score densities for each detector.
+@dataclass(frozen=True)
+class Drawn:
+    """ROC curves and score distributions: figures of the best detectors, and the data of all."""
+
+    pictures: Mapping[str, list[Picture]]
+    charts: Mapping[str, Any]
+    """What `report.js` draws."""
+
+
+def _drawn(results: Results) -> Drawn:
+    """ROC curves for each OOD dataset and score distributions for each detector.
 
     Holds the scores of one detector at a time.
     """
@@ -96,27 +115,53 @@ def _score_pictures(results: Results) -> dict[str, list[Picture]]:
         for row in results.metrics.to_pylist()
         if row["metric"] == "auroc" and row["group"] in OOD
     }
-    inliers, datasets = results.datasets("id"), results.datasets(*OOD)
+    inliers, datasets, detectors = results.datasets("id"), results.datasets(*OOD), results.detectors
     inlier = " + ".join(inliers)
     curves: dict[str, list[plots.Curve]] = {dataset: [] for dataset in datasets}
-    densities = []
-    for rank, detector in enumerate(results.detectors):
+    panels = {
+        dataset: {"auroc": [aurocs[detector, dataset] for detector in detectors], "tpr": []}
+        for dataset in datasets
+    }
+    histograms, distributions = [], []
+    for rank, detector in enumerate(detectors):
         scores = {inlier: results.scores(inliers, detector)}
         scores |= {dataset: results.scores([dataset], detector) for dataset in datasets}
+        threshold = results.thresholds[detector]
+        distributions.append(charts.distribution(scores, threshold))
         for dataset in datasets:
             points = plots.roc_points(scores[inlier], scores[dataset])
-            curves[dataset].append(plots.Curve(detector, rank, aurocs[detector, dataset], *points))
-        png = plots.histograms(detector, inlier, scores, results.thresholds[detector])
-        alt = f"Densities of the {detector} scores of {', '.join(scores)}"
-        densities.append(Picture(f"scores-{detector}.png", png, alt, detector))
-    return {"roc": [_roc_picture(results, *item) for item in curves.items()], "scores": densities}
+            panels[dataset]["tpr"].append(charts.tpr_at_rates(*points))
+            if rank < STATIC:
+                own = plots.Curve(detector, rank, aurocs[detector, dataset], *plots.thinned(*points))
+                curves[dataset].append(own)
+        if rank < STATIC:
+            png = plots.histograms(detector, inlier, scores, threshold)
+            alt = f"Densities of the {detector} scores of {', '.join(scores)}"
+            histograms.append(Picture(f"scores-{detector}.png", png, alt, detector))
+    return Drawn(
+        {"roc": [_roc_picture(results, *item) for item in curves.items()], "scores": histograms},
+        {
+            "detectors": detectors,
+            "lines": charts.lines(max(len(detectors), len(datasets))),
+            "rates": charts.RATES.tolist(),
+            "roc": [
+                {"title": _title(results, dataset), "dataset": dataset, **panel}
+                for dataset, panel in panels.items()
+            ],
+            "samples": [inlier, *datasets],
+            "scores": distributions,
+        },
+    )
+
+
+def _title(results: Results, dataset: str) -> str:
+    return f"{dataset} ({GROUPS[results.manifest['datasets'][dataset]['role']]})"
 
 
 def _roc_picture(results: Results, dataset: str, curves: list[plots.Curve]) -> Picture:
     best = max(curves, key=lambda curve: curve.auroc)
     alt = f"ROC curves on {dataset}; the largest area is {best.auroc:.3f}, of {best.detector}"
-    caption = f"{dataset} ({GROUPS[results.manifest['datasets'][dataset]['role']]})"
-    return Picture(f"roc-{dataset}.png", plots.roc(dataset, curves), alt, caption)
+    return Picture(f"roc-{dataset}.png", plots.roc(dataset, curves), alt, _title(results, dataset))
 
 
 def _norm_ratio_pictures(results: Results) -> list[Picture]:
@@ -132,7 +177,8 @@ def _norm_ratio_pictures(results: Results) -> list[Picture]:
     return pictures
 
 
-def _page(results: Results, pictures: Mapping[str, list[Picture]], reviewed: Review) -> str:
+def _page(results: Results, pictures: Mapping[str, list[Picture]], reviewed: Review, **more: Any) -> str:
+    """The page; `more` are names that only the template reads."""
     manifest, unlabelled = results.manifest, results.datasets("unlabelled")
     known = published.read(manifest["published"]) if manifest["published"] else []
     return (
@@ -147,7 +193,7 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]], reviewed: Rev
             finished=datetime.fromisoformat(manifest["finished"]).astimezone(UTC),
             accuracies=[row for row in results.metrics.to_pylist() if row["metric"] == "id_accuracy"],
             metrics=compared(results.metrics) | {metric.name: metric for metric in FAILURES},
-            summary=leaderboard(results.metrics, results.differences),
+            summary=leaderboard(results.metrics, results.differences, GROUPS),
             failures=failure_board(results.metrics, results.differences),
             boards=metric_boards(results.metrics, results.differences),
             comparisons=comparisons(results, known),
@@ -155,6 +201,9 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]], reviewed: Rev
             known=known,
             conventions={name: named(name) for name in ("fpr95_id", "fpr95_ood")},
             pictures=pictures,
+            static=STATIC,
+            classes_shown=SHOWN,
+            uplot={name: _vendored(name) for name in ("LICENSE", "uPlot.iife.min.js", "uPlot.min.css")},
             review=reviewed,
             detectors=results.detectors,
             thresholds=results.thresholds,
@@ -167,8 +216,15 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]], reviewed: Rev
                 for detector in results.detectors
             },
             ood=results.datasets(*OOD),
+            **more,
         )
     )
+
+
+@cache
+def _vendored(name: str) -> Markup:
+    """A file of uPlot, unchanged."""
+    return Markup((resources.files(__package__) / "uplot" / name).read_text(encoding="utf-8"))
 
 
 @cache

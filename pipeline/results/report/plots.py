@@ -15,15 +15,25 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from pipeline.columns import Float
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, made for colour-blind readers, without black and the faint yellow."""
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+DASHES = (
+    "-",
+    (0, (4, 1.5)),
+    (0, (1, 1)),
+    (0, (4, 1, 1, 1)),
+    (0, (8, 2)),
+    (0, (4, 1, 1, 1, 1, 1)),
+    (0, (1, 3)),
+)
 INK, MUTED, FAINT = "#222222", "#666666", "#d9d9d9"
 WIDTH, LEFT, RIGHT, TOP, BOTTOM, LINE = 4.0, 0.55, 0.12, 0.34, 0.45, 0.155
 DPI = 170
+COLOURS_OF_PNG = 128
 
 _style = rc_context(
     {
@@ -68,16 +78,14 @@ class Curve:
     """Share of OOD rows called OOD, ascending."""
 
 
-def roc_points(inlier: Float, outlier: Float, limit: int = 1000) -> tuple[Float, Float]:
-    """(P,) false and true positive rate from (0, 0) to (1, 1), P <= limit; OOD is the positive class.
+def roc_points(inlier: Float, outlier: Float) -> tuple[Float, Float]:
+    """(P,) false and true positive rate from (0, 0) to (1, 1), P <= N + M + 1; OOD is the positive class.
 
-    Exact at every point, and ties are one step. A point that is left out lies within 2 / (limit - 1) of one
-    that is kept, as the sum of the differences of the two rates.
+    Exact, and ties are one step.
 
     Args:
         inlier: (N,) finite scores of ID rows, higher = more OOD.
         outlier: (M,) finite scores of OOD rows.
-        limit: most points, >= 2.
     """
     scores = np.concatenate([inlier, outlier])
     order = np.argsort(-scores)
@@ -86,10 +94,19 @@ def roc_points(inlier: Float, outlier: Float, limit: int = 1000) -> tuple[Float,
     alarms = last_of_ties + 1 - hits
     tpr = np.concatenate([[0.0], hits / len(outlier)])
     fpr = np.concatenate([[0.0], alarms / len(inlier)])
-    if len(tpr) > limit:
-        kept = np.unique(np.searchsorted(fpr + tpr, np.linspace(0, 2, limit)))
-        fpr, tpr = fpr[kept], tpr[kept]
     return fpr, tpr
+
+
+def thinned(fpr: Float, tpr: Float, limit: int = 1000) -> tuple[Float, Float]:
+    """At most `limit` >= 2 of the points of a ROC curve, both ends among them.
+
+    A point that is left out lies within 2 / (limit - 1) of one that is kept, as the sum of the differences
+    of the two rates.
+    """
+    if len(tpr) <= limit:
+        return fpr, tpr
+    kept = np.unique(np.searchsorted(fpr + tpr, np.linspace(0, 2, limit)))
+    return fpr[kept], tpr[kept]
 
 
 def densities(samples: Mapping[str, Float], bins: int = 40) -> tuple[Float, dict[str, Float]]:
@@ -109,13 +126,13 @@ def densities(samples: Mapping[str, Float], bins: int = 40) -> tuple[Float, dict
 
 @_style
 def roc(dataset: str, curves: Sequence[Curve]) -> bytes:
-    """PNG with the ROC curves of all detectors on one OOD dataset; the legend is sorted by AUROC."""
+    """PNG with ROC curves of detectors on one OOD dataset; the legend is sorted by AUROC."""
     ordered = sorted(curves, key=lambda curve: -curve.auroc)
     names = [f"{curve.auroc:.3f}  {curve.detector}" for curve in ordered]
     figure, axes = _panel(dataset, WIDTH - LEFT - RIGHT, names)
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
     for curve, name in zip(ordered, names, strict=True):
-        axes.plot(curve.fpr, curve.tpr, label=name, **_line(curve.rank))
+        axes.plot(curve.fpr, curve.tpr, label=name, **line(curve.rank))
     axes.set(
         xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="FPR: ID called OOD", ylabel="TPR: OOD called OOD"
     )
@@ -137,7 +154,7 @@ def histograms(detector: str, inlier: str, samples: Mapping[str, Float], thresho
     figure, axes = _panel(detector, 2.2, names)
     axes.stairs(heights.pop(inlier), edges, label=inlier, fill=True, color=MUTED, alpha=0.35)
     for rank, (name, height) in enumerate(heights.items()):
-        style = _line(rank)
+        style = line(rank)
         axes.stairs(
             height, edges, label=name, color=style["color"], linestyle=style["linestyle"], linewidth=1.4
         )
@@ -187,8 +204,8 @@ def largest(ratio: Float) -> int:
     return int(np.argmax(np.where(np.isfinite(ratio), ratio, -np.inf)))
 
 
-def _line(rank: int) -> dict[str, Any]:
-    """Colour first, then dashes: 24 lines that can be told apart."""
+def line(rank: int) -> dict[str, Any]:
+    """Colour first, then dashes: 42 lines that can be told apart."""
     return {
         "color": COLOURS[rank % len(COLOURS)],
         "linestyle": DASHES[rank // len(COLOURS) % len(DASHES)],
@@ -230,6 +247,9 @@ def _png(figure: Figure, axes: Axes, names: Sequence[str]) -> bytes:
 
 
 def _encode(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    """PNG of few colours: a quarter of the bytes."""
+    drawn, buffer = BytesIO(), BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI)
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(COLOURS_OF_PNG, dither=Image.Dither.NONE).save(buffer, "PNG")
     return buffer.getvalue()

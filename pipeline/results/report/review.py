@@ -28,7 +28,7 @@ from pipeline.workspace.files import Place
 SIDE = 96
 """Pixels of the longer side of a picture."""
 
-BUDGET = 2 * 2**20
+BUDGET = 3 * 2**19
 """Bytes of all pictures of a page together."""
 
 RIVALS = 3
@@ -100,8 +100,7 @@ def review(results: Results, count: int) -> Review:
         results: of the run.
         count: how many images of each kind and dataset; 0 = none.
     """
-    unaided = [name for name in results.detectors if not results.manifest["detectors"][name]["uses_ood"]]
-    ranked = unaided or results.detectors
+    ranked = results.unaided
     if not count or not ranked:
         return Review()
     inside = {name: np.sort(results.scores(results.datasets("id"), name)) for name in ranked[:RIVALS]}

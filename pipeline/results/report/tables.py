@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -108,23 +108,26 @@ class Board:
         return any(cell.below_chance for row in self.rows for cell in row.cells)
 
 
-def leaderboard(metrics: pa.Table, differences: pa.Table | None = None) -> Board:
+def leaderboard(
+    metrics: pa.Table, differences: pa.Table | None = None, groups: Collection[str] = OOD
+) -> Board:
     """One row per detector: the means over near- and far-OOD, whichever there are.
 
-    Sorted by the mean of the groups' AUROC, best first.
+    Sorted by the mean of the AUROC on near- and far-OOD, best first.
 
     Args:
         metrics: the table of `metrics.parquet`.
         differences: the table of `comparisons.parquet`; without it no cell is level with the best.
+        groups: those that have columns.
     """
     rows = metrics.to_pylist()
     means = {row["group"] for row in rows if row["dataset"] == row["group"]}
     columns = tuple(
-        Column(group, group, metric) for group in OOD if group in means for metric in summary(metrics)
+        Column(group, group, metric) for group in groups if group in means for metric in summary(metrics)
     )
     detectors = dict.fromkeys(row["detector"] for row in rows if row["group"] in means)
     board = _board(rows, columns, list(detectors), _told_apart(differences))
-    aurocs = [i for i, column in enumerate(columns) if column.metric == "auroc"]
+    aurocs = [i for i, column in enumerate(columns) if column.metric == "auroc" and column.group in OOD]
     ranked = sorted(board.rows, key=lambda row: -sum(row.cells[i].value for i in aurocs))
     return Board(columns, tuple(ranked))
 
@@ -268,6 +271,12 @@ class Results:
         """All detectors, in the order of the leaderboard; in that of the config if there is none."""
         ranked = [row.detector for row in leaderboard(self.metrics).rows]
         return list(dict.fromkeys([*ranked, *self.manifest["detectors"]]))
+
+    @property
+    def unaided(self) -> list[str]:
+        """Those of them that have seen no OOD image; all where there are no others."""
+        found = [name for name in self.detectors if not self.manifest["detectors"][name]["uses_ood"]]
+        return found or self.detectors
 
     def datasets(self, *roles: str) -> list[str]:
         """Names of the datasets of some roles, in the order of the config."""
