@@ -60,6 +60,7 @@ class Record:
             "passes": [],
             "index": {},
             "unscored": {},
+            "costs": {},
             "duplicates": {},
             "warnings": [],
             "stages": {},
@@ -76,8 +77,8 @@ class Record:
             for name, entry in self.earlier[part].items():
                 self.worked |= entry.get(what) != self.content[part].get(name, entry).get(what)
         if self.earlier and not ready.fresh:
-            kept = ("started", "index", "stages", "nodes", "artifacts")
-            self.content |= {part: self.earlier[part] for part in kept}
+            kept = ("started", "index", "stages", "nodes", "artifacts", "costs")
+            self.content |= {part: self.earlier[part] for part in kept if part in self.earlier}
         self.execution: dict[str, Any] = {
             "started": now(),
             "finished": None,
@@ -109,6 +110,11 @@ class Record:
         elif worked:
             self.content["stages"][stage] = added(known, numbers)
         self.worked |= worked
+
+    def spend_on(self, detectors: Mapping[str, Mapping[str, float]]) -> None:
+        """Note what detectors took, by label: how many `scores`, and the `seconds` of all tasks together."""
+        for label, more in detectors.items():
+            self.content["costs"][label] = added(self.content["costs"].get(label, {}), more)
 
     def leave_out(self, not_applicable: Mapping[str, str]) -> None:
         """Move detectors to those that do not apply, by label and with the reason."""

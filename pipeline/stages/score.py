@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import deque
+import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from operator import itemgetter
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -166,15 +167,29 @@ class Scoring:
     """Folder of the bank of each scorer that has one."""
     index: Index | None = None
 
-    def of(self, features: Mapping[str, NDArray[Any]], size: int = BATCH) -> dict[str, NDArray[np.float64]]:
-        """(N,) scores of the rows of feature columns, by label; bits depend on the `size` of batches."""
+    def of(
+        self,
+        features: Mapping[str, NDArray[Any]],
+        size: int = BATCH,
+        seconds: defaultdict[str, float] | None = None,
+    ) -> dict[str, NDArray[np.float64]]:
+        """(N,) scores of the rows of feature columns, by label; bits depend on the `size` of batches.
+
+        Args:
+            features: the columns.
+            size: rows of a batch.
+            seconds: what each label took is added here. What several have in common counts with the first.
+        """
+        spent = defaultdict[str, float](float) if seconds is None else seconds
         scores: dict[str, list[NDArray[np.float64]]] = {label: [] for label in self.scorers}
         batches = ((SharedBatch(batch), count) for batch, count in tables.fixed_batches(features, size))
         asked = ((*found, self._ask(found[0])) for found in batches)
         for batch, count, neighbours in asked if self.index is None else _ahead(asked):
             for label, scorer in self.scorers.items():
+                begun = time.perf_counter()
                 near = {NEIGHBOURS: neighbours[label]()} if label in neighbours else {}
                 scores[label].append(scorer(batch.adding(near))[:count])
+                spent[label] += time.perf_counter() - begun
         return {label: np.concatenate(parts) for label, parts in scores.items()}
 
     def only(self, labels: Collection[str]) -> Scoring:
@@ -236,7 +251,7 @@ def _ahead(items: Iterable[T]) -> Iterator[T]:
 
 def score_part(
     row: dict[str, Any], work: Shared[tuple[Scoring, Mapping[str, tables.Table]]]
-) -> dict[str, File]:
+) -> tuple[dict[str, File], dict[str, float]]:
     """Score some rows of a dataset and write a part for each detector.
 
     Args:
@@ -244,9 +259,10 @@ def score_part(
         work: how to score, and the feature tables by dataset.
 
     Returns:
-        What was written, by label.
+        What was written, and the seconds that scoring took, by label.
     """
     scoring, features = work.get()
+    seconds = defaultdict[str, float](float)
     part = next(iter(row["parts"].values()))
     with attempts.begun(part, "scoring"):
         table, wanted = features[row["dataset"]], scoring.only(row["parts"])
@@ -254,7 +270,7 @@ def score_part(
         for start, stop in memory.cuts(table, scoring.columns, row["start"], row["stop"]):
             columns = table.read(start, stop, scoring.columns)
             keys.append(columns[KEY])
-            found.append(wanted.of(columns))
+            found.append(wanted.of(columns, seconds=seconds))
         made = {
             label: _written(
                 files.at(path), np.concatenate(keys), np.concatenate([scores[label] for scores in found])
@@ -262,7 +278,7 @@ def score_part(
             for label, path in row["parts"].items()
         }
     _log.info("%s: %d rows", part, row["stop"] - row["start"])
-    return made
+    return made, seconds
 
 
 def _written(path: Place, keys: NDArray[Any], scores: NDArray[np.float64]) -> File:
@@ -308,7 +324,16 @@ def require_few_unscored(jobs: Iterable[ScoreJob], limit: float) -> Unscored:
     return {dataset: found for dataset, found in lost.items() if found}
 
 
-def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, progress: Callable[[int], None]) -> int:
+class Made(NamedTuple):
+    """What was computed."""
+
+    scores: int
+    """Rows, by each detector."""
+    costs: Mapping[str, Mapping[str, float]]
+    """How many `scores` of each label, and the `seconds` that they took, added up over all tasks."""
+
+
+def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, progress: Callable[[int], None]) -> Made:
     """Score what is missing, all datasets in one sequence of tasks.
 
     Args:
@@ -316,12 +341,10 @@ def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, progress: Ca
         jobs: all datasets.
         scoring: how.
         progress: called with the number of rows of every part that is done.
-
-    Returns:
-        How many scores were computed: rows, by each detector.
     """
     done = {(job.dataset, label): _begun(job.scores[label]) for job in jobs for label in job.lacking()}
     todo = [row for job in jobs for row in _missing(job, done)]
+    costs: dict[str, dict[str, float]] = {}
     scores = 0
     if todo:
         features = {job.dataset: job.features for job in jobs}
@@ -332,15 +355,19 @@ def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, progress: Ca
 
         beside = scoring.index.holds if scoring.index is not None else ()
         parts_made = engine.in_order(score_part, ((row, work) for row in todo), held, beside)
-        for row, made in zip(todo, parts_made, strict=True):
+        for row, (made, seconds) in zip(todo, parts_made, strict=True):
+            rows = row["stop"] - row["start"]
             for label, file in made.items():
                 done[row["dataset"], label][storage.name_of(row["parts"][label])] = file
-            scores += (row["stop"] - row["start"]) * len(made)
-            progress(row["stop"] - row["start"])
+                cost = costs.setdefault(label, {"scores": 0, "seconds": 0.0})
+                cost["scores"] += rows
+                cost["seconds"] += seconds[label]
+            scores += rows * len(made)
+            progress(rows)
     artifacts = {(job.dataset, label): artifact for job in jobs for label, artifact in job.scores.items()}
     for place, parts in done.items():
         artifacts[place].finish(dict(sorted(parts.items())), **_totals(parts))
-    return scores
+    return Made(scores, costs)
 
 
 def _totals(parts: Mapping[str, File]) -> dict[str, Any]:

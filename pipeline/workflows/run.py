@@ -37,7 +37,15 @@ from pipeline.stages import calibration, decisions, duplicates, ensembles, evalu
 from pipeline.stages.calibration import Calibrated
 from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare, require_members, tracking_uri
-from pipeline.stages.score import ScoreJob, Scoring, Unscored, assemble, require_few_unscored, score_artifact
+from pipeline.stages.score import (
+    Made,
+    ScoreJob,
+    Scoring,
+    Unscored,
+    assemble,
+    require_few_unscored,
+    score_artifact,
+)
 from pipeline.stages.score import run as run_scores
 from pipeline.stages.statistics import Rows, Stored, fit_statistics
 from pipeline.workflows.engines import engine_for
@@ -579,7 +587,7 @@ class Run:
         def place(label: str, dataset: str, contents: Mapping[str, str]) -> Artifact:
             return self._score_artifact(label, self.ready.jobs[dataset], contents)
 
-        def score(ours: list[ScoreJob]) -> int:
+        def score(ours: list[ScoreJob]) -> Made:
             labels = {label for job in ours for label in job.scores}
             how = ensembles.scoring(jobs, chosen, rows).only(labels)
             return run_scores(self.engine, ours, how, lambda _: None)
@@ -624,19 +632,21 @@ class Run:
         self._share(jobs, lambda ours: self._score_ours(ours, fitted, progress))
         return require_few_unscored(jobs, self.ready.config.score.max_unscored_fraction)
 
-    def _share(self, jobs: list[ScoreJob], score: Callable[[list[ScoreJob]], int]) -> None:
+    def _share(self, jobs: list[ScoreJob], score: Callable[[list[ScoreJob]], Made]) -> None:
         """Have all scores made that are lacking.
 
         Args:
             jobs: what is wanted.
-            score: makes those of some jobs that nobody else makes; returns how many.
+            score: makes those of some jobs that nobody else makes.
         """
 
         def make(names: set[str]) -> None:
             self.worked = True
             ours = [job.only(names) for job in jobs]
             self._renew(artifact for job in ours for artifact in job.scores.values())
-            self.costs = added(self.costs, {"scores": score(ours)})
+            made = score(ours)
+            self.costs = added(self.costs, {"scores": made.scores})
+            self.record.spend_on(made.costs)
 
         def lacking() -> list[str]:
             old = [each.name for job in jobs for each in job.scores.values() if self._old(each)]
@@ -644,8 +654,8 @@ class Run:
 
         self.claims.share(lambda: set(lacking()), make)
 
-    def _score_ours(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> int:
-        """Scores that nobody else makes; returns how many."""
+    def _score_ours(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> Made:
+        """Scores that nobody else makes."""
         lacking = {label for job in jobs for label in job.lacking()}
         banks = {label: bank for label, bank in fitted.banks.items() if label in lacking}
         settings = self.ready.config.index

@@ -31,7 +31,7 @@ from tests.stored import newest
 
 IMAGES = {"train": 120, "test": 40, "near": 40, "production": 24}
 
-DATED = ("started", "finished", "stages", "nodes", "executions", "git_commit")
+DATED = ("started", "finished", "stages", "costs", "nodes", "executions", "git_commit")
 """Of the record of a run: when, where and at which cost it was done."""
 
 _NO_RESULTS = re.compile(r"\.claims/|runs/small/[^/]+/(logs|report)/")

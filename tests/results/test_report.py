@@ -55,6 +55,7 @@ class Setup:
     level: tuple[str, ...] = ()
     """Detectors of which no test tells one from another."""
     notices: dict[str, list[str]] = field(default_factory=dict)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def area(inlier, outlier):
@@ -193,6 +194,7 @@ def manifest_of(setup):
         "not_applicable": setup.not_applicable,
         "warnings": list(setup.warnings),
         "notices": setup.notices,
+        "costs": setup.costs,
         "passes": [jigsaw, mixup] if setup.passes else [],
         "index": index if setup.index else {},
         "stages": {
@@ -756,6 +758,17 @@ def test_where_no_published_number_has_a_counterpart_no_empty_table_is_shown(tmp
     assert "published" not in page.cells
     assert "near_ood is no mean over the protocol's datasets (near_ood: tin)." in page.text
     assert "no published value has a counterpart in this run" in page.text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_scores_cost_stands_beside_the_metrics_of_those_that_were_computed(tmp_path, page):
+    costs = {"knn": {"scores": 4000, "seconds": 0.5}}
+    found = page_of(make_run(tmp_path, Setup(costs=costs)))
+    cells = found.cells["summary"]
+    assert "Scoring ↓" in cells
+    assert cells[cells.index("knn") + 7] == "125 s"
+    assert cells[cells.index("grood") + 7] == "–"
+    assert "Scoring ↓" not in page.cells["summary"], "a run from before costs were recorded"
 
 
 @pytest.mark.usefixtures("undrawn")

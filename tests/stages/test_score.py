@@ -63,7 +63,7 @@ def scored(found: score.ScoreJob, label: str) -> np.ndarray:
 def test_scores_are_in_the_order_of_the_features(engine, tmp_path, scoring) -> None:
     todo = job(tmp_path)
     seen = []
-    assert score.run(engine, [todo], scoring, seen.append) == 2 * 2500
+    assert score.run(engine, [todo], scoring, seen.append).scores == 2 * 2500
     assert sum(seen) == 2500
     assert todo.complete
     assert todo.tables()["energy"].part_rows == (1030, 1030, 440)
@@ -78,15 +78,17 @@ def test_complete_scores_are_kept_and_only_those_of_a_new_detector_computed(
     calls = []
     table = score.Scoring.of
     monkeypatch.setattr(
-        score.Scoring, "of", lambda self, rows: (calls.append(list(self.scorers)), table(self, rows))[1]
+        score.Scoring,
+        "of",
+        lambda self, rows, **more: (calls.append(list(self.scorers)), table(self, rows, **more))[1],
     )
     score.run(engine, [job(tmp_path, labels=["msp"])], scoring, lambda _: None)
-    assert score.run(engine, [job(tmp_path, labels=["msp"])], scoring, lambda _: None) == 0
+    assert score.run(engine, [job(tmp_path, labels=["msp"])], scoring, lambda _: None).scores == 0
     assert calls == 3 * [["msp"]]
-    assert score.run(engine, [job(tmp_path)], scoring, lambda _: None) == 2500
+    assert score.run(engine, [job(tmp_path)], scoring, lambda _: None).scores == 2500
     assert calls[3:] == 3 * [["energy"]]
     (tmp_path / "msp-a" / tables.part_name(1)).unlink()
-    assert score.run(engine, [job(tmp_path)], scoring, lambda _: None) == 1030
+    assert score.run(engine, [job(tmp_path)], scoring, lambda _: None).scores == 1030
     assert calls[6:] == [["msp"]]
     assert not job(tmp_path, "b").complete
     assert job(tmp_path, "a").complete
@@ -100,6 +102,19 @@ class Gaps:
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.array([self.values.get(key, 0.25) for key in batch["key"]])
+
+
+def test_what_each_detector_took_is_told_of_the_rows_that_were_scored(
+    engine, tmp_path, scoring, monkeypatch
+) -> None:
+    now = iter(range(1000))
+    monkeypatch.setattr(score.time, "perf_counter", lambda: float(next(now)))
+    costs = score.run(engine, [job(tmp_path, labels=["msp"])], scoring, lambda _: None).costs
+    batches = sum(-(-rows // score.BATCH) for rows in (1030, 1030, 440))
+    assert costs == {"msp": {"scores": 2500, "seconds": batches}}, "a second each"
+    costs = score.run(engine, [job(tmp_path)], scoring, lambda _: None).costs
+    assert costs == {"energy": {"scores": 2500, "seconds": batches}}
+    assert score.run(engine, [job(tmp_path)], scoring, lambda _: None).costs == {}
 
 
 def test_what_is_no_score_is_null_counted_and_named_and_refused_above_a_limit(

@@ -251,6 +251,9 @@ def check_contract(folder: Path) -> None:
     assert record["stages"]["extract"]["forward_images"] == sum(
         d["rows"] for d in record["datasets"].values()
     )
+    scored = sum(dataset["features"] for dataset in record["datasets"].values() if dataset["role"] != "train")
+    assert record["costs"].keys() == record["detectors"].keys()
+    assert all(cost["scores"] == scored and cost["seconds"] > 0 for cost in record["costs"].values())
     flagged = [name for name, detector in record["detectors"].items() if detector["uses_ood"]]
     assert flagged == ["grood_val"]
     thresholds = files.read_json(folder / "thresholds.json")

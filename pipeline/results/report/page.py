@@ -193,6 +193,10 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]], reviewed: Rev
             finished=datetime.fromisoformat(manifest["finished"]).astimezone(UTC),
             accuracies=[row for row in results.metrics.to_pylist() if row["metric"] == "id_accuracy"],
             metrics=compared(results.metrics) | {metric.name: metric for metric in FAILURES},
+            costs={
+                label: 1e6 * cost["seconds"] / cost["scores"]
+                for label, cost in manifest.get("costs", {}).items()
+            },
             summary=leaderboard(results.metrics, results.differences, GROUPS),
             failures=failure_board(results.metrics, results.differences),
             boards=metric_boards(results.metrics, results.differences),
