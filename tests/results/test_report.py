@@ -5,7 +5,7 @@ import re
 from base64 import b64decode
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
-from io import StringIO
+from io import BytesIO, StringIO
 from itertools import combinations
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image, ImageColor
 from rich.console import Console
 from sklearn.metrics import roc_curve
 
@@ -415,6 +416,9 @@ def test_figures_are_files_and_the_page_embeds_the_same_bytes(finished, page):
         "norm-ratio-1.png",
     }
     assert all(content.startswith(b"\x89PNG") for content in files.values())
+    with Image.open(BytesIO(files["roc-svhn.png"])) as figure:
+        dots = set(figure.convert("RGB").getdata())
+    assert {ImageColor.getrgb(colour) for colour in plots.COLOURS[: len(DETECTORS)]} <= dots
     embedded = [b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in page.images]
     assert sorted(embedded) == sorted(files.values())
     assert all(image["alt"] for image in page.images)

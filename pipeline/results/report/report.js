@@ -43,7 +43,7 @@
     head.addEventListener("click", () => sort(head));
   }
 
-  for (const table of document.querySelectorAll("table:has(th[data-sort])")) {
+  for (const table of document.querySelectorAll('table:has(th[data-sort="text"])')) {
     const rows = [...table.tBodies[0].rows];
     if (rows.length <= FEW_ROWS) continue;
     const box = table.closest(".scroll");
