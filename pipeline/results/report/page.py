@@ -62,7 +62,7 @@ class Picture:
 
 
 def write(run: Place, images: int = 0) -> Place:
-    """Write `report/index.html`, `report/*.png` and `report/review.csv` into the folder of a finished run.
+    """Write the folder `report` of a finished run: `index.html`, `*.png`, `review.csv` and `classes.csv`.
 
     An earlier report stays as it is until the new one is complete; in an object store the page is replaced
     last.

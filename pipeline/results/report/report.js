@@ -66,7 +66,7 @@
   const data = JSON.parse(document.getElementById("charts").textContent);
   const BEST = 6; // detectors, drawn at first
   const UNIT = 10_000;
-  const INK = "#222222", MUTED = "#666666", FAINT = "#d9d9d9"; // CSS turns them round where the page is dark
+  const INK = "#222222", FAINT = "#d9d9d9"; // CSS turns them round where the page is dark
   const FONT = "11px system-ui, sans-serif";
 
   const swatch = ({ colour, dash, width = 2 }) => {
