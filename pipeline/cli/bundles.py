@@ -43,6 +43,13 @@ def bundle(
         list[float],
         typer.Option(metavar="RATE", help="May be repeated; default: those of the run, or 0.05."),
     ] = [],  # noqa: B006 - typer copies defaults
+    export: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE",
+            help="Write network and detectors as one graph, too: .pt2 or .onnx; may be repeated.",
+        ),
+    ] = [],  # noqa: B006
     log_model: Annotated[
         bool, typer.Option("--log-model", help="Log it as a model of the run in MLflow, too.")
     ] = False,
@@ -56,8 +63,10 @@ def bundle(
     """
     from pipeline.workflows import bundle as work
 
-    made = work.make(run, out, work.Options(_labels(detectors), weights, false_alarm))
+    made = work.make(run, out, work.Options(_labels(detectors), weights, false_alarm, export))
     console.print(f"bundle   {made.folder}", markup=False, soft_wrap=True)
+    for path in export:
+        console.print(f"graph    {path}", markup=False, soft_wrap=True)
     if not made.false_alarm:
         console.print(
             "notice   the run has no held-out ID images (role id_val): the bundle gives scores, but no "

@@ -135,7 +135,7 @@ class SteppedScorer:
         Returns:
             (N,) float64.
         """
-        feature = np.asarray(batch[FEATURE], dtype=np.float64)
+        feature = batch[FEATURE].astype(np.float64, copy=False)
         for shape in self.shapes:
             feature = shape(feature)
         return self.score({FEATURE: feature, LOGITS: feature @ self.weight.T + self.bias})

@@ -110,8 +110,8 @@ class AdaScaleScorer:
         Returns:
             (N,) float64.
         """
-        feature = np.asarray(batch[FEATURE], np.float64)
-        ratio = self._ratio(feature, np.asarray(batch[self.column], np.float64))[:, None]
+        feature = batch[FEATURE].astype(np.float64, copy=False)
+        ratio = self._ratio(feature, batch[self.column].astype(np.float64, copy=False))[:, None]
         if self.detector.variant == "A":
             logits = feature @ self.weight.T * np.exp(ratio) + self.bias
         else:

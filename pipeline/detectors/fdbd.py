@@ -73,7 +73,7 @@ class FdbdScorer:
         Returns:
             (N,) float64, at most 0.
         """
-        logits = np.asarray(batch[LOGITS], dtype=np.float64)
+        logits = batch[LOGITS].astype(np.float64, copy=False)
         predicted = logits.argmax(axis=1)
         distance = logits.max(axis=1, keepdims=True) - logits
         distance *= self.share[predicted]

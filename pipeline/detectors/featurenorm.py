@@ -116,6 +116,6 @@ class FeatureNormScorer:
         Returns:
             (N,) float64, at most 0.
         """
-        norms = np.asarray(batch[BLOCK_NORM], dtype=np.float64)
+        norms = batch[BLOCK_NORM].astype(np.float64, copy=False)
         score: Float = -norms[:, self.block]
         return score

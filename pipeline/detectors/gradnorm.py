@@ -129,6 +129,6 @@ class LayersScorer:
         Returns:
             (N,) float64, at most 0.
         """
-        norms = np.asarray(batch[self.column], dtype=np.float64)
+        norms = batch[self.column].astype(np.float64, copy=False)
         score: Float = -np.linalg.norm(norms, self.order, axis=1)
         return score

@@ -246,12 +246,11 @@ class GramScorer:
         classes = self.ranges.classes
         row = np.searchsorted(classes[:-1], batch[PREDICTION])
         row = np.where(classes[row] == batch[PREDICTION], row, len(classes) - 1)
-        total = np.zeros((len(row), len(self.stages)))
-        start = 0
+        totals, start = dict[int, Float](), 0
         for stage, found in products(batch[_COLUMN].astype(np.float64), self.stages, self.orders):
             part = slice(start, start := start + found.shape[1])
             low, high = self.ranges.low[row, part], self.ranges.high[row, part]
             below = np.maximum(low - found, 0) / np.abs(low + _TINY)
             above = np.maximum(found - high, 0) / np.abs(high + _TINY)
-            total[:, stage] += (below + above).sum(axis=1)
-        return total
+            totals[stage] = totals.get(stage, 0) + (below + above).sum(axis=1)
+        return np.stack(list(totals.values()), axis=1)

@@ -217,7 +217,7 @@ class GroodScorer:
         Returns:
             (N,) float64 in [0, 2].
         """
-        return np.asarray(batch[NEIGHBOURS], dtype=np.float64)[:, 0]
+        return batch[NEIGHBOURS].astype(np.float64, copy=False)[:, 0]
 
 
 def is_correct(batch: Batch) -> Mask:

@@ -59,7 +59,7 @@ class KnnScorer:
         Returns:
             (N,) float64 in [0, 2].
         """
-        return np.asarray(batch[NEIGHBOURS], dtype=np.float64)[:, 0]
+        return batch[NEIGHBOURS].astype(np.float64, copy=False)[:, 0]
 
 
 def unit_feature(batch: Batch) -> NDArray[np.float32]:

@@ -44,6 +44,6 @@ class MaxLogitScorer:
         Returns:
             (N,) float64.
         """
-        logits = np.asarray(batch[LOGITS], dtype=np.float64)
+        logits = batch[LOGITS].astype(np.float64, copy=False)
         score: Float = -logits.max(axis=1)
         return score

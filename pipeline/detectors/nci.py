@@ -63,7 +63,7 @@ class NciScorer:
         Returns:
             (N,) float64.
         """
-        feature = np.asarray(batch[FEATURE], dtype=np.float64)
+        feature = batch[FEATURE].astype(np.float64, copy=False)
         predicted = batch[LOGITS].argmax(axis=1)
         proximity = np.einsum("nd,nd->n", normalize(feature - self.mean), self.weight[predicted])
         score: Float = -proximity - self.alpha * np.abs(feature).sum(axis=1)

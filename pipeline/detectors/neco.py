@@ -158,7 +158,7 @@ class NecoScorer:
         Returns:
             (N,) float64; in [-1, 0] without the logit, if the length of n divides.
         """
-        feature = np.asarray(batch[FEATURE], dtype=np.float64)
+        feature = batch[FEATURE].astype(np.float64, copy=False)
         standardised = (feature - self.mean) / self.scale
         length = np.linalg.norm(feature if self.of_feature else standardised, axis=1)
         inside = np.linalg.norm(standardised @ self.inside, axis=1)

@@ -141,7 +141,7 @@ class NnGuideScorer:
         Returns:
             (N,) float64.
         """
-        distance = np.asarray(batch[NEIGHBOURS], dtype=np.float64)
+        distance = batch[NEIGHBOURS].astype(np.float64, copy=False)
         length = (once(unit_rows, batch) ** 2).sum(axis=1, keepdims=True)
         similarity = self.largest * (length + 1 - distance**2) / 2
         score: Float = -once(evidence, batch, 1.0) * similarity.mean(axis=1)

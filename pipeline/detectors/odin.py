@@ -75,5 +75,5 @@ class OdinScorer:
         Returns:
             (N,) float64, at most log(1 - 1/C).
         """
-        logits = np.asarray(batch[self.column], np.float64) @ self.weight.T + self.bias
+        logits = batch[self.column].astype(np.float64, copy=False) @ self.weight.T + self.bias
         return log_softmax(logits, self.temperature).doubt

@@ -222,7 +222,7 @@ class OpenMaxScorer:
         Returns:
             (N,) float64.
         """
-        logits = np.asarray(batch[LOGITS], dtype=np.float64)
+        logits = batch[LOGITS].astype(np.float64, copy=False)
         rows = np.arange(len(logits))
         corrected, unknown = logits.copy(), np.zeros(len(logits))
         ranked = np.argsort(-logits, axis=1, kind="stable")[:, : self.alpha]

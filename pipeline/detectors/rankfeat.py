@@ -84,7 +84,7 @@ class RankFeatScorer:
         Returns:
             (N,) float64.
         """
-        feature = sum(np.asarray(batch[name], np.float64) for name in self.columns) / len(self.columns)
+        feature = sum(batch[name].astype(np.float64, copy=False) for name in self.columns) / len(self.columns)
         logits = feature @ self.weight.T + self.bias
         score: Float = -self.temperature * logsumexp(logits, self.temperature)
         return score

@@ -67,6 +67,6 @@ class SelectedNormScorer:
         Returns:
             (N,) float64; of the bias alone where the feature is zero and has no direction.
         """
-        length = np.asarray(batch[BLOCK_NORM], dtype=np.float64)[:, self.block, None]
+        length = batch[BLOCK_NORM].astype(np.float64, copy=False)[:, self.block, None]
         logits = (once(unit_rows, batch) * length) @ self.weight.T + self.bias
         return -logsumexp(logits) if self.score == "energy" else log_softmax(logits).doubt

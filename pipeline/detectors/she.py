@@ -72,6 +72,6 @@ class SheScorer:
             (N,) float64.
         """
         predicted = batch[LOGITS].argmax(axis=1)
-        feature = np.asarray(batch[FEATURE], dtype=np.float64)
+        feature = batch[FEATURE].astype(np.float64, copy=False)
         score: Float = -np.einsum("nd,nd->n", feature, self.patterns[predicted])
         return score

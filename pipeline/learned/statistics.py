@@ -151,7 +151,7 @@ def of(batch: Batch, wanted: Iterable[Statistic[Any]], head: Head) -> Statistics
 
 def normalize(feature: NDArray[Any]) -> Float:
     """Rows of (N, D) divided by their L2 norm, as float64; a zero row stays zero."""
-    rows = np.asarray(feature, dtype=np.float64)
+    rows = feature.astype(np.float64, copy=False)
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
     unit: Float = np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
     return unit

@@ -68,14 +68,17 @@ class Classifier(Description):
 
     def forward_images(self, images: Tensor, blocks: bool = True) -> dict[str, NDArray[np.float32]]:
         """The same for normalised images (N, channels, H, W)."""
+        with fitting(len(images)), torch.inference_mode():
+            return {name: each.cpu().numpy() for name, each in self.columns(images, blocks).items()}
+
+    def columns(self, images: Tensor, blocks: bool = True) -> dict[str, Tensor]:
+        """The same as float32 tensors, where they were computed."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with fitting(len(images)), torch.inference_mode():
-            feature, logits, norms = (self.compiled or partial(self._trace, blocks=blocks))(images)
-            logits = self._precise(feature, logits)
-        result = {FEATURE: feature.float().cpu().numpy(), LOGITS: logits.float().cpu().numpy()}
+        feature, logits, norms = (self.compiled or partial(self._trace, blocks=blocks))(images)
+        result = {FEATURE: feature.float(), LOGITS: self._precise(feature, logits).float()}
         if blocks and norms:
-            result[BLOCK_NORM] = torch.stack([norms[name] for name in self.taps.blocks], dim=1).cpu().numpy()
+            result[BLOCK_NORM] = torch.stack([norms[name] for name in self.taps.blocks], dim=1)
         return result
 
     def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:

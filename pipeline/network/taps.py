@@ -98,7 +98,7 @@ def penultimate(head: nn.Module, source: Tensor | None) -> Tensor:
             f"model.head: its input has shape {shape}; expected {width} features per image. "
             "Name another layer with model.head."
         )
-    if source.numel() == len(source) * width:
+    if source.numel() == source.shape[0] * width:  # len() would fix the number of images of a graph
         return source.flatten(1)
     return source.movedim(axis, 1).flatten(2).mean(dim=2)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -14,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from pipeline import imports
 from pipeline.columns import (
     CALIBRATION,
     DIGEST,
@@ -33,15 +36,17 @@ from pipeline.network.known import settings_kept
 from pipeline.stages import bundle, index
 from pipeline.stages.banks import BATCH
 from pipeline.stages.bundle import Bundle
+from pipeline.stages.calibration import Calibrated
 from pipeline.stages.decisions import Judge
 from pipeline.stages.decoding import ACCEPTED, Decoded, reason
 from pipeline.stages.score import Scoring
-from pipeline.workspace import tables
+from pipeline.workspace import files, storage, tables
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from pipeline.network.classifier import Classifier
+    from pipeline.network.graph import Fitted
 
 
 _ALONE = Lock()
@@ -112,6 +117,54 @@ class OodDetector:
                 found = self._judged(keys[start : start + BATCH], images[start : start + BATCH], exact, judge)
                 parts.append(found)
         return pa.concat_tables(parts)
+
+    def export(
+        self, path: str | Path, *, detectors: Sequence[str] = (), false_alarm: float | None = None
+    ) -> None:
+        """Write network and detectors as one graph, which torch or ONNX Runtime runs without this program.
+
+        Its inputs are `images`, (N, channels, H, W) float32 as `transform` in the bundle makes them, and
+        `thresholds`, (K,) float64: the largest score of each detector that is not flagged; (C, K) where
+        thresholds are by predicted class. Its outputs are `prediction` (N,) int64, `scores` (N, K) float64
+        and `is_ood` (N, K) bool. Scores agree with the bundle's to 1e-5 of their spread, which is tried.
+
+        Args:
+            path: a file or URI; `.pt2` is for `torch.export.load`, `.onnx` takes the packages of
+                `ood-pipeline[export]`. `detectors.json` in it holds labels, thresholds and transform.
+            detectors: labels; none = all.
+            false_alarm: rate of the thresholds in `detectors.json`; None = the first one of the bundle.
+
+        Raises:
+            UserError: another ending, packages that are not installed, a rate that too few images were
+                calibrated for, detectors that take neighbours, more than a forward pass or the scores of
+                others, or a network or detector that cannot be traced.
+        """
+        from pipeline.network import graph
+
+        known = self.bundle.only(detectors or self.detectors)
+        graph.require(known.detectors, [str(path)])
+        if self._device != "cpu":
+            load(known.folder, "cpu").export(path, detectors=detectors, false_alarm=false_alarm)
+            return
+        calibrated = known.calibrated(false_alarm, field="false_alarm")
+        limits = _limits(known, calibrated)
+        traced = graph.Graph(
+            replace(self._classifier, compiled=None),
+            {label: _fitted(known, label, calibrated) for label in known.labels},
+            list(known.extras.values()),
+            self._settings.feature_dtype,
+        )
+        about = {
+            "labels": known.labels,
+            "false_alarm": calibrated and calibrated.settings.false_alarm[0],
+            "thresholds": limits.tolist(),
+            **{name: known.document[name] for name in ("input", "classes", "run", "versions")},
+            "bundle": known.content,
+        }
+        place = files.at(str(path))
+        with files.scratch(files.at(storage.parent(str(place)))) as folder, _ALONE, settings_kept():
+            graph.export(traced, limits, folder / place.name, json.dumps(about))
+            files.put(folder / place.name, place)
 
     @cached_property
     def _empty(self) -> pa.Table:
@@ -227,6 +280,28 @@ class OodDetector:
                 settings = settings.model_copy(update={"device": "cpu"})
             searched = index.here(opened.banks.values(), settings)
         return Scoring(opened.scorers, opened.columns, folders, searched)
+
+
+def _fitted(known: Bundle, label: str, calibrated: Calibrated | None) -> Fitted:
+    """A detector of a bundle as it goes into a graph."""
+    from pipeline.network.graph import Fitted
+
+    parts = known.detectors[label].parts()
+    modules = [type(part).__module__ for part in parts if imports.is_foreign(type(part))]
+    held = np.zeros(0) if calibrated is None else calibrated.scores[label]
+    there = held[np.isfinite(held)]
+    return Fitted(known.scorers[label], modules, float(np.ptp(there)) if len(there) else 0.0)
+
+
+def _limits(known: Bundle, calibrated: Calibrated | None) -> Float:
+    """(K,) largest score of each detector that is not flagged, or (C, K) by class; infinite where none is."""
+    if calibrated is None:
+        return np.full(len(known.labels), np.inf)
+    rate, classes = calibrated.settings.false_alarm[0], range(len(known.description.head[1]))
+    found = [calibrated.of[label].thresholds(rate) for label in known.labels]
+    if not calibrated.settings.per_class:
+        return np.array([each[-1] for each in found])
+    return np.array([[each.get(number, np.inf) for each in found] for number in classes])
 
 
 def _on(settings: schema.Extract, device: str) -> schema.Extract:

@@ -31,7 +31,7 @@ from pipeline.network.known import Network
 from pipeline.results import card
 from pipeline.results.evaluation import Evaluation
 from pipeline.results.evaluation import opened as open_run
-from pipeline.stages import bundle
+from pipeline.stages import bundle, detect
 from pipeline.stages.banks import FORMAT as BANK
 from pipeline.stages.calibration import Calibrated
 from pipeline.stages.decisions import SCORES
@@ -71,6 +71,8 @@ class Options:
     """Whether it holds the weights of the network."""
     false_alarm: Sequence[float] = ()
     """Rates that images are flagged at; none = those of the run, or 0.05."""
+    export: Sequence[str] = ()
+    """Files that network and detectors are written to as one graph, too."""
 
 
 def make(run: str | Place, out: str | Path, options: Options = Options()) -> bundle.Bundle:
@@ -78,7 +80,8 @@ def make(run: str | Place, out: str | Path, options: Options = Options()) -> bun
 
     Raises:
         UserError: no finished run, an unknown detector or one that cannot be kept as plain data, a model that
-            is not the run's any more, too few images for a rate, or something at `out`.
+            is not the run's any more, too few images for a rate, something at `out`, or what cannot be
+            exported; if that is found out by tracing it, the bundle is complete all the same.
     """
     evaluation, folder = open_run(run), Path(out).absolute()
     if folder.exists():
@@ -92,6 +95,10 @@ def make(run: str | Place, out: str | Path, options: Options = Options()) -> bun
                 f"detectors.{label}: its fitted form is not kept as plain data, so that a bundle cannot hold "
                 "it. Leave it out (--detectors); docs/add-a-detector.md says what is plain."
             )
+    if options.export:
+        from pipeline.network import graph
+
+        graph.require({label: detector for label, (_, detector) in chosen.items()}, options.export)
     network = _network(evaluation, settings)
     held = _held(evaluation, settings, list(chosen), options.false_alarm)
     document = _document(evaluation, settings, chosen, fits, network) | held.document()
@@ -109,6 +116,8 @@ def make(run: str | Place, out: str | Path, options: Options = Options()) -> bun
         if options.weights:
             _try(bundle.opened(draft), settings.seed)
         files.replace_folder(draft, folder, artifacts.RECORD)
+    for path in options.export:
+        detect.load(folder, "cpu").export(path)
     return bundle.opened(folder)
 
 

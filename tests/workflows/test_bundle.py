@@ -33,6 +33,7 @@ import pipeline
 from pipeline.cli import main
 from pipeline.config import loading
 from pipeline.errors import UserError
+from pipeline.network import graph
 from pipeline.network.sources import torchvision
 from pipeline.results import applied as results
 from pipeline.stages import bundle as bundles
@@ -800,3 +801,83 @@ def test_every_detector_has_the_same_bits_in_a_new_process_and_applied(images, t
     applied(kept, images, tmp_path / "out")
     same(pq.read_table(tmp_path / "out").take(kept.rows("animals")), kept.tables["animals"])
     assert len(bundles.opened(kept.bundle).labels) > 35
+
+
+GRAPH = ["msp", "energy", "featurenorm", "vim", "mahalanobis_ensemble", "react_dice"]
+ALONE = """
+import json, sys
+import numpy as np, torch
+about = {"detectors.json": ""}
+graph = torch.export.load("graph.pt2", extra_files=about).module()
+limits = torch.tensor(json.loads(about["detectors.json"])["thresholds"], dtype=torch.float64)
+for images in (np.load("images.npy"), np.load("images.npy")[:1]):
+    prediction, scores, flags = graph(torch.from_numpy(images), limits)
+    np.savez(f"{len(images)}.npz", prediction=prediction, scores=scores, flags=flags)
+assert "pipeline" not in sys.modules
+"""
+
+
+def pixels_in(detect: OodDetector, images: list[np.ndarray]) -> np.ndarray:
+    """Images as a graph takes them: (N, channels, H, W) float32."""
+    pixels = np.stack([detect._pixels(image, "") for image in images])
+    return detect._classifier.images(pixels).numpy()
+
+
+@pytest.mark.slow
+def test_a_graph_judges_images_in_a_process_that_has_the_file_alone(kept, detect, tmp_path) -> None:
+    detect.export(tmp_path / "graph.pt2", detectors=GRAPH)
+    images, table = kept.pixels("animals"), kept.tables["animals"]
+    np.save(tmp_path / "images.npy", pixels_in(detect, images))
+    subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=tmp_path, check=True)
+    for count in (len(images), 1):
+        found = np.load(tmp_path / f"{count}.npz")
+        np.testing.assert_array_equal(found["prediction"], table["prediction"].to_numpy()[:count])
+        flags = detect(images[:count])
+        for column, label in enumerate(GRAPH):
+            expected = table[label].to_numpy()
+            tolerance = 1e-5 * np.ptp(expected)
+            np.testing.assert_allclose(found["scores"][:, column], expected[:count], rtol=0, atol=tolerance)
+            np.testing.assert_array_equal(found["flags"][:, column], flags[f"is_ood.{label}"].to_numpy())
+        assert count == 1 or 0 < found["flags"].mean() < 1
+
+
+@pytest.mark.slow
+def test_a_graph_in_onnx_gives_the_scores_of_the_bundle(kept, detect, tmp_path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="takes ood-pipeline[export]")
+    detect.export(tmp_path / "graph.onnx", detectors=GRAPH)
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
+    about = json.loads(session.get_modelmeta().custom_metadata_map["detectors.json"])
+    images, table = kept.pixels("animals"), kept.tables["animals"]
+    given = {"images": pixels_in(detect, images), "thresholds": np.array(about["thresholds"])}
+    scores, flags = session.run(["scores", "is_ood"], given)
+    for column, label in enumerate(about["labels"]):
+        expected = table[label].to_numpy()
+        np.testing.assert_allclose(scores[:, column], expected, rtol=0, atol=1e-5 * np.ptp(expected))
+    np.testing.assert_array_equal(flags, scores > about["thresholds"])
+
+
+def test_what_is_no_function_of_one_forward_pass_is_in_no_graph(kept, detect, tmp_path, monkeypatch) -> None:
+    with pytest.raises(
+        UserError, match=r"but knn looks up neighbours; grood looks up .* together combines"
+    ) as told:
+        detect.export(tmp_path / "graph.pt2")
+    assert "--detectors msp,energy,featurenorm,tempscale,vim,mahalanobis_ensemble,react_dice." in str(
+        told.value
+    )
+    with pytest.raises(UserError, match=r"graph\.pt is no graph; expected an ending of \.pt2, \.onnx"):
+        detect.export(tmp_path / "graph.pt", detectors=["msp"])
+    monkeypatch.setattr(graph, "_PACKAGES", ("no_such_package",))
+    with pytest.raises(UserError, match=r"graph\.onnx takes no_such_package; install ood-pipeline\[export\]"):
+        detect.export(tmp_path / "graph.onnx", detectors=["msp"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_graph_that_gives_other_scores_is_not_kept(detect, tmp_path, monkeypatch) -> None:
+    plain = graph.Graph.expected
+    monkeypatch.setattr(graph.Graph, "expected", lambda *given: {"msp": plain(*given)["msp"] + 0.01})
+    with pytest.raises(
+        UserError, match=r"msp differs by 0.01 in .*graph\.pt2, more than 1e-05 of the spread"
+    ):
+        detect.export(tmp_path / "graph.pt2", detectors=["msp"])
+    assert not list(tmp_path.iterdir())
