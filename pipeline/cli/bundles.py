@@ -34,7 +34,7 @@ def bundle(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="Run folder, path or URI: `<workspace>/runs/<name>[/<id>]`.")
     ],
-    out: Annotated[str, typer.Option(metavar="FOLDER", help="The bundle; must not exist.")],
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="The bundle, path or URI; must not exist.")],
     detectors: Detectors = "",
     weights: Annotated[
         bool, typer.Option("--weights", help="Put the weights of the network into it, as safetensors.")
@@ -64,7 +64,7 @@ def bundle(
     from pipeline.workflows import bundle as work
 
     made = work.make(run, out, work.Options(_labels(detectors), weights, false_alarm, export))
-    console.print(f"bundle   {made.folder}", markup=False, soft_wrap=True)
+    console.print(f"bundle   {made.name}", markup=False, soft_wrap=True)
     for path in export:
         console.print(f"graph    {path}", markup=False, soft_wrap=True)
     if not made.false_alarm:
@@ -87,7 +87,9 @@ def bundle(
 
 @app.command()
 def apply(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder that `bundle` made.")],
+    bundle: Annotated[
+        str, typer.Argument(metavar="BUNDLE", help="A folder that `bundle` made, path or URI.")
+    ],
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Images: a folder, tar, Parquet, .npz, IDX, or one image.")
     ],

@@ -11,9 +11,12 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from pipeline.stages.index import BankFiles
 from pipeline.stages.score import Scoring
 from pipeline.workspace import artifacts, files
 from pipeline.workspace.artifacts import Artifact, Damaged, Record
+from pipeline.workspace.files import Remote
 
 KIND, VERSION = "bundle", 1
 """What the record calls it; the version goes up when an older program could not read it."""
@@ -57,7 +61,10 @@ FITS = "fits"
 class Bundle:
     """A bundle whose every byte is the one that was written."""
 
+    name: str
+    """Path or URI."""
     folder: Path
+    """Where it lies, or a copy that is gone with this process."""
     content: str
     """Digest of all its bytes."""
     document: Mapping[str, Any]
@@ -201,7 +208,7 @@ class Bundle:
         for name, rate in ((field, false_alarm), ("--fdr", fdr)):
             if rate is not None and self.document["calibration"] is None:
                 raise UserError(
-                    f"{name}: {self.folder} has no scores of held-out images to decide by. Add a dataset of "
+                    f"{name}: {self.name} has no scores of held-out images to decide by. Add a dataset of "
                     "role id_val to the config, run it, and make the bundle again."
                 )
             if rate is not None:
@@ -228,7 +235,7 @@ class Bundle:
         """
         for label in labels:
             if label not in self.labels:
-                raise UserError(f"{self.folder}: {unknown('detector', label, self.labels)}")
+                raise UserError(f"{self.name}: {unknown('detector', label, self.labels)}")
         wanted = with_members(labels, self.detectors)
         kept = {label: self.document["detectors"][label] for label in wanted}
         return replace(self, document={**self.document, "detectors": kept})
@@ -239,7 +246,7 @@ class Bundle:
         Raises:
             UserError: other weights, other layers, or other answers.
         """
-        known, where = self.description, f"{self.folder}: model"
+        known, where = self.description, f"{self.name}: model"
         told = self.model.weights or self.model.name
         if network.digest != known.digest:
             raise UserError(
@@ -259,16 +266,16 @@ class Bundle:
 
 
 def opened(path: str | Path) -> Bundle:
-    """A bundle on disk; every file is read and compared with its digest.
+    """A bundle by path or URI; every file is read and compared with its digest.
 
     Raises:
         UserError: no bundle, one of a newer version, or a file that is not what was written.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    place = files.at(str(path))
+    if not place.is_dir():
         raise UserError(f"{path}: no such folder. Name a bundle, as `ood-pipeline bundle` makes it.")
     try:
-        record = artifacts.read_record(folder)
+        record = artifacts.read_record(place)
         kind, _, version = record.kind.rpartition(" ")
         if kind != KIND:
             raise UserError(f"{path}: no bundle. Name a folder that `ood-pipeline bundle` made.")
@@ -277,6 +284,7 @@ def opened(path: str | Path) -> Bundle:
                 f"{path}: a bundle of version {version}, and this program reads {VERSION}. Upgrade "
                 "ood-pipeline."
             )
+        folder = place.absolute() if isinstance(place, Path) else _copied(place, record.content)
         for name, file in record.files.items():
             with artifacts.opened(folder / name, file.sha256):
                 pass
@@ -288,7 +296,24 @@ def opened(path: str | Path) -> Bundle:
         raise UserError(
             f"{damaged.path} is damaged: {damaged.reason}. Copy the bundle again, or make it again."
         ) from None
-    return Bundle(folder.absolute(), record.content, files.read_json(folder / DOCUMENT))
+    name = str(folder) if isinstance(place, Path) else place.uri
+    return Bundle(name, folder, record.content, files.read_json(folder / DOCUMENT))
+
+
+@lru_cache
+def _copied(place: Remote, content: str) -> Path:
+    """A local copy of a bundle in an object store, made once in a process and gone with it.
+
+    Raises:
+        Damaged: a file that is missing or not what was written.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ood-pipeline-bundle-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, file in artifacts.read_record(place).files.items():
+        with artifacts.opened(place / name, file.sha256) as source:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(source, folder / name)
+    return folder
 
 
 def with_members(labels: Collection[str], known: Mapping[str, Detector]) -> list[str]:

@@ -144,7 +144,7 @@ class OodDetector:
         known = self.bundle.only(detectors or self.detectors)
         graph.require(known.detectors, [str(path)])
         if self._device != "cpu":
-            load(known.folder, "cpu").export(path, detectors=detectors, false_alarm=false_alarm)
+            load(known.name, "cpu").export(path, detectors=detectors, false_alarm=false_alarm)
             return
         calibrated = known.calibrated(false_alarm, field="false_alarm")
         limits = _limits(known, calibrated)
@@ -334,7 +334,7 @@ def load(path: str | Path, device: str = "auto") -> OodDetector:
     """Open a bundle for images in this process.
 
     Args:
-        path: its folder.
+        path: its folder, by path or URI.
         device: "cpu" or "cuda"; "auto" is what the evaluation computed on.
 
     Raises:

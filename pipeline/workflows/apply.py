@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -93,7 +93,7 @@ def execute(path: str, data: str, out: str, options: Options, display: Display) 
     """Apply a bundle to images and write the table of what its detectors say of each.
 
     Args:
-        path: of the bundle.
+        path: of the bundle, or its URI.
         data: the images, in any format of datasets.
         out: a folder, or a file that ends in .parquet or .csv.
         options: what else is asked.
@@ -222,7 +222,7 @@ def _configured(known: Bundle, overrides: Sequence[str]) -> Bundle:
             model(**document[name])
         except ValidationError as error:
             raise UserError("\n".join(explain(error, f"--set {name}.", model))) from None
-    return Bundle(known.folder, known.content, document)
+    return replace(known, document=document)
 
 
 def _listed(dataset: schema.Dataset, workspace: Place, limit: int) -> Manifest:
@@ -379,7 +379,7 @@ class Application:
         errors = record.facts["errors"]
         return {
             "made_of": dict(ready.made_of),
-            "bundle": str(ready.bundle.folder),
+            "bundle": ready.bundle.name,
             "run": dict(ready.bundle.document["run"]),
             "data": ready.data,
             "format": ready.dataset.format,

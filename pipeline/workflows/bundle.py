@@ -37,7 +37,7 @@ from pipeline.stages.calibration import Calibrated
 from pipeline.stages.decisions import SCORES
 from pipeline.stages.index import FORMAT as INDEX
 from pipeline.stages.prepare import tracking_uri
-from pipeline.workspace import artifacts, files
+from pipeline.workspace import artifacts, files, storage
 from pipeline.workspace.artifacts import Artifact, Damaged, File
 from pipeline.workspace.files import Place
 from pipeline.workspace.runs import workspace_of
@@ -83,8 +83,9 @@ def make(run: str | Place, out: str | Path, options: Options = Options()) -> bun
             is not the run's any more, too few images for a rate, something at `out`, or what cannot be
             exported; if that is found out by tracing it, the bundle is complete all the same.
     """
-    evaluation, folder = open_run(run), Path(out).absolute()
-    if folder.exists():
+    evaluation, folder = open_run(run), files.at(str(out))
+    parent = files.at(storage.parent(str(folder)))
+    if folder.is_file() or folder.is_dir():
         raise UserError(f"--out: {out} exists already. Name another folder, or delete it.")
     settings = config_of(evaluation)
     chosen = detectors_of(evaluation, options.labels, settings)
@@ -102,8 +103,8 @@ def make(run: str | Place, out: str | Path, options: Options = Options()) -> bun
     network = _network(evaluation, settings)
     held = _held(evaluation, settings, list(chosen), options.false_alarm)
     document = _document(evaluation, settings, chosen, fits, network) | held.document()
-    files.require_writable(str(folder.parent), "--out")
-    with files.scratch(folder.parent) as scratch:
+    files.require_writable(str(parent), "--out")
+    with files.scratch(parent) as scratch:
         draft = scratch / "bundle"
         made = dict(_written(draft, evaluation, fits, network, held))
         if options.weights:
@@ -117,8 +118,8 @@ def make(run: str | Place, out: str | Path, options: Options = Options()) -> bun
             _try(bundle.opened(draft), settings.seed)
         files.replace_folder(draft, folder, artifacts.RECORD)
     for path in options.export:
-        detect.load(folder, "cpu").export(path)
-    return bundle.opened(folder)
+        detect.load(str(folder), "cpu").export(path)
+    return bundle.opened(str(folder))
 
 
 def log_model(made: bundle.Bundle, run: str | Place, register: str | None = None) -> str:

@@ -233,7 +233,7 @@ def remove_folder(folder: Place) -> None:
 
 
 def replace_folder(draft: Path, folder: Place, last: str) -> None:
-    """Put a local folder of files in the place of another.
+    """Put a local folder in the place of another.
 
     Args:
         draft: the new one, on the same disk if `folder` is local.
@@ -246,10 +246,10 @@ def replace_folder(draft: Path, folder: Place, last: str) -> None:
             folder.rename(draft.with_name("old"))
         draft.rename(folder)
         return
-    files = sorted(draft.iterdir(), key=lambda file: (file.name == last, file.name))
-    for file in files:
-        put(file, folder / file.name)
-    kept = {file.name for file in files}
+    files = [file.relative_to(draft) for file in draft.rglob("*") if file.is_file()]
+    for file in sorted(files, key=lambda file: (str(file) == last, file)):
+        put(draft / file, folder / str(file))
+    kept = {file.parts[0] for file in files}
     for stale in folder.glob("*"):
         if stale.name not in kept:
             stale.unlink()

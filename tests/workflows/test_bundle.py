@@ -731,20 +731,44 @@ def test_runs_tables_and_unfinished_work_may_lie_in_an_object_store(images, buck
     raw["workspace"] = f"{base}/ws?{query}"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
     outcome = run.execute(loading.load(str(tmp_path / "config.yaml")), run.Options(**INLINE), Quiet())
-    bundle.make(str(outcome.folder), tmp_path / "a.ood")
+    made = bundle.make(str(outcome.folder), f"{base}/a.ood?{query}")
+    with pytest.raises(UserError, match=r"--out: s3://.*/a\.ood.* exists already"):
+        bundle.make(str(outcome.folder), made.name)
     expected = pipeline.open_run(str(outcome.folder)).scores("animals")
     for name in ("out", "out.csv"):
         out, chosen = f"{base}/{name}?{query}", options(tmp_path, workspace=raw["workspace"])
         for _ in range(2):  # the second finds its own table
-            apply.execute(str(tmp_path / "a.ood"), str(images), out, chosen, Quiet())
+            outcome = apply.execute(made.name, str(images), out, chosen, Quiet())
+            assert outcome.summary["bundle"] == made.name
         with pytest.raises(UserError, match="was made with other detectors"):
             changed = replace(chosen, detectors=["knn"])
-            apply.execute(str(tmp_path / "a.ood"), str(images), out, changed, Quiet())
+            apply.execute(made.name, str(images), out, changed, Quiet())
     found = pyarrow.csv.read_csv(io.BytesIO(files.at(f"{base}/out.csv?{query}").read_bytes()))
     part = pq.read_table(io.BytesIO(files.at(f"{base}/out/part-00000.parquet?{query}").read_bytes()))
     assert found["knn"].equals(part["knn"])
     rows = [int(key.rpartition("/")[2]) for key in expected["key"].to_pylist()]
     assert part["knn"].take(rows).to_pylist() == expected["knn"].to_pylist()
+
+
+@pytest.fixture
+def stored(kept: Kept, bucket: str) -> str:
+    """URI of the bundle in an object store."""
+    base, _, query = bucket.partition("?")
+    place = files.at(f"{base}/a folder/kept.ood?{query}")
+    for path in kept.bundle.rglob("*"):
+        if path.is_file():
+            files.put(path, place / str(path.relative_to(kept.bundle)))
+    return str(place)
+
+
+def test_a_bundle_in_an_object_store_is_opened_by_its_uri(kept, stored) -> None:
+    same(pipeline.load_bundle(stored)(kept.pixels("test")[:9], exact=True), kept.tables["test"].slice(0, 9))
+    (files.at(stored) / "bundle.json").unlink()
+    bundles._copied.cache_clear()
+    with pytest.raises(UserError, match=r"s3://.*bundle\.json.* is damaged: it is missing"):
+        bundles.opened(stored)
+    with pytest.raises(UserError, match=r"s3://.*/no\.ood.*: no such folder\. Name a bundle"):
+        bundles.opened(stored.replace("kept.ood", "no.ood"))
 
 
 @pytest.mark.slow

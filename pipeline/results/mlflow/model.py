@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.results.mlflow import tracking
 from pipeline.stages import detect
 from pipeline.stages.bundle import Bundle
+from pipeline.workspace import storage
 from pipeline.workspace.files import Place
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _logged(bundle: Bundle, run_id: str) -> Any:
 
     return Model.log(
         artifact_path=None,
-        name=_name(bundle.folder),
+        name=_name(bundle.name),
         flavor=mlflow.pyfunc,
         run_id=run_id,
         loader_module=__name__,
@@ -86,9 +86,9 @@ def _registered(client: Any, model: Any, name: str) -> str:
     return f"models:/{name}/{version.version}"
 
 
-def _name(folder: Path) -> str:
-    """A name that MLflow allows."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)
+def _name(bundle: str) -> str:
+    """A name that MLflow allows, of the path or URI of a bundle."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", storage.name_of(bundle))
 
 
 @contextmanager
