@@ -75,10 +75,14 @@ class Ranks:
         return found, float(np.clip(kstwo.sf(found, max(round(effective), 1)), 0, 1))
 
     def above(self) -> float:
-        """Share of the scores above the median of the calibration ones, half of those at it; NaN of none."""
+        """Share of the scores above the median of the calibration ones, half of those at it; NaN of none.
+
+        Of an even number, all between the two in the middle is the median.
+        """
         if not self.rows or not self._size:
             return math.nan
-        place = 2 * int(np.searchsorted(self._share[1:], 0.5)) + 1
+        middle = int(np.searchsorted(self._share[1:], 0.5))
+        place = 2 * middle + (2 if self._share[middle + 1] == 0.5 else 1)
         return float((self._counts[place + 1 :].sum() + self._counts[place] / 2) / self.rows)
 
 

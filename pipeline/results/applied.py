@@ -34,7 +34,7 @@ _OTHER = {
 """What a table is made of, where it is another one."""
 
 TABLES = (".parquet", ".csv")
-"""Endings of single files; anything else is a folder of Parquet parts."""
+"""Endings of single files, in either case; anything else is a folder of Parquet parts."""
 
 
 def schema(labels: Sequence[str]) -> pa.Schema:
@@ -95,8 +95,9 @@ class Output:
     def write(self, parts: Iterable[pa.Table], labels: Sequence[str]) -> None:
         """Write the table; it appears when it is complete."""
         columns = schema(labels)
-        if self.place.name.endswith(TABLES):
-            written = _csv if self.place.name.endswith(".csv") else _parquet
+        ending = self.place.name.lower()
+        if ending.endswith(TABLES):
+            written = _csv if ending.endswith(".csv") else _parquet
             with files.atomic(self.place) as draft, written(draft, columns) as writer:
                 for part in parts:
                     writer.write_table(part)
@@ -214,7 +215,8 @@ class Tally:
         assert self.calibrated is not None
         dates = sorted(counts.images)
         images, alarms = (np.array([each[date] for date in dates]) for each in (counts.images, counts.alarms))
-        size = int(np.isfinite(self.calibrated.scores[label]).sum())
+        # by class, any date may show the class whose threshold is known least
+        size = min(len(group) for group in self.calibrated.of[label].groups.values())
         middle = drift.centre(self.calibrated.settings.false_alarm[0], size)
         return drift.chart(dates, images, alarms, middle)
 
@@ -224,7 +226,7 @@ def _add(counter: Counter[str], dates: Any) -> None:
 
 
 def alarms(detectors: Mapping[str, Mapping[str, Any]], above: float | None, over_time: bool) -> list[str]:
-    """Which of the alarms that were asked for are raised, in sentences.
+    """Which of the alarms that were asked for are raised, in sentences; one of no scores whichever it was.
 
     Args:
         detectors: what the summary says of each.
@@ -233,6 +235,8 @@ def alarms(detectors: Mapping[str, Mapping[str, Any]], above: float | None, over
     """
     found = []
     for label, entry in detectors.items():
+        if not entry["scored"] and (above is not None or over_time):
+            found.append(f"{label} has a score of none of the images")
         if above is not None and entry.get("share", 0.0) > above:
             found.append(f"{label} flags {entry['share']:.2%} of the images, more than {above:.2%}")
         signals = [point["date"] for point in entry.get("dates", ()) if point["signals"]]

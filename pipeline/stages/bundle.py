@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 from pipeline import detectors
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, Float
 from pipeline.columns import CALIBRATION as MARKED
-from pipeline.config import schema
+from pipeline.config import loading, schema
 from pipeline.detectors._combination import Combination
 from pipeline.detectors.base import Detector, Extra, Scorer
 from pipeline.errors import UserError, unknown
@@ -87,11 +87,24 @@ class Bundle:
 
     @cached_property
     def model(self) -> schema.Model:
-        """The network's config; files of the bundle are where the bundle is."""
+        """The network's config; files of the bundle are where the bundle is.
+
+        Raises:
+            UserError: it has no weights, and they are not where they were.
+        """
         model, here = schema.Model(**self.document["model"]), self.document["holds_weights"]
-        if here and model.source == "exported":
+        exported = model.source == "exported"
+        if here and exported:
             return model.model_copy(update={"name": str(self.folder / PROGRAM)})
-        return model.model_copy(update={"weights": str(self.folder / WEIGHTS)}) if here else model
+        if here:
+            return model.model_copy(update={"weights": str(self.folder / WEIGHTS)})
+        path = model.name if exported else model.weights
+        if path and not loading.is_name(path) and not loading.resolve(path).is_file():
+            raise UserError(
+                f"{self.name}: it does not hold the weights of the network, and {path} is gone. Bring it "
+                "back, or make the bundle with --weights."
+            )
+        return model
 
     @cached_property
     def extract(self) -> schema.Extract:

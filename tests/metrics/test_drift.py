@@ -34,6 +34,15 @@ def test_scores_above_the_median_of_the_calibration_images_are_counted() -> None
     assert ranks.above() == (2 + 1 / 2) / 4
 
 
+def test_of_an_even_number_all_between_the_two_in_the_middle_is_the_median() -> None:
+    ranks = Ranks(np.array([1.0, 2.0, 4.0, 5.0]))
+    ranks.add(np.array([2.0, 2.5, 3.5, 4.0, 4.5, 9.0]))
+    assert ranks.above() == (3 + 2 / 2) / 6
+    tied = Ranks(np.array([1.0, 2.0, 2.0, 5.0]))
+    tied.add(np.array([1.5, 2.0, 3.0]))
+    assert tied.above() == (1 + 1 / 2) / 3
+
+
 def test_of_no_scores_nothing_is_said() -> None:
     for calibration, scores in ([1.0, 2.0], []), ([np.nan], [1.0]):
         ranks = Ranks(np.array(calibration))

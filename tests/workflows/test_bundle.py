@@ -31,13 +31,15 @@ from typer.testing import CliRunner
 
 import pipeline
 from pipeline.cli import main
-from pipeline.config import loading
+from pipeline.config import loading, schema
 from pipeline.errors import UserError
+from pipeline.metrics import drift
 from pipeline.network import graph
 from pipeline.network.sources import torchvision
 from pipeline.results import applied as results
 from pipeline.stages import bundle as bundles
 from pipeline.stages import extract
+from pipeline.stages.calibration import Calibrated
 from pipeline.stages.detect import OodDetector
 from pipeline.workflows import apply, bundle, run
 from pipeline.workflows.progress import Quiet
@@ -358,6 +360,7 @@ def test_applying_has_the_bits_of_the_run_in_every_form_and_is_done_once(kept, t
         "table": pq.read_table,
         "table.parquet": pq.read_table,
         "table.csv": pyarrow.csv.read_csv,
+        "upper.CSV": pyarrow.csv.read_csv,
     }
     outcome = applied(kept, kept.images, tmp_path / "table")
     monkeypatch.setattr(extract, "run", lambda *_: pytest.fail("extracted again"))
@@ -561,6 +564,31 @@ def test_an_alarm_that_was_asked_for_is_exit_status_3(kept, tmp_path) -> None:
     assert json.loads(told.stdout)["detectors"]["knn"]["scored"] == 150
 
 
+@pytest.mark.parametrize("asked", [{"alarm_above": 0.5}, {"alarm_drift": True}])
+def test_images_of_which_none_can_be_read_are_an_alarm(kept, tmp_path, asked) -> None:
+    path = tmp_path / "2025-01-31" / "bad.png"
+    path.parent.mkdir()
+    path.write_bytes(b"no image")
+    for changes, expected in ((asked, ["msp has a score of none of the images"]), ({}, [])):
+        given = {"images": None, "detectors": ["msp"], **changes}
+        assert applied(kept, tmp_path, tmp_path.with_suffix(".out"), **given).alarms == expected
+
+
+def test_charts_by_class_begin_at_what_the_least_known_threshold_may_flag() -> None:
+    settings = schema.Thresholds(false_alarm=(0.1,), per_class=True)
+    predictions = np.repeat(np.array([0, 1], np.int32), [80, 20])
+    scores = {"a": np.arange(100.0)}
+    tally = results.Tally(["a"], Calibrated(settings, scores, predictions, None, ""))
+    rows = {"key": [f"2025-01-31/{n}" for n in range(30)], "prediction": pa.array([0] * 30, pa.int32())}
+    flags = {"p.a": [0.05] * 15 + [0.5] * 15, "is_ood.a": [True] * 15 + [False] * 15}
+    list(tally.counting([pa.table({**rows, "a": np.zeros(30), **flags})]))
+    (date,) = tally.detectors()["a"]["dates"]
+    images, flagged = np.array([30]), np.array([15])
+    (expected,) = drift.chart(["2025-01-31"], images, flagged, drift.centre(0.1, 20))
+    assert (date["most"], date["cusum"]) == (expected.most, expected.cusum)
+    assert expected.cusum < drift.chart([""], images, flagged, drift.centre(0.1, 100))[0].cusum
+
+
 @pytest.fixture(scope="module")
 def without(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pipeline.Evaluation]:
     """A run without held-out images whose weights are a file of its own."""
@@ -602,6 +630,12 @@ def test_without_held_out_images_there_are_scores_alone(without, images, tmp_pat
     assert "no held-out ID images (role id_val)" in found.output
     assert "the weights are not in it; it needs" in found.output
     assert "None: the evaluation had no held-out ID images" in (tmp_path / "a.ood" / "README.md").read_text()
+    opened = bundles.opened(tmp_path / "a.ood")
+    gone = {**opened.document["model"], "weights": "/gone/resnet.safetensors"}
+    with pytest.raises(
+        UserError, match=r"a\.ood: it does not hold .* and /gone/res.* is gone.* with --weights"
+    ):
+        _ = replace(opened, document={**opened.document, "model": gone}).model
     detect = pipeline.load_bundle(tmp_path / "a.ood")
     table = detect([np.zeros((28, 28), np.uint8)])
     assert table["msp"].null_count == 0
