@@ -81,7 +81,7 @@ def companions(file: Path) -> tuple[Path, dict[str, Path]]:
     found = {first.name: first} if first.is_dir() else {}
     waiting = [first]
     while waiting:
-        for code in _code(waiting.pop()):
+        for code in files_of(waiting.pop()):
             for name in sorted(_imported(code.read_bytes()) - found.keys()):
                 spec = _spec(name, root)
                 if spec is not None:
@@ -91,14 +91,14 @@ def companions(file: Path) -> tuple[Path, dict[str, Path]]:
     return root, dict(sorted(found.items()))
 
 
-def _code(place: Path) -> list[Path]:
+def files_of(place: Path) -> list[Path]:
     """The Python files of a module or package."""
     return sorted(place.rglob("*.py")) if place.is_dir() else [place]
 
 
 def content(place: Path) -> bytes:
     """Names and content of the Python files of a module or package."""
-    named = ((str(file.relative_to(place.parent)).encode(), file.read_bytes()) for file in _code(place))
+    named = ((str(file.relative_to(place.parent)).encode(), file.read_bytes()) for file in files_of(place))
     return b"".join(b"\0%b\0%b" % each for each in named)
 
 
@@ -121,7 +121,7 @@ def _spec(name: str, root: Path) -> ModuleSpec | None:
     spec = PathFinder.find_spec(name, [str(root)])
     if spec is not None and spec.loader is None:
         elsewhere = PathFinder.find_spec(name)
-        if (elsewhere is not None and elsewhere.loader) or not _code(root / name):
+        if (elsewhere is not None and elsewhere.loader) or not files_of(root / name):
             return None
         spec.submodule_search_locations = [str(root / name)]
     return spec
@@ -144,7 +144,7 @@ def is_installed(file: str) -> bool:
 class _Uncompiled(SourceFileLoader):
     """Reads the source itself: compiled code counts as current if size and second of a change are equal."""
 
-    def get_code(self, fullname: str) -> CodeType:
+    def getfiles_of(self, fullname: str) -> CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
 
 

@@ -130,7 +130,10 @@ def _module(source: str, where: str) -> ModuleType:
     if not path.is_file():
         raise UserError(f"{where}: no such file: {path}")
     package = beside.settle(path.resolve(), where)
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    own = map(beside.content, beside.companions(path.resolve())[1].values())
+    digest = hashlib.sha256(path.read_bytes() + b"".join(own)).hexdigest()[
+        :16
+    ]  # wherever it lies: fits name it
     name = ".".join([*package, f"{path.stem}_{digest}"])
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -43,6 +43,9 @@ def bundle(
         list[float],
         typer.Option(metavar="RATE", help="May be repeated; default: those of the run, or 0.05."),
     ] = [],  # noqa: B006 - typer copies defaults
+    code: Annotated[
+        bool, typer.Option("--code", help="Put the code of detectors that are files of your own into it.")
+    ] = False,
     export: Annotated[
         list[str],
         typer.Option(
@@ -63,7 +66,7 @@ def bundle(
     """
     from pipeline.workflows import bundle as work
 
-    made = work.make(run, out, work.Options(_labels(detectors), weights, false_alarm, export))
+    made = work.make(run, out, work.Options(_labels(detectors), weights, false_alarm, code, export))
     console.print(f"bundle   {made.name}", markup=False, soft_wrap=True)
     for path in export:
         console.print(f"graph    {path}", markup=False, soft_wrap=True)
@@ -116,6 +119,9 @@ def apply(
     alarm_drift: Annotated[
         bool, typer.Option("--alarm-drift", help="Exit status 3 if a date is out of control.")
     ] = False,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the code of detectors that BUNDLE holds.")
+    ] = False,
     workspace: Annotated[
         str, typer.Option(help="Folder for what is done so far; a killed command goes on there.")
     ] = "./workspace",
@@ -143,6 +149,7 @@ def apply(
         fdr=fdr,
         alarm_above=alarm_above,
         alarm_drift=alarm_drift,
+        trust_code=trust_code,
         workspace=workspace,
         overrides=overrides,
         engine=engine,

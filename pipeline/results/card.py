@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.results.evaluation import Evaluation
+from pipeline.stages import bundle
 
 _SHOWN = ("auroc", "fpr95_id")
 
@@ -122,6 +123,13 @@ def _limits(document: Mapping[str, Any]) -> Iterator[str]:
     yield "* A score says how unusual an image is to this network, not why, nor whether its class is right."
     machines = "; ".join(document["machines"])
     yield f"* Scores have the same bits on machines of one kind, and nearly on others. Made on: {machines}."
+    for label, entry in document["detectors"].items():
+        method = entry["config"]["method"]
+        if bundle.holds(method):
+            yield (
+                f"* The code of `{label}` is in this folder, named by its digest: "
+                f"`{method.rpartition(':')[0]}`. It runs only where that is allowed (`--trust-code`)."
+            )
     source = document["model"]["source"]
     if source == "factory":
         yield (

@@ -6,6 +6,7 @@
 * `network.safetensors`: the last layer, and what the network answers to fixed noise
 * `weights.safetensors`: if they were asked for; else `model` in `bundle.json` says where they are
 * `calibration.safetensors`: scores of held-out ID images, if the run has some
+* `code/<hash>/`: the code of detectors of one's own, if it was asked for
 * `fits/<hash>/`: fitted detectors, banks and trained indexes, as a workspace keeps them
 """
 
@@ -54,7 +55,7 @@ DOCUMENT, NETWORK, CALIBRATION, CARD = (
 WEIGHTS, PROGRAM = "weights.safetensors", "program.pt2"
 """The weights, or an exported program, of a bundle that holds them."""
 
-FITS = "fits"
+FITS, CODE = "fits", "code"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Bundle:
     content: str
     """Digest of all its bytes."""
     document: Mapping[str, Any]
+    trust_code: bool = False
+    """Whether the code that it holds may run."""
 
     @property
     def labels(self) -> list[str]:
@@ -126,11 +129,11 @@ class Bundle:
         """The detectors by label.
 
         Raises:
-            UserError: one whose code is another one by now.
+            UserError: one whose code is another one by now, or is in the bundle and not trusted.
         """
         found = {}
         for label, entry in self.document["detectors"].items():
-            detector = schema.DetectorEntry(**entry["config"]).build()
+            detector = schema.DetectorEntry(**self._with_code(entry["config"], label)).build()
             if artifacts.digest(detectors.identity(detector)) != entry["identity"]:
                 raise UserError(
                     f"detectors.{label}: it was fitted by another version of its code than is installed. "
@@ -139,6 +142,18 @@ class Bundle:
                 )
             found[label] = detector
         return found
+
+    def _with_code(self, config: Mapping[str, Any], label: str) -> dict[str, Any]:
+        """The config of a detector, with paths to the code that the bundle holds."""
+        method, steps = config["method"], [self._with_code(step, label) for step in config["steps"]]
+        if not holds(method):
+            return {**config, "steps": steps}
+        if not self.trust_code:
+            raise UserError(
+                f"{self.name}: detectors.{label}: its code is in the bundle and would run here: "
+                f"{method.rpartition(':')[0]}. Read it, and allow it with --trust-code (trust_code=True)."
+            )
+        return {**config, "method": str(self.folder / method), "steps": steps}
 
     @property
     def extras(self) -> dict[str, Extra]:
@@ -278,8 +293,17 @@ class Bundle:
             )
 
 
-def opened(path: str | Path) -> Bundle:
+def holds(method: str) -> bool:
+    """Whether the code behind the method of a detector's config lies in its bundle."""
+    return method.startswith(f"{CODE}/")
+
+
+def opened(path: str | Path, trust_code: bool = False) -> Bundle:
     """A bundle by path or URI; every file is read and compared with its digest.
+
+    Args:
+        path: of its folder.
+        trust_code: whether code that it holds may run.
 
     Raises:
         UserError: no bundle, one of a newer version, or a file that is not what was written.
@@ -310,7 +334,7 @@ def opened(path: str | Path) -> Bundle:
             f"{damaged.path} is damaged: {damaged.reason}. Copy the bundle again, or make it again."
         ) from None
     name = str(folder) if isinstance(place, Path) else place.uri
-    return Bundle(name, folder, record.content, files.read_json(folder / DOCUMENT))
+    return Bundle(name, folder, record.content, files.read_json(folder / DOCUMENT), trust_code)
 
 
 @lru_cache

@@ -144,7 +144,7 @@ class OodDetector:
         known = self.bundle.only(detectors or self.detectors)
         graph.require(known.detectors, [str(path)])
         if self._device != "cpu":
-            load(known.name, "cpu").export(path, detectors=detectors, false_alarm=false_alarm)
+            OodDetector(known, "cpu").export(path, detectors=detectors, false_alarm=false_alarm)
             return
         calibrated = known.calibrated(false_alarm, field="false_alarm")
         limits = _limits(known, calibrated)
@@ -330,15 +330,16 @@ def _as_in_workers() -> Iterator[None]:
         yield
 
 
-def load(path: str | Path, device: str = "auto") -> OodDetector:
+def load(path: str | Path, device: str = "auto", *, trust_code: bool = False) -> OodDetector:
     """Open a bundle for images in this process.
 
     Args:
         path: its folder, by path or URI.
         device: "cpu" or "cuda"; "auto" is what the evaluation computed on.
+        trust_code: whether the code of detectors that the bundle holds may run here.
 
     Raises:
         UserError: no bundle, one that is damaged or of a newer version, a network that is not the one the
-            detectors were fitted to, or no such device.
+            detectors were fitted to, code in it that is not trusted, or no such device.
     """
-    return OodDetector(bundle.opened(path), device)
+    return OodDetector(bundle.opened(path, trust_code), device)

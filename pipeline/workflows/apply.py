@@ -70,6 +70,8 @@ class Options:
     """Share of flagged images that is an alarm."""
     alarm_drift: bool = False
     """Whether a date that is out of control is an alarm."""
+    trust_code: bool = False
+    """Whether code that the bundle holds may run."""
     workspace: str = WORKSPACE
     overrides: Sequence[str] = ()
     """`extract.<key>=<value>` or `index.<key>=<value>`, for machines unlike those of the evaluation."""
@@ -159,7 +161,7 @@ def prepare(path: str, data: str, out: str, options: Options) -> Ready:
     Raises:
         UserError: the first thing found wrong.
     """
-    whole = bundle.opened(path)
+    whole = bundle.opened(path, options.trust_code)
     known = _configured(whole.only(options.detectors or whole.labels), options.overrides)
     known.detectors  # noqa: B018 - refused before all else if their code changed
     calibrated = known.calibrated(options.false_alarm, options.fdr)

@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from pipeline import detectors
+from pipeline import beside, detectors, imports
 from pipeline.columns import PREDICTION
 from pipeline.config import schema
 from pipeline.data import formats
@@ -71,6 +71,8 @@ class Options:
     """Whether it holds the weights of the network."""
     false_alarm: Sequence[float] = ()
     """Rates that images are flagged at; none = those of the run, or 0.05."""
+    code: bool = False
+    """Whether it holds the code of detectors that are files of the config."""
     export: Sequence[str] = ()
     """Files that network and detectors are written to as one graph, too."""
 
@@ -90,23 +92,15 @@ def make(run: str | Place, out: str | Path, options: Options = Options()) -> bun
     settings = config_of(evaluation)
     chosen = detectors_of(evaluation, options.labels, settings)
     fits = {label: fit_of(evaluation, label, detector) for label, (_, detector) in chosen.items()}
-    for label, (_, detector) in chosen.items():
-        if fits[label].fit is None and not isinstance(detector, Combination):
-            raise UserError(
-                f"detectors.{label}: its fitted form is not kept as plain data, so that a bundle cannot hold "
-                "it. Leave it out (--detectors); docs/add-a-detector.md says what is plain."
-            )
-    if options.export:
-        from pipeline.network import graph
-
-        graph.require({label: detector for label, (_, detector) in chosen.items()}, options.export)
+    _require(chosen, fits, options.export)
     network = _network(evaluation, settings)
     held = _held(evaluation, settings, list(chosen), options.false_alarm)
     document = _document(evaluation, settings, chosen, fits, network) | held.document()
+    code = _code(document) if options.code else {}
     files.require_writable(str(parent), "--out")
     with files.scratch(parent) as scratch:
         draft = scratch / "bundle"
-        made = dict(_written(draft, evaluation, fits, network, held))
+        made = dict(_written(draft, evaluation, fits, network, held, code))
         if options.weights:
             made |= _weights(draft, settings, document)
         made[bundle.DOCUMENT] = artifacts.write(draft / bundle.DOCUMENT, partial(files.dump_json, document))
@@ -118,8 +112,26 @@ def make(run: str | Place, out: str | Path, options: Options = Options()) -> bun
             _try(bundle.opened(draft), settings.seed)
         files.replace_folder(draft, folder, artifacts.RECORD)
     for path in options.export:
-        detect.load(str(folder), "cpu").export(path)
-    return bundle.opened(str(folder))
+        detect.load(str(folder), "cpu", trust_code=options.code).export(path)
+    return bundle.opened(str(folder), options.code)
+
+
+def _require(
+    chosen: Mapping[str, tuple[schema.DetectorEntry, Detector]],
+    fits: Mapping[str, Fit],
+    exported: Sequence[str],
+) -> None:
+    """Refuse detectors that cannot be kept, or exported to files of these names."""
+    for label, (_, detector) in chosen.items():
+        if fits[label].fit is None and not isinstance(detector, Combination):
+            raise UserError(
+                f"detectors.{label}: its fitted form is not kept as plain data, so that a bundle cannot hold "
+                "it. Leave it out (--detectors); docs/add-a-detector.md says what is plain."
+            )
+    if exported:
+        from pipeline.network import graph
+
+        graph.require({label: detector for label, (_, detector) in chosen.items()}, exported)
 
 
 def log_model(made: bundle.Bundle, run: str | Place, register: str | None = None) -> str:
@@ -255,9 +267,16 @@ def _held(
 
 
 def _written(
-    draft: Path, evaluation: Evaluation, fits: Mapping[str, Fit], network: Description, held: Held
+    draft: Path,
+    evaluation: Evaluation,
+    fits: Mapping[str, Fit],
+    network: Description,
+    held: Held,
+    code: Mapping[str, Path],
 ) -> Iterator[tuple[str, File]]:
-    """The files of a bundle that are no text, by name."""
+    """The files of a bundle but for those that describe it, by name."""
+    for name, file in code.items():
+        yield name, artifacts.write(draft / name, partial(shutil.copyfile, file))
     workspace = workspace_of(evaluation.folder)
     for name in dict.fromkeys(name for fit in fits.values() for name in fit.made_of):
         yield from _copied(workspace / name, draft, name)
@@ -305,6 +324,33 @@ def _try(made: bundle.Bundle, seed: int) -> None:
         raise UserError(
             f"--weights: the model cannot be built from its weights alone: {error} Leave --weights out."
         ) from None
+
+
+def _code(document: Mapping[str, Any]) -> dict[str, Path]:
+    """The code of detectors that are files: where each file is, by its name in the bundle.
+
+    The document names it there from now on.
+
+    Raises:
+        UserError: a detector of a module, which is installed with what belongs to it.
+    """
+    found, entries = dict[str, Path](), [entry["config"] for entry in document["detectors"].values()]
+    for config in [*entries, *(step for entry in entries for step in entry["steps"])]:
+        source, _, name = config["method"].rpartition(":")
+        if not source:
+            continue
+        if not source.endswith(".py"):
+            raise UserError(
+                f"--code: detectors.{config['label']} is of the module {source}, which a bundle cannot hold. "
+                "Name its file in the config, or install it where the bundle is used and leave --code out."
+            )
+        path = Path(source).resolve()
+        root, modules = beside.companions(path)
+        folder = f"{bundle.CODE}/{imports.digest_of(detectors.get(config['method']))[:16]}"
+        own = {path, *(file for place in modules.values() for file in beside.files_of(place))}
+        found |= {f"{folder}/{file.relative_to(root).as_posix()}": file for file in own}
+        config["method"] = f"{folder}/{path.relative_to(root).as_posix()}:{name}"
+    return found
 
 
 def _document(

@@ -703,12 +703,58 @@ def test_detectors_of_ones_own_are_bundled_if_they_are_plain_data_and_their_code
     bundle.make(str(evaluation.folder), tmp_path / "a.ood", bundle.Options(["mine"]))
     detect = pipeline.load_bundle(tmp_path / "a.ood")
     assert np.isfinite(detect([np.zeros((28, 28), np.uint8)])["mine"][0].as_py())
+    bundle.make(str(evaluation.folder), tmp_path / "b.ood", bundle.Options(["mine"], code=True))
     script = "import sys, pipeline; pipeline.load_bundle(sys.argv[1])([b''])"
     (tmp_path / "own.py").write_text(OWN.replace("-self.factor", "self.factor"))
     found = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "a.ood")], capture_output=True, text=True, check=False
     )
     assert "detectors.mine: it was fitted by another version of its code" in found.stderr
+    (tmp_path / "own.py").unlink()
+    told = (
+        r"b\.ood: detectors\.mine: its code is in the bundle .*code/\w+/own\.py\. Read it, .*trust_code=True"
+    )
+    with pytest.raises(UserError, match=told):
+        pipeline.load_bundle(tmp_path / "b.ood")
+    with pytest.raises(UserError, match="Read it"):
+        apply.prepare(str(tmp_path / "b.ood"), "none", str(tmp_path / "out"), options(tmp_path))
+    trusted = pipeline.load_bundle(tmp_path / "b.ood", trust_code=True)
+    images = [np.zeros((28, 28), np.uint8)]
+    assert trusted(images)["mine"].equals(detect(images)["mine"])
+    assert "The code of `mine` is in this folder" in (tmp_path / "b.ood" / "README.md").read_text()
+    (code,) = (tmp_path / "b.ood" / "code").rglob("own.py")
+    code.write_text(OWN.replace("-self.factor", "self.factor"))
+    with pytest.raises(UserError, match=r"own\.py is damaged: other bytes than were written"):
+        pipeline.load_bundle(tmp_path / "b.ood", trust_code=True)
+
+
+@pytest.mark.slow
+def test_code_in_a_bundle_brings_the_modules_beside_it_and_modules_of_packages_stay(
+    without, tmp_path
+) -> None:
+    raw = yaml.safe_load((without.folder.parent.parent.parent.parent / "config.yaml").read_text())
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "shared_factor.py").write_text("FACTOR = 2.0")
+    (own / "mine.py").write_text(
+        "from shared_factor import FACTOR\n" + OWN.replace("Scorer(2.0)", "Scorer(FACTOR)")
+    )
+    (own / "unrelated.py").write_text("")
+    raw["detectors"] = [{"mine": {"method": f"{own}/mine.py:Own"}}]
+    evaluation = evaluated(raw, tmp_path)
+    made = bundle.make(str(evaluation.folder), tmp_path / "a.ood", bundle.Options(code=True))
+    assert sorted(path.name for path in made.folder.rglob("*.py")) == ["mine.py", "shared_factor.py"]
+    document = {"detectors": {"mine": {"config": {"label": "mine", "method": "a.b:Own", "steps": []}}}}
+    with pytest.raises(
+        UserError, match=r"--code: detectors\.mine is of the module a\.b, which a bundle cannot hold"
+    ):
+        bundle._code(document)
+    shutil.rmtree(own)
+    script = "import sys, numpy, pipeline; d = pipeline.load_bundle(sys.argv[1], trust_code=True); "
+    script += "print(d([numpy.zeros((28, 28), 'uint8')])['mine'][0].as_py())"
+    command = [sys.executable, "-c", script, str(made.folder)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert np.isfinite(float(told))
 
 
 def test_class_folders_name_the_classes(settings, load, tmp_path) -> None:

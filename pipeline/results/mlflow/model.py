@@ -168,5 +168,7 @@ def _image(value: Any, number: int) -> Any:
 
 
 def _load_pyfunc(data_path: str, model_config: Mapping[str, Any] | None = None) -> Served:
-    """What MLflow asks this module for; `model_config` may name the `device`."""
-    return Served(detect.load(data_path, (model_config or {}).get("device", "auto")))
+    """What MLflow asks this module for; `model_config` may name `device` and `trust_code`."""
+    given = model_config or {}
+    trusted = bool(given.get("trust_code", False))
+    return Served(detect.load(data_path, given.get("device", "auto"), trust_code=trusted))
