@@ -58,25 +58,34 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    arguments = [*PROGRAM, command, "config.yaml", "--workspace", str(folder / "workspace"), *options]
+    arguments = [command, "config.yaml", "--workspace", str(folder / "workspace"), *options]
+    seconds, said, peaks = called(arguments, folder, watch)
+    prepare = re.search(r"^prepare +([\d.]+) s", said, re.MULTILINE)
+    assert prepare is not None
+    record = located(str(folder / "workspace" / "runs" / settings["name"])) / "manifest.json"
+    return Done(seconds, float(prepare[1]), files.read_json(record), peaks)
+
+
+def called(
+    arguments: Sequence[str], folder: Path, watch: float | None = None
+) -> tuple[float, str, dict[str, tuple[int, int]]]:
+    """Seconds of a command in a folder, what it printed, and peaks of memory if they are watched."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     log = folder / "log.txt"
     started = time.perf_counter()
     with log.open("wb") as stream:
-        process = subprocess.Popen(arguments, stdout=stream, stderr=stream, cwd=folder, env=environment)
+        process = subprocess.Popen(
+            [*PROGRAM, *arguments], stdout=stream, stderr=stream, cwd=folder, env=environment
+        )
         try:
             peaks = _watched(process, watch) if watch else {}
             status = process.wait()
         finally:
             process.terminate()
-    seconds = time.perf_counter() - started
-    said = log.read_text()
+    seconds, said = time.perf_counter() - started, log.read_text()
     if status:
-        raise SystemExit(f"ood-pipeline {command} failed:\n{said[-2000:]}")
-    prepare = re.search(r"^prepare +([\d.]+) s", said, re.MULTILINE)
-    assert prepare is not None
-    record = located(str(folder / "workspace" / "runs" / settings["name"])) / "manifest.json"
-    return Done(seconds, float(prepare[1]), files.read_json(record), peaks)
+        raise SystemExit(f"ood-pipeline {arguments[0]} failed:\n{said[-2000:]}")
+    return seconds, said, peaks
 
 
 def _watched(process: subprocess.Popen[bytes], period: float) -> dict[str, tuple[int, int]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import applying
 import decoding
 import evaluation
 import extraction
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Callable[[Session], results.Section]] = {
     "f": scoring.measure,
     "g": decoding.measure,
     "h": streaming.measure,
+    "i": applying.measure,
 }
 RESULTS = Path(__file__).with_name("results.md")
 

@@ -5,6 +5,7 @@ The scorers are traced as they are (see `arrays`), one image at a time; torch ma
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -229,6 +230,7 @@ def _onnx(program: ExportedProgram, graph: Graph, thresholds: Tensor, path: Path
     import onnxruntime
 
     given = graph.noise(3), thresholds
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of every empty list of axes
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
