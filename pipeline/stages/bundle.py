@@ -344,12 +344,15 @@ def _copied(place: Remote, content: str) -> Path:
     Raises:
         Damaged: a file that is missing or not what was written.
     """
-    folder = Path(tempfile.mkdtemp(prefix="ood-pipeline-bundle-"))
+    folder = Path(tempfile.mkdtemp(prefix="ood-pipeline-bundle-")).resolve()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name, file in artifacts.read_record(place).files.items():
+        target = (folder / name).resolve()
+        if not target.is_relative_to(folder):
+            raise Damaged(str(place / name), "its name leads out of the bundle")
         with artifacts.opened(place / name, file.sha256) as source:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(source, folder / name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(source, target)
     return folder
 
 

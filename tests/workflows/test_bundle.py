@@ -851,6 +851,13 @@ def test_a_bundle_in_an_object_store_is_opened_by_its_uri(kept, stored) -> None:
         bundles.opened(stored.replace("kept.ood", "no.ood"))
 
 
+def test_names_in_an_object_store_do_not_lead_out_of_the_copy(bucket) -> None:
+    place = files.at(bucket) / "evil.ood"
+    Artifact(place, "bundle 1", {}).finish({"../../evil": artifacts.File(1, "0" * 64)}, alone=False)
+    with pytest.raises(UserError, match=r"evil\?.* is damaged: its name leads out of the bundle"):
+        bundles.opened(str(place))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["state/features/*/part-*", "state/scores/*/*/part-*", "out.summary.json"])
 def test_a_process_that_is_killed_is_continued_by_the_next(kept, tmp_path, moment) -> None:
