@@ -144,7 +144,7 @@ def is_installed(file: str) -> bool:
 class _Uncompiled(SourceFileLoader):
     """Reads the source itself: compiled code counts as current if size and second of a change are equal."""
 
-    def getfiles_of(self, fullname: str) -> CodeType:
+    def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
 
 

@@ -131,10 +131,8 @@ def _module(source: str, where: str) -> ModuleType:
         raise UserError(f"{where}: no such file: {path}")
     package = beside.settle(path.resolve(), where)
     own = map(beside.content, beside.companions(path.resolve())[1].values())
-    digest = hashlib.sha256(path.read_bytes() + b"".join(own)).hexdigest()[
-        :16
-    ]  # wherever it lies: fits name it
-    name = ".".join([*package, f"{path.stem}_{digest}"])
+    digest = hashlib.sha256(path.read_bytes() + b"".join(own)).hexdigest()
+    name = ".".join([*package, f"{path.stem}_{digest[:16]}"])  # the same wherever it lies: fits name it
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{where}: {path} is not a Python file.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import py_compile
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -90,6 +92,15 @@ def test_a_module_that_another_one_imported_is_executed_anew_in_both(write, tmp_
     assert (value(tmp_path / "net.py"), value(tmp_path / "other.py")) == (1, 1)
     write({"clonebase.py": "X = 2"})
     assert (value(tmp_path / "other.py"), value(tmp_path / "net.py")) == (2, 2)
+
+
+def test_code_that_was_compiled_in_the_same_second_is_not_taken_for_the_file(write, tmp_path: Path) -> None:
+    write({"net.py": "from clonetools import X\n", "clonetools.py": "X = 1\n"})
+    py_compile.compile(str(tmp_path / "clonetools.py"))
+    compiled = (tmp_path / "clonetools.py").stat()
+    write({"clonetools.py": "X = 2\n"})
+    os.utime(tmp_path / "clonetools.py", ns=(compiled.st_atime_ns, compiled.st_mtime_ns))
+    assert imports._module(str(tmp_path / "net.py"), "here").X == 2
 
 
 def test_a_folder_without_init_is_a_package_unless_there_is_a_module_elsewhere(write, tmp_path: Path) -> None:
