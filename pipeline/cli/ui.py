@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.app import app, console
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.results.mlflow.tracking import Session
@@ -37,7 +38,6 @@ def ui(
 
     Example: `ood-pipeline ui ./workspace/runs/quickstart`
     """
-    from pipeline.errors import UserError
     from pipeline.results.mlflow import tracking
     from pipeline.workspace.runs import located
 
@@ -52,7 +52,11 @@ def ui(
 
 
 def _serve(session: Session, port: int, browser: bool) -> bool:
-    """Whether a server at a port showed the run, until Ctrl-C."""
+    """Show the run at a port until Ctrl-C; whether its server did not end before it answered.
+
+    Raises:
+        UserError: it answers nothing.
+    """
     from pipeline.results.mlflow import tracking
 
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -62,8 +66,10 @@ def _serve(session: Session, port: int, browser: bool) -> bool:
         try:
             deadline = time.monotonic() + _PATIENCE
             while not tracking.shows(session, port):
-                if server.poll() is not None or time.monotonic() > deadline:
+                if server.poll() is not None:
                     return False
+                if time.monotonic() > deadline:
+                    raise UserError(f"{tracking.local(port)}: MLflow's server does not answer. Try again.")
                 time.sleep(0.1)
             _show(tracking.local(port) + tracking.page(session), browser)
             console.print("Ctrl-C ends the server.")

@@ -17,7 +17,7 @@ from pipeline.config import inherit, sweep
 from pipeline.config.documents import Section
 from pipeline.config.explanations import explain, place_told
 from pipeline.config.overrides import apply_override
-from pipeline.config.schema import CLASS_FILES, Config, Dataset, DetectorEntry, Start, sound
+from pipeline.config.schema import BY_HARDWARE, CLASS_FILES, Config, Dataset, DetectorEntry, Start, sound
 from pipeline.errors import UserError
 
 
@@ -146,12 +146,21 @@ def is_name(weights: str) -> bool:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML; loads back to an equal config."""
-    return _yaml(config.model_dump(mode="json"))
+    return _yaml(_plain(config))
 
 
 def dump_all(found: Mapping[str, Config]) -> str:
     """The configs of `read` as one YAML, from which it reads equal ones."""
-    return _yaml(sweep.gathered({label: config.model_dump(mode="json") for label, config in found.items()}))
+    return _yaml(sweep.gathered({label: _plain(config) for label, config in found.items()}))
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """All keys but those that `hardware` says, so that it can be set anew."""
+    found = config.model_dump(mode="json")
+    for section, key in BY_HARDWARE:
+        if found[section][key] == (config.hardware == "gpu"):
+            del found[section][key]
+    return found
 
 
 def _yaml(content: Mapping[str, Any]) -> str:

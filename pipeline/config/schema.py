@@ -419,6 +419,10 @@ def _entry(label: str, given: Any) -> dict[str, Any]:
     return {"label": label, "method": label, **own, "parameters": parameters}
 
 
+BY_HARDWARE = (("extract", "gpus_per_actor"), ("index", "gpus_per_shard"))
+"""Sections and keys that are 1 with `hardware: gpu` and 0 without, where they are not given."""
+
+
 class Config(Frozen):
     """One run."""
 
@@ -459,7 +463,7 @@ class Config(Frozen):
         if not isinstance(given, dict) or given.get("hardware") != "gpu":
             return given
         found = dict(given)
-        for part, key in (("extract", "gpus_per_actor"), ("index", "gpus_per_shard")):
+        for part, key in BY_HARDWARE:
             if isinstance(section := given.get(part, {}), dict):
                 found[part] = {key: 1, **section}
         return found

@@ -395,7 +395,9 @@ class Run:
 
     def _tell_of_gpus(self) -> None:
         """Say that there are GPUs where the config leaves them idle."""
-        if self.ready.config.extract.needs["GPU"] == 0 and (there := self.engine.gpus()):
+        config = self.ready.config
+        asked = config.hardware == "gpu" or config.extract.needs["GPU"] > 0
+        if not asked and (there := self.engine.gpus()):
             self.display.say(f"GPUs: {there:g} there, none used; `--set hardware=gpu` uses them")
 
     def _forget_contents(self) -> None:

@@ -65,6 +65,8 @@ def test_hardware_gpu_gives_a_gpu_to_all_that_have_not_said_otherwise(load: Load
     found = load({**RAW, "extract": {"batch_size": 8}}, "hardware=gpu", "index.gpus_per_shard=0.5")
     assert (found.extract.batch_size, found.extract.needs["GPU"], found.index.needs["GPU"]) == (8, 1, 0.5)
     assert load(yaml.safe_load(loading.dump(found))) == found
+    again = load(yaml.safe_load(loading.dump(load())), "hardware=gpu")
+    assert (again.extract.needs["GPU"], again.index.needs["GPU"]) == (1, 1)
 
 
 @pytest.fixture
