@@ -45,6 +45,10 @@ def settle(path: Path, where: str) -> tuple[str, ...]:
         digest = hashlib.sha256(content(place)).hexdigest()
         home, before = homes.get(name, (root, digest))
         loaded = sys.modules.get(name)
+        if home != root and digest == before:  # a copy, as in a bundle
+            if loaded is not None:
+                continue
+            home = root
         if home != root or (loaded is not None and place.resolve() not in _places(loaded)):
             other = home if home != root else next(iter(_places(loaded)), "elsewhere")
             raise UserError(

@@ -118,9 +118,18 @@ def test_no_module_of_python_is_replaced(write, tmp_path: Path) -> None:
     assert beside.companions(tmp_path / "net.py") == (tmp_path, {})
 
 
+def test_a_copy_of_what_is_in_use_is_taken_for_it(write, tmp_path: Path) -> None:
+    for folder in ("one", "copy"):
+        write({f"{folder}/net.py": "import clonetools\nvalue = lambda: clonetools"})
+        write({f"{folder}/clonetools.py": "X = 1"})
+    first, second = (value(tmp_path / folder / "net.py") for folder in ("one", "copy"))
+    assert first is second
+
+
 def test_two_modules_of_one_name_are_refused(write, tmp_path: Path) -> None:
     for folder in ("one", "two"):
-        write({f"{folder}/net.py": "import clonetools\nvalue = lambda: 1", f"{folder}/clonetools.py": ""})
+        write({f"{folder}/net.py": "import clonetools\nvalue = lambda: 1"})
+        write({f"{folder}/clonetools.py": f"X = {folder!r}"})
     value(tmp_path / "one" / "net.py")
     with pytest.raises(
         UserError, match=r"^here: .*two/net\.py imports 'clonetools', .* in use: .*one\. Rename"

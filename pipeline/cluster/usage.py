@@ -79,7 +79,8 @@ def peak_memory() -> int:
 
     What `getrusage` says on Linux is at least what the process that started this one had then.
     """
-    if sys.platform == "linux":
-        lines = Path("/proc/self/status").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    status = Path("/proc/self/status")
+    for line in status.read_text("ascii").splitlines() if status.is_file() else ():
+        if line.startswith("VmHWM:"):  # some containers have no such line
+            return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MEMORY_UNIT

@@ -411,6 +411,7 @@ class Predicted(Occurring):
 class Softmax(Statistic[SoftmaxSums]):
     """Count and sum of the softmax probabilities of each predicted class."""
 
+    version: ClassVar[int] = 2
     part: ClassVar[type[Part]] = SoftmaxSums
     piece: ClassVar[type[Part] | None] = Predicted
 

@@ -4,7 +4,8 @@ NumPy asks the arguments of its functions whether they compute themselves (NEP 1
 torch. A scorer that was written for arrays can so be traced as it is, and there is no second one to keep
 equal to it. What is not known here is refused by NumPy, as a TypeError that names the function.
 
-In-place changes bind a new tensor: a view that was taken before does not see them.
+In-place changes bind a new tensor: what shares memory with it in NumPy, a view or an array that `out=` names,
+does not see them.
 """
 
 from __future__ import annotations
@@ -100,8 +101,10 @@ class Array(NDArrayOperatorsMixin):
         function = _torch(ufunc.__name__)
         if method != "__call__" or function is None or options.keys() - {"out", "where"}:
             return NotImplemented
-        made = function(*_promoted(inputs))
         out = options.get("out", (None,))[0]
+        kinds = [getattr(each, "dtype", type(each)) for each in inputs]  # Python's numbers give way
+        taken = ufunc.resolve_dtypes((*kinds, *[None] * ufunc.nout))
+        made = function(*(_tensor(each, kind) for each, kind in zip(inputs, taken, strict=False)))
         if "where" in options:
             made = torch.where(_tensor(options["where"]), made, _tensor(out))
         if not isinstance(out, Array):
@@ -143,6 +146,8 @@ def _key(key: Any) -> Any:
 
 
 def _norm(x: Array, ord: float = 2, axis: int | None = None, keepdims: bool = False) -> Tensor:
+    if axis is None:
+        raise TypeError("linalg.norm without an axis")  # of a matrix it is another one
     found: Tensor = torch.linalg.vector_norm(x.tensor, ord, axis, keepdims)
     return found
 

@@ -124,12 +124,13 @@ def _limits(document: Mapping[str, Any]) -> Iterator[str]:
     machines = "; ".join(document["machines"])
     yield f"* Scores have the same bits on machines of one kind, and nearly on others. Made on: {machines}."
     for label, entry in document["detectors"].items():
-        method = entry["config"]["method"]
-        if bundle.holds(method):
-            yield (
-                f"* The code of `{label}` is in this folder, named by its digest: "
-                f"`{method.rpartition(':')[0]}`. It runs only where that is allowed (`--trust-code`)."
-            )
+        for part in (entry["config"], *entry["config"]["steps"]):
+            if bundle.holds(part["method"]):
+                yield (
+                    f"* Code of `{label}` is in this folder, named by its digest: "
+                    f"`{part['method'].rpartition(':')[0]}`. It runs only where that is allowed "
+                    "(`--trust-code`)."
+                )
     source = document["model"]["source"]
     if source == "factory":
         yield (

@@ -93,9 +93,10 @@ class Bundle:
         """The network's config; files of the bundle are where the bundle is.
 
         Raises:
-            UserError: it has no weights, and they are not where they were.
+            UserError: it has no weights, and they are not where they were; or code that is not trusted.
         """
         model, here = schema.Model(**self.document["model"]), self.document["holds_weights"]
+        self._allow(model.name, "model.name")
         exported = model.source == "exported"
         if here and exported:
             return model.model_copy(update={"name": str(self.folder / PROGRAM)})
@@ -146,14 +147,19 @@ class Bundle:
     def _with_code(self, config: Mapping[str, Any], label: str) -> dict[str, Any]:
         """The config of a detector, with paths to the code that the bundle holds."""
         method, steps = config["method"], [self._with_code(step, label) for step in config["steps"]]
-        if not holds(method):
-            return {**config, "steps": steps}
-        if not self.trust_code:
+        found = str(self.folder / method) if holds(method) else method
+        self._allow(found, f"detectors.{label}")
+        return {**config, "method": found, "steps": steps}
+
+    def _allow(self, reference: str, where: str) -> None:
+        """Refuse code that lies in the bundle, by whatever path it is named, if it is not trusted."""
+        file = reference.rpartition(":")[0]
+        inside = file.endswith(".py") and Path(file).resolve().is_relative_to(Path(self.folder).resolve())
+        if inside and not self.trust_code:
             raise UserError(
-                f"{self.name}: detectors.{label}: its code is in the bundle and would run here: "
-                f"{method.rpartition(':')[0]}. Read it, and allow it with --trust-code (trust_code=True)."
+                f"{self.name}: {where}: its code is in the bundle and would run here: {file}. Read it, and "
+                "allow it with --trust-code (trust_code=True)."
             )
-        return {**config, "method": str(self.folder / method), "steps": steps}
 
     @property
     def extras(self) -> dict[str, Extra]:

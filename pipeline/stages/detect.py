@@ -164,6 +164,11 @@ class OodDetector:
         place = files.at(str(path))
         with files.scratch(files.at(storage.parent(str(place)))) as folder, _ALONE, settings_kept():
             graph.export(traced, limits, folder / place.name, json.dumps(about))
+            if others := [each.name for each in folder.iterdir() if each.name != place.name]:
+                raise UserError(
+                    f"--export: {place.name}: too large for one file; its weights would lie in {others[0]} "
+                    "beside it. Export .pt2."
+                )
             files.put(folder / place.name, place)
 
     @cached_property

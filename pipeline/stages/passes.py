@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline import columns
-from pipeline.cluster.engine import Engine, Needs, Pool
+from pipeline.cluster.engine import Engine, Pool
 from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LOGITS, Float, Mask, padded
 from pipeline.data import decode
 from pipeline.data.manifest import Manifest
@@ -38,6 +38,10 @@ BATCHES = 16
 """Batches of images behind mean maps in one call."""
 MAPS = 32
 """Most mean maps that a worker holds; one takes up to 3 MiB in float32 and twice that as a sum."""
+
+
+DECODERS = 16
+"""Most threads that decode for a worker."""
 
 
 @dataclass(frozen=True)
@@ -213,24 +217,11 @@ class Runner:
             needs = extract.decoder_needs(self.engine, self.plan)
             room = self.engine.capacity(needs, "extract")
             count = min(extract.actor_count(self.engine, self.plan), room)
-            threads = self.engine.threads(needs)
-            more, decoders = self._with_decoders(needs, count)
-            self.workers = self.engine.pool(Worker, more, count, self.plan, threads, decoders)
+            # Nothing else of the run works meanwhile, so that the CPUs of its decoding tasks are free.
+            decoders = int(self.engine.cpus() // count) if self.plan.separate else 1
+            given = self.plan, self.engine.threads(needs), max(1, min(decoders, DECODERS))
+            self.workers = self.engine.pool(Worker, needs, count, *given)
         return self.workers
-
-    def _with_decoders(self, needs: Needs, count: int) -> tuple[Needs, int]:
-        """What a worker asks for, and threads that decode in it.
-
-        Where decoding is separate, workers share the CPUs that would decode for them.
-        """
-        if self.plan.separate:
-            for cpus in range(int(self.engine.cpus() // count), int(needs["CPU"]), -1):
-                more = {**needs, "CPU": cpus}
-                if "memory" in needs:
-                    more["memory"] = cpus * needs["memory"]
-                if self.engine.holds(more, count):
-                    return more, cpus
-        return needs, 1
 
     def each(self, call: str, arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Results of a method of `Worker` on the pool, in the order of the arguments."""

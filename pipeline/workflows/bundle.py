@@ -132,6 +132,10 @@ def _require(
         from pipeline.network import graph
 
         graph.require({label: detector for label, (_, detector) in chosen.items()}, exported)
+    for path in exported:
+        if files.at(path).is_file():
+            raise UserError(f"--export: {path} exists already. Name another file, or delete it.")
+        files.require_writable(storage.parent(path), "--export")
 
 
 def log_model(made: bundle.Bundle, run: str | Place, register: str | None = None) -> str:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
+
+from pipeline.cluster import usage
 
 SCRIPT = "from pipeline.cluster import usage; print(usage.peak_memory())"
 
@@ -14,3 +18,10 @@ def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it() -> None:
     room = np.ones(2**26)  # 512 MiB
     found = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert 2**22 < int(found.stdout) < room.nbytes
+
+
+def test_a_system_that_does_not_tell_the_peak_of_a_process_costs_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_: "Name: python")
+    assert usage.peak_memory() > 2**22

@@ -101,6 +101,19 @@ def test_numbers_give_way_to_arrays_as_in_numpy() -> None:
         np.testing.assert_array_equal(made.tensor.numpy(), expected)
 
 
+def test_whole_numbers_become_the_floats_of_numpy() -> None:
+    given = np.arange(1, 4)
+    whole = Array(torch.from_numpy(given))
+    for made, expected in ((whole / 2, given / 2), (np.exp(whole), np.exp(given)), (whole**2, given**2)):
+        assert made.dtype == expected.dtype
+        np.testing.assert_array_equal(made.tensor.numpy(), expected)
+
+
+def test_a_norm_of_a_matrix_is_refused() -> None:
+    with pytest.raises(TypeError, match="without an axis"):
+        np.linalg.norm(Array(torch.ones(3, 3)), 1)
+
+
 def test_values_cannot_be_taken_out_of_a_graph() -> None:
     with pytest.raises(TypeError, match="the values are not known before the graph runs"):
         np.asarray(Array(torch.zeros(3)))

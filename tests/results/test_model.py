@@ -103,6 +103,19 @@ def test_it_takes_bytes_base64_arrays_and_lists_and_gives_the_scores_of_the_run(
         assert found["p.energy"].tolist() == [None, None]
 
 
+def test_what_a_caller_allows_reaches_the_bundle(tracked, monkeypatch) -> None:
+    asked, load = [], model.detect.load
+
+    def spied(path, device, trust_code):
+        asked.append((device, trust_code))
+        return load(path, device, trust_code=trust_code)
+
+    monkeypatch.setattr(model.detect, "load", spied)
+    mlflow.pyfunc.load_model(tracked.uri)
+    mlflow.pyfunc.load_model(tracked.uri, model_config={"trust_code": True, "device": "cpu"})
+    assert asked == [("auto", False), ("cpu", True)]
+
+
 @pytest.mark.parametrize(
     ("frame", "message"),
     [

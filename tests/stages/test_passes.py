@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -155,17 +156,23 @@ def test_mean_maps_come_in_full_batches_and_do_not_depend_on_what_stands_beside(
         )
 
 
-def test_decoders_change_nothing_and_a_worker_on_a_gpu_takes_the_cpus_that_are_left(
-    plan, train, runner, on_ray
-) -> None:
+def test_decoders_change_nothing_and_share_the_cpus_where_decoding_is_separate(plan, train) -> None:
     rows = np.arange(0, 60, 2)
     one, three = (passes.Worker(plan, 1, decoders).mean_maps(train, [rows], "layer3") for decoders in (1, 3))
     np.testing.assert_array_equal(one, three)
-    on_gpus = replace(plan, settings=plan.settings.model_copy(update={"gpus_per_actor": 1, "device": "cpu"}))
-    for settings, count, cpus in ((on_gpus, 1, 3), (on_gpus, 2, 1), (plan, 1, 1)):
-        needs = {"CPU": 1.0, "GPU": settings.settings.gpus_per_actor}
-        chosen, decoders = passes.Runner(on_ray, train, settings, None, [])._with_decoders(needs, count)
-        assert (chosen["CPU"], decoders) == (cpus, cpus)
+    found = []
+    engine = SimpleNamespace(
+        cpus=lambda: 12.0,
+        capacity=lambda *_: 4,
+        holds=lambda *_: True,
+        threads=lambda needs: 1,
+        pool=lambda kind, needs, count, plan, threads, decoders: found.append(decoders),
+    )
+    on_gpus = {"gpus_per_actor": 1, "device": "cpu", "actors": 4}
+    for more in ({}, on_gpus, on_gpus | {"actors": 1}):
+        chosen = replace(plan, settings=plan.settings.model_copy(update=more))
+        passes.Runner(engine, train, chosen, None, [])._pool()
+    assert found == [1, 3, 12]
 
 
 def test_a_class_without_training_images_is_no_runner_up(plan, train, runner) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -719,13 +721,37 @@ def test_detectors_of_ones_own_are_bundled_if_they_are_plain_data_and_their_code
     with pytest.raises(UserError, match="Read it"):
         apply.prepare(str(tmp_path / "b.ood"), "none", str(tmp_path / "out"), options(tmp_path))
     trusted = pipeline.load_bundle(tmp_path / "b.ood", trust_code=True)
+    code_of_bundle_is_refused_by_any_path(trusted.bundle)
     images = [np.zeros((28, 28), np.uint8)]
     assert trusted(images)["mine"].equals(detect(images)["mine"])
-    assert "The code of `mine` is in this folder" in (tmp_path / "b.ood" / "README.md").read_text()
+    assert "Code of `mine` is in this folder" in (tmp_path / "b.ood" / "README.md").read_text()
     (code,) = (tmp_path / "b.ood" / "code").rglob("own.py")
     code.write_text(OWN.replace("-self.factor", "self.factor"))
     with pytest.raises(UserError, match=r"own\.py is damaged: other bytes than were written"):
         pipeline.load_bundle(tmp_path / "b.ood", trust_code=True)
+
+
+def code_of_bundle_is_refused_by_any_path(trusted: bundles.Bundle) -> None:
+    """However a document names the code, and for whatever."""
+    (code,) = trusted.folder.rglob("own.py")
+    places = [
+        code,
+        os.path.relpath(code),
+        trusted.folder / ".." / trusted.folder.name / "code" / ".." / "own.py",
+    ]
+    for place in map(str, places):
+        document = deepcopy(trusted.document)
+        bundled = replace(trusted, document=document, trust_code=False)
+        document["detectors"]["mine"]["config"]["method"] = f"{place}:Own"
+        with pytest.raises(UserError, match=r"detectors\.mine: its code is in the bundle"):
+            _ = bundled.detectors
+        step = {"label": "own", "method": f"{place}:Own", "steps": []}
+        document["detectors"]["mine"]["config"] |= {"method": "msp", "steps": [step]}
+        with pytest.raises(UserError, match=r"detectors\.mine: its code is in the bundle"):
+            _ = replace(bundled, document=document).detectors
+        document["model"]["name"] = f"{place}:build"
+        with pytest.raises(UserError, match=r"model\.name: its code is in the bundle"):
+            _ = replace(bundled, document=document).model
 
 
 @pytest.mark.slow
@@ -744,6 +770,7 @@ def test_code_in_a_bundle_brings_the_modules_beside_it_and_modules_of_packages_s
     evaluation = evaluated(raw, tmp_path)
     made = bundle.make(str(evaluation.folder), tmp_path / "a.ood", bundle.Options(code=True))
     assert sorted(path.name for path in made.folder.rglob("*.py")) == ["mine.py", "shared_factor.py"]
+    pipeline.load_bundle(made.folder, trust_code=True)  # a copy of what this process has imported
     document = {"detectors": {"mine": {"config": {"label": "mine", "method": "a.b:Own", "steps": []}}}}
     with pytest.raises(
         UserError, match=r"--code: detectors\.mine is of the module a\.b, which a bundle cannot hold"
@@ -980,6 +1007,10 @@ def test_what_is_no_function_of_one_forward_pass_is_in_no_graph(kept, detect, tm
     monkeypatch.setattr(graph, "_PACKAGES", ("no_such_package",))
     with pytest.raises(UserError, match=r"graph\.onnx takes no_such_package; install ood-pipeline\[export\]"):
         detect.export(tmp_path / "graph.onnx", detectors=["msp"])
+    (tmp_path / "there.pt2").touch()
+    with pytest.raises(UserError, match=r"--export: .*there\.pt2 exists already"):
+        bundle._require({}, {}, [str(tmp_path / "there.pt2")])
+    (tmp_path / "there.pt2").unlink()
     assert not list(tmp_path.iterdir())
 
 

@@ -67,6 +67,7 @@ def _logged(bundle: Bundle, run_id: str) -> Any:
         run_id=run_id,
         loader_module=__name__,
         data_path=str(bundle.folder),
+        model_config={"device": "auto", "trust_code": False},  # MLflow lets a caller set these alone
         pip_requirements=[f"ood-pipeline=={__version__}"],
         signature=_signature(bundle),
         metadata={"bundle": bundle.content, "run": bundle.document["run"]},
