@@ -205,6 +205,9 @@ def relocated(config: Config, place: Callable[[str, str, Start], str]) -> Config
             "model": model.model_copy(update={"name": name, "weights": weights}),
             "datasets": tuple(map(dataset, config.datasets)),
             "detectors": tuple(map(detector, config.detectors)),
+            "report": config.report.model_copy(
+                update={"metadata": data("report.metadata", config.report.metadata)}
+            ),
         }
     )
 

@@ -249,6 +249,11 @@ class Report(Frozen):
         description="images of each dataset that the page shows: what the best detector missed, caught, or "
         "took for OOD, and that detectors disagree on; 0 = none",
     )
+    metadata: Text | None = Field(
+        default=None,
+        description="table (.csv or .parquet) with the columns key, dataset where keys repeat, and others "
+        "that the page tells errors by, e.g. camera",
+    )
 
 
 class Thresholds(Frozen):

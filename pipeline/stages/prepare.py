@@ -16,6 +16,7 @@ from pipeline import detectors
 from pipeline.columns import BLOCK_NORM, LABEL
 from pipeline.config import published
 from pipeline.config.schema import Config, Dataset, Extract
+from pipeline.data import metadata
 from pipeline.data.manifest import Manifest, compile_manifest
 from pipeline.data.places import require_there
 from pipeline.detectors._combination import Combination
@@ -153,7 +154,7 @@ def prepare(settings: Config) -> Prepared:
     selection = Selection(chosen, settings.optional)
     selection.keep(lambda label, detector: check_members(label, detector, chosen))
     selection.keep(lambda label, detector: check_data(label, detector, settings))
-    _check_published(settings)
+    _check_report(settings)
     if settings.tracking.enabled:
         tracking_uri(settings)
     files.require_writable(settings.workspace, "workspace")
@@ -538,8 +539,10 @@ def _check_labels(dataset: Dataset, manifest: Manifest, classes: int, learned: b
         )
 
 
-def _check_published(settings: Config) -> None:
-    """Published numbers of another protocol would be compared with."""
+def _check_report(settings: Config) -> None:
+    """Whether there is the metadata of the report, and published numbers are of the same protocol."""
+    if settings.report.metadata is not None:
+        metadata.read(settings.report.metadata)
     if settings.published is None:
         return
     protocols = {row.protocol for row in published.read(settings.published)}

@@ -824,7 +824,8 @@ class Run:
         self.record.close("finished")
         with self.stage("report") as shown:
             if self.record.worked or self.options.first == "report" or not page.is_file():
-                report.write(self.ready.folder, self.ready.config.report.images)
+                wanted = self.ready.config.report
+                report.write(self.ready.folder, wanted.images, wanted.metadata)
             shown.note = str(page)
         self.record.close("finished")
 

@@ -1,7 +1,6 @@
 """The report of a finished run: one HTML page that stands alone, its figures, and the leaderboard.
 
-Reads the run folder, and the images it shows; runs no model, and computes no metric but those by predicted
-class.
+Reads the run folder, and the images it shows; runs no model, and computes no metric but those by group.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def verdict(run: Place) -> list[str]:
     return _verdict(Results.read(run))
 
 
-def write(run: Place, images: int = 0) -> Place:
+def write(run: Place, images: int = 0, metadata: str | None = None) -> Place:
     """Write `report/` into the folder of a finished run; returns the page. See `page.write`.
 
     Raises:
@@ -31,4 +30,4 @@ def write(run: Place, images: int = 0) -> Place:
     """
     from pipeline.results.report import page  # draws, which takes seconds to import
 
-    return page.write(run, images)
+    return page.write(run, images, metadata)

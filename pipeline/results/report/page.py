@@ -17,10 +17,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.config import published
+from pipeline.data.metadata import read as read_metadata
 from pipeline.metrics.metrics import FAILURES, named
 from pipeline.results import calibrated, unreadable
 from pipeline.results.report import charts, plots
-from pipeline.results.report.by_class import SHOWN, by_class
+from pipeline.results.report.by_group import SHOWN, by_group
 from pipeline.results.report.compare import comparisons, deviations
 from pipeline.results.report.review import Review, review
 from pipeline.results.report.tables import (
@@ -61,8 +62,8 @@ class Picture:
         return int.from_bytes(self.png[16:20]) // 2
 
 
-def write(run: Place, images: int = 0) -> Place:
-    """Write the folder `report` of a finished run: `index.html`, `*.png`, `review.csv` and `classes.csv`.
+def write(run: Place, images: int = 0, metadata: str | None = None) -> Place:
+    """Write the folder `report` of a finished run: `index.html`, `*.png`, `review.csv`, `classes.csv`, ...
 
     An earlier report stays as it is until the new one is complete; in an object store the page is replaced
     last.
@@ -70,15 +71,17 @@ def write(run: Place, images: int = 0) -> Place:
     Args:
         run: its folder.
         images: how many to show of each kind and dataset, see `review`.
+        metadata: path or URI of a table that tells groups of images, see `pipeline.data.metadata`.
 
     Returns:
         The page.
 
     Raises:
-        UserError: if the run is not finished, or the published numbers it names are not there.
+        UserError: if the run is not finished, the published numbers it names are not there, or the table is
+            none.
     """
-    results = Results.read(run)
-    target = run / "report"
+    results, target = Results.read(run), run / "report"
+    known = None if metadata is None else read_metadata(metadata)
     with files.scratch(run) as scratch:
         draft = scratch / "new"
         draft.mkdir()
@@ -86,11 +89,11 @@ def write(run: Place, images: int = 0) -> Place:
         pictures = {**drawn.pictures, "norm_ratio": _norm_ratio_pictures(results)}
         for picture in (picture for section in pictures.values() for picture in section):
             (draft / picture.file).write_bytes(picture.png)
-        reviewed, classes = review(results, images), by_class(results)
+        reviewed, groups = review(results, images), by_group(results, known)
         pyarrow.csv.write_csv(reviewed.table(), draft / "review.csv")
-        if classes is not None:
-            pyarrow.csv.write_csv(classes.table(), draft / "classes.csv")
-        page = _page(results, pictures, reviewed, charts=drawn.charts, classes=classes)
+        for each in groups:
+            pyarrow.csv.write_csv(each.table(), draft / f"{each.name}.csv")
+        page = _page(results, pictures, reviewed, charts=drawn.charts, groups=groups)
         (draft / "index.html").write_text(page, encoding="utf-8")
         files.replace_folder(draft, target, last="index.html")
     return target / "index.html"
@@ -206,7 +209,7 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]], reviewed: Rev
             conventions={name: named(name) for name in ("fpr95_id", "fpr95_ood")},
             pictures=pictures,
             static=STATIC,
-            classes_shown=SHOWN,
+            groups_shown=SHOWN,
             uplot={name: _vendored(name) for name in ("LICENSE", "uPlot.iife.min.js", "uPlot.min.css")},
             review=reviewed,
             detectors=results.detectors,
