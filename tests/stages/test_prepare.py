@@ -78,7 +78,7 @@ def test_a_model_without_blocks_says_which_detectors_do_not_apply(flat, load) ->
 def test_metadata_that_is_not_there_is_told_before_any_work(settings, load, tmp_path: Path) -> None:
     settings["report"] = {"metadata": "cameras.csv"}
     with pytest.raises(UserError, match=rf"^report\.metadata: no such file: {tmp_path}/cameras\.csv"):
-        prepare(load(settings))
+        prepare.prepare(load(settings))
 
 
 def test_of_all_detectors_those_that_do_not_apply_are_left_out_with_the_reason(flat, load) -> None:
