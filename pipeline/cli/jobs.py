@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,16 +17,21 @@ from pipeline.cli.app import (
     changes,
     console,
     document,
+    load,
 )
 from pipeline.cluster.remote.start import COMMANDS, OF_CONFIGS
+from pipeline.errors import UserError
 
 _PLACES = {
     "tune": ("output",),
-    "bundle": ("run", "out"),
+    "bundle": ("run", "out", "export"),
     "apply": ("bundle", "data", "out", "workspace"),
     "verify": ("folder",),
 }
 """Parameters that are files or folders, which the cluster must see."""
+
+_OF_THE_CONFIG = {"overrides": "--set", "workspace": "--workspace"}
+"""Parameters that change the config that is sent, and their options."""
 
 
 @app.command()
@@ -66,12 +71,14 @@ def submit(
     """
     from pipeline.cluster.remote import submit as jobs
 
-    ours = [*(rest or ()), *["--fresh"] * fresh, *["-v"] * verbose]
+    ours = [*(rest or ()), *["--fresh"] * fresh, *["-v"] * (verbose if _takes(name, "verbose") else 0)]
     if name not in OF_CONFIGS:
         ours += [f"--set={each}" for each in overrides]
         ours += [f"--workspace={workspace}"] if workspace else []
     order = jobs.Order(source, changes(overrides, workspace), name, tuple(ours), tuple(env), pip)
     _check(order.line)
+    if name == "tune":
+        load(source, overrides, workspace)  # refuses a sweep
     if dry_run:
         jobs.show(order, console, bool(verbose))
     else:
@@ -81,12 +88,34 @@ def submit(
 def _check(line: list[str]) -> None:
     """Refuse what the command would refuse, and files that the cluster does not see."""
     from pipeline.cluster.remote import package
+    from pipeline.config.loading import is_name
 
-    group = typer.main.get_command(app)
     name, *arguments = line
-    given = group.commands[name].make_context(name, arguments).params  # type: ignore[attr-defined]
+    given = _commands()[name].make_context(name, arguments).params
     for key in _PLACES.get(name, ()):
-        package.require_elsewhere(f"--command {name}: {key}", given[key])
+        for path in [given[key]] if isinstance(given[key], str) else given[key]:
+            package.require_elsewhere(f"--command {name}: {key}", path)
+    if name in OF_CONFIGS:
+        for key, option in _OF_THE_CONFIG.items():
+            if given[key]:
+                raise UserError(
+                    f"{option}: after --, it would change the config on the cluster, where files of this "
+                    "machine are not. Give it before the --."
+                )
+        for weights in given.get("weights", ()):
+            if not is_name(weights):
+                package.require_elsewhere("--weights", weights)
+
+
+def _commands() -> dict[str, Any]:
+    """All commands by name."""
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined, no-any-return]
+
+
+def _takes(name: str, parameter: str) -> bool:
+    """Whether there is a command of this name that has the parameter."""
+    command = _commands().get(name)
+    return command is not None and any(each.name == parameter for each in command.params)
 
 
 @app.command()
@@ -107,14 +136,15 @@ def status(
 
     cluster = jobs.Cluster(address)
     ending = jobs.watch(cluster, job, console, follow=True) if job and follow else None
-    found = [cluster.info(job)] if job else cluster.jobs()
-    if as_json:
-        described = list(map(jobs.described, found))
-        document(described[0] if job else described)
-    elif not job:
-        jobs.table(found, console)
-    elif ending is None:
-        jobs.describe(found[0], console)
+    if as_json or ending is None:
+        found = [cluster.info(job)] if job else cluster.jobs()
+        if as_json:
+            described = list(map(jobs.described, found))
+            document(described[0] if job else described)
+        elif job:
+            jobs.describe(found[0], console)
+        else:
+            jobs.table(found, console)
     if ending is not None:
         raise typer.Exit(ending)
 

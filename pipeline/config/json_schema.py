@@ -62,7 +62,7 @@ def json_schema(formats: Sequence[str], sources: Sequence[str]) -> Schema:
         "anyOf": [_pointer("Model"), {"type": "string", **_described("The label of one of `models`")}]
     }
     properties[sweep.MODELS] = {
-        "type": "object",
+        "type": ["object", "null"],
         "minProperties": 1,
         "propertyNames": {"pattern": NAME},
         "additionalProperties": _pointer("Model"),

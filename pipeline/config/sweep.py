@@ -14,33 +14,43 @@ MODEL, MODELS = "model", "models"
 
 
 def spread(data: Section) -> dict[str, Section]:
-    """The config of each model, by its label; the config itself, by no label, where it has no `models`.
+    """The config of each model, by its label; the config itself, by no label, where `models` are not there.
 
     Each is named `<name>-<label>`. A label that stands as `model` chooses that model alone.
 
     Raises:
-        UserError: `model` beside `models`, no models, or a label that is no name or not there.
+        UserError: `model` beside `models`, no models, or a label that is no text, no name or not there.
     """
-    if MODELS not in data:
-        return {"": data}
-    models, chosen = data[MODELS], data.get(MODEL)
-    if chosen is not None and not isinstance(chosen, str):
+    models, chosen = data.get(MODELS), data.get(MODEL)
+    if models is None:
+        return {"": Section({key: value for key, value in data.items() if key != MODELS}, data.places)}
+    if isinstance(chosen, dict | list):
         raise UserError(
             f"{MODELS}: given beside {MODEL}. Leave one of them out; models.LABEL.KEY changes one of several."
         )
     if not isinstance(models, Section) or not models:
         raise UserError(f"{MODELS}: got {models!r:.100}; expected labels, and below each what a model has.")
-    for label in map(str, models):
-        if not re.fullmatch(NAME, label):
-            raise UserError(
-                f"{MODELS}.{label}: is part of the name of a run; expected letters, digits, '_', '.' and '-'."
-            )
-    found = {str(label): _of_one(data, str(label), model) for label, model in models.items()}
+    for label in models:
+        _require_label(label)
+    found = {label: _of_one(data, label, model) for label, model in models.items()}
     if chosen is None:
         return found
+    chosen = str(chosen)  # `--set model=18` is a number
     if chosen not in found:
         raise UserError(f"{MODEL}: {unknown('model', chosen, found)}")
     return {chosen: found[chosen]}
+
+
+def _require_label(label: object) -> None:
+    """Refuse what YAML reads as no text, as 18 or yes, and what cannot be part of a folder's name."""
+    if not isinstance(label, str):
+        raise UserError(
+            f"{MODELS}.{label}: YAML reads {label!r} here, but a label is text. Write it in quotes, as '18'."
+        )
+    if not re.fullmatch(NAME, label):
+        raise UserError(
+            f"{MODELS}.{label}: is part of the name of a run; expected letters, digits, '_', '.' and '-'."
+        )
 
 
 def _of_one(data: Section, label: str, model: Any) -> Section:

@@ -52,6 +52,7 @@ def _plain(value: Any) -> Any:
     [
         {"detectors": "all", "extends": "quickstart"},
         {"models": {"a": {"source": "timm", "name": "x"}}, "model": "a"},
+        {"models": None, "model": {"source": "timm", "name": "x"}, "extends": "photos-sweep"},
         {"detectors": [{"mine": {"method": "grood", "prototype": "noise"}}, "./mine.py:Mine"]},
         {"detectors": [{"react_dice": {"method": "energy", "steps": ["react", {"dice": {"p": 10}}]}}]},
     ],

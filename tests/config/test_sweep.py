@@ -59,6 +59,19 @@ def test_a_config_that_extends_a_sweep_may_choose_one_of_its_models(write: Write
     assert loading.load(str(tmp_path / "mine.yaml")).name == "mine-one"
 
 
+def test_a_config_that_extends_a_sweep_may_have_a_model_of_its_own(write: Write, tmp_path: Path) -> None:
+    write()
+    own = {"extends": "small.yaml", "models": None, "model": MODEL}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
+    assert [config.name for config in loading.load_all(str(tmp_path / "mine.yaml"))] == ["small"]
+
+
+def test_a_label_in_quotes_may_look_like_a_number(write: Write) -> None:
+    source = write(models={"18": MODEL, "50": MODEL})
+    assert [config.name for config in loading.load_all(source)] == ["small-18", "small-50"]
+    assert loading.load(source, ["model=18", "models.18.head=fc"]).model.head == "fc"
+
+
 @pytest.mark.parametrize("overrides", [[], ["model=two"]])
 def test_what_is_read_is_written_and_read_again(write: Write, tmp_path: Path, overrides: list[str]) -> None:
     found, _ = loading.read(write(), overrides)
@@ -76,6 +89,13 @@ def test_what_is_read_is_written_and_read_again(write: Write, tmp_path: Path, ov
         ({"models": ["one"]}, [], r"models: got \['one'\]"),
         ({"models": {"a/b": MODEL}}, [], r"models\.a/b: is part of the name of a run; expected let"),
         ({"models": {"a" * 100: MODEL}}, [], r"name: String should have at most 100 characters"),
+        (
+            {"models": {1: MODEL, "1": MODEL}},
+            [],
+            r"models\.1: YAML reads 1 here, .* in quotes, as '18' \(line",
+        ),
+        ({"models": {True: MODEL}}, [], r"models\.True: YAML reads True here"),
+        ({}, ["model=3"], r"model: unknown model '3'"),
         ({}, ["model=three"], r"model: unknown model 'three'\. .*Known: one, two"),
         ({}, ["models.two.nam=x"], r"models\.two\.nam: unknown key 'nam'\. Did you mean 'name'\?"),
         (

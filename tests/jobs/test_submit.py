@@ -361,6 +361,13 @@ def dry(*arguments: str) -> Result:
             "bundle s3://b/runs/a --weights --out /d.ood",
         ),
         (["/w/runs/a", "--command", "verify"], "verify /w/runs/a"),
+        (["/w/runs/a", "--command", "verify", "-v"], "verify /w/runs/a"),
+        (["/w/a", "--command", "bundle", "-v", "--", "--out", "/d.ood"], "bundle /w/a --out /d.ood"),
+        (["C", "--command", "report", "-v"], "report config.yaml"),
+        (
+            ["C", "--", "--weights", "random", "--weights", "/shared/w.pt"],
+            "run config.yaml --weights random --weights /shared/w.pt",
+        ),
     ],
 )
 def test_the_command_of_a_job_is_the_one_that_was_asked_for(evaluation, arguments, expected):
@@ -389,6 +396,17 @@ def test_the_command_of_a_job_is_the_one_that_was_asked_for(evaluation, argument
             r"--command apply: workspace: \./workspace ",
         ),
         (["/w/runs/a", "--command", "bundle", "--", "--out", "x"], r"--command bundle: out: x lies in"),
+        (
+            ["/w/a", "--command", "bundle", "--", "--out", "/x", "--export", "/g.pt2", "--export", "g.onnx"],
+            r"--command bundle: export: g\.onnx lies in",
+        ),
+        (["quickstart", "--", "--weights", "random", "--weights", "./w.pt"], r"--weights: \./w\.pt lies in"),
+        (["quickstart", "--", "--workspace", "./mine"], r"--workspace: after --, .* Give it before the --\."),
+        (["quickstart", "--command", "fit", "--", "--set", "seed=1"], r"--set: after --, .* before the --\."),
+        (
+            ["photos-sweep", "--command", "tune", "--workspace", "/w", "--", "--output", "/o.yaml"],
+            r"photos-sweep: models: .* Choose its model by the label",
+        ),
     ],
 )
 def test_what_a_job_cannot_do_or_would_lose_is_refused(arguments, expected):
@@ -420,6 +438,24 @@ def test_what_the_code_needs_is_installed_if_that_is_asked_for(fake, monkeypatch
     with pytest.raises(UserError, match="already"):
         submit.Cluster(fake).submit("a", "true", tmp_path)
     assert "pip" not in Fake.asked["runtime_env"]
+
+
+def test_what_to_install_is_shown_and_refused_where_nobody_knows_it(monkeypatch):
+    shown = dry("/w/runs/a", "--command", "verify", "--pip")
+    assert re.search(r"^packages  .*typer", shown.stdout, re.MULTILINE)
+    monkeypatch.setattr(start, "requirements", list)
+    refused = dry("/w/runs/a", "--command", "verify", "--pip")
+    assert str(refused.exception).startswith("--pip: what the code needs stands in the metadata")
+    order = submit.Order("/w/runs/a", [], "verify", pip=True)
+    with pytest.raises(UserError, match=r"^--pip: .* Install it"):
+        submit.submit(order, "http://127.0.0.1:1", Console(), follow=False, wait=False)
+
+
+def test_a_job_that_was_followed_to_its_end_has_its_status_if_the_head_goes_then(monkeypatch):
+    gone = submit.Unanswered("gone")
+    monkeypatch.setattr(submit, "Cluster", lambda _: Scripted(info(JobStatus.FAILED, 7), gone))
+    shown = CliRunner().invoke(main.app, ["status", "a-0", "--address", "http://a", "--follow"])
+    assert (shown.exit_code, shown.stdout) == (7, "a line\nstate     FAILED\n")
 
 
 def test_a_log_is_not_followed_without_waiting():

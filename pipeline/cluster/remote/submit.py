@@ -93,6 +93,21 @@ class Order:
         """
         return environment.chosen(self.patterns, os.environ)
 
+    @property
+    def packages(self) -> list[str]:
+        """What Ray installs for the job.
+
+        Raises:
+            UserError: it is asked for, but nobody knows what the code needs.
+        """
+        found = start.requirements() if self.pip else []
+        if self.pip and not found:
+            raise UserError(
+                "--pip: what the code needs stands in the metadata of an installed ood-pipeline, and this "
+                "one is not installed. Install it (pip install -e . in a checkout), or leave --pip out."
+            )
+        return found
+
     @contextmanager
     def packed(self) -> Iterator[tuple[Path, str]]:
         """The folder that is sent, gone after the block, and the name of the evaluation or the command.
@@ -204,7 +219,7 @@ def show(order: Order, console: Console, each: bool) -> None:
     Raises:
         UserError: as `submit`, but for what needs the cluster.
     """
-    entrypoint = order.entrypoint
+    entrypoint, packages = order.entrypoint, order.packages
     with order.packed() as (folder, _):
         files = list(package.contents(folder))
     folders: dict[str, list[int]] = {}
@@ -218,6 +233,8 @@ def show(order: Order, console: Console, each: bool) -> None:
     console.print(f"in all    {sum(size for _, size in files):>12,}  bytes in {len(files)} files")
     console.print(f"command   {entrypoint}", markup=False, soft_wrap=True)
     console.print(f"variables {', '.join(order.variables) or 'none'}", markup=False, soft_wrap=True)
+    if packages:
+        console.print(f"packages  {', '.join(packages)}", markup=False, soft_wrap=True)
 
 
 def submit(order: Order, address: str, console: Console, follow: bool, wait: bool) -> int:
@@ -229,7 +246,7 @@ def submit(order: Order, address: str, console: Console, follow: bool, wait: boo
     Raises:
         UserError: options that exclude each other; whatever `package.fill` and `Cluster` refuse.
     """
-    entrypoint = order.entrypoint
+    entrypoint, packages = order.entrypoint, order.packages
     if follow and not wait:
         raise UserError(
             "--follow: shows the log while the command waits, but --no-wait is set. Leave one out."
@@ -237,7 +254,7 @@ def submit(order: Order, address: str, console: Console, follow: bool, wait: boo
     with order.packed() as (folder, name):
         cluster = Cluster(address)
         job = f"{name}-{secrets.token_hex(4)}"
-        cluster.submit(job, entrypoint, folder, start.requirements() if order.pip else ())
+        cluster.submit(job, entrypoint, folder, packages)
     console.print(f"job       {job}", markup=False, soft_wrap=True)
     for command in ("status", "stop"):
         line = f"ood-pipeline {command} {job} --address {cluster.address}"
