@@ -97,8 +97,7 @@ def compare(
     from pipeline.results.report import leaderboards
 
     format = "json" if as_json else format
-    chosen = metric or (leaderboards.OPENOOD if format == "openood" else ["auroc"])
-    found = compared(evaluations, chosen, dataset, group)
+    found = compared(evaluations, metric or ["auroc"], dataset, group)
     if not other_data:
         found.require_same_data()
     if format == "table" and not out:

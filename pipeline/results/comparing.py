@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 from typing import Any
 
 import yaml
@@ -46,6 +46,19 @@ class Column:
             if every and score.get("scores") == every:
                 found["scores of all detectors"].append(1e6 * score["seconds"] / score["rows"])
         return {what: mean(values) if values else None for what, values in found.items()}
+
+    def id_accuracy(self) -> tuple[float, float | None] | None:
+        """Share of the ID images, of all such datasets, that the classifier has right.
+
+        The mean over repeats and their deviation; nothing if no run knows it.
+        """
+        found = []
+        for run in self.runs:
+            rows = run.metrics.to_pylist()
+            ours = [row for row in rows if (row["metric"], row["group"]) == ("id_accuracy", "id")]
+            if ours:
+                found.append(fmean([row["value"] for row in ours], [row["n_id"] for row in ours]))
+        return (mean(found), stdev(found) if len(found) > 1 else None) if found else None
 
 
 @dataclass(frozen=True)

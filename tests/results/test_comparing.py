@@ -11,6 +11,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from rich.console import Console
@@ -186,7 +188,7 @@ def test_every_format_holds_every_value(both: Comparing) -> None:
 def test_rows_of_openoods_leaderboard_are_percentages(evaluations: dict[str, Evaluation]) -> None:
     head = "Training,Postprocessor,Near-OOD_AUROC,Far-OOD_AUROC,ID_Accuracy,Outlier_Data,Arch,"
     pair = [evaluations["a"], evaluations["b"]]
-    apart = leaderboards.FORMATS["openood"](compared(pair, leaderboards.OPENOOD, group=False))
+    apart = leaderboards.FORMATS["openood"](compared(pair, ["auroc"], group=False))
     first, *rows = csv.reader(apart.splitlines())
     assert ",".join(first) == head + "Additional_Description"
     assert [(row[1], row[-1]) for row in rows] == [
@@ -198,17 +200,31 @@ def test_rows_of_openoods_leaderboard_are_percentages(evaluations: dict[str, Eva
         assert near == f"{100 * of_metric(made, detector, 'near_ood'):.2f}"
         assert far == f"{100 * of_metric(made, detector, 'far_ood'):.2f}"
         assert (training, accuracy, outliers, arch) == ("/", "91.37", "No", model)
-    (_, grood, _) = csv.reader(
-        leaderboards.FORMATS["openood"](compared(pair, leaderboards.OPENOOD)).splitlines()
-    )
+    (_, grood, _) = csv.reader(leaderboards.FORMATS["openood"](compared(pair, ["auroc"])).splitlines())
     values = [100 * of_metric(run, "grood", "near_ood") for run in pair]
     assert grood[2] == f"{mean(values):.2f} ± {stdev(values):.2f}"
     assert grood[4] == "91.37 ± 0.00"
 
 
+def test_openoods_leaderboard_has_the_accuracy_over_all_id_images(tmp_path: Path) -> None:
+    made = run(tmp_path, "a", Setup())
+    rows = made.metrics.to_pylist()
+    (first,) = (row for row in rows if row["metric"] == "id_accuracy")
+
+    def told(*accuracies: dict[str, Any]) -> str:
+        others = [row for row in rows if row is not first]
+        pq.write_table(pa.Table.from_pylist([*others, *accuracies]), made.folder / "metrics.parquet")
+        text = leaderboards.FORMATS["openood"](compared([Evaluation(made.folder)], ["auroc"]))
+        return next(csv.DictReader(text.splitlines()))["ID_Accuracy"]
+
+    one, two = first | {"value": 0.9, "n_id": 300}, first | {"dataset": "two", "value": 0.5, "n_id": 100}
+    assert told(one, two, first | {"dataset": "fog", "group": "shifted_id"}) == "80.00"
+    assert told() == "/"
+
+
 def test_what_openoods_leaderboard_asks_and_a_run_lacks_is_a_stroke(tmp_path: Path) -> None:
     made = run(tmp_path, "a", Setup(ood={"svhn": "far_ood"}, uses_ood=("knn",)))
-    text = leaderboards.FORMATS["openood"](compared([made], leaderboards.OPENOOD))
+    text = leaderboards.FORMATS["openood"](compared([made], ["auroc"]))
     rows = {row["Postprocessor"]: row for row in csv.DictReader(text.splitlines())}
     assert {name: (row["Near-OOD_AUROC"], row["Outlier_Data"]) for name, row in rows.items()} == {
         "grood": ("/", "No"),

@@ -175,9 +175,6 @@ def _json(found: Comparing) -> str:
     return json.dumps({"cells": found.records(), "notes": found.notes}, indent=1, ensure_ascii=False) + "\n"
 
 
-OPENOOD = ("auroc", "id_accuracy")
-"""Metrics of OpenOOD's leaderboard."""
-
 _OPENOOD = (
     *("Training", "Postprocessor", "Near-OOD_AUROC", "Far-OOD_AUROC", "ID_Accuracy", "Outlier_Data", "Arch"),
     "Additional_Description",
@@ -188,27 +185,28 @@ _OPENOOD = (
 def _openood(found: Comparing) -> str:
     """Rows as in the files behind OpenOOD's leaderboard (v1.5): percentages, `/` for what nobody knows."""
     cells = {
-        (cell.column, cell.detector if cell.metric == "auroc" else "", cell.group): cell
+        (cell.column, cell.detector, cell.group): (cell.value, cell.std)
         for cell in found.cells
-        if cell.metric in OPENOOD and (cell.metric != "auroc" or cell.dataset == cell.group)
+        if cell.metric == "auroc" and cell.dataset == cell.group
     }
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(_OPENOOD)
     for column in found.columns:
-        record = column.runs[0].record
+        record, accuracy = column.runs[0].record, column.id_accuracy()
         for label, detector in record["detectors"].items():
-            places = ((label, "near_ood"), (label, "far_ood"), ("", "id"))
-            values = [_percent(cells.get((column.name, *place))) for place in places]
+            near, far = (cells.get((column.name, label, group)) for group in ("near_ood", "far_ood"))
+            values = map(_percent, (near, far, accuracy))
             outliers = "Yes" if detector["uses_ood"] else "No"
             writer.writerow(["/", label, *values, outliers, record["model"]["name"], column.name])
     return stream.getvalue()
 
 
-def _percent(cell: Cell | None) -> str:
-    if cell is None:
+def _percent(found: tuple[float, float | None] | None) -> str:
+    if found is None:
         return "/"
-    return f"{100 * cell.value:.2f}" + ("" if cell.std is None else f" ± {100 * cell.std:.2f}")
+    value, std = found
+    return f"{100 * value:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
 
 
 FORMATS: Mapping[str, Callable[[Comparing], str]] = {
