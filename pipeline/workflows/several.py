@@ -6,7 +6,9 @@ other: what is wrong with one is told, and the others run.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.config.schema import Config
@@ -16,19 +18,33 @@ from pipeline.stages.prepare import Prepared, prepare
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a run came to nothing, as text: the exception would keep its network and tensors in memory."""
+
+    name: str
+    """Of the run."""
+    seed: int
+    run: str
+    """What it is called: its name, with the seed where others have that name."""
+    error: str
+    traceback: str
+    """Empty of a mistake of the user's."""
+
+
 class Several:
     """Evaluations, and why some of a sweep came to nothing."""
 
-    def __init__(self, configs: Sequence[Config], tell: Callable[[str, Exception], None]) -> None:
+    def __init__(self, configs: Sequence[Config], tell: Callable[[Failure], None]) -> None:
         """Evaluations of these configs.
 
         Args:
             configs: of a sweep if their names differ.
-            tell: is called with the name of a run of a sweep that fails, and why.
+            tell: is called when a run of a sweep fails.
         """
         self.configs = configs
-        self.failed: dict[str, Exception] = {}
-        self._apart = len({config.name for config in configs}) > 1
+        self.failed: list[Failure] = []
+        self._names = [config.name for config in configs]
         self._tell = tell
 
     def prepared(self) -> list[Prepared]:
@@ -37,34 +53,39 @@ class Several:
         Raises:
             UserError: a mistake in a repeat, in every model of a sweep, or two repeats that are one run.
         """
-        ready = self._each(prepare, [(config.name, config) for config in self.configs])
-        if not ready and all(isinstance(error, UserError) for error in self.failed.values()):
-            raise UserError("\n".join(f"{name}: {error}" for name, error in self.failed.items()))
-        for name, error in self.failed.items():
-            self._tell(name, error)
+        ready = self._each(prepare, [(config, config) for config in self.configs])
+        if not ready and not any(failure.traceback for failure in self.failed):
+            raise UserError("\n".join(f"{failure.run}: {failure.error}" for failure in self.failed))
+        for failure in self.failed:
+            self._tell(failure)
         _require_others(ready)
         return ready
 
     def run(self, execute: Callable[[Prepared], T], ready: Sequence[Prepared]) -> list[T]:
         """What came of each that is ready."""
-        return self._each(execute, [(each.config.name, each) for each in ready], self._tell)
+        return self._each(execute, [(each.config, each) for each in ready], self._tell)
 
     def _each(
         self,
         work: Callable[[Any], T],
-        given: Sequence[tuple[str, Any]],
-        tell: Callable[[str, Exception], None] = lambda *_: None,
+        given: Sequence[tuple[Config, Any]],
+        tell: Callable[[Failure], None] = lambda _: None,
     ) -> list[T]:
         found = []
-        for name, each in given:
+        for config, each in given:
             try:
                 found.append(work(each))
             except Exception as error:
-                if not self._apart:
+                if len({*self._names}) == 1:
                     raise
-                self.failed[name] = error
-                tell(name, error)
+                self.failed.append(self._failure(config, error))
+                tell(self.failed[-1])
         return found
+
+    def _failure(self, config: Config, error: Exception) -> Failure:
+        run = config.name if self._names.count(config.name) == 1 else f"{config.name} (seed {config.seed})"
+        trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        return Failure(config.name, config.seed, run, str(error), trace)
 
 
 def _require_others(repeats: Sequence[Prepared]) -> None:

@@ -86,7 +86,7 @@ def test_a_model_that_fails_is_named_and_the_others_run(sweep: Sweep) -> None:
     assert found.exit_code == 1
     first, second, failed = json.loads(found.stdout)
     assert [Path(each["results"]).parent.name for each in (first, second)] == ["small-a", "small-b"]
-    assert failed["name"] == "small-wrong"
+    assert (failed["name"], failed["seed"]) == ("small-wrong", 0)
     assert (
         "ArithmeticError: of the user's own code\nerror: small-wrong: of the user's own code\n"
         in found.stderr
