@@ -46,7 +46,7 @@ RESTARTS = 8
 _TOKEN = "RAY_AUTH_TOKEN"
 
 _kept = 0
-"""Blocks that a connection is kept for."""
+"""Blocks that a connection of ours is kept for; none where there was one before them."""
 
 _STOPPING = 10.0
 """Seconds that an actor has to say what it cost; one that is just being started again is not waited for."""
@@ -73,7 +73,7 @@ def session(workspace: Place | None, logs: Logs | None, read: Sequence[Path] = (
     """
     logs = logs and replace(logs, session=uuid.uuid4().hex[:8])
     try:
-        with kept(), threadpool_limits(limits=1):
+        with kept(), _left_if_lost(), threadpool_limits(limits=1):
             yield OnRay(logs, [workspace] if isinstance(workspace, Path) else [], [*read])
     finally:
         if logs is not None:
@@ -84,16 +84,34 @@ def session(workspace: Place | None, logs: Logs | None, read: Sequence[Path] = (
 def kept() -> Iterator[None]:
     """A connection that is opened in the block stays open until its end, also between sessions."""
     global _kept  # as the connection is: Ray has one a process
-    outermost, token = not (_kept or ray.is_initialized()), os.environ.get(_TOKEN)
-    _kept += 1
+    ours, token = bool(_kept) or not ray.is_initialized(), os.environ.get(_TOKEN)
+    _kept += ours
     try:
         yield
     finally:
-        _kept -= 1
-        if outermost and ray.is_initialized():
-            ray.shutdown()
+        _kept -= ours
+        if ours and not _kept:
+            if ray.is_initialized():
+                ray.shutdown()
             if token is None:
                 os.environ.pop(_TOKEN, None)
+
+
+@contextmanager
+def _left_if_lost() -> Iterator[None]:
+    """A connection of ours ends if what fails in the block has lost it: the next session opens another."""
+    try:
+        yield
+    except Exception as error:
+        if _kept and ray.is_initialized() and _is_lost(error):
+            ray.shutdown()
+        raise
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether the node that this process works through is gone; without a head, Ray ends the process."""
+    broken = isinstance(error, exceptions.LocalRayletDiedError | exceptions.RaySystemError)
+    return broken or ray.get_runtime_context().get_node_id() not in nodes()
 
 
 def connect() -> None:

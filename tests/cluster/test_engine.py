@@ -8,11 +8,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import LocalRayletDiedError, RayTaskError
 from threadpoolctl import threadpool_info
 
 from pipeline.cluster import logs, on_ray, usage
@@ -42,6 +43,39 @@ def each(request: pytest.FixtureRequest) -> Iterator[Engine]:
     else:
         with opened("inline", threads=int(request.param[-1])) as engine:
             yield engine
+
+
+def test_a_connection_that_is_lost_ends_with_the_session_so_that_the_next_opens_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened, alive = False, True
+
+    def shut() -> None:
+        nonlocal opened
+        opened = False
+
+    context = SimpleNamespace(get_node_id=lambda: "own")
+    monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: opened)
+    monkeypatch.setattr(on_ray.ray, "shutdown", shut)
+    monkeypatch.setattr(on_ray.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(on_ray, "nodes", lambda: {"own": {}} if alive else {})
+
+    def stays_open(error: Exception) -> bool:
+        nonlocal opened
+        with pytest.raises(type(error)), on_ray.session(None, None):
+            opened = True
+            raise error
+        return opened
+
+    with on_ray.kept():
+        assert stays_open(UserError("of a config"))
+        assert not stays_open(LocalRayletDiedError())
+        alive = False
+        assert not stays_open(UserError("Ray: an actor died"))
+        alive = opened = True
+    assert not opened
+    opened = True
+    assert stays_open(LocalRayletDiedError())  # it is not ours
 
 
 def test_results_come_in_the_order_of_the_arguments_and_are_counted(each: Engine) -> None:
