@@ -110,8 +110,12 @@ def _left_if_lost() -> Iterator[None]:
 
 def _is_lost(error: Exception) -> bool:
     """Whether the node that this process works through is gone; without a head, Ray ends the process."""
-    broken = isinstance(error, exceptions.LocalRayletDiedError | exceptions.RaySystemError)
-    return broken or ray.get_runtime_context().get_node_id() not in nodes()
+    if isinstance(error, exceptions.LocalRayletDiedError | exceptions.RaySystemError):
+        return True
+    try:
+        return ray.get_runtime_context().get_node_id() not in nodes()
+    except exceptions.RayError:  # nobody answers
+        return True
 
 
 def connect() -> None:

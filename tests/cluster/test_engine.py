@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import LocalRayletDiedError, RayTaskError
+from ray.exceptions import LocalRayletDiedError, RayTaskError, RpcError
 from threadpoolctl import threadpool_info
 
 from pipeline.cluster import logs, on_ray, usage
@@ -48,17 +48,22 @@ def each(request: pytest.FixtureRequest) -> Iterator[Engine]:
 def test_a_connection_that_is_lost_ends_with_the_session_so_that_the_next_opens_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    opened, alive = False, True
+    opened, alive, answers = False, True, True
 
     def shut() -> None:
         nonlocal opened
         opened = False
 
+    def nodes() -> dict[str, Any]:
+        if not answers:
+            raise RpcError("no answer")
+        return {"own": {}} if alive else {}
+
     context = SimpleNamespace(get_node_id=lambda: "own")
     monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: opened)
     monkeypatch.setattr(on_ray.ray, "shutdown", shut)
     monkeypatch.setattr(on_ray.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(on_ray, "nodes", lambda: {"own": {}} if alive else {})
+    monkeypatch.setattr(on_ray, "nodes", nodes)
 
     def stays_open(error: Exception) -> bool:
         nonlocal opened
@@ -72,7 +77,9 @@ def test_a_connection_that_is_lost_ends_with_the_session_so_that_the_next_opens_
         assert not stays_open(LocalRayletDiedError())
         alive = False
         assert not stays_open(UserError("Ray: an actor died"))
-        alive = opened = True
+        answers = False
+        assert not stays_open(UserError("Ray: an actor died"))
+        alive = answers = opened = True
     assert not opened
     opened = True
     assert stays_open(LocalRayletDiedError())  # it is not ours
