@@ -60,6 +60,7 @@ _CURES = {
     exceptions.ActorDiedError: "Its logs lie in /tmp/ray/session_latest/logs; often memory ran out",
     exceptions.ActorUnavailableError: "Its node does not answer; look at the cluster with `ray status`",
     exceptions.NodeDiedError: "Look at the cluster with `ray status`",
+    exceptions.LocalRayletDiedError: "Its logs lie in /tmp/ray/session_latest/logs",
 }
 """What to do about a failure of Ray's that is not the pipeline's."""
 
@@ -110,7 +111,8 @@ def _left_if_lost() -> Iterator[None]:
 
 def _is_lost(error: Exception) -> bool:
     """Whether the node that this process works through is gone; without a head, Ray ends the process."""
-    if isinstance(error, exceptions.LocalRayletDiedError | exceptions.RaySystemError):
+    lost = exceptions.LocalRayletDiedError, exceptions.RaySystemError
+    if isinstance(error, lost) or isinstance(error.__context__, lost):  # told as a `UserError`
         return True
     try:
         return ray.get_runtime_context().get_node_id() not in nodes()
