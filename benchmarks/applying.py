@@ -10,7 +10,8 @@ import extraction
 from results import Section, at_most
 from session import Session
 
-TARGET = 1.3
+TARGET = 1.0
+"""Times the seconds of extraction: applying is to take no longer."""
 
 
 def measure(session: Session) -> Section:
