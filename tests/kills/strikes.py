@@ -162,7 +162,7 @@ class Engine:
         return self.engine.stream(rows, decode, (self._subclass(kind, "__call__"), given), needs, count)
 
     def start(self, kind: type, needs: Any, *arguments: Any, spread: bool = False) -> Any:
-        kind = self._subclass(kind, "load", "search", "distance")
+        kind = self._subclass(kind, "load", "search", "distance", "train")
         return self.engine.start(kind, needs, *arguments, spread=spread)
 
     def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:

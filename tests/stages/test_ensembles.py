@@ -72,7 +72,9 @@ def test_an_ensemble_costs_no_pass_over_features_and_no_fit(settings, load, exec
     execute(load(raw), last="score")
     calls, of = [], score.Scoring.of
     monkeypatch.setattr(
-        score.Scoring, "of", lambda self, rows: (calls.append(sorted(self.scorers)), of(self, rows))[1]
+        score.Scoring,
+        "of",
+        lambda self, rows, **more: (calls.append(sorted(self.scorers)), of(self, rows, **more))[1],
     )
     raw["detectors"] = entries()
     execute(load(raw), last="score")
