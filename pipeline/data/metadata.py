@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -48,7 +50,7 @@ def read(path: str) -> Metadata:
 
     Raises:
         UserError: no such file or table, no column `key`, none but it, a key twice, or a column of more
-            than `MOST` values.
+            than `MOST` values, or two that one file would be named after.
     """
     with _files.open_file(path, WHERE) as stream:
         try:
@@ -67,6 +69,9 @@ def read(path: str) -> Metadata:
             f"by; it has {names}."
         )
     _require_once(table, path)
+    same = Counter(map(name_of, found.columns)).most_common(1)[0]
+    if same[1] > 1:
+        raise UserError(f"{WHERE}: {path}: {same[1]} columns are called {same[0]} in files. Rename one.")
     for column in found.columns:
         values = pc.count_distinct(table[column]).as_py()
         if values > MOST:
@@ -75,6 +80,11 @@ def read(path: str) -> Metadata:
                 f"{MOST:,}. Leave the column out, or sort its values into groups."
             )
     return found
+
+
+def name_of(column: str) -> str:
+    """What a column is called in names of files and links."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", column)
 
 
 def _csv(stream: pa.NativeFile) -> pa.Table:

@@ -31,6 +31,7 @@ def test_csv_and_parquet_are_text_by_key_and_dataset(tmp_path: Path) -> None:
         ("key\na\n", r"expected the columns key, .*; it has key\."),
         ("key,site\na,1\na,2\n", r"key 'a' is there 2 times\. Drop one, or add a column dataset\."),
         ("dataset,key,site\nx,a,1\nx,a,2\ny,a,2\n", r"key 'a' is there 2 times\. Drop one\."),
+        ("key,a b,a-b\na,1,2\n", r"2 columns are called a-b in files\. Rename one\."),
         ("key,site\na\n", r"meta\.csv: .*Expected .* columns.* Expected a \.csv file with a line of names"),
         ("", r"meta\.csv: .*Empty CSV file.*Expected a \.csv file"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -12,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.columns import KEY, PREDICTION, Float
-from pipeline.data.metadata import Metadata
+from pipeline.data.metadata import Metadata, name_of
 from pipeline.metrics.auroc import AUROC
 from pipeline.metrics.metrics import counted
 from pipeline.results import calibrated
@@ -59,7 +58,7 @@ class ByGroup:
     @property
     def name(self) -> str:
         """Of the section and the file."""
-        return "classes" if self.by == CLASS else f"by-{re.sub(r'[^A-Za-z0-9_-]+', '-', self.by)}"
+        return "classes" if self.by == CLASS else f"by-{name_of(self.by)}"
 
     def table(self) -> pa.Table:
         """One row per group."""
