@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -67,6 +68,10 @@ class ByGroup:
         return pa.table({name: [row[name] for row in rows] for name in names})
 
 
+_Values = Callable[[str, pa.Table], Sequence[str | None]]
+"""What the images of a dataset are told apart by, given its name and its rows."""
+
+
 def by_group(results: Results, metadata: Metadata | None = None) -> list[ByGroup]:
     """The errors of a run's best detector by predicted class and by columns of metadata.
 
@@ -78,19 +83,24 @@ def by_group(results: Results, metadata: Metadata | None = None) -> list[ByGroup
     detector = results.unaided[0]
     inside = _scored(results, results.datasets("id"), detector)
     both = inside, _scored(results, outside, detector)
-    groupings: dict[str, Callable[[str, pa.Table], Sequence[str | None]]] = {
-        CLASS: lambda _, table: table[PREDICTION].cast(pa.string()).to_pylist()
-    }
-    for column in metadata.columns if metadata else ():
-        groupings[column] = lambda dataset, table, column=column: metadata.of(  # type: ignore[misc, union-attr]
-            dataset, table[KEY].combine_chunks(), column
-        )
+    groupings: dict[str, _Values] = {CLASS: _predicted}
+    if metadata is not None:
+        groupings |= {column: partial(_known, metadata, column) for column in metadata.columns}
     found = []
     for by, values in groupings.items():
         one, other = (_grouped(side, values, detector) for side in both)
         groups = _groups(one, other, results.thresholds[detector])
         found.append(ByGroup(by, detector, tuple(sorted(groups, key=lambda each: (-each.wrong, each.value)))))
     return found
+
+
+def _predicted(_: str, table: pa.Table) -> list[str]:
+    found: list[str] = table[PREDICTION].cast(pa.string()).to_pylist()
+    return found
+
+
+def _known(metadata: Metadata, column: str, dataset: str, table: pa.Table) -> list[str | None]:
+    return metadata.of(dataset, table[KEY].combine_chunks(), column)
 
 
 def _scored(results: Results, datasets: Sequence[str], detector: str) -> dict[str, pa.Table]:
@@ -106,9 +116,7 @@ def _scored(results: Results, datasets: Sequence[str], detector: str) -> dict[st
     }
 
 
-def _grouped(
-    scored: dict[str, pa.Table], values: Callable[[str, pa.Table], Sequence[str | None]], detector: str
-) -> dict[str, Float]:
+def _grouped(scored: dict[str, pa.Table], values: _Values, detector: str) -> dict[str, Float]:
     """Scores by group."""
     names = [
         NONE if value is None else value for name, table in scored.items() for value in values(name, table)
