@@ -66,8 +66,12 @@ Address = Annotated[
 ]
 
 EngineName = Annotated[
-    Literal["ray", "inline"],
-    typer.Option("--engine", help="inline = in this process, without Ray; the same results to the bit."),
+    Literal["auto", "ray", "inline"],
+    typer.Option(
+        "--engine",
+        help="inline = in this process, without Ray; the same results to the bit. auto = ray, but for up to "
+        "20,000 images that no cluster (RAY_ADDRESS) and no GPU is asked for.",
+    ),
 ]
 Threads = Annotated[
     int,

@@ -126,7 +126,7 @@ def apply(
         str, typer.Option(help="Folder for what is done so far; a killed command goes on there.")
     ] = "./workspace",
     overrides: Overrides = [],  # noqa: B006
-    engine: EngineName = "ray",
+    engine: EngineName = "auto",
     threads: Threads = 0,
     quiet: Quietly = False,
     as_json: Json = False,

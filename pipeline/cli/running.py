@@ -108,7 +108,7 @@ def run(
         list[str],
         typer.Option(metavar="WEIGHTS", help="A run for each of several weights of the model; repeat it."),
     ] = [],  # noqa: B006
-    engine: EngineName = "ray",
+    engine: EngineName = "auto",
     threads: Threads = 0,
     verbose: Verbose = 0,
     quiet: Quietly = False,
@@ -126,7 +126,7 @@ def run(
     options = Options(fresh=fresh, wait=wait, engine=engine, threads=threads or None, level=level(verbose))
     several = several_of(configs)
     if dry_run:
-        show_plans(several, as_json)
+        show_plans(several, several.prepared(), as_json)
         end(several, 2)
     else:
         done = _run(several, options, quiet)
@@ -139,7 +139,7 @@ def run(
 
 def _run(several: Several, options: Options, quiet: bool) -> list[Outcome]:
     """Run all on one engine. One that is alone is made ready by its run, which shows that it is."""
-    from pipeline.cluster.engine import shared
+    from pipeline.workflows.engines import connected
 
     if len(several.configs) == 1:
         return [_execute(several.configs[0], options, quiet)]
@@ -149,7 +149,7 @@ def _run(several: Several, options: Options, quiet: bool) -> list[Outcome]:
         return _execute(ready.config, options, quiet, ready)
 
     ready = several.prepared()
-    with shared(options.engine):
+    with connected(options.engine, ready, options.threads):
         return several.run(execute, ready)
 
 
@@ -188,7 +188,7 @@ def _stage(name: StageName, summary: str) -> None:
         source: ConfigFile,
         overrides: Overrides = [],  # noqa: B006 - typer copies defaults
         workspace: Workspace = "",
-        engine: EngineName = "ray",
+        engine: EngineName = "auto",
         threads: Threads = 0,
         verbose: Verbose = 0,
         quiet: Quietly = False,
@@ -244,7 +244,7 @@ def tune(
         str, typer.Option(metavar="FILE", help="The new config; default NAME.tuned.yaml.")
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the new config if it exists.")] = False,
-    engine: EngineName = "ray",
+    engine: EngineName = "auto",
     threads: Threads = 0,
     verbose: Verbose = 0,
     quiet: Quietly = False,

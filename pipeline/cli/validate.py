@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +26,7 @@ from pipeline.cli.detectors import per_image
 from pipeline.cli.several import documented, end, several_of
 
 if TYPE_CHECKING:
-    from pipeline.cluster.engine import Name
+    from pipeline.cluster.engine import Asked
     from pipeline.detectors.base import Detector
     from pipeline.stages.prepare import Prepared
     from pipeline.stages.shards import Job
@@ -44,7 +44,7 @@ def validate(
     batch_sizes: Annotated[
         bool, typer.Option("--batch-sizes", help="Try batch sizes in the probe and name the fastest.")
     ] = False,
-    engine: EngineName = "ray",
+    engine: EngineName = "auto",
     as_json: Json = False,
 ) -> None:
     """Open data and model, check that everything goes together, and estimate the cost; no long work.
@@ -53,15 +53,22 @@ def validate(
     """
     apart(as_json)
     several = several_of(load_all(source, overrides, workspace))
-    from pipeline.cluster.engine import shared
+    from pipeline.workflows.engines import connected
 
-    with shared(engine if probe else "inline"):
-        show_plans(several, as_json, partial(_probed, engine, batch_sizes) if probe else None)
+    ready = several.prepared()
+    if probe:
+        with connected(engine, ready):
+            show_plans(several, ready, as_json, partial(_probed, engine, batch_sizes))
+    else:
+        show_plans(several, ready, as_json)
     end(several, 2)
 
 
 def show_plans(
-    several: Several, as_json: bool, measured: Callable[[Prepared], Document] | None = None
+    several: Several,
+    prepared: Sequence[Prepared],
+    as_json: bool,
+    measured: Callable[[Prepared], Document] | None = None,
 ) -> None:
     """What was found of each evaluation and what a run would do; as one document, a list of several."""
 
@@ -71,7 +78,7 @@ def show_plans(
         show_plan(ready)
         return {**_plan(ready), **(measured(ready) if measured else {})}
 
-    found = several.run(planned, several.prepared())
+    found = several.run(planned, prepared)
     if as_json:
         document(documented(found, several))
 
@@ -179,14 +186,14 @@ def _size(count: int) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
-def _probed(engine: Name, batch_sizes: bool, ready: Prepared) -> Document:
+def _probed(engine: Asked, batch_sizes: bool, ready: Prepared) -> Document:
     """Show what some real images tell about the time."""
-    from pipeline.cluster.engine import opened
+    from pipeline.cluster.engine import chosen, opened
     from pipeline.stages import estimate
 
     settings = ready.config.extract
     sizes = sorted({settings.batch_size, *(estimate.BATCH_SIZES if batch_sizes else ())})
-    with opened(engine) as working:
+    with opened(chosen(engine, ready.images, ready.needs)) as working:
         found = estimate.probe(working, ready, sizes)
         about, (_, actors) = estimate.times(working, ready, found), estimate.forwarding(working, ready, found)
     console.print(

@@ -7,6 +7,7 @@ to the bit. What a stage hands over must be picklable and must not be written to
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +22,12 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 Name = Literal["ray", "inline"]
+Asked = Literal["auto", "ray", "inline"]
+"""What a command may say; `auto` leaves the choice to `chosen`."""
+
+SMALL = 20_000
+"""Images up to which this process alone is done before Ray, its workers and their imports are under way."""
+
 Needs = Mapping[str, float]
 """Amounts by resource: CPU, GPU, and resources of the cluster's own."""
 Row = dict[str, Any]
@@ -154,6 +161,23 @@ class Engine(Protocol):
 
     def pool(self, kind: type, needs: Needs, count: int, *arguments: Any) -> Pool:
         """Objects of a class as actors that share the calls."""
+
+
+def chosen(asked: Asked, images: int, needs: Iterable[Needs], threads: int | None = None) -> Name:
+    """The engine for some work; `auto` is Ray, but for a few images that no cluster is meant for.
+
+    Args:
+        asked: by the command.
+        images: of all datasets.
+        needs: of the actors; more than CPUs, such as a GPU, only Ray hands out.
+        threads: of the inline engine, if the command says how many.
+    """
+    if asked != "auto":
+        return asked
+    ray = sys.modules.get("ray")
+    there = "RAY_ADDRESS" in os.environ or (ray is not None and ray.is_initialized())
+    more = any(amount for each in needs for name, amount in each.items() if name != "CPU")
+    return "inline" if threads is not None or not (there or more or images > SMALL) else "ray"
 
 
 def opened(

@@ -66,6 +66,17 @@ class Prepared:
             {extra.column: extra for job in self.jobs.values() for extra in job.extras},
         )
 
+    @property
+    def images(self) -> int:
+        """How many all datasets have."""
+        return sum(job.manifest.rows for job in self.jobs.values())
+
+    @property
+    def needs(self) -> list[dict[str, float]]:
+        """What model actors and shards of an index need, by the names of Ray's resources."""
+        indexed = any(detector.neighbours for detector in self.detectors.values())
+        return [self.config.extract.needs, *([self.config.index.needs] if indexed else [])]
+
     @cached_property
     def folder(self) -> Place:
         """The run folder."""

@@ -75,7 +75,7 @@ class Options:
     workspace: str = WORKSPACE
     overrides: Sequence[str] = ()
     """`extract.<key>=<value>` or `index.<key>=<value>`, for machines unlike those of the evaluation."""
-    engine: engine.Name = "ray"
+    engine: engine.Asked = "auto"
     threads: int | None = None
     level: int = logging.WARNING
 
@@ -115,6 +115,9 @@ def execute(path: str, data: str, out: str, options: Options, display: Display) 
         claims.alone(f"scores/{ready.table}", wait=True),
         engine_for(
             options,
+            ready.manifest.rows,
+            [ready.bundle.extract.needs, ready.bundle.index.needs],
+            display.say,
             ready.workspace,
             Logs(ready.workspace / "logs", options.level),
             ready.bundle.detectors.values(),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,7 @@ from pipeline.cluster.engine import Engine
 from pipeline.cluster.logs import Logs
 from pipeline.detectors.base import Detector
 from pipeline.network.known import settings_kept
+from pipeline.stages.prepare import Prepared
 from pipeline.workspace.files import Place
 
 
@@ -22,7 +23,7 @@ class Asked(Protocol):
     """What a command says of its engine."""
 
     @property
-    def engine(self) -> engine.Name:
+    def engine(self) -> engine.Asked:
         """Which."""
 
     @property
@@ -32,29 +33,51 @@ class Asked(Protocol):
 
 @contextmanager
 def engine_for(
-    asked: Asked, workspace: Place, logs: Logs, detectors: Collection[Detector], read: Sequence[Path] = ()
+    asked: Asked,
+    images: int,
+    needs: Sequence[engine.Needs],
+    tell: Callable[[str], None],
+    workspace: Place,
+    logs: Logs,
+    detectors: Collection[Detector],
+    read: Sequence[Path] = (),
 ) -> Iterator[Engine]:
     """The engine that was asked for, with the code of detectors, and torch as it was after the block.
 
     Args:
         asked: by the command.
+        images: of all datasets.
+        needs: of the actors.
+        tell: is told if work stays in this process without having been asked to.
         workspace: what the work writes to.
         logs: where workers log to.
         detectors: all that score.
         read: other folders that every node must see.
     """
-    load = partial(_load, any(detector.neighbours for detector in detectors))
+    name = engine.chosen(asked.engine, images, needs, asked.threads)
+    unasked = name == "inline" != asked.engine and asked.threads is None
+    load = partial(_load, any(detector.neighbours for detector in detectors), tell if unasked else None)
     with (
         settings_kept(),
         threadpool_limits(limits=1),  # what the driver fits has the same bits on any machine of a kind
-        engine.opened(asked.engine, workspace, logs, asked.threads, load, read) as chosen,
+        engine.opened(name, workspace, logs, asked.threads, load, read) as chosen,
     ):
         chosen.carry(type(part) for detector in detectors for part in detector.parts())
         yield chosen
 
 
-def _load(neighbours: bool) -> None:
+def connected(
+    asked: engine.Asked, several: Iterable[Prepared], threads: int | None = None
+) -> AbstractContextManager[None]:
+    """One connection to Ray for all engines opened in the block, if any of several runs takes Ray."""
+    names = {engine.chosen(asked, ready.images, ready.needs, threads) for ready in several}
+    return engine.shared("ray" if "ray" in names else "inline")
+
+
+def _load(neighbours: bool, tell: Callable[[str], None] | None) -> None:
     """Import what computes and takes seconds to import; a run that has nothing to do needs none of it."""
+    if tell is not None:
+        tell("work stays in this process, which is quicker for so few images; `--engine ray` starts Ray")
     from pipeline.stages import extract  # noqa: F401
 
     if neighbours:

@@ -82,7 +82,7 @@ class Options:
     """For a run of the same evaluation that is under way, rather than refuse."""
     publish: Literal["as configured", "always", "never"] = "as configured"
     """Whether to send the results to MLflow."""
-    engine: engine.Name = "ray"
+    engine: engine.Asked = "auto"
     threads: int | None = None
     """Of the inline engine; None = as many as there are CPUs."""
     level: int = logging.WARNING
@@ -124,8 +124,7 @@ def execute(
     """
     with display.stage("prepare") as stage:
         ready = replace(prepared or prepare(settings), fresh=options.fresh)
-        images = sum(job.manifest.rows for job in ready.jobs.values())
-        stage.note = f"{len(ready.jobs)} datasets, {images:,} images, {len(ready.detectors)} detectors"
+        stage.note = f"{len(ready.jobs)} datasets, {ready.images:,} images, {len(ready.detectors)} detectors"
         if ready.not_applicable:
             stage.note += f", {len(ready.not_applicable)} more do not apply"
     for job in ready.jobs.values():
@@ -141,7 +140,7 @@ def execute(
         files.roomy(f"below {ready.workspace}", str(ready.workspace)),
         opened(ready.workspace, display.say) as claims,
         claims.alone(f"runs/{ready.config.name}/{ready.folder.name}", options.wait),
-        working(ready, options) as chosen,
+        working(ready, options, display) as chosen,
         ThreadPoolExecutor(1) as background,
     ):
         run = Run(ready, options, display, background, chosen, claims)
@@ -166,7 +165,7 @@ def execute(
 def evaluated(
     settings: schema.Config,
     *,
-    engine: engine.Name = "ray",
+    engine: engine.Asked = "auto",
     threads: int | None = None,
     fresh: bool = False,
     display: Display | None = None,
@@ -175,7 +174,8 @@ def evaluated(
 
     Args:
         settings: as `pipeline.load_config` gives it.
-        engine: "ray", or "inline" for this process alone.
+        engine: "ray", "inline" for this process alone, or "auto": Ray, but for up to 20,000 images that no
+            cluster (RAY_ADDRESS) and no GPU is asked for. Results are the same.
         threads: of the inline engine; None = one per CPU, 1 = none but the caller's, for debuggers.
         fresh: do everything again.
         display: shows the stages; `pipeline.cli.progress.Display` draws bars. None shows nothing.
@@ -190,10 +190,11 @@ def evaluated(
     return Evaluation(outcome.folder)
 
 
-def working(ready: Prepared, options: Options) -> AbstractContextManager[Engine]:
+def working(ready: Prepared, options: Options, display: Display) -> AbstractContextManager[Engine]:
     """The engine that a run was asked to take."""
+    logs = Logs(ready.folder / "logs", options.level)
     return engine_for(
-        options, ready.workspace, Logs(ready.folder / "logs", options.level), ready.detectors.values()
+        options, ready.images, ready.needs, display.say, ready.workspace, logs, ready.detectors.values()
     )
 
 

@@ -122,7 +122,7 @@ def execute(settings: Config, output: Place, display: Display, options: Options 
     with (
         opened(ready.workspace, display.say) as claims,
         claims.alone(f"runs/{ready.config.name}/{ready.folder.name}", options.wait),
-        working(ready, options) as chosen,
+        working(ready, options, display) as chosen,
         ThreadPoolExecutor(1) as background,
     ):
         search = Search(ready, options, display, background, chosen, claims)

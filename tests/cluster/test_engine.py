@@ -17,7 +17,7 @@ from ray.exceptions import LocalRayletDiedError, RayTaskError, RpcError
 from threadpoolctl import threadpool_info
 
 from pipeline.cluster import logs, on_ray, usage
-from pipeline.cluster.engine import Engine, opened, shared
+from pipeline.cluster.engine import SMALL, Engine, chosen, opened, shared
 from pipeline.errors import UserError
 from tests.cluster.work import (
     Chatty,
@@ -197,6 +197,34 @@ def refuse(*_: Any, **__: Any) -> None:
 def test_threads_are_the_inline_engines() -> None:
     with pytest.raises(UserError, match=r"^--threads: only the inline engine has threads"):
         opened("ray", threads=2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "images", "needs", "threads", "address", "expected"),
+    [
+        ("auto", SMALL, {"CPU": 1}, None, None, "inline"),
+        ("auto", SMALL + 1, {"CPU": 1}, None, None, "ray"),
+        ("auto", SMALL + 1, {"CPU": 1}, 2, None, "inline"),
+        ("auto", 10, {"CPU": 1, "GPU": 0.5}, None, None, "ray"),
+        ("auto", 10, {"CPU": 1, "GPU": 0, "highmem": 1}, None, None, "ray"),
+        ("auto", 10, {"CPU": 1}, None, "auto", "ray"),
+        ("ray", 10, {"CPU": 1}, None, None, "ray"),
+        ("inline", 10**9, {"CPU": 1, "GPU": 1}, None, "auto", "inline"),
+    ],
+)
+def test_a_few_images_stay_in_this_process_unless_a_cluster_or_more_than_cpus_is_meant(
+    asked, images, needs, threads, address, expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where nobody imported it
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert chosen(asked, images, [{"CPU": 2}, needs], threads) == expected
+
+
+def test_a_connection_that_is_open_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    assert chosen("auto", 1, []) == "ray"
 
 
 def where(_: int) -> tuple[int, set[int], int]:
