@@ -40,8 +40,22 @@ _opened: list[set[str]] = []
 class Network:
     """A network by its config; loaded when something is asked that the note does not tell."""
 
-    def __init__(self, model: schema.Model, seed: int, workspace: Place) -> None:
-        self.model, self.seed = model, seed
+    def __init__(
+        self,
+        model: schema.Model,
+        seed: int,
+        workspace: Place,
+        begin: Callable[[], object] = lambda: None,
+    ) -> None:
+        """A network.
+
+        Args:
+            model: its config.
+            seed: of what a factory draws.
+            workspace: with the note.
+            begin: is called before the network is loaded, which takes seconds.
+        """
+        self.model, self.seed, self._begin = model, seed, begin
         identity = {"model": model.model_dump(mode="json"), "seed": seed, "versions": _versions()}
         self.artifact = Store(workspace / "models").artifact(FORMAT, identity)
         self._files: dict[str, str] | None = None
@@ -70,6 +84,7 @@ class Network:
         Raises:
             UserError: as `description` does; or it is another one than the note describes.
         """
+        self._begin()
         from pipeline.network.classifier import load  # takes seconds to import
 
         started, imported = time.time(), _own_modules()

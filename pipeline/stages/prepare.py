@@ -154,8 +154,12 @@ class Prepared:
         return artifacts.digest([scored, roles, self.config.seed, *measured])
 
 
-def prepare(settings: Config) -> Prepared:
+def prepare(settings: Config, begin: Callable[[], object] = lambda: None) -> Prepared:
     """Open the data, load the model and check that they go together.
+
+    Args:
+        settings: the config.
+        begin: is called if there turns out to be much to do, before what takes seconds.
 
     Raises:
         UserError: the first thing found wrong, naming file, key or field and the fix.
@@ -173,7 +177,7 @@ def prepare(settings: Config) -> Prepared:
     identity.require_decoder(settings.extract.decoder)
     for dataset in settings.datasets:
         require_there(dataset)
-    network = Network(settings.model, settings.seed, workspace)
+    network = Network(settings.model, settings.seed, workspace, begin)
     known = network.description
     _check_precision(settings.extract, network)
     selection.keep(lambda label, detector: check_applies(label, detector, network))

@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -31,6 +31,7 @@ from pipeline.results import report, unreadable
 from pipeline.results.cautions import Found, cautions
 from pipeline.results.evaluation import Evaluation
 from pipeline.results.mlflow import tracking
+from pipeline.results.mlflow.apart import Apart
 from pipeline.results.record import Record, added
 from pipeline.results.unscored import sentences
 from pipeline.stages import calibration, decisions, duplicates, ensembles, evaluate, index, shards
@@ -122,11 +123,49 @@ def execute(
     Raises:
         UserError: anything the user can mend; earlier results stay as they are.
     """
+    with Apart() as background:
+        return _execute(settings, options, display, prepared, background)
+
+
+def _execute(
+    settings: schema.Config, options: Options, display: Display, prepared: Prepared | None, background: Apart
+) -> Outcome:
+    """The same, with MLflow in the background."""
+    tracked = settings.tracking.enabled and options.last == "report" and options.publish != "never"
     with display.stage("prepare") as stage:
-        ready = replace(prepared or prepare(settings), fresh=options.fresh)
+        found = prepared or prepare(settings, background.start if tracked else lambda: None)
+        ready = replace(found, fresh=options.fresh)
         stage.note = f"{len(ready.jobs)} datasets, {ready.images:,} images, {len(ready.detectors)} detectors"
         if ready.not_applicable:
             stage.note += f", {len(ready.not_applicable)} more do not apply"
+    _tell(ready, display)
+    with (
+        files.roomy(f"below {ready.workspace}", str(ready.workspace)),
+        opened(ready.workspace, display.say) as claims,
+        claims.alone(f"runs/{ready.config.name}/{ready.folder.name}", options.wait),
+        working(ready, options, display) as chosen,
+    ):
+        run = Run(ready, options, display, background, chosen, claims)
+        try:
+            run.all()
+        except BaseException as error:
+            with suppress(UserError, OSError):  # what came first is told
+                run.record.close("failed")
+            run.tracking.fail(error, background)
+            raise
+        if options.last != "report":
+            run.record.close("partial")
+        content = run.record.content
+        unscored = list(sentences(content["unscored"], content["datasets"]).values())
+        left_out = content["not_applicable"]
+        lost = [f"{name}: {text}" for name, text in unreadable.sentences(content["datasets"]).items()]
+        link, warning = run.tracking.publish(display, background)
+        notices = content["notices"]
+        return Outcome(ready.folder, link, warning, left_out, unscored, lost, content["warnings"], notices)
+
+
+def _tell(ready: Prepared, display: Display) -> None:
+    """Show what was noticed about the data and the workspace."""
     for job in ready.jobs.values():
         for note in job.manifest.notes:
             display.say(f"{job.dataset}: {note}")
@@ -136,30 +175,6 @@ def execute(
             f"{found[0].name} and {len(found) - 1} more folders ({size:,.1f} MiB) are of versions before 0.3 "
             "and not read; `ood-pipeline clean` lists and deletes them"
         )
-    with (
-        files.roomy(f"below {ready.workspace}", str(ready.workspace)),
-        opened(ready.workspace, display.say) as claims,
-        claims.alone(f"runs/{ready.config.name}/{ready.folder.name}", options.wait),
-        working(ready, options, display) as chosen,
-        ThreadPoolExecutor(1) as background,
-    ):
-        run = Run(ready, options, display, background, chosen, claims)
-        try:
-            run.all()
-        except BaseException as error:
-            with suppress(UserError, OSError):  # what came first is told
-                run.record.close("failed")
-            run.tracking.fail(error)
-            raise
-        if options.last != "report":
-            run.record.close("partial")
-        content = run.record.content
-        unscored = list(sentences(content["unscored"], content["datasets"]).values())
-        left_out = content["not_applicable"]
-        lost = [f"{name}: {text}" for name, text in unreadable.sentences(content["datasets"]).items()]
-        link, warning = run.tracking.publish(display)
-        notices = content["notices"]
-        return Outcome(ready.folder, link, warning, left_out, unscored, lost, content["warnings"], notices)
 
 
 def evaluated(
@@ -205,7 +220,7 @@ class Run:
     ready: Prepared
     options: Options
     display: Display
-    background: ThreadPoolExecutor
+    background: Apart
     engine: Engine
     claims: Claims
     record: Record = field(init=False)
@@ -839,28 +854,32 @@ class Tracked:
     complete: tracking.Session | None = None
     """The session in which everything was sent before."""
 
-    def publish(self, display: Display) -> tuple[str, str]:
+    def publish(self, display: Display, background: Apart) -> tuple[str, str]:
         """Send the results; returns where to see them, and a warning if that failed."""
         if self.opening is None:
             return "" if self.complete is None else tracking.link(self.complete), ""
         try:
             with display.stage("track"):
                 session = self.opening.result()
-                tracking.publish(session)
+                background.submit(tracking.publish, session).result()
             return tracking.link(session), ""
         except tracking.TrackingError as error:
             return "", str(error)
 
-    def watched(self, name: str, shown: Stage, background: ThreadPoolExecutor) -> Stage:
+    def watched(self, name: str, shown: Stage, background: Apart) -> Stage:
         """A stage whose progress MLflow is told, too."""
         return shown if self.opening is None else Watched(shown, name, self.opening, background)
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException, background: Apart) -> None:
         """Mark the run as failed."""
         if self.opening is None:
             return
         try:
-            tracking.fail(self.opening.result(), error)
+            killed, text = (
+                isinstance(error, KeyboardInterrupt | SystemExit),
+                f"{type(error).__name__}: {error}",
+            )
+            background.submit(tracking.fail, self.opening.result(), text, killed).result()
         except (tracking.TrackingError, UserError):
             return
 
@@ -868,9 +887,7 @@ class Tracked:
 class Watched:
     """A stage that tells MLflow how far it has come; a server that fails is not told again."""
 
-    def __init__(
-        self, shown: Stage, name: str, opening: Future[tracking.Session], background: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, shown: Stage, name: str, opening: Future[tracking.Session], background: Apart) -> None:
         self._shown, self._name, self._opening, self._background = shown, name, opening, background
         self._started, self._done, self._told = time.monotonic(), 0, -TELL
         self._telling: Future[None] | None = None
@@ -889,12 +906,9 @@ class Watched:
         self._shown.advance(count)
         self._done += count
         seconds = time.monotonic() - self._started
-        if seconds - self._told >= TELL and (self._telling is None or self._telling.done()):
-            self._told = seconds
-            self._telling = self._background.submit(self._tell, self._done, seconds)
-
-    def _tell(self, done: int, seconds: float) -> None:
-        try:
-            tracking.progress(self._opening.result(), self._name, done, seconds)
-        except (tracking.TrackingError, UserError):
-            self._told = math.inf
+        last = self._telling or self._opening
+        if seconds - self._told >= TELL and last.done():
+            self._told = seconds if last.exception() is None else math.inf
+            if last.exception() is None:
+                progress = self._opening.result(), self._name, self._done, seconds
+                self._telling = self._background.submit(tracking.progress, *progress)

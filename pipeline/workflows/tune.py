@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from pipeline.config.schema import Config, Dataset, DetectorEntry
 from pipeline.detectors.base import Pass, Scorer
 from pipeline.errors import UserError
 from pipeline.metrics.metrics import level_of, named
+from pipeline.results.mlflow.apart import Apart
 from pipeline.results.unscored import sentences
 from pipeline.stages import evaluate, index, shards
 from pipeline.stages.prepare import Prepared, prepare
@@ -123,7 +123,7 @@ def execute(settings: Config, output: Place, display: Display, options: Options 
         opened(ready.workspace, display.say) as claims,
         claims.alone(f"runs/{ready.config.name}/{ready.folder.name}", options.wait),
         working(ready, options, display) as chosen,
-        ThreadPoolExecutor(1) as background,
+        Apart() as background,
     ):
         search = Search(ready, options, display, background, chosen, claims)
         found = _chosen(grids, search.metrics(grids), wanted.metric)

@@ -429,9 +429,9 @@ def test_publishing_gives_up_in_time_and_goes_on_later(
 
 def test_a_failed_run_is_marked_and_may_still_be_finished(tmp_path: Path, uri: str, experiment: str) -> None:
     session = begin(write_run(tmp_path / "quick"), uri, experiment)
-    tracking.fail(session, KeyboardInterrupt())
+    tracking.fail(session, "KeyboardInterrupt: ", killed=True)
     assert runs_of(session)["quick"].info.status == "KILLED"
-    tracking.fail(session, UserError(f"no such file: s3://key:{PASSWORD}@bucket/x"))
+    tracking.fail(session, f"UserError: no such file: s3://key:{PASSWORD}@bucket/x", killed=False)
     failed = runs_of(session)["quick"]
     assert failed.info.status == "FAILED"
     assert failed.data.tags["failure"] == "UserError: no such file: s3://bucket/x"
@@ -588,7 +588,7 @@ def test_what_a_silent_server_missed_is_sent_when_it_answers_again(
             with pytest.raises(tracking.TrackingError, match="take the results"):
                 tracking.publish(session)
             with pytest.raises(tracking.TrackingError, match="mark the run"):
-                tracking.fail(session, UserError("x"))
+                tracking.fail(session, "UserError: x", killed=False)
         assert snapshot(run) == before
     finally:
         server.tell(signal.SIGCONT)

@@ -167,16 +167,15 @@ def progress(session: Session, stage: str, done: int, seconds: float) -> None:
         )
 
 
-def fail(session: Session, error: BaseException) -> None:
+def fail(session: Session, why: str, killed: bool) -> None:
     """Mark the parent run as failed, or as killed if it was interrupted.
 
     Raises:
         TrackingError: if MLflow fails.
     """
-    killed = isinstance(error, KeyboardInterrupt | SystemExit)
     with sending(session.uri, "mark the run as failed"):
         client = connected(session.uri)
-        client.set_tag(session.run_id, "failure", limited(f"{type(error).__name__}: {error}", MAX_TAG))
+        client.set_tag(session.run_id, "failure", limited(why, MAX_TAG))
         client.set_terminated(session.run_id, "KILLED" if killed else "FAILED")
 
 
