@@ -13,6 +13,9 @@ from pipeline.columns import Float
 from pipeline.metrics.base import Counted, Counts, Metric
 from pipeline.metrics.intervals import Rate
 
+_NEAR = 64
+"""Scores among which the next turn of a curve mostly is."""
+
 
 @dataclass(frozen=True)
 class FPR(Metric):
@@ -93,7 +96,10 @@ def _corners(positive: Counts, negative: Counts, first: NDArray[np.intp]) -> NDA
 def _corner(positive: Counts, negative: Counts, first: int) -> int:
     if not positive[:first].any() and not negative[:first].any():  # the ends of the curve are kept
         return first
-    later = first + np.flatnonzero(positive[first:] | negative[first:])
-    steps = np.stack([positive[later], negative[later]])
-    turns = later[:-1][(steps[:, 1:] != steps[:, :-1]).any(axis=0)]
-    return int(turns[0] if len(turns) else later[-1])
+    for end in (first + _NEAR, len(positive)):
+        later = first + np.flatnonzero(positive[first:end] | negative[first:end])
+        up, along = positive[later], negative[later]
+        turns = later[:-1][(up[1:] != up[:-1]) | (along[1:] != along[:-1])]
+        if len(turns):
+            return int(turns[0])
+    return int(later[-1])

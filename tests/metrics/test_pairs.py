@@ -115,6 +115,19 @@ def test_holm_multiplies_by_the_hypotheses_that_are_left_and_never_lowers() -> N
     assert holm([]) == []
 
 
+@pytest.mark.parametrize("n", [7, 3000])
+def test_rows_added_up_and_a_product_with_all_bins_give_the_same_bits(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (inside, outside), _ = related(np.random.default_rng(0), n, 2 * n).values()
+    right = inside < 1.5
+    found = []
+    for rows in (0, n + 1):  # from which on a product is taken: always, never
+        monkeypatch.setattr(pairs, "_SPARSE", rows)
+        found += [sample(inside, {"ood": outside}, {}, right=right)[0].replicates]
+    assert found[0].tobytes() == found[1].tobytes()
+
+
 def test_a_seed_gives_the_same_bits() -> None:
     scores = related(np.random.default_rng(4), 3000, 500)
     assert compared(scores, seed=7) == compared(scores, seed=7)
