@@ -19,6 +19,7 @@ from pipeline.workspace import files
 from pipeline.workspace.runs import located
 
 PROGRAM = (sys.executable, "-m", "pipeline.cli")
+ON_RAY = ("--engine", "ray")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def run(
     settings: dict[str, Any],
     folder: Path,
     watch: float | None = None,
-    options: Sequence[str] = (),
+    options: Sequence[str] = ON_RAY,
 ) -> Done:
     """Run a command with its workspace in `folder`; a second call there finds what the first left.
 

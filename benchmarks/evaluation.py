@@ -19,7 +19,7 @@ from pipeline.data import decode
 from pipeline.data.manifest import compile_manifest
 
 TARGET = 1.15
-QUICKSTART_SECONDS = 60
+QUICKSTART_SECONDS, REPEATED_SECONDS = 18, 3
 AFTER_EXTRACT = ("fit", "score", "evaluate", "report")
 GROWING = ("prepare", "steady extraction", "score", "evaluate", "report")
 """What further ID images cost; a fit sees training images only."""
@@ -58,7 +58,6 @@ def measure(session: Session) -> Section:
                 f"<= {TARGET} x",
                 0 < ratio <= TARGET,
             ),
-            at_most("quickstart as a whole", small.seconds, QUICKSTART_SECONDS, "{:.0f} s"),
         ],
     )
 
@@ -112,7 +111,7 @@ def _row(name: str, small: float, large: float) -> tuple[str, ...]:
 
 def _text(count: int, setting: plain.Setting) -> str:
     return (
-        "`ood-pipeline run` in an empty workspace: the quickstart as it comes, and again with "
+        "`ood-pipeline run --engine ray` in an empty workspace: the quickstart, and again with "
         f"{count:,} Fashion-MNIST training images in the place of its ID test set; tracking and report "
         "included. What is paid once however many images are evaluated falls out of the difference. The "
         f"ratio adds up the differences of {', '.join(GROWING)} (start-up does not depend on the images, "
@@ -123,18 +122,21 @@ def _text(count: int, setting: plain.Setting) -> str:
 
 def measure_warm(session: Session) -> Section:
     """A second and a third run where the features are there."""
-    cold = session.quickstart
-    before = _artefacts(session.first)
+    folder = session.scratch / "as-it-comes"
+    print("  the quickstart as it comes", flush=True)
+    cold = commands.run("run", fashion.quickstart(), folder, options=())
+    before = _artefacts(folder)
     print("  the same again", flush=True)
-    same = commands.run("run", fashion.quickstart(), session.first)
-    untouched = _artefacts(session.first) == before
+    same = commands.run("run", fashion.quickstart(), folder, options=())
+    untouched = _artefacts(folder) == before
     print("  with another k and another p", flush=True)
-    other = commands.run("run", _changed(), session.first)
+    other = commands.run("run", _changed(), folder, options=())
     forwarded = [int(done.stages["extract"]["forward_images"]) for done in (cold, same, other)]
     names = ("first run", "the same again", "two detectors changed")
     return Section(
         title="(d) A second run on the warm cache",
-        text="The quickstart again in the same workspace; then with k of KNN and p of DICE changed, which "
+        text="`ood-pipeline run quickstart` as it comes, which stays in its process; again in the same "
+        "workspace; then with k of KNN and p of DICE changed, which "
         "fits and scores again. Features and fitted artefacts, among them the extra passes', were also "
         f"compared on disk: the repeated run {'wrote none' if untouched else 'wrote some'} of them again.",
         header=("", "forward passes", "seconds"),
@@ -148,7 +150,9 @@ def measure_warm(session: Session) -> Section:
                 f"{forwarded[1]}; {forwarded[2]} with changed detectors",
                 "0",
                 forwarded[1:] == [0, 0] and untouched,
-            )
+            ),
+            at_most("quickstart as a whole", cold.seconds, QUICKSTART_SECONDS, "{:.1f} s"),
+            at_most("the same again", same.seconds, REPEATED_SECONDS, "{:.1f} s"),
         ],
     )
 

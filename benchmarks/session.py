@@ -38,6 +38,6 @@ class Session:
 
     @cached_property
     def quickstart(self) -> commands.Done:
-        """The quickstart, as it comes, in an empty workspace."""
+        """The quickstart on Ray, in an empty workspace."""
         print("  quickstart", flush=True)
         return commands.run("run", fashion.quickstart(), self.first)
