@@ -142,8 +142,8 @@ class Table:
         """Some columns, part by part in order."""
 
         def read(path: Place) -> pa.Table:
-            with self._opened(path) as file:
-                return pq.read_table(file, columns=list(names), page_checksum_verification=True)
+            with self._opened(path) as file, parquet(file) as content:
+                return content.read(list(names)).select(list(names))
 
         return storage.ahead(read, self.parts(), AHEAD)
 
