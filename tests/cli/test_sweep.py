@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,14 @@ def sweep(settings: dict[str, Any], tmp_path: Path, undrawn: None) -> Sweep:
     return run
 
 
-def test_a_sweep_is_a_run_for_each_model_and_one_table(sweep: Sweep, tmp_path: Path) -> None:
-    found = sweep("run", narrow={}, wide={"width": 8})
+def test_a_sweep_is_a_run_for_each_model_and_one_table(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # another test may have a connection
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    found = sweep("run", "--engine", "auto", narrow={}, wide={"width": 8})
     assert "forwarded" in found.output
+    assert found.output.count("work stays in this process") == 2
     assert found.exit_code == 0, found.output
     assert re.search(r"Detector +small-narrow +small-wide *\n", found.stdout)
     table = found.stdout[found.stdout.index("small-narrow  ") :]
