@@ -70,6 +70,12 @@ def test_a_process_that_dies_is_told_and_the_next_call_says_the_same() -> None:
             process.submit(os.getpid).result()
 
 
+def test_a_process_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with Apart() as process, pytest.raises(tracking.TrackingError, match=r"cannot start.*--track"):
+        process.submit(os.getpid).result()
+
+
 def test_calls_that_were_made_are_done_before_the_end_and_then_nothing_is_left(tmp_path: Path) -> None:
     with Apart() as process:
         there = process.submit(os.getpid).result()

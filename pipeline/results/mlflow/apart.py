@@ -28,6 +28,8 @@ from pipeline.results.mlflow import apart
 apart.serve()
 """
 
+_KEPT = "Nothing on disk is lost; `ood-pipeline report CONFIG --track` sends the results."
+
 
 class Apart:
     """Calls functions in another process, which is started when the first is called, or before."""
@@ -48,25 +50,27 @@ class Apart:
                 pass
 
     def start(self) -> None:
-        """Have the process import MLflow, for calls that are going to come."""
+        """Have the process import MLflow, for calls that are going to come, which say if it cannot start."""
         if self._child is None:
-            self._child = subprocess.Popen(
-                [sys.executable, "-c", _SERVE.format(sys.path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
+            with suppress(OSError):
+                self._child = subprocess.Popen(
+                    [sys.executable, "-c", _SERVE.format(sys.path)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
         """Begin a call of a function of a module, which raises what the function raises.
 
         Raises:
-            TrackingError: by the future, if the process has died.
+            TrackingError: by the future, if the process cannot start or has died.
         """
         self.start()
         return self._calls.submit(self._call, function, arguments)
 
     def _call(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-        assert self._child is not None
+        if self._child is None:
+            raise TrackingError(f"MLflow's process cannot start. {_KEPT}")
         asked, answers = self._child.stdin, self._child.stdout
         assert asked is not None
         assert answers is not None
@@ -75,10 +79,8 @@ class Apart:
             asked.flush()
             done, result = pickle.load(answers)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise TrackingError(
-                f"MLflow's process ended by itself (status {self._child.wait()}). Nothing on disk is lost; "
-                "`ood-pipeline report CONFIG --track` sends the results."
-            ) from error
+            status = self._child.wait()
+            raise TrackingError(f"MLflow's process ended by itself (status {status}). {_KEPT}") from error
         if not done:
             raise result
         return result  # type: ignore[no-any-return]
