@@ -24,6 +24,7 @@ from pipeline.cli import (  # noqa: F401 - their commands
     configs,
     detectors,
     explain,
+    fiftyone,
     jobs,
     running,
     ui,
@@ -38,7 +39,7 @@ _ORDER = (
     *("bundle", "apply"),
     *("submit", "status", "stop"),
     *("validate", "detectors", "doctor", "verify"),
-    *("runs", "compare", "explain", "ui", "clean"),
+    *("runs", "compare", "explain", "fiftyone", "ui", "clean"),
     *("init", "schema"),
 )
 """Of the commands in the help."""

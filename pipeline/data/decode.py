@@ -124,6 +124,27 @@ def thumbnail(content: bytes, shape: tuple[int, ...] | None, side: int) -> bytes
     return file.getvalue()
 
 
+def as_file(content: bytes, shape: tuple[int, ...] | None) -> tuple[bytes, str]:
+    """An image as a file of its own: raw pixels as PNG, an encoded one as it is.
+
+    Args:
+        content: as in `decode`.
+        shape: as in `decode`.
+
+    Returns:
+        The file, and the ending of its name.
+
+    Raises:
+        ValueError: not one of `FORMATS`, or beyond the limits.
+    """
+    if shape is None:
+        with _opened(content) as image:
+            return content, _ENDINGS[str(image.format).replace("MPO", "JPEG")][0]
+    file = io.BytesIO()
+    Image.fromarray(np.frombuffer(content, np.uint8).reshape(_squeezed(shape))).save(file, "PNG")
+    return file.getvalue(), ".png"
+
+
 def limits() -> dict[str, Any]:
     """What decides, besides the bytes of a file, whether it is decoded."""
     return {"pixels": MAX_PIXELS, "scanned": MAX_SCANNED, "formats": list(FORMATS)}

@@ -50,6 +50,7 @@ SUBCOMMANDS = (
         "runs",
         "compare",
         "explain",
+        "fiftyone",
         "ui",
         "clean",
         "init",
@@ -676,7 +677,7 @@ def test_the_help_lists_every_command(command):
     assert "ood-pipeline run quickstart" in outcome.out
 
 
-@pytest.mark.parametrize("name", ["bundle", "verify", "ui", "compare"])
+@pytest.mark.parametrize("name", ["bundle", "verify", "ui", "compare", "fiftyone"])
 def test_the_help_says_where_runs_lie(name):
     help_text = CliRunner().invoke(main.app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
     assert "<workspace>/runs/<name>" in help_text

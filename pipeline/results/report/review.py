@@ -9,6 +9,8 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -92,6 +94,17 @@ class Review:
 
 
 def review(results: Results, count: int) -> Review:
+    """What is `chosen`, with places and pictures."""
+    found = chosen(results, count)
+    located = [
+        image
+        for dataset, images in groupby(found.images, attrgetter("dataset"))
+        for image in _located(results, dataset, [*images])
+    ]
+    return replace(found, images=tuple(_within(located, BUDGET)))
+
+
+def chosen(results: Results, count: int) -> Review:
     """The images that a run's best detector has most wrong and most right, and those that are disputed.
 
     Holds the scores of a few detectors on one dataset at a time.
@@ -99,6 +112,9 @@ def review(results: Results, count: int) -> Review:
     Args:
         results: of the run.
         count: how many images of each kind and dataset; 0 = none.
+
+    Returns:
+        Dataset by dataset, without places and pictures.
     """
     ranked = results.unaided
     if not count or not ranked:
@@ -106,12 +122,11 @@ def review(results: Results, count: int) -> Review:
     inside = {name: np.sort(results.scores(results.datasets("id"), name)) for name in ranked[:RIVALS]}
     found: list[Shown] = []
     for dataset in results.datasets("id", *OOD, "unlabelled"):
-        chosen = _chosen(results, dataset, inside, count)
-        found += _located(results, dataset, _named(results, dataset, chosen))
-    return Review(ranked[0], tuple(inside), tuple(_within(found, BUDGET)))
+        found += _named(results, dataset, _extreme(results, dataset, inside, count))
+    return Review(ranked[0], tuple(inside), tuple(found))
 
 
-def _chosen(results: Results, dataset: str, inside: Mapping[str, Float], count: int) -> list[Shown]:
+def _extreme(results: Results, dataset: str, inside: Mapping[str, Float], count: int) -> list[Shown]:
     """Rows of a dataset, with why, score and percentile."""
     columns = {name: results.column(dataset, name) for name in inside}
     best = next(iter(inside))
@@ -175,16 +190,9 @@ def places(
     Returns:
         By key.
     """
-    wanted = pa.array(sorted(keys), pa.string())
-    name = f"{dataset}-{manifest['datasets'][dataset]['digest'][:16]}"
-    listing = runs.workspace_of(run) / "manifests" / name / "rows.parquet"
     found: dict[str, dict[str, Any]] = {}
     try:
-        with tables.parquet(listing) as file:
-            parts = [
-                batch.filter(pc.is_in(batch[KEY], wanted)) for batch in file.iter_batches(tables.ROW_GROUP)
-            ]
-        rows = pa.Table.from_batches(parts)
+        rows = listed(run, manifest, dataset, keys)
         found = {place[KEY]: place for place in rows.select([KEY, "uri", "shape"]).to_pylist()}
         for place, content in zip(found.values(), fetch(rows), strict=True):
             if isinstance(content, bytes):
@@ -192,6 +200,19 @@ def places(
     except (OSError, UserError, pa.ArrowException):  # moved, changed, or a store that does not answer
         pass
     return found
+
+
+def listed(run: Place, manifest: Mapping[str, Any], dataset: str, keys: Collection[str]) -> pa.Table:
+    """The rows of a dataset's listing that have some keys; arguments as of `places`.
+
+    Raises:
+        OSError: the listing is gone.
+    """
+    wanted = pa.array(sorted(keys), pa.string())
+    name = f"{dataset}-{manifest['datasets'][dataset]['digest'][:16]}"
+    with tables.parquet(runs.workspace_of(run) / "manifests" / name / "rows.parquet") as file:
+        parts = [batch.filter(pc.is_in(batch[KEY], wanted)) for batch in file.iter_batches(tables.ROW_GROUP)]
+        return pa.Table.from_batches(parts, file.schema_arrow)
 
 
 def _picture(content: bytes, shape: Sequence[int] | None) -> bytes:
