@@ -60,9 +60,10 @@ class Setup:
 
 
 def area(inlier, outlier):
-    """AUROC by comparing every pair."""
-    difference = outlier[:, None] - inlier
-    return float((difference > 0).mean() + (difference == 0).mean() / 2)
+    """AUROC by counting pairs in the right order, equal ones half."""
+    ordered = np.sort(inlier)
+    twice = sum(np.searchsorted(ordered, outlier, side).sum() for side in ("left", "right"))
+    return float(twice / (2 * len(inlier) * len(outlier)))
 
 
 def write_scores(run, setup):
