@@ -120,8 +120,11 @@ class Evaluation:
         for label in detectors or ():
             if label not in labels:
                 raise UserError(unknown("detector", label, labels))
-        names = ["key", "label", "prediction", *(labels if detectors is None else detectors)]
-        return pa.concat_tables(tables.Table.open(folder).columns(names))
+        wanted = labels if detectors is None else detectors
+        told = [(KEY, pa.string()), (LABEL, pa.int32()), (PREDICTION, pa.int32())]
+        schema = pa.schema([*told, *((label, pa.float64()) for label in wanted)])
+        parts = tables.Table.open(folder).columns(schema.names)  # none where no image could be read
+        return pa.concat_tables([schema.empty_table(), *parts])
 
     def against(self, other: Evaluation) -> pa.Table:
         """Differences of all detectors of this run and another one on the same images.

@@ -352,6 +352,19 @@ def require_few_bad(job: Job, plan: Plan) -> None:
         raise _too_many(job, features.facts["errors"], first_errors(job), limit)
 
 
+def require_readable(job: Job) -> None:
+    """Refuse a dataset, which is complete, without a single image.
+
+    Raises:
+        UserError: names the first of those that are bad.
+    """
+    if not job.artifact.require().facts["features"]:
+        raise UserError(
+            f"datasets.{job.dataset}: none of its {job.manifest.rows} images can be read. First: "
+            f"{_told(first_errors(job))}. Mend them, or leave the dataset out."
+        )
+
+
 def first_errors(job: Job) -> list[list[str]]:
     """[key, reason] of the first bad rows of a dataset that is complete."""
     with tables.parquet(job.artifact.folder / ERRORS_FILE) as file:
@@ -360,12 +373,15 @@ def first_errors(job: Job) -> list[list[str]]:
 
 
 def _too_many(job: Job, count: int, errors: list[list[str]], limit: float) -> UserError:
-    first = "; ".join(f"{key} ({reason})" for key, reason in errors[:NAMED])
     return UserError(
         f"datasets.{job.dataset}: {count} of {job.manifest.rows} images are bad, more than "
-        f"extract.max_bad_fraction = {limit:g}. First: {first}. "
+        f"extract.max_bad_fraction = {limit:g}. First: {_told(errors)}. "
         "Mend or remove them, or raise the limit."
     )
+
+
+def _told(errors: list[list[str]]) -> str:
+    return "; ".join(f"{key} ({reason})" for key, reason in errors[:NAMED])
 
 
 def finish(job: Job, plan: Plan) -> Record:

@@ -381,9 +381,7 @@ class Run:
             self.claims.share(
                 lambda: [job.name for job in jobs if self._old(job.artifact) or not job.complete], make
             )
-            for job in jobs:
-                shards.require_same_network(job, self.ready.plan)
-                shards.require_few_bad(job, self.ready.plan)
+            self._require_images(jobs)
             numbers = self.costs
             self._describe_extras()
             self.features = {job.dataset: job.table() for job in jobs}
@@ -400,6 +398,15 @@ class Run:
             shown.note += f", {passes:,} passes for extra columns" * bool(passes)
             if numbers["forward_images"]:
                 shown.note += f", {numbers['images_per_second']:,.0f} images/s once running"
+
+    def _require_images(self, jobs: Sequence[shards.Job]) -> None:
+        """Refuse features of another network, and datasets with too few images to be of use."""
+        flagged = {dataset.name for dataset in self.ready.config.of_role("unlabelled")}
+        for job in jobs:
+            shards.require_same_network(job, self.ready.plan)
+            shards.require_few_bad(job, self.ready.plan)
+            if job.dataset not in flagged:
+                shards.require_readable(job)
 
     def _find_calibrating(self) -> None:
         """Which rows calibrate; too few, as of a class that is seldom predicted, are refused."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from base64 import b64decode
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -22,6 +23,7 @@ from pipeline.results import report
 from pipeline.results.report import charts, plots
 from pipeline.results.report import page as page_module
 from pipeline.results.report.compare import deviations
+from pipeline.results.report.review import review
 from pipeline.results.report.tables import GROUPS, Results
 from pipeline.stages.evaluate import PAIRS
 from tests.stored import stored
@@ -516,6 +518,25 @@ def test_the_share_of_flagged_images_is_that_of_the_score_files(finished, page):
     for detector in DETECTORS:
         share = sum(table[f"is_ood.{detector}"].to_pylist()) / table.num_rows
         assert f"{100 * share:.1f}%" in page.cells["unlabelled"]
+
+
+def no_image_of(run, dataset):
+    """Leave no row in the table of scores of a dataset."""
+    shutil.rmtree(run / "scores" / dataset)
+    stored(run / "scores" / dataset, [])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_nothing_is_said_to_be_flagged_of_a_dataset_without_a_readable_image(tmp_path):
+    run = make_run(tmp_path, Setup(unlabelled=("production", "camera"), errors={"camera": 120}))
+    no_image_of(run, "camera")
+    page = Page(report.write(run, 6).read_text(encoding="utf-8"))
+    cells = page.cells["unlabelled"]
+    assert cells[:3] == ["Detector", "production", "camera"]
+    assert all(share.endswith("%") for share in cells[4::3])
+    assert cells[5::3] == ["–", "–"]
+    assert not re.search(r"\bnan\b", page.text)
+    assert not any(image.dataset == "camera" for image in review(Results.read(run), 6).images)
 
 
 def test_several_id_datasets_are_drawn_as_one(tmp_path):

@@ -21,7 +21,7 @@ from pipeline.results import report
 from pipeline.results.report import plots
 from pipeline.results.report.tables import Results
 from tests.browser import chromium, screenshot
-from tests.results.test_report import SMALL, Setup, make_run, manifest_of
+from tests.results.test_report import SMALL, Setup, make_run, manifest_of, no_image_of
 from tests.stored import stored
 
 pytestmark = pytest.mark.browser
@@ -355,6 +355,7 @@ CASES = {
     "no OOD set": Setup(ood={}),
     "one detector": Setup(detectors=("knn",)),
     "images of one set not read": Setup(SMALL, errors={"svhn": 3}),
+    "no image of one set read": Setup(SMALL, errors={"production": 120}),
     "one class": Setup(SMALL),
 }
 
@@ -369,6 +370,8 @@ def test_reports_that_lack_something_open_without_complaint(tmp_path, browser, c
             same = pa.array(np.zeros(len(table)), pa.int32())
             at = table.schema.get_field_index("prediction")
             stored(run / "scores" / name, [table.set_column(at, "prediction", same)])
+    if case == "no image of one set read":
+        no_image_of(run, "production")
     report.write(run, 2)
     browser.open(page_of(run), width=390)
     assert overflow(browser) == 0

@@ -26,6 +26,7 @@ from pipeline import detectors
 from pipeline.config import loading
 from pipeline.errors import UserError
 from pipeline.results import report, verify
+from pipeline.results.evaluation import Evaluation
 from pipeline.stages import passes, prepare
 from pipeline.workflows import run
 from pipeline.workflows.progress import Quiet
@@ -461,6 +462,45 @@ def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(
     errors = pq.read_table(next(tmp_path.glob("workspace/features/strange-*/errors.parquet")))
     assert set(errors["key"].to_pylist()) == {name for name, good in strange.items() if not good}
     assert all(errors["reason"].to_pylist())
+
+
+@pytest.fixture
+def unreadable(settings, tmp_path):
+    """The small evaluation, cut to few images, and a folder of two files that are no images."""
+    folder = tmp_path / "unreadable" / "0"
+    folder.mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        (folder / name).write_text("this is no image")
+    for entry in settings["datasets"]:
+        entry["limit"] = 64
+    settings["detectors"] = ["msp"]
+    settings["extract"]["max_bad_fraction"] = 1.0
+    return settings, {"format": "imagefolder", "path": str(folder.parent), "labels": "index"}
+
+
+@pytest.mark.parametrize("role", ["train", "id", "near_ood"])
+def test_a_dataset_of_which_no_image_can_be_read_is_refused_whatever_is_allowed(
+    unreadable, load, execute, role
+) -> None:
+    settings, images = unreadable
+    (at,) = (i for i, entry in enumerate(settings["datasets"]) if entry["role"] == role)
+    settings["datasets"][at] = {"name": "broken", "role": role, **images}
+    with pytest.raises(
+        UserError, match=r"^datasets\.broken: none of its 2 images can be read\. First: 0/a\.png \(not a"
+    ):
+        execute(load(settings))
+
+
+def test_an_unlabelled_dataset_of_which_no_image_can_be_read_leaves_the_report_as_it_is(
+    unreadable, load, execute
+) -> None:
+    settings, images = unreadable
+    settings["datasets"].append({"name": "camera", "role": "unlabelled", **images})
+    outcome = execute(load(settings))
+    (told,) = outcome.unreadable
+    assert told.startswith("camera: 2 of 2 images could not be used, first: 0/a.png (not a readable image")
+    assert "2 of 2 images could not be used" in (outcome.folder / "report" / "index.html").read_text()
+    assert len(Evaluation(outcome.folder).scores("camera")) == 0
 
 
 def test_too_many_bad_images_stop_the_run_and_name_some(strange, settings, load, execute, tmp_path) -> None:

@@ -6,7 +6,6 @@ Computes no metric: every value in a table is one of `metrics.parquet`.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -295,13 +294,13 @@ class Results:
         parts = [part.to_numpy() for part in self._parts(dataset, detector)]
         return np.concatenate([np.empty(0), *parts]).astype(np.float64)
 
-    def flagged_share(self, dataset: str, detector: str) -> float:
-        """Share of the scored rows of an unlabelled dataset above the threshold; NaN if there are none."""
+    def flagged_share(self, dataset: str, detector: str) -> float | None:
+        """Share of the scored rows of an unlabelled dataset above the threshold; None if there are none."""
         flagged = rows = 0
         for part in self._parts(dataset, IS_OOD + detector):
             flagged += pc.sum(part).as_py() or 0
             rows += len(part) - part.null_count
-        return flagged / rows if rows else math.nan
+        return flagged / rows if rows else None
 
     def _parts(self, dataset: str, column: str) -> Iterator[pa.ChunkedArray]:
         """One column of a dataset's score table, file by file, without rows that were calibrated on."""
