@@ -205,8 +205,9 @@ def prepare(settings: Config, begin: Callable[[], object] = lambda: None) -> Pre
         parts = identity.identity(known, manifest, settings.extract)
         wanted = _extras(dataset.role, selection.detectors.values())
         jobs[dataset.name] = shards.job(dataset, manifest, parts, workspace, known.probe, wanted)
+    plain = Description.of(known.document(), known.arrays())  # what was loaded for it may be large
     return Prepared(
-        settings, workspace, known, selection.detectors, jobs, selection.not_applicable, network.name
+        settings, workspace, plain, selection.detectors, jobs, selection.not_applicable, network.name
     )
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
+from pipeline.network import classifier
+from pipeline.stages import extract
 from pipeline.workflows.several import Failure, Several
 
 
@@ -40,6 +45,39 @@ def test_nothing_of_a_run_that_failed_is_held_while_others_run() -> None:
     assert work.run(execute, given) == [None]
     assert [(failure.run, failure.error) for failure in told] == [("a", "of the network")]
     assert told[0].traceback.endswith("ArithmeticError: of the network\n")
+
+
+def test_no_network_is_held_beyond_its_turn(
+    settings: dict[str, Any],
+    load: Callable[..., Config],
+    execute: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[weakref.ref[Any]] = []
+    original = classifier.load
+
+    def loaded(*given: Any) -> classifier.Classifier:
+        found = original(*given)
+        held.append(weakref.ref(found.module))
+        return found
+
+    def begin(ready: Any) -> int:
+        gc.collect()
+        there, before = [each() for each in held], len(held)
+        assert there == [None] * before
+        execute(ready.config, last="extract")
+        return len(held) - before
+
+    for module in (classifier, extract):
+        monkeypatch.setattr(module, "load", loaded)
+    for entry in settings["datasets"]:
+        entry["limit"] = 64
+    settings["detectors"] = ["msp"]
+    settings["model"]["weights"] = "random"
+    work = Several([load(settings | {"seed": seed}) for seed in (0, 1)], lambda _: None)
+    ready = work.prepared()
+    assert len(held) == 2
+    assert min(work.run(begin, ready)) > 0
 
 
 def test_each_failure_of_a_repeated_model_counts_and_names_its_seed() -> None:
