@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -88,7 +89,6 @@ def submit(
 def _check(line: list[str]) -> None:
     """Refuse what the command would refuse, and files that the cluster does not see."""
     from pipeline.cluster.remote import package
-    from pipeline.config.loading import is_name
 
     name, *arguments = line
     given = _commands()[name].make_context(name, arguments).params
@@ -96,15 +96,27 @@ def _check(line: list[str]) -> None:
         for path in [given[key]] if isinstance(given[key], str) else given[key]:
             package.require_elsewhere(f"--command {name}: {key}", path)
     if name in OF_CONFIGS:
-        for key, option in _OF_THE_CONFIG.items():
-            if given[key]:
-                raise UserError(
-                    f"{option}: after --, it would change the config on the cluster, where files of this "
-                    "machine are not. Give it before the --."
-                )
-        for weights in given.get("weights", ()):
-            if not is_name(weights):
-                package.require_elsewhere("--weights", weights)
+        _check_of_config(given)
+    if name == "apply":
+        from pipeline.workflows.apply import require_settable
+
+        require_settable(given["overrides"])
+
+
+def _check_of_config(given: Mapping[str, Any]) -> None:
+    """The same of a command that takes a config."""
+    from pipeline.cluster.remote import package
+    from pipeline.config.loading import is_name
+
+    for key, option in _OF_THE_CONFIG.items():
+        if given[key]:
+            raise UserError(
+                f"{option}: after --, it would change the config on the cluster, where files of this machine "
+                "are not. Give it before the --."
+            )
+    for weights in given.get("weights", ()):
+        if not is_name(weights):
+            package.require_elsewhere("--weights", weights)
 
 
 def _commands() -> dict[str, Any]:

@@ -210,9 +210,12 @@ def _check_alarms(options: Options, calibrated: Calibrated | None) -> None:
         raise UserError(f"--alarm-above: got {options.alarm_above:g}; expected a share from 0 to below 1.")
 
 
-def _configured(known: Bundle, overrides: Sequence[str]) -> Bundle:
-    """The bundle with other settings of its work."""
-    document: dict[str, Any] = {**known.document}
+def require_settable(overrides: Sequence[str]) -> None:
+    """Refuse to set what a bundle fixes.
+
+    Raises:
+        UserError: names what can be set.
+    """
     for override in overrides:
         section, _, key = override.partition("=")[0].partition(".")
         if key not in _SETTABLE.get(section, ()) or (section, key) in _FIXED:
@@ -220,6 +223,14 @@ def _configured(known: Bundle, overrides: Sequence[str]) -> Bundle:
                 f"--set {override}: of a bundle only keys of extract and of index can be set, but for "
                 "index.kind and index.shards."
             )
+
+
+def _configured(known: Bundle, overrides: Sequence[str]) -> Bundle:
+    """The bundle with other settings of its work."""
+    require_settable(overrides)
+    document: dict[str, Any] = {**known.document}
+    for override in overrides:
+        section = override.partition(".")[0]
         document = {**document, section: dict(document[section])}
         apply_override(document, override)
     for name, model in (("extract", schema.Extract), ("index", schema.Index)):

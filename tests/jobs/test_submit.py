@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -202,6 +203,42 @@ def test_another_command_runs_as_a_job_with_its_exit_status(story, head):
     assert '"good": false' not in done.stdout
 
 
+@pytest.mark.slow
+def test_tune_bundle_and_apply_run_as_jobs_with_the_results_of_this_machine(
+    head, settings, images, load, execute, tmp_path
+):
+    given = {"format": "npz", "path": str(images)}
+    settings["datasets"] += [
+        {"name": "held", "role": "id_val", "images": "held_x", "labels": "held_y", **given},
+        {"name": "val", "role": "ood_val", "images": "val_x", **given},
+    ]
+    settings |= {"name": "other", "detectors": ["msp", "knn"], "tune": {"grids": {"knn": {"k": [1, 5]}}}}
+    execute(load(settings))
+    source, workspace = str(tmp_path / "config.yaml"), ("--workspace", str(tmp_path / "workspace"))
+    run, bundle = str(newest(tmp_path / "workspace", "other")), str(tmp_path / "d.ood")
+
+    def submitted(first: str, command: str, *others: str) -> None:
+        where = () if command == "bundle" else workspace
+        done = head.command("submit", first, "--command", command, "--follow", *where, "--", *others)
+        assert done.returncode == 0, done
+
+    what = (str(images), "--images", "textures_x", "--out")
+    submitted(run, "bundle", "--weights", "--out", bundle)
+    submitted(source, "tune", "--output", str(tmp_path / "there.yaml"))
+    submitted(bundle, "apply", *what, str(tmp_path / "there.parquet"))
+    inline = (*workspace, "--engine", "inline")
+    for command, *arguments in (
+        ("tune", source, "--output", str(tmp_path / "here.yaml")),
+        ("apply", bundle, *what, str(tmp_path / "here.parquet")),
+    ):
+        assert head.command(command, *arguments, *inline).returncode == 0
+    tuned, here = (yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) for name in ("there", "here"))
+    assert tuned == here
+    there, here = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("there", "here"))
+    assert len(there) == 130
+    assert there.equals(here)
+
+
 def test_the_jobs_of_a_cluster_are_listed(story, head):
     listed = head.command("status")
     states = re.findall(r"(STOPPED|FAILED|SUCCEEDED) *│ (\d) *│ (small-\w+)", listed.stdout)
@@ -379,6 +416,9 @@ def test_the_command_of_a_job_is_the_one_that_was_asked_for(evaluation, argument
     assert (" config.yaml\n" in shown.stdout) == ("C" in arguments)
 
 
+APPLY = ("/d.ood", "--command", "apply", "--workspace", "/w", "--")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -395,6 +435,11 @@ def test_the_command_of_a_job_is_the_one_that_was_asked_for(evaluation, argument
             ["/d.ood", "--command", "apply", "--", "/x", "--out", "/o"],
             r"--command apply: workspace: \./workspace ",
         ),
+        (
+            [*APPLY, "/x", "--out", "/o", "--set", "model.weights=./w.pt"],
+            r"--set model\.weights=\./w\.pt: of a bundle only keys of extract and of index can be set",
+        ),
+        ([*APPLY, "./x", "--out", "/o"], r"--command apply: data: \./x lies in"),
         (["/w/runs/a", "--command", "bundle", "--", "--out", "x"], r"--command bundle: out: x lies in"),
         (
             ["/w/a", "--command", "bundle", "--", "--out", "/x", "--export", "/g.pt2", "--export", "g.onnx"],
