@@ -18,6 +18,7 @@ from pipeline.config import published
 from pipeline.config.schema import Config, Dataset, Extract
 from pipeline.data import metadata
 from pipeline.data.manifest import Manifest, compile_manifest
+from pipeline.data.metadata import Metadata
 from pipeline.data.places import require_there
 from pipeline.detectors._combination import Combination
 from pipeline.detectors.base import Detector, Extra, Jigsaw, Mixup
@@ -51,6 +52,8 @@ class Prepared:
     """Name of the note about the network."""
     fresh: bool = False
     """Whether everything is to be made again."""
+    metadata: Metadata | None = None
+    """What the report tells images apart by, as it was when all was checked."""
 
     @property
     def plan(self) -> shards.Plan:
@@ -169,7 +172,8 @@ def prepare(settings: Config, begin: Callable[[], object] = lambda: None) -> Pre
     selection = Selection(chosen, settings.optional)
     selection.keep(lambda label, detector: check_members(label, detector, chosen))
     selection.keep(lambda label, detector: check_data(label, detector, settings))
-    _check_report(settings)
+    _check_published(settings)
+    told_apart = _metadata(settings)
     if settings.tracking.enabled:
         tracking_uri(settings)
     files.require_writable(settings.workspace, "workspace")
@@ -207,7 +211,14 @@ def prepare(settings: Config, begin: Callable[[], object] = lambda: None) -> Pre
         jobs[dataset.name] = shards.job(dataset, manifest, parts, workspace, known.probe, wanted)
     plain = Description.of(known.document(), known.arrays())  # what was loaded for it may be large
     return Prepared(
-        settings, workspace, plain, selection.detectors, jobs, selection.not_applicable, network.name
+        settings,
+        workspace,
+        plain,
+        selection.detectors,
+        jobs,
+        selection.not_applicable,
+        network.name,
+        metadata=told_apart,
     )
 
 
@@ -555,10 +566,13 @@ def _check_labels(dataset: Dataset, manifest: Manifest, classes: int, learned: b
         )
 
 
-def _check_report(settings: Config) -> None:
-    """Whether there is the metadata of the report, and published numbers are of the same protocol."""
-    if settings.report.metadata is not None:
-        metadata.read(settings.report.metadata)
+def _metadata(settings: Config) -> Metadata | None:
+    """What the report tells images apart by beside their classes."""
+    return None if settings.report.metadata is None else metadata.read(settings.report.metadata)
+
+
+def _check_published(settings: Config) -> None:
+    """Whether published numbers are of the same protocol."""
     if settings.published is None:
         return
     protocols = {row.protocol for row in published.read(settings.published)}

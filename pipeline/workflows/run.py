@@ -847,8 +847,7 @@ class Run:
         self.record.close("finished")
         with self.stage("report") as shown:
             if self.record.worked or self.options.first == "report" or not page.is_file():
-                wanted = self.ready.config.report
-                report.write(self.ready.folder, wanted.images, wanted.metadata)
+                report.write(self.ready.folder, self.ready.config.report.images, self.ready.metadata)
             shown.note = str(page)
         self.record.close("finished")
 

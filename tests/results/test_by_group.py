@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.metadata import Metadata
+from pipeline.data.metadata import read as read_metadata
 from pipeline.results import report
 from pipeline.results.report.by_group import by_group
 from pipeline.results.report.tables import Results
@@ -111,7 +112,7 @@ def test_the_page_has_a_section_for_each_column_of_metadata(run: Path, tmp_path:
     keys = read(run, "cifar10_test")["key"].to_pylist()
     lines = [f'{key},"<b>bay, {number % 2}</b>"' for number, key in enumerate(keys)]
     (tmp_path / "meta.csv").write_text("key,loading bay\n" + "\n".join(lines))
-    page = report.write(run, metadata=str(tmp_path / "meta.csv"))
+    page = report.write(run, metadata=read_metadata(str(tmp_path / "meta.csv")))
     text = page.read_text()
     assert '<section id="by-loading-bay">' in text
     assert "<b>bay, 0</b>" not in text and "&lt;b&gt;bay, 0&lt;/b&gt;" in text

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -462,6 +463,24 @@ def test_every_file_of_a_folder_becomes_a_feature_row_or_an_error(
     errors = pq.read_table(next(tmp_path.glob("workspace/features/strange-*/errors.parquet")))
     assert set(errors["key"].to_pylist()) == {name for name, good in strange.items() if not good}
     assert all(errors["reason"].to_pylist())
+
+
+def test_metadata_that_is_changed_while_a_run_works_is_shown_as_it_was(
+    settings, load, execute, tmp_path, monkeypatch
+) -> None:
+    table, evaluate = tmp_path / "cameras.csv", Run.evaluate
+    table.write_text("key,camera\n" + "".join(f"test_x/{number:08},left\n" for number in range(300)))
+
+    def meddled(self: Run) -> None:
+        table.write_text("of another kind")
+        evaluate(self)
+
+    monkeypatch.setattr(Run, "evaluate", meddled)
+    for entry in settings["datasets"]:
+        entry["limit"] = 64
+    settings |= {"detectors": ["msp"], "report": {"metadata": str(table)}}
+    shown = pyarrow.csv.read_csv(execute(load(settings)).folder / "report" / "by-camera.csv")
+    assert sorted(shown["value"].to_pylist()) == ["(none)", "left"]
 
 
 @pytest.fixture

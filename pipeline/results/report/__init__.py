@@ -5,6 +5,7 @@ Reads the run folder, and the images it shows; runs no model, and computes no me
 
 from __future__ import annotations
 
+from pipeline.data.metadata import Metadata
 from pipeline.results.report.console import console_table, decisions_table
 from pipeline.results.report.tables import Results, leaderboard
 from pipeline.results.report.verdict import verdict as _verdict
@@ -22,7 +23,7 @@ def verdict(run: Place) -> list[str]:
     return _verdict(Results.read(run))
 
 
-def write(run: Place, images: int = 0, metadata: str | None = None) -> Place:
+def write(run: Place, images: int = 0, metadata: Metadata | None = None) -> Place:
     """Write `report/` into the folder of a finished run; returns the page. See `page.write`.
 
     Raises:

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.config import published
-from pipeline.data.metadata import read as read_metadata
+from pipeline.data.metadata import Metadata
 from pipeline.metrics.metrics import FAILURES, named
 from pipeline.results import calibrated, unreadable
 from pipeline.results.report import charts, plots
@@ -62,7 +62,7 @@ class Picture:
         return int.from_bytes(self.png[16:20]) // 2
 
 
-def write(run: Place, images: int = 0, metadata: str | None = None) -> Place:
+def write(run: Place, images: int = 0, metadata: Metadata | None = None) -> Place:
     """Write the folder `report` of a finished run: `index.html`, `*.png`, `review.csv`, `classes.csv`, ...
 
     An earlier report stays as it is until the new one is complete; in an object store the page is replaced
@@ -71,17 +71,15 @@ def write(run: Place, images: int = 0, metadata: str | None = None) -> Place:
     Args:
         run: its folder.
         images: how many to show of each kind and dataset, see `review`.
-        metadata: path or URI of a table that tells groups of images, see `pipeline.data.metadata`.
+        metadata: what else images are told apart by.
 
     Returns:
         The page.
 
     Raises:
-        UserError: if the run is not finished, the published numbers it names are not there, or the table is
-            none.
+        UserError: if the run is not finished, or the published numbers it names are not there.
     """
     results, target = Results.read(run), run / "report"
-    known = None if metadata is None else read_metadata(metadata)
     with files.scratch(run) as scratch:
         draft = scratch / "new"
         draft.mkdir()
@@ -89,7 +87,7 @@ def write(run: Place, images: int = 0, metadata: str | None = None) -> Place:
         pictures = {**drawn.pictures, "norm_ratio": _norm_ratio_pictures(results)}
         for picture in (picture for section in pictures.values() for picture in section):
             (draft / picture.file).write_bytes(picture.png)
-        reviewed, groups = review(results, images), by_group(results, known)
+        reviewed, groups = review(results, images), by_group(results, metadata)
         pyarrow.csv.write_csv(reviewed.table(), draft / "review.csv")
         for each in groups:
             pyarrow.csv.write_csv(each.table(), draft / f"{each.name}.csv")
