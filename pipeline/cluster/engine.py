@@ -159,6 +159,9 @@ class Engine(Protocol):
             spread: over the nodes, rather than where there is room first.
         """
 
+    def copied(self, kind: type, *arguments: Any) -> Actor:
+        """An object of a class in each process that asks it, made by its first call there; for small ones."""
+
     def pool(self, kind: type, needs: Needs, count: int, *arguments: Any) -> Pool:
         """Objects of a class as actors that share the calls."""
 

@@ -208,6 +208,10 @@ class Inline:
         """An object."""
         return Object(kind(*arguments))
 
+    def copied(self, kind: type, *arguments: Any) -> Object:
+        """An object: there is one process."""
+        return Object(kind(*arguments))
+
     def pool(self, kind: Callable[..., Any], needs: Needs, count: int, *arguments: Any) -> Objects:
         """Objects, no more than threads."""
         return Objects(self, _free(kind, arguments, self._fitting(needs, count)))

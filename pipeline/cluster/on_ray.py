@@ -31,6 +31,7 @@ from threadpoolctl import threadpool_limits
 from pipeline import imports
 from pipeline.cluster import ray_data, usage
 from pipeline.cluster.engine import Decode, Needs, Pending, Row, Work
+from pipeline.cluster.inline import Held
 from pipeline.cluster.logs import Logs
 from pipeline.cluster.ray_worker import hosted, measured
 from pipeline.errors import AGAIN, UserError
@@ -220,6 +221,38 @@ class Handle:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """An object in each process that asks it; what it costs, whoever asks does."""
+
+    name: str
+    """Tells it from others."""
+    kind: type
+    arguments: tuple[Any, ...]
+
+    def ask(self, method: str, *arguments: Any) -> Pending:
+        """Call a method of this process' own."""
+        result = getattr(self._own(), method)(*arguments)
+        return lambda: result
+
+    def _own(self) -> Any:
+        if self.name not in _copied:
+            _copied.clear()  # of work that is over
+            _copied[self.name] = self.kind(*self.arguments)
+        return _copied[self.name]
+
+    def send(self, value: T) -> Held[T]:
+        """The value itself."""
+        return Held(value)
+
+    def stop(self) -> None:
+        """Nothing to end: each goes with its process, or when another is asked there."""
+
+
+_copied: dict[str, Any] = {}
+"""The object of the last `Copies` that was asked in this process, by name."""
+
+
+@dataclass(frozen=True)
 class Handles:
     """Ray actors that share the calls."""
 
@@ -397,6 +430,10 @@ class OnRay:
             scheduling_strategy="SPREAD" if spread else "DEFAULT",
         )
         return Handle(remote.remote(self.logs, *arguments))
+
+    def copied(self, kind: type, *arguments: Any) -> Copies:
+        """An object in each process that asks it."""
+        return Copies(uuid.uuid4().hex, kind, arguments)
 
     def pool(self, kind: type, needs: Needs, count: int, *arguments: Any) -> Handles:
         """Actors that share the calls."""

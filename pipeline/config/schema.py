@@ -303,8 +303,8 @@ class Index(Frozen):
     kind: str = Field(default="flat", description="'flat' (exact) or a FAISS factory string")
     shards: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default="auto",
-        description="auto = as many as there is work and CPUs or GPUs for; of an approximate kind as few as "
-        "hold it",
+        description="auto = as many as there is work and CPUs or GPUs for, of an approximate kind as few as "
+        "hold it; a flat index of at most 64 MiB lies in each process that scores instead",
     )
     cpus_per_shard: float = Field(default=1, gt=0)
     gpus_per_shard: float = Field(default=0, ge=0)

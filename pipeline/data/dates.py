@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
+from functools import lru_cache
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,7 +28,11 @@ def date_of(key: str) -> str:
     The name of a folder may hold more than the date. Of several dates the innermost counts; the name of the
     image itself tells none.
     """
-    folder = key.rpartition("/")[0]
+    return _date_of_folder(key.rpartition("/")[0])
+
+
+@lru_cache(maxsize=2**10)  # many images lie in one
+def _date_of_folder(folder: str) -> str:
     for pattern in (_WHOLE, _NESTED):
         for found in reversed(pattern.findall(folder)):
             try:

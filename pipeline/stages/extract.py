@@ -75,6 +75,11 @@ class Extractor:
         """Loaded by the first shard: an error raised there keeps its type, one of `__init__` does not."""
         return load_in_worker(self.plan, self.threads, compiled=self.plan.settings.compile)
 
+    @cached_property
+    def machine(self) -> str:
+        """What it computes on; versions of packages are read from their files, which takes a while."""
+        return machine(self.plan.settings)
+
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Extract one shard, given as a row of `Shard` fields, or what `decode_shard` made of it."""
         shard = Shard(**{field.name: row[field.name] for field in fields(Shard)})
@@ -109,7 +114,7 @@ class Extractor:
                 rows=len(keys),
                 errors=errors,
                 keys=shards.digest(keys),
-                machine=machine(self.plan.settings),
+                machine=self.machine,
             )
         for column, values in others.columns(keys):
             path = shards.beside(files.at(shard.part), column)

@@ -1,5 +1,7 @@
 """Nearest neighbours in banks of training vectors: FAISS in actors, each holding a range of every bank.
 
+Small banks are held by every process that scores instead: it then waits for nobody.
+
 Neighbours are merged in shard order, ties by row, so any number of shards gives the result of one index.
 Exact distances are computed of those alone that are left, and that a detector reads.
 """
@@ -36,6 +38,9 @@ AUTO_SHARD_OPERATIONS, AUTO_SHARDS = 10**8, 16
 
 There are no more than 16 for it: whoever scores holds k neighbours of a query from each.
 """
+
+AUTO_COPIED_BYTES = 2**26
+"""With `shards: auto` flat banks of at most this much are held by each process that scores."""
 
 _FLAT, _TRAINED = 1.5, 2.5
 """What a shard takes over the bytes of its vectors, at most, while it is loaded: measured 1.4 and 2.3."""
@@ -211,13 +216,15 @@ def device(settings: schema.Index) -> str:
 
 @dataclass(frozen=True)
 class Index:
-    """Handles of the shard actors; travels to the tasks that search."""
+    """Handles of the shards; travels to the tasks that search."""
 
     shards: tuple[Actor, ...]
     flat: bool
     """Whether every search is exhaustive; the first of k neighbours are then those of a smaller k."""
     holds: tuple[int, ...] = ()
-    """Bytes that each shard may hold."""
+    """Bytes that each shard may hold that is an actor."""
+    copied: int = 0
+    """Bytes that whoever searches may hold where there are no actors."""
 
     def search(self, folder: str, queries: Vectors, k: int, exact: bool = False) -> Search:
         """Begin to look for the k nearest vectors of a bank.
@@ -323,6 +330,8 @@ def start(
 ) -> Index:
     """Start the shard actors and load every bank into them, once however many detectors search it.
 
+    There are none where all banks are small: who searches then loads them itself.
+
     Args:
         engine: does the work.
         files: the banks that are searched; trained indexes of them are there.
@@ -330,7 +339,13 @@ def start(
         others: banks of the run that need not be searched now, but count where shards are sized.
     """
     banks = {bank.folder: bank for bank in files}
-    index = _started(engine, banks, shards_of(engine, [*banks.values(), *others], settings), settings)
+    known = [*banks.values(), *others]
+    if _is_small(known, settings):
+        from pipeline.stages.faiss_shard import IndexShard
+
+        shard = engine.copied(IndexShard, 0, 1, settings, banks)
+        return Index((shard,), True, copied=_bank_bytes(banks.values(), 1, settings))
+    index = _started(engine, banks, shards_of(engine, known, settings), settings)
     try:
         for folder in banks:
             for loaded in [shard.ask("load", folder) for shard in index.shards]:
@@ -339,6 +354,16 @@ def start(
         index.stop()
         raise
     return index
+
+
+def _is_small(banks: Iterable[BankFiles], settings: schema.Index) -> bool:
+    """Whether each process that scores may hold all banks, and nobody asked where they are to lie."""
+    placed = settings.shards != "auto" or settings.kind != "flat" or settings.resources
+    if placed or device(settings) != "cpu" or settings.gpus_per_shard:
+        return False
+    return 4 * sum(bank.rows * bank.width for bank in {each.folder: each for each in banks}.values()) <= (
+        AUTO_COPIED_BYTES
+    )
 
 
 def here(banks: Iterable[BankFiles], settings: schema.Index) -> Index:
@@ -383,9 +408,14 @@ def _started(engine: Engine, banks: Mapping[str, BankFiles], count: int, setting
 
 
 def _shard_bytes(banks: Iterable[BankFiles], count: int, settings: schema.Index) -> int:
-    """Bytes that one of so many shards may hold."""
+    """Bytes that the actor of one of so many shards may hold."""
+    return memory.PROCESS + _bank_bytes(banks, count, settings)
+
+
+def _bank_bytes(banks: Iterable[BankFiles], count: int, settings: schema.Index) -> int:
+    """Bytes that one of so many shards may hold of the vectors."""
     vectors = 4 * sum(-(-bank.rows // count) * bank.width for bank in banks)
-    return memory.PROCESS + int((_FLAT if settings.kind == "flat" else _TRAINED) * vectors)
+    return int((_FLAT if settings.kind == "flat" else _TRAINED) * vectors)
 
 
 def recall(index: Index, folder: str, queries: Vectors) -> float:

@@ -222,6 +222,7 @@ class Scoring:
         if self.index is None:
             return held
         most = sum({folder: k for folder, k, _ in self._wanted.values()}.values())
+        held += self.index.copied
         return held + (SEARCHES + 1) * _NEIGHBOUR * BATCH * most * len(self.index.shards)
 
     @cached_property

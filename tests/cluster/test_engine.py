@@ -24,6 +24,7 @@ from tests.cluster.work import (
     Counter,
     Deadly,
     Halver,
+    asked_here,
     broken,
     deadly,
     decoded,
@@ -140,6 +141,20 @@ def test_an_actor_keeps_its_state_and_answers_one_call_after_the_other(each: Eng
         with usage.collect() as used:
             actor.stop()
     assert used.tasks in (0, 3)  # of an object in this process they were counted when they were asked for
+
+
+def test_an_object_that_is_copied_is_asked_in_the_process_of_the_task(each: Engine) -> None:
+    counters = [each.copied(Counter, 0), each.copied(Counter, 5)]
+    shared = each.share(counters)
+    found = list(each.in_order(asked_here, ((number, shared) for number in range(20))))
+    assert [numbers for numbers, _ in found] == [[n**2, n**2 + 5] for n in range(20)]
+    assert all(own for _, own in found)
+
+
+def test_of_objects_that_are_copied_a_process_keeps_one_until_another_is_asked(each: Engine) -> None:
+    first, second = each.copied(Counter, 0), each.copied(Counter, 5)
+    assert [first.ask("add", 1)(), first.ask("add", 1)()] == [1, 2]
+    assert second.ask("add", 1)() == 6
 
 
 def test_a_pool_gives_results_in_the_order_of_the_arguments(each: Engine) -> None:

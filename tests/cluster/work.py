@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cluster import attempts
-from pipeline.cluster.engine import Shared
+from pipeline.cluster.engine import Actor, Shared
 from pipeline.errors import UserError
 
 
@@ -40,14 +40,23 @@ class Counter:
     """An object with a state."""
 
     def __init__(self, start: int) -> None:
-        self.count = start
+        self.count, self.process = start, os.getpid()
 
     def add(self, number: int) -> int:
         self.count += number
         return self.count
 
     def square(self, number: int) -> int:
-        return number**2
+        return number**2 + self.count
+
+    def made_in(self) -> int:
+        return self.process
+
+
+def asked_here(number: int, counters: Shared[list[Actor]]) -> tuple[list[int], bool]:
+    """What each of some counters says of a number, and whether all lie in the process of the task."""
+    found = [(each.ask("square", number)(), each.ask("made_in")()) for each in counters.get()]
+    return [square for square, _ in found], {process for _, process in found} == {os.getpid()}
 
 
 class Halver:

@@ -167,6 +167,15 @@ def test_a_dataset_is_complete_only_when_every_row_is_accounted_for(job, plan) -
     assert record.facts["machines"] == {extract.machine(plan.settings): 4}
 
 
+def test_a_worker_looks_once_what_it_computes_on(job, plan, monkeypatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(extract, "version", lambda name: asked.append(name) or "1")
+    worker = extract.Extractor(plan, 1)
+    for shard in shards.cut(job, 90):
+        worker(asdict(shard))
+    assert asked == ["torch", "pillow"]
+
+
 def test_a_part_that_lost_rows_is_never_marked_complete(job, plan) -> None:
     write_all(job, plan)
     part = Path(shards.cut(job, 90)[1].part)

@@ -11,7 +11,7 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from pipeline.cluster.engine import opened
-from pipeline.cluster.inline import Object
+from pipeline.cluster.inline import Inline, Object
 from pipeline.config import schema
 from pipeline.errors import UserError
 from pipeline.stages import faiss_shard, index
@@ -267,6 +267,38 @@ def test_actors_hold_every_bank_and_report_recall(on_ray, tmp_path, vectors, que
         assert searched.search(small.folder, queries, 1).neighbours.row.max() < 100
     finally:
         searched.stop()
+
+
+def test_small_banks_are_searched_by_whoever_asks_and_give_what_actors_do(
+    tmp_path, monkeypatch, vectors, queries
+) -> None:
+    files, started = bank(tmp_path, vectors), []
+    with opened("inline", threads=1) as engine:
+        start = Inline.start
+        monkeypatch.setattr(
+            Inline, "start", lambda *given, **more: started.append(1) or start(*given, **more)
+        )
+        copied = index.start(engine, [files], FLAT)
+        assert (started, copied.holds, copied.copied) == ([], (), int(1.5 * 4 * 450 * 24))
+        found = copied.search(files.folder, queries, 9)
+        for settings in (schema.Index(shards=1), schema.Index(resources={"highmem": 1}), FLAT):
+            if settings is FLAT:
+                monkeypatch.setattr(index, "AUTO_COPIED_BYTES", 4 * 450 * 24 - 1)
+            held = index.start(engine, [files], settings)
+            assert (started.pop(), started, len(held.holds), held.copied) == (1, [], 1, 0)
+            other = held.search(files.folder, queries, 9)
+            np.testing.assert_array_equal(other.neighbours.row, found.neighbours.row)
+            np.testing.assert_array_equal(other.distance(slice(None)), found.distance(slice(None)))
+
+
+def test_banks_that_are_not_searched_now_count_where_small_ones_are_told(
+    tmp_path, monkeypatch, vectors
+) -> None:
+    files, other = bank(tmp_path, vectors), bank(tmp_path, vectors[:200])
+    monkeypatch.setattr(index, "AUTO_COPIED_BYTES", 4 * 24 * 649)
+    with opened("inline", threads=1) as engine:
+        assert index.start(engine, [files], FLAT, [files]).holds == ()
+        assert len(index.start(engine, [files], FLAT, [files, other]).holds) == 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -57,7 +57,13 @@ class Noted:
 
 
 def worked(
-    engine: Engine, folder: Path, rows: int, width: int, classes: int, searching: bool = True
+    engine: Engine,
+    folder: Path,
+    rows: int,
+    width: int,
+    classes: int,
+    searching: bool = True,
+    shards: int | Literal["auto"] = 2,
 ) -> Noted:
     """The engine after statistics, a bank and scores of made-up rows, whose features are kept in 16 bits."""
     noted, rng = Noted(engine), np.random.default_rng(0)
@@ -77,7 +83,7 @@ def worked(
     training = Training(head.weight, head.bias, train=statistics.Statistics(known))
     scorers = {"dice": Dice().fit(training), "mds": Mds().fit(training), "knn": Knn(k=5).fit(training)}
     bank = banks.build_bank(noted, store, scorers["knn"].bank, table, {"of": "test"}, {})
-    searched = index.start(engine, [bank], schema.Index(shards=2)) if searching else None
+    searched = index.start(engine, [bank], schema.Index(shards=shards)) if searching else None
     if searched is None:
         del scorers["knn"]
     scoring = score.Scoring(scorers, COLUMNS, {"knn": bank.folder}, searched)
@@ -101,6 +107,13 @@ def test_what_is_asked_follows_from_rows_widths_and_neighbours(engine: Engine, t
     assert noted.asked("score_part") == [memory.PROCESS + 18 * 1024 * whole + found]
     shard = memory.PROCESS + int(1.5 * 4 * 1500 * 40)
     assert [beside for *_, beside in noted.tasks if beside] == [(shard, shard)]
+
+
+def test_a_task_asks_for_the_vectors_that_it_holds_itself(engine: Engine, tmp_path: Path) -> None:
+    noted = worked(engine, tmp_path, rows=3000, width=40, classes=5, shards="auto")
+    row, found = 100 + 4 + 4 + 4 * 40 + 4 * 5, 3 * 16 * 1024 * 5
+    assert noted.asked("score_part") == [memory.PROCESS + 18 * 1024 * row + found + int(1.5 * 4 * 3000 * 40)]
+    assert [beside for *_, beside in noted.tasks if beside] == []
 
 
 def test_wide_rows_are_read_in_smaller_ranges_of_whole_row_groups(tmp_path: Path) -> None:
