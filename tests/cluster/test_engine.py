@@ -24,6 +24,7 @@ from tests.cluster.work import (
     Counter,
     Deadly,
     Halver,
+    asked_by_the_second,
     asked_here,
     broken,
     deadly,
@@ -151,10 +152,20 @@ def test_an_object_that_is_copied_is_asked_in_the_process_of_the_task(each: Engi
     assert all(own for _, own in found)
 
 
-def test_of_objects_that_are_copied_a_process_keeps_one_until_another_is_asked(each: Engine) -> None:
-    first, second = each.copied(Counter, 0), each.copied(Counter, 5)
+def test_of_objects_that_are_copied_a_process_on_ray_keeps_the_last(on_ray: Engine) -> None:
+    first, second = on_ray.copied(Counter, 0), on_ray.copied(Counter, 5)
     assert [first.ask("add", 1)(), first.ask("add", 1)()] == [1, 2]
     assert second.ask("add", 1)() == 6
+    assert first.ask("add", 1)() == 1
+
+
+def test_a_task_whose_process_died_asks_the_object_of_its_next(on_ray: Engine, tmp_path: Path) -> None:
+    shared = on_ray.share([on_ray.copied(Counter, 5)])
+    arguments = [(number, shared, str(tmp_path / "died")) for number in range(4)]
+    with usage.collect() as used:
+        found = list(on_ray.in_order(asked_by_the_second, arguments))
+    assert found == [([number**2 + 5], True) for number in range(4)]
+    assert used.retries == 1
 
 
 def test_a_pool_gives_results_in_the_order_of_the_arguments(each: Engine) -> None:
