@@ -75,7 +75,7 @@ def _applied(session: Session, count: int) -> float:
         bundle, images = str(session.first / "detector.ood"), _images(session, count)
         given = ["apply", bundle, images, "--format", "idx", "--out", "table.parquet"]
         more = ["--set", "extract.actors=2", "--set", "extract.shard_rows=auto"]
-        return commands.called([*given, *more], folder)[0]
+        return commands.called([*given, *more, *commands.ON_RAY], folder)[0]
 
 
 def _images(session: Session, count: int) -> str:
