@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from json.encoder import encode_basestring_ascii as _quoted
+from itertools import groupby
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,7 +52,8 @@ nor `bytes` is an image known to be lost. `label` is the class index, -1 where i
 are right, `accepted` has all of them and `label` the first. `identity` changes with the image: size and time
 stamp of its file, or the SHA-256 of its bytes; empty for inline bytes."""
 
-_EMPTY = hashlib.sha256(b"").digest()
+_SPECIAL = r"[^ !#-\[\]-~]"
+"""Characters that JSON in ASCII spells in another way."""
 
 
 @dataclass(frozen=True)
@@ -223,20 +226,61 @@ def table_digest(table: pa.Table) -> bytes:
 
     The digest of a dataset is SHA-256 over those of its row groups.
     """
-    sha = hashlib.sha256()
-    names = ("key", "bytes", "shape", "label", "identity", "accepted")
-    rows = zip(*(table[name].to_pylist() for name in names), strict=True)
-    for key, content, shape, label, identity, accepted in rows:
-        several = "" if accepted is None else f", {json.dumps(accepted)}"
-        known = f"{json.dumps(shape) if shape else 'null'}, {label}, {_quoted(identity)}"
-        sha.update(f"[{_quoted(key)}, {known}, {'true' if content is None else 'false'}{several}]".encode())
-        sha.update(hashlib.sha256(content).digest() if content else _EMPTY)
-    return sha.digest()
+    names = ("key", "shape", "label", "identity", "accepted", "bytes")
+    keys, shapes, labels, identities, accepted, contents = (table[name] for name in names)
+    parts = [
+        *('["', _escaped(keys), '", ', _each(shapes, _shape), ", ", labels.cast(pa.string()), ', "'),
+        *(_escaped(identities), '", ', _each(contents, _lacks), _each(accepted, _several), "]"),
+        _each(contents, _content),
+    ]
+    rows = pc.binary_join_element_wise(*_as_bytes(parts), b"").combine_chunks()
+    content: pa.Buffer = pc.binary_join(pa.ListArray.from_arrays([0, len(rows)], rows), b"")[0].as_buffer()
+    return hashlib.sha256(content).digest()
+
+
+def _as_bytes(parts: Iterable[Any]) -> Iterator[Any]:
+    """Columns of text and bytes, and what is the same in all rows; of the latter, neighbours become one."""
+    for alike, some in groupby(parts, lambda part: isinstance(part, str | bytes)):
+        if alike:
+            yield b"".join(part.encode() if isinstance(part, str) else part for part in some)
+        else:
+            yield from (part.cast(pa.binary()) for part in some)
+
+
+def _escaped(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts as JSON has them between quotes."""
+    if pc.any(pc.match_substring_regex(texts, _SPECIAL)).as_py():
+        return pa.chunked_array([[encode_basestring_ascii(text)[1:-1] for text in texts.to_pylist()]])
+    return texts
+
+
+def _each(column: pa.ChunkedArray, say: Callable[[Any], Any]) -> Any:
+    """What is said of each value; once where there are none."""
+    if column.null_count == len(column):
+        return say(None)
+    return pa.array(map(say, column.to_pylist()))
+
+
+def _shape(shape: list[int] | None) -> str:
+    return json.dumps(shape) if shape else "null"
+
+
+def _several(labels: list[int] | None) -> str:
+    return "" if labels is None else f", {json.dumps(labels)}"
+
+
+def _lacks(content: bytes | None) -> str:
+    return "true" if content is None else "false"
+
+
+def _content(content: bytes | None) -> bytes:
+    return hashlib.sha256(content or b"").digest()
 
 
 def _counts(table: pa.Table) -> Iterator[tuple[int, int]]:
     """Labels and the rows that accept them; rows without bytes fail when they are read and have none."""
-    table = table.filter(pc.or_(pc.is_valid(table["uri"]), pc.is_valid(table["bytes"])))
+    readable = pc.or_(pc.is_valid(table["uri"]), pc.is_valid(table["bytes"]))
+    table = table.select(["label", "accepted"]).filter(readable)
     several = pc.list_flatten(table["accepted"])
     single = table["label"].filter(pc.is_null(table["accepted"]))
     for column in (single, several):

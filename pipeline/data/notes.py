@@ -24,9 +24,9 @@ class Seen:
         self.what, self.total, self.first = what, 0, ""
         self.left_out: Counter[str] = Counter()
 
-    def read(self) -> None:
-        """Count one that is read."""
-        self.total += 1
+    def read(self, count: int = 1) -> None:
+        """Count some that are read."""
+        self.total += count
 
     def leave_out(self, name: str, kind: str | None = None) -> None:
         """Count one that is not read; without a `kind` it is that of the ending of its name."""

@@ -43,6 +43,9 @@ TRIES = 3
 SILENCE = 10.0
 """Seconds without a byte after which a client takes a request for lost."""
 
+MISSING = "missing"
+"""Identity of a file that is not there."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -54,7 +57,7 @@ class Entry(NamedTuple):
     name: str
     folder: bool
     identity: str
-    """Size and time stamp of a file; `missing` for a link to nowhere."""
+    """Size and time stamp of a file; `MISSING` for a link to nowhere."""
     size: int = 0
     """Bytes."""
 
@@ -72,7 +75,7 @@ def is_remote(path: str) -> bool:
 def join(folder: str, name: str) -> str:
     """Path of a file (a name or a relative path) in a folder; an absolute local name stays as it is."""
     if "://" not in folder:
-        return _local_uri(str(Path(folder) / name))
+        return local_uri(str(Path(folder) / name))
     base, mark, query = folder.partition("?")
     return f"{base.rstrip('/')}/{quote(os.fsencode(PurePosixPath(name.lstrip('/'))))}{mark}{query}"
 
@@ -118,7 +121,7 @@ def entries(folder: str) -> list[Entry]:
         with os.scandir(place) as found:
             listed = [_local_entry(entry) for entry in found]
     else:
-        listed = [_remote_entry(join(folder, info.base_name), info) for info in _children(system, place)]
+        listed = [_remote_entry(join(folder, info.base_name), info) for info in children(system, place)]
     return sorted(listed, key=lambda entry: entry.name)
 
 
@@ -402,8 +405,8 @@ def _system(scheme: str, host: str, query: str) -> tuple[Any, str]:
         raise UserError(f"{uri}: cannot use this storage: {str(error).splitlines()[0]}.") from None
 
 
-def _local_uri(path: str) -> str:
-    """A path, as a URI if it is no valid text and could not be stored."""
+def local_uri(path: str) -> str:
+    """A local path, as a URI if it is no valid text and could not be stored."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -422,18 +425,23 @@ def _exists(path: str) -> bool:
 
 
 def _local_entry(entry: Path | os.DirEntry[str]) -> Entry:
-    uri = _local_uri(os.fspath(entry))
-    folder = entry.is_dir()
-    try:
-        found = entry.stat()
-    except OSError as error:  # a dangling link
-        if is_transient(error):
-            raise
-        return Entry(uri, entry.name, folder, "missing")
+    uri, folder, found = local_uri(os.fspath(entry)), entry.is_dir(), status(entry)
+    if found is None:
+        return Entry(uri, entry.name, folder, MISSING)
     return Entry(uri, entry.name, folder, _identity(found), found.st_size)
 
 
-def _children(system: Any, place: str) -> Iterator[fs.FileInfo]:
+def status(entry: Path | os.DirEntry[str]) -> os.stat_result | None:
+    """What the system knows of a local file or folder; None for a link to nowhere."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if is_transient(error):
+            raise
+        return None
+
+
+def children(system: Any, place: str) -> Iterator[fs.FileInfo]:
     """What lies in a folder. Of GCS, all below it is listed: pyarrow sees folders there only by files."""
     implied = system.type_name == "gcs"
     found: set[str] = set()
@@ -449,6 +457,11 @@ def _children(system: Any, place: str) -> Iterator[fs.FileInfo]:
             yield info
 
 
-def _remote_entry(uri: str, info: Any) -> Entry:
+def _remote_entry(uri: str, info: fs.FileInfo) -> Entry:
     folder = info.type == fs.FileType.Directory
-    return Entry(uri, info.base_name, folder, f"{info.size}-{info.mtime_ns}", info.size or 0)
+    return Entry(uri, info.base_name, folder, remote_identity(info), info.size or 0)
+
+
+def remote_identity(info: fs.FileInfo) -> str:
+    """Size and time stamp of a remote file, as far as its store knows them."""
+    return f"{info.size}-{info.mtime_ns}"

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from pipeline.errors import UserError
-from pipeline.workspace import storage
+from pipeline.workspace import folders
 
 
 def save(path, value=0):
@@ -221,13 +221,13 @@ def test_folders_beside_each_other_are_listed_at_once_and_come_in_their_order(
     for number in range(32):
         save(tmp_path / "set" / f"{number:02d}" / "deep" / "1.png", number)
     alone = compiled("imagefolder", tmp_path / "set")
-    listed = storage.entries
+    listed = folders.listing
 
     def far(folder):
         time.sleep(0.05)
         return listed(folder)
 
-    monkeypatch.setattr(storage, "entries", far)
+    monkeypatch.setattr(folders, "listing", far)
     began = time.perf_counter()
     assert compiled("imagefolder", tmp_path / "set") == alone
     assert time.perf_counter() - began < 65 * 0.05 * 0.8

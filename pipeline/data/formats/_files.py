@@ -3,61 +3,116 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
-from itertools import islice
-from typing import Any, BinaryIO
+from itertools import chain, islice
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config.schema import Dataset
 from pipeline.data.manifest import SCHEMA
 from pipeline.data.notes import Seen
 from pipeline.data.places import located
 from pipeline.errors import UserError
-from pipeline.workspace import storage
+from pipeline.workspace import folders, storage
 from pipeline.workspace.storage import Entry
 from pipeline.workspace.tables import ROW_GROUP
 
 AHEAD = 16
-"""Folders beside each other that are listed at once."""
+"""Folders beside each other that are listed at once where each waits for an answer, as over a network.
 
-_FIELDS = [(field.name, field.type) for field in SCHEMA]
+Where none waits, more than one would only take the interpreter from each other: 1.4 million files on a local
+disk, in 1,000 folders, took 12 seconds of two cores with 16 at once, and 8 with one."""
+
+WAITING = 4.0
+"""Times that a listing takes as long as it computes, if it waits."""
+
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 
 
-def walk(folder: str, endings: tuple[str, ...], seen: Seen) -> Iterator[tuple[str, Entry]]:
-    """Files below a folder with their relative paths, depth first in sorted order.
+class Source(NamedTuple):
+    """A file of many images."""
+
+    uri: str
+    identity: str
+
+
+def walk(folder: str, endings: tuple[str, ...], seen: Seen) -> Iterator[tuple[str, pa.Table]]:
+    """Files below a folder, depth first in sorted order.
 
     Links are followed; hidden files and folders such as `.ipynb_checkpoints` are left out. Folders beside
     each other are listed ahead, as over a network each takes an answer of a server; no more than these are
-    in memory.
+    in memory, and as columns.
 
     Args:
         folder: where to begin.
         endings: of the files that are given.
         seen: counts all files, and a hidden folder as one.
+
+    Yields:
+        The folder that some files lie in, as a relative path that ends with a slash, or empty; and the files
+        in columns: `key` (the relative path as text), `uri` and `identity`.
     """
-    return _walk(storage.entries(folder), endings, seen, "")
+    return _walk(folders.listing(folder), endings, seen, "")
 
 
 def _walk(
-    listed: list[Entry], endings: tuple[str, ...], seen: Seen, inside: str
-) -> Iterator[tuple[str, Entry]]:
+    listed: pa.Table, endings: tuple[str, ...], seen: Seen, inside: str
+) -> Iterator[tuple[str, pa.Table]]:
     """Files among the entries of a folder, which lies `inside` a path that ends with a slash, and below."""
-    folders = [entry.uri for entry in listed if entry.folder and not is_hidden(entry)]
-    below = (
-        storage.ahead(storage.entries, folders, AHEAD) if len(folders) > 1 else map(storage.entries, folders)
-    )
-    for entry in listed:
-        name = f"{inside}{entry.name}"
-        if entry.folder and not is_hidden(entry):
-            yield from _walk(next(below), endings, seen, f"{name}/")
-        elif is_hidden(entry) or not entry.name.lower().endswith(endings):
-            seen.leave_out(spelled(name))
-        else:
-            seen.read()
-            yield name, entry
+    entered = pc.and_not(listed["folder"], _hidden(listed))
+    below = _listings(listed["uri"].filter(entered).to_pylist())
+    start = 0
+    for place in np.flatnonzero(entered.to_numpy()).tolist():
+        yield from _among(listed.slice(start, place - start), endings, seen, inside)
+        name = folders.decoded(listed["name"][place].as_py())
+        yield from _walk(next(below), endings, seen, f"{inside}{name}/")
+        start = place + 1
+    yield from _among(listed.slice(start), endings, seen, inside)
+
+
+def _listings(uris: list[str]) -> Iterator[pa.Table]:
+    """Folders beside each other; so many are listed ahead as the time of the first one says."""
+    for first in uris[:1]:
+        began, computed = time.perf_counter(), time.thread_time()
+        listed = folders.listing(first)
+        waited = time.perf_counter() - began > WAITING * (time.thread_time() - computed)
+        yield listed
+        yield from storage.ahead(folders.listing, uris[1:], AHEAD if waited else 1)
+
+
+def _among(
+    listed: pa.Table, endings: tuple[str, ...], seen: Seen, inside: str
+) -> Iterator[tuple[str, pa.Table]]:
+    """The files among entries that are not entered."""
+    if not len(listed):
+        return
+    ending = f"(?i)(?:{'|'.join(map(re.escape, endings))})$"
+    named = pc.match_substring_regex(listed["name"], ending)
+    read = pc.and_not(named, pc.or_(listed["folder"], _hidden(listed)))
+    for name in listed["name"].filter(pc.invert(read)).to_pylist():
+        seen.leave_out(spelled(f"{inside}{folders.decoded(name)}"))
+    found = listed.filter(read)
+    seen.read(len(found))
+    if len(found):
+        keys = pc.binary_join_element_wise(spelled(inside), _texts(found["name"]), "")
+        yield inside, pa.table([keys, found["uri"], found["identity"]], ["key", "uri", "identity"])
+
+
+def _hidden(listed: pa.Table) -> pa.ChunkedArray:
+    return pc.starts_with(listed["name"], ".")
+
+
+def _texts(names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Names of a listing as keys have them."""
+    try:
+        return names.cast(pa.string())
+    except pa.ArrowInvalid:  # bytes that are no UTF-8
+        return pa.chunked_array([[spelled(folders.decoded(name)) for name in names.to_pylist()]])
 
 
 def is_hidden(entry: Entry) -> bool:
@@ -70,7 +125,7 @@ def visible(folder: str) -> list[Entry]:
     return [entry for entry in storage.entries(folder) if not is_hidden(entry)]
 
 
-def sources(dataset: Dataset, endings: tuple[str, ...], seen: Seen) -> list[tuple[str, Entry]]:
+def sources(dataset: Dataset, endings: tuple[str, ...], seen: Seen) -> list[tuple[str, Source]]:
     """The files that `path` means, with their relative paths: one, all below a folder, or those `*` matches.
 
     A range of numbers in it, as `{000..012}`, means all of them, each of which must be there. `seen` counts
@@ -86,16 +141,23 @@ def sources(dataset: Dataset, endings: tuple[str, ...], seen: Seen) -> list[tupl
     return found
 
 
-def _sources(path: str, endings: tuple[str, ...], seen: Seen, where: str) -> Iterable[tuple[str, Entry]]:
+def _sources(path: str, endings: tuple[str, ...], seen: Seen, where: str) -> Iterable[tuple[str, Source]]:
     """The files that a path without ranges means."""
     pattern = storage.name_of(path)
     if "*" in pattern:
         listed = visible(storage.parent(path))
-        return [(entry.name, entry) for entry in listed if _matches(entry, pattern, endings)]
+        return [_source(entry) for entry in listed if _matches(entry, pattern, endings)]
     entry = storage.find(path)
     if entry is None:
         raise UserError(f"{where}: no such file or folder: {path}")
-    return walk(path, endings, seen) if entry.folder else [(entry.name, entry)]
+    if not entry.folder:
+        return [_source(entry)]
+    found = (zip(*table.to_pydict().values(), strict=True) for _, table in walk(path, endings, seen))
+    return [(key, Source(uri, identity)) for key, uri, identity in chain.from_iterable(found)]
+
+
+def _source(entry: Entry) -> tuple[str, Source]:
+    return entry.name, Source(entry.uri, entry.identity)
 
 
 def _expanded(path: str) -> Iterator[str]:
@@ -131,15 +193,18 @@ def batched(rows: Iterable[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
     source = iter(rows)
     while some := list(islice(source, ROW_GROUP)):
         given = set[str]().union(*some)
-        yield pa.RecordBatch.from_arrays(
-            [
-                pa.array([row.get(name) for row in some], kind)
-                if name in given
-                else pa.nulls(len(some), kind)
-                for name, kind in _FIELDS
-            ],
-            schema=SCHEMA,
-        )
+        columns = {name: pa.array([row.get(name) for row in some], SCHEMA.field(name).type) for name in given}
+        yield from batches(pa.table(columns))
+
+
+def batches(table: pa.Table) -> list[pa.RecordBatch]:
+    """Rows, given as some columns of `SCHEMA`, in batches of all columns."""
+    columns = [
+        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in SCHEMA
+    ]
+    found: list[pa.RecordBatch] = pa.table(columns, schema=SCHEMA).to_batches()
+    return found
 
 
 def spelled(name: str) -> str:

@@ -35,7 +35,8 @@ def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
         raise UserError(f"{where}: {root} has no class folders; role {dataset.role!r} needs one per class.")
     if labelled is not None and dataset.labels is None and (order := labels.order_note(labelled.index or {})):
         notes.said.append(order)
-    yield from _files.batched(_rows(dataset, root, labelled, notes))
+    for table in _tables(dataset, root, labelled, notes):
+        yield from _files.batches(table)
 
 
 def classes(dataset: Dataset) -> Classes:
@@ -46,13 +47,12 @@ def classes(dataset: Dataset) -> Classes:
     return Classes("the class folders", labels.numbered(names))
 
 
-def _rows(dataset: Dataset, root: str, labelled: Classes | None, notes: Notes) -> Iterator[dict[str, object]]:
+def _tables(dataset: Dataset, root: str, labelled: Classes | None, notes: Notes) -> Iterator[pa.Table]:
+    """The images that lie beside each other, with their label."""
     part = 0 if dataset.labels is None else -1
-    inside, label = "", -1
-    for path, entry in _files.walk(root, EXTENSIONS, notes.files):
-        key, folder = _files.spelled(path), path.rpartition("/")[0]
-        if folder != inside:  # once for all images beside each other
-            inside, label = folder, -1
-            if labelled is not None and folder:
-                label = labelled.of(folder.split("/")[part], f"datasets.{dataset.name}.labels: {key}")
-        yield {"key": key, "uri": entry.uri, "label": label, "identity": entry.identity}
+    for inside, table in _files.walk(root, EXTENSIONS, notes.files):
+        label = -1
+        if labelled is not None and inside:
+            where = f"datasets.{dataset.name}.labels: {table['key'][0]}"
+            label = labelled.of(inside.removesuffix("/").split("/")[part], where)
+        yield table.append_column("label", pa.repeat(pa.scalar(label, pa.int32()), len(table)))

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from pipeline.config.schema import Dataset
 from pipeline.data import labels
 from pipeline.data.formats import _files
+from pipeline.data.formats._files import Source
 from pipeline.data.manifest import SCHEMA
 from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.workspace import storage
-from pipeline.workspace.storage import Entry
 
 PLACE = "file or folder"
 
@@ -47,7 +47,7 @@ class _Columns:
     label: str | None
 
 
-def _batches(dataset: Dataset, name: str, entry: Entry, by_path: bool) -> Iterator[pa.RecordBatch]:
+def _batches(dataset: Dataset, name: str, entry: Source, by_path: bool) -> Iterator[pa.RecordBatch]:
     """Rows of one file, a row group at a time."""
     where, start = f"datasets.{dataset.name}: {_files.spelled(name)}", 0
     with _open(dataset, name, entry) as file:
@@ -88,7 +88,7 @@ def _rows(file: pq.ParquetFile, group: int, image: str, where: str) -> int:
 
 
 @contextmanager
-def _open(dataset: Dataset, name: str, entry: Entry) -> Iterator[pq.ParquetFile]:
+def _open(dataset: Dataset, name: str, entry: Source) -> Iterator[pq.ParquetFile]:
     with storage.open_input(entry.uri) as stream:
         try:
             file = pq.ParquetFile(stream)
@@ -130,7 +130,7 @@ def _values(file: pq.ParquetFile, group: int, column: str | None) -> pa.Array | 
     return pc.struct_field(values, [0]) if pa.types.is_struct(values.type) else values
 
 
-def _paths_are_unique(dataset: Dataset, files: list[tuple[str, Entry]]) -> bool:
+def _paths_are_unique(dataset: Dataset, files: list[tuple[str, Source]]) -> bool:
     """Whether the paths of all rows can be keys."""
     found: list[pa.Array] = []
     for name, entry in files:

@@ -24,10 +24,10 @@ from pipeline.config.schema import Dataset
 from pipeline.data import labels
 from pipeline.data.decode import EXTENSIONS
 from pipeline.data.formats import _files
+from pipeline.data.formats._files import Source
 from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.workspace import storage
-from pipeline.workspace.storage import Entry
 
 PLACE = "file or folder"
 
@@ -61,12 +61,12 @@ def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
             yield from _files.batched(_rows(dataset, notes, *shard))
 
 
-def _listed(dataset: Dataset, shard: tuple[str, Entry]) -> tuple[list[pa.RecordBatch], Notes]:
+def _listed(dataset: Dataset, shard: tuple[str, Source]) -> tuple[list[pa.RecordBatch], Notes]:
     notes = Notes()
     return list(_files.batched(_rows(dataset, notes, *shard))), notes
 
 
-def _rows(dataset: Dataset, notes: Notes, name: str, shard: Entry) -> Iterator[dict[str, Any]]:
+def _rows(dataset: Dataset, notes: Notes, name: str, shard: Source) -> Iterator[dict[str, Any]]:
     """Rows of one tar."""
     name, labelled = _files.spelled(name), labels.read(dataset)
     where, prefix = f"datasets.{dataset.name}.path: {name}", name.removesuffix(".tar")
