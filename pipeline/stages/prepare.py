@@ -157,12 +157,19 @@ class Prepared:
         return artifacts.digest([scored, roles, self.config.seed, *measured])
 
 
-def prepare(settings: Config, begin: Callable[[], object] = lambda: None) -> Prepared:
+Listed = dict[tuple[str, str, int, int], Manifest]
+"""Datasets that one command has listed, by all that their lists depend on besides the files."""
+
+
+def prepare(
+    settings: Config, begin: Callable[[], object] = lambda: None, listed: Listed | None = None
+) -> Prepared:
     """Open the data, load the model and check that they go together.
 
     Args:
         settings: the config.
         begin: is called if there turns out to be much to do, before what takes seconds.
+        listed: what was listed for other configs of the same command, which is not listed again; added to.
 
     Raises:
         UserError: the first thing found wrong, naming file, key or field and the fix.
@@ -188,7 +195,8 @@ def prepare(settings: Config, begin: Callable[[], object] = lambda: None) -> Pre
     if any(detector.neighbours for detector in selection.detectors.values()):
         index.check(settings.index.kind, known.head[0].shape[1])
     network.note()
-    manifests = {dataset.name: _listed(dataset, settings) for dataset in settings.datasets}
+    listed = {} if listed is None else listed
+    manifests = {dataset.name: _listed(dataset, settings, listed) for dataset in settings.datasets}
     calibration.check(settings, _calibrating(settings, manifests))
     for dataset in settings.datasets:
         _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
@@ -229,7 +237,7 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
         UserError: if model or training data cannot be opened.
     """
     network = Network(settings.model, settings.seed, files.at(settings.workspace))
-    manifests = {each.name: _listed(each, settings) for each in settings.of_role("train", "id_val")}
+    manifests = {each.name: _listed(each, settings, {}) for each in settings.of_role("train", "id_val")}
     train = [manifests[dataset.name] for dataset in settings.of_role("train")]
     held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
     selection = Selection(dict(found), found)
@@ -242,10 +250,14 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
     return selection.not_applicable
 
 
-def _listed(dataset: Dataset, settings: Config) -> Manifest:
+def _listed(dataset: Dataset, settings: Config, listed: Listed) -> Manifest:
     """A dataset of a config, compiled."""
-    folder = files.at(settings.workspace) / "manifests"
-    return compile_manifest(dataset, folder, settings.seed, settings.extract.max_image_bytes)
+    limit = settings.extract.max_image_bytes
+    known = settings.workspace, dataset.model_dump_json(), settings.seed, limit
+    if known not in listed:
+        folder = files.at(settings.workspace) / "manifests"
+        listed[known] = compile_manifest(dataset, folder, settings.seed, limit)
+    return listed[known]
 
 
 @dataclass

@@ -9,11 +9,12 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.stages.prepare import Prepared, prepare
+from pipeline.stages.prepare import Listed, Prepared, prepare
 
 T = TypeVar("T")
 
@@ -53,7 +54,8 @@ class Several:
         Raises:
             UserError: a mistake in a repeat, in every model of a sweep, or two repeats that are one run.
         """
-        ready = self._each(prepare, [(config, config) for config in self.configs])
+        listed: Listed = {}
+        ready = self._each(partial(prepare, listed=listed), [(config, config) for config in self.configs])
         if not ready and not any(failure.traceback for failure in self.failed):
             raise UserError("\n".join(f"{failure.run}: {failure.error}" for failure in self.failed))
         for failure in self.failed:

@@ -37,6 +37,9 @@ BUFFER = 2**20
 CHUNK = 2**23
 """Bytes that a download asks for at once."""
 
+LISTINGS = 32
+"""Folders that are listed at once where each waits for an answer, as over a network."""
+
 TRIES = 3
 """How often pyarrow's own client sends a request, before `patience` makes the whole call again."""
 
@@ -392,6 +395,8 @@ def located(path: str) -> tuple[Any, str]:
 @lru_cache(maxsize=32)
 def _system(scheme: str, host: str, query: str) -> tuple[Any, str]:
     """The file system of a service and the path of its root; made once in a process."""
+    if pa.io_thread_count() < LISTINGS:  # with which pyarrow lists, and opens connections, whoever asks
+        pa.set_io_thread_count(LISTINGS)
     uri = f"{scheme}://{host}" + (f"/?{query}" if query else "")
     if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
         uri += f"{'&' if query else '/?'}retry_limit_seconds={SILENCE:.0f}"

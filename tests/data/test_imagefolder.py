@@ -1,5 +1,8 @@
+import errno
 import os
+import re
 import shutil
+import threading
 import time
 
 import numpy as np
@@ -8,7 +11,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from pipeline.errors import UserError
-from pipeline.workspace import folders
+from pipeline.workspace import folders, storage
+from tests import faults
 
 
 def save(path, value=0):
@@ -231,3 +235,105 @@ def test_folders_beside_each_other_are_listed_at_once_and_come_in_their_order(
     began = time.perf_counter()
     assert compiled("imagefolder", tmp_path / "set") == alone
     assert time.perf_counter() - began < 65 * 0.05 * 0.8
+
+
+def test_class_folders_on_s3_are_listed_many_at_once(compiled, upload, endpoint, tmp_path, monkeypatch):
+    """More than pyarrow's client has threads by itself."""
+    for number in range(25):
+        save(tmp_path / "set" / f"{number:02d}" / "1.png", number)
+    uri = upload(tmp_path / "set", "many")
+    alone = compiled("imagefolder", uri)
+    together = threading.Barrier(12, timeout=10)
+
+    def wait(method, path):
+        if re.search(r"prefix=many(/|%2F)(?!00)[0-9]", path):
+            together.wait()
+
+    with faults.proxy(endpoint) as proxy:
+        monkeypatch.setattr(proxy, "fault", wait)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.address}")
+        assert compiled("imagefolder", f"{uri}?endpoint_override={proxy.address}&scheme=http") == alone
+    assert not together.broken
+
+
+def test_a_listing_has_the_columns_that_entries_have(tmp_path):
+    """Also where one is a link, hidden, a folder, no image, or has a name that is no UTF-8."""
+    for name in ("b.png", "a/1.png", ".x", "Größe.txt", "😀.png"):
+        save(tmp_path / name)
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    (tmp_path / "linked").symlink_to("a")
+    shutil.copy(tmp_path / "b.png", os.fsencode(tmp_path) + b"/\xff.png")
+    rows = folders.listing(str(tmp_path)).to_pylist()
+    found = [(row["uri"], folders.decoded(row["name"]), row["folder"], row["identity"]) for row in rows]
+    assert found == [entry[:4] for entry in storage.entries(str(tmp_path))]
+    assert len(found) == 8
+
+
+def test_names_that_are_no_utf8_have_the_order_that_python_gives_them(compiled, tmp_path):
+    """Before what has larger code points, whatever their bytes."""
+    save(tmp_path / "a.png")
+    for name in (b"\xff.png", b"\xf0\x9f\x98\x80.png", b"\xee\x80\x80.png"):
+        save(tmp_path / "set" / "b.png")
+        shutil.copy(tmp_path / "a.png", os.fsencode(tmp_path) + b"/set/" + name)
+    found = [row["key"] for row in rows(compiled("imagefolder", tmp_path / "set"))]
+    assert found == ["b.png", r"\udcff.png", "\ue000.png", "😀.png"]
+
+
+def test_files_and_folders_come_in_one_order_of_names(compiled, tmp_path):
+    names = ["a-b/2.png", "a.png", "a/1.png", "a/b/3.png", "a/b.png", "c/d/4.png", "c.txt", "e.png/5.png"]
+    for name in names:
+        save(tmp_path / "set" / name)
+    manifest = compiled("imagefolder", tmp_path / "set")
+    expected = ["a/1.png", "a/b/3.png", "a/b.png", "a-b/2.png", "a.png", "c/d/4.png", "e.png/5.png"]
+    assert [row["key"] for row in rows(manifest)] == expected
+    assert manifest.notes == ("1 of 8 files not read: .txt 1 (first: c.txt)",)
+
+
+def test_endings_are_compared_as_python_does_and_not_by_unicode_folding(compiled, tmp_path):
+    for name in ("a.png", "b.g\u0130f", "c.TI\uff26", "d.png\n"):
+        save(tmp_path / "set" / name)
+    assert [row["key"] for row in rows(compiled("imagefolder", tmp_path / "set"))] == ["a.png"]
+
+
+def test_a_folder_without_access_is_named(compiled, tmp_path, monkeypatch):
+    for name in ("a/1.png", "b/2.png"):
+        save(tmp_path / "set" / name)
+    opened = os.open
+
+    def refused(path, *arguments, **options):
+        if str(path).endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(UserError, match=r"datasets\.set\.path: cannot read .*/set/b: Permission denied"):
+        compiled("imagefolder", tmp_path / "set")
+
+
+def test_a_file_that_vanishes_while_its_folder_is_listed_is_a_row_that_is_missing(
+    compiled, tmp_path, monkeypatch
+):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "set" / name)
+    status = storage.status
+
+    def vanished(entry):
+        if entry.name == "b.png":
+            (tmp_path / "set" / "b.png").unlink()
+        return status(entry)
+
+    monkeypatch.setattr(storage, "status", vanished)
+    found = rows(compiled("imagefolder", tmp_path / "set"))
+    assert [(row["key"], row["identity"] == "missing") for row in found] == [
+        ("a.png", False),
+        ("b.png", True),
+    ]
+
+
+def test_a_folder_of_more_files_than_are_held_at_once_is_whole(compiled, tmp_path, monkeypatch):
+    for number in range(30):
+        save(tmp_path / "set" / f"{number * 7 % 30:02d}.png")
+    whole = compiled("imagefolder", tmp_path / "set")
+    monkeypatch.setattr(folders, "PIECE", 7)
+    assert compiled("imagefolder", tmp_path / "set") == whole
+    assert [row["key"] for row in rows(whole)] == [f"{number:02d}.png" for number in range(30)]

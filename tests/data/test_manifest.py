@@ -2,13 +2,14 @@ import hashlib
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from pipeline.config.schema import LABELLED_ROLES, Dataset
 from pipeline.data.formats import _arrays
-from pipeline.data.manifest import compile_manifest, table_digest
+from pipeline.data.manifest import SCHEMA, compile_manifest, table_digest
 from pipeline.errors import UserError
 from pipeline.workspace.tables import ROW_GROUP
 
@@ -229,3 +230,22 @@ def test_the_digest_is_that_of_the_rows_as_json(compiled, tmp_path):
             whole.update(json.dumps(known + ([row["accepted"]] if row["accepted"] else [])).encode())
             whole.update(hashlib.sha256(row["bytes"] or b"").digest())
         assert table_digest(table) == whole.digest()
+
+
+def test_the_digest_of_any_rows_is_that_of_each_as_json():
+    """However they lie in chunks: what is the same in all of them is spelled once."""
+    rows = [
+        {"key": 'a"\\\x7f\n', "label": 3, "accepted": [3, 5], "identity": "1-2"},
+        {"key": "b", "label": -1, "identity": "é", "bytes": b""},
+        {"key": "c", "label": 0, "identity": "", "bytes": b"\xff\0", "shape": [1, 2]},
+        {"key": "d", "label": 1, "identity": "missing", "shape": []},
+    ]
+    for some in ([0], [1], [2], [3], [0, 1, 2, 3], [3, 0], [1, 2]):
+        chosen = [rows[number] for number in some]
+        tables = [pa.Table.from_pylist([row], SCHEMA) for row in chosen]
+        whole = hashlib.sha256()
+        for row in chosen:
+            known = [row["key"], row.get("shape") or None, row["label"], row["identity"], "bytes" not in row]
+            whole.update(json.dumps(known + ([row["accepted"]] if "accepted" in row else [])).encode())
+            whole.update(hashlib.sha256(row.get("bytes", b"")).digest())
+        assert table_digest(pa.concat_tables(tables)) == whole.digest()

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline import detectors
-from pipeline.config.schema import DetectorEntry
+from pipeline.config.schema import Dataset, DetectorEntry
+from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.stages import memory, prepare
 from pipeline.workspace.patience import Unavailable
@@ -53,6 +54,30 @@ def flat(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     )
     settings["model"] |= {"name": "./net.py:build", "weights": "random"}
     return settings
+
+
+def test_configs_of_one_command_list_a_dataset_once_and_the_next_command_lists_it_anew(
+    flat, load, monkeypatch
+) -> None:
+    asked: list[str] = []
+    compiled = prepare.compile_manifest
+
+    def counted(dataset: Dataset, *arguments: Any) -> Manifest:
+        asked.append(dataset.name)
+        return compiled(dataset, *arguments)
+
+    monkeypatch.setattr(prepare, "compile_manifest", counted)
+    names = [dataset["name"] for dataset in flat["datasets"]]
+    listed: prepare.Listed = {}
+    first = prepare.prepare(load(flat), listed=listed)
+    second = prepare.prepare(load(flat | {"name": "other"}), listed=listed)
+    assert asked == names
+    assert [second.jobs[name].name for name in names] == [first.jobs[name].name for name in names]
+    flat["datasets"][0]["limit"] = 5
+    prepare.prepare(load(flat), listed=listed)
+    assert asked == [*names, names[0]]
+    prepare.prepare(load(flat))
+    assert asked == [*names, names[0], *names]
 
 
 def test_jigsaws_have_the_size_of_images_so_a_model_of_one_size_takes_them(flat, load) -> None:

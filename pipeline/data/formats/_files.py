@@ -22,14 +22,11 @@ from pipeline.workspace import folders, storage
 from pipeline.workspace.storage import Entry
 from pipeline.workspace.tables import ROW_GROUP
 
-AHEAD = 16
-"""Folders beside each other that are listed at once where each waits for an answer, as over a network.
-
-Where none waits, more than one would only take the interpreter from each other: 1.4 million files on a local
-disk, in 1,000 folders, took 12 seconds of two cores with 16 at once, and 8 with one."""
-
 WAITING = 4.0
-"""Times that a listing takes as long as it computes, if it waits."""
+"""Times that a listing takes as long as it computes, if it waits for answers, as over a network.
+
+Where it does not, more threads than one only take the interpreter from each other: 1.4 million files on a
+local disk, in 1,000 folders, took 12 seconds of two cores with 16 of them, and 8 with one."""
 
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 
@@ -82,7 +79,7 @@ def _listings(uris: list[str]) -> Iterator[pa.Table]:
         listed = folders.listing(first)
         waited = time.perf_counter() - began > WAITING * (time.thread_time() - computed)
         yield listed
-        yield from storage.ahead(folders.listing, uris[1:], AHEAD if waited else 1)
+        yield from storage.ahead(folders.listing, uris[1:], storage.LISTINGS if waited else 1)
 
 
 def _among(
