@@ -35,6 +35,8 @@ def test_a_local_folder_is_listed_and_read_by_path_or_uri(folder: Path, uri: boo
     with storage.open_input(text.uri) as file:
         assert file.read() == b"0123456789"
     assert storage.find(text.uri) == text
+    assert [storage.local_identity(entry.uri) for entry in found] == [entry.identity for entry in found]
+    assert storage.local_identity(text.uri + "x") == storage.local_identity("a\0b") == storage.MISSING
     assert storage.find(text.uri + "x") is None
     with pytest.raises(EOFError, match="2 bytes too early"):
         storage.read(text.uri, 8, 4)
@@ -46,6 +48,14 @@ def test_a_local_folder_is_listed_and_read_by_path_or_uri(folder: Path, uri: boo
         ("/data", "a/b.png", "/data/a/b.png"),
         ("/data", "./a b#.png", "/data/a b#.png"),
         ("/data", "/other/a.png", "/other/a.png"),
+        ("/data", "a//b/./../c.png", "/data/a/b/../c.png"),
+        ("/data", "a/b/", "/data/a/b"),
+        ("/data", "a/.", "/data/a"),
+        ("/data", "///a.png", "/a.png"),
+        ("/", "./a.png", "/a.png"),
+        ("data", "./a.png", "data/a.png"),
+        ("/data", "a/b\udcff.png", "file:///data/a/b%FF.png"),
+        ("/data", "a\udcff/b.png", "file:///data/a%FF/b.png"),
         ("s3://bucket/data/", "./a/b c?.png", "s3://bucket/data/a/b%20c%3F.png"),
         ("s3://bucket", "/a.png", "s3://bucket/a.png"),
         ("s3://b/x?endpoint_override=h:1", "a.png", "s3://b/x/a.png?endpoint_override=h:1"),

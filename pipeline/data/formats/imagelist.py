@@ -99,8 +99,7 @@ def _identities() -> Callable[[str], str]:
 
     def identity(uri: str) -> str:
         if storage.is_remote(uri):
-            return listing(storage.parent(uri)).get(uri, "missing")
-        found = storage.find(uri)
-        return "missing" if found is None else found.identity
+            return listing(storage.parent(uri)).get(uri, storage.MISSING)
+        return storage.local_identity(uri)
 
     return identity
