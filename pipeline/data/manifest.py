@@ -233,7 +233,10 @@ def table_digest(table: pa.Table) -> bytes:
         *(_escaped(identities), '", ', _each(contents, _lacks), _each(accepted, _several), "]"),
         _each(contents, _content),
     ]
-    rows = pc.binary_join_element_wise(*_as_bytes(parts), b"").combine_chunks()
+    joined = pc.binary_join_element_wise(
+        *_as_bytes(parts), b"", null_handling="replace", null_replacement="None"
+    )
+    rows = joined.combine_chunks()
     content: pa.Buffer = pc.binary_join(pa.ListArray.from_arrays([0, len(rows)], rows), b"")[0].as_buffer()
     return hashlib.sha256(content).digest()
 
