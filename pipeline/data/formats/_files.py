@@ -25,8 +25,8 @@ from pipeline.workspace.tables import ROW_GROUP
 WAITING = 4.0
 """Times that a listing takes as long as it computes, if it waits for answers, as over a network.
 
-Where it does not, more threads than one only take the interpreter from each other: 1.4 million files on a
-local disk, in 1,000 folders, took 12 seconds of two cores with 16 of them, and 8 with one."""
+Where it does not, threads only take the interpreter from each other: 1.4 million files on a local disk, in
+1,000 folders, took 12 CPU seconds with 16 of them, and 8 with none."""
 
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 
@@ -41,9 +41,8 @@ class Source(NamedTuple):
 def walk(folder: str, endings: tuple[str, ...], seen: Seen) -> Iterator[tuple[str, pa.Table]]:
     """Files below a folder, depth first in sorted order.
 
-    Links are followed; hidden files and folders such as `.ipynb_checkpoints` are left out. Folders beside
-    each other are listed ahead, as over a network each takes an answer of a server; no more than these are
-    in memory, and as columns.
+    Links are followed; hidden files and folders such as `.ipynb_checkpoints` are left out. Over a network
+    folders beside each other are listed ahead; no more than these are in memory, and as columns.
 
     Args:
         folder: where to begin.
@@ -73,13 +72,16 @@ def _walk(
 
 
 def _listings(uris: list[str]) -> Iterator[pa.Table]:
-    """Folders beside each other; so many are listed ahead as the time of the first one says."""
+    """Folders beside each other; where the first one waits for answers, the next ones are listed ahead."""
     for first in uris[:1]:
         began, computed = time.perf_counter(), time.thread_time()
         listed = folders.listing(first)
-        waited = time.perf_counter() - began > WAITING * (time.thread_time() - computed)
+        took, computed = time.perf_counter() - began, time.thread_time() - computed
         yield listed
-        yield from storage.ahead(folders.listing, uris[1:], storage.LISTINGS if waited else 1)
+        if storage.is_remote(first) or took > WAITING * computed:
+            yield from storage.ahead(folders.listing, uris[1:], storage.LISTINGS)
+        else:
+            yield from map(folders.listing, uris[1:])
 
 
 def _among(
