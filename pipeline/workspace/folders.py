@@ -78,14 +78,12 @@ def _local_uris(place: str, names: list[str]) -> pa.Array:
 
 
 def _remote(folder: str, found: Iterator[fs.FileInfo]) -> Iterator[pa.Table]:
-    """Entries of a folder of another file system."""
+    """Entries of a folder of another file system; URIs as of `storage.join`, which takes longer."""
     base, mark, query = folder.partition("?")
     base = base.rstrip("/")
     while some := list(islice(found, PIECE)):
         names = [info.base_name for info in some]
-        uris = [
-            f"{base}/{quote(os.fsencode(name))}{mark}{query}" for name in names
-        ]  # as `join`, five times as fast
+        uris = [f"{base}/{quote(os.fsencode(name))}{mark}{query}" for name in names]
         folders = [info.type == fs.FileType.Directory for info in some]
         identities = [storage.remote_identity(info) for info in some]
         yield pa.table([_encoded(names), uris, folders, identities], schema=COLUMNS)

@@ -26,7 +26,7 @@ WAITING = 4.0
 """Times that a listing takes as long as it computes, if it waits for answers, as over a network.
 
 Where it does not, threads only take the interpreter from each other: 1.4 million files on a local disk, in
-1,000 folders, took 12 CPU seconds with 16 of them, and 8 with none."""
+1,000 folders, took 12 CPU seconds with 16 of them, and 9 with none."""
 
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 
