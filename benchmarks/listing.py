@@ -22,7 +22,7 @@ import machine
 from results import at_most, table
 
 TARGET = 10.0
-"""Seconds for 1.4 million files in 1,000 folders on two cores, in the cache of the system."""
+"""Seconds for 1.4 million files in 1,000 folders of a local disk on two cores, in the cache of the system."""
 
 _LISTS = """\
 import os, resource, sys
@@ -57,13 +57,10 @@ def main() -> None:
             names, [(str(number), *(f"{value:.1f}" for value in run)) for number, run in enumerate(runs, 1)]
         )
     )
-    check = at_most(
-        f"{count:,} files in {options.folders:,} folders, median",
-        median(run[0] for run in runs),
-        TARGET,
-        "{:.1f} s",
-    )
-    print(f"{check.name}: {check.measured}, target {check.target}: {'met' if check.met else 'missed'}")
+    name, middle = f"{count:,} files in {options.folders:,} folders, median", median(run[0] for run in runs)
+    check = at_most(name, middle, TARGET, "{:.1f} s")
+    judged = "" if options.far else f", target {check.target}: {'met' if check.met else 'missed'}"
+    print(f"{name}: {check.measured}{judged}")
 
 
 @contextmanager
