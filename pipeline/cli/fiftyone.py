@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,11 +17,11 @@ def fiftyone(
     name: Annotated[str, typer.Option(help="Of the dataset; default: of the run and its id.")] = "",
     images: Annotated[int, typer.Option(min=1, help="How many of each kind and dataset.")] = 100,
     files: Annotated[
-        Path | None,
+        str,
         typer.Option(
             metavar="FOLDER", help="Write images of archives, arrays and object stores there; else left out."
         ),
-    ] = None,
+    ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace a dataset of that name.")] = False,
 ) -> None:
     """Make a dataset of FiftyOne of the images that a finished run has most wrong and most right.
