@@ -165,7 +165,8 @@ def prepare(path: str, data: str, out: str, options: Options) -> Ready:
         UserError: the first thing found wrong.
     """
     whole = bundle.opened(path, options.trust_code)
-    known = _configured(whole.only(options.detectors or whole.labels), options.overrides)
+    known = whole.only(options.detectors or whole.labels)
+    known = replace(known, document=_changed(known.document, options.overrides))
     known.detectors  # noqa: B018 - refused before all else if their code changed
     calibrated = known.calibrated(options.false_alarm, options.fdr)
     _check_alarms(options, calibrated)
@@ -211,11 +212,17 @@ def _check_alarms(options: Options, calibrated: Calibrated | None) -> None:
 
 
 def require_settable(overrides: Sequence[str]) -> None:
-    """Refuse to set what a bundle fixes.
+    """Refuse to set what a bundle fixes, or what is no value of a key.
 
     Raises:
-        UserError: names what can be set.
+        UserError: names what can be set, or the key and what is wrong with its value.
     """
+    _changed({name: {} for name in _SETTABLE}, overrides)
+
+
+def _changed(known: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A bundle's document with other settings of its work."""
+    document = {**known}
     for override in overrides:
         section, _, key = override.partition("=")[0].partition(".")
         if key not in _SETTABLE.get(section, ()) or (section, key) in _FIXED:
@@ -223,22 +230,14 @@ def require_settable(overrides: Sequence[str]) -> None:
                 f"--set {override}: of a bundle only keys of extract and of index can be set, but for "
                 "index.kind and index.shards."
             )
-
-
-def _configured(known: Bundle, overrides: Sequence[str]) -> Bundle:
-    """The bundle with other settings of its work."""
-    require_settable(overrides)
-    document: dict[str, Any] = {**known.document}
-    for override in overrides:
-        section = override.partition(".")[0]
-        document = {**document, section: dict(document[section])}
+        document[section] = dict(document[section])
         apply_override(document, override)
     for name, model in (("extract", schema.Extract), ("index", schema.Index)):
         try:
             model(**document[name])
         except ValidationError as error:
             raise UserError("\n".join(explain(error, f"--set {name}.", model))) from None
-    return replace(known, document=document)
+    return document
 
 
 def _listed(dataset: schema.Dataset, workspace: Place, limit: int) -> Manifest:

@@ -226,8 +226,10 @@ def test_tune_bundle_and_apply_run_as_jobs_with_the_results_of_this_machine(
     submitted(run, "bundle", "--weights", "--out", bundle)
     submitted(source, "tune", "--output", str(tmp_path / "there.yaml"))
     submitted(bundle, "apply", *what, str(tmp_path / "there.parquet"))
-    inline = (*workspace, "--engine", "inline")
+    inline = ("--workspace", str(tmp_path / "own"), "--engine", "inline")  # the other's scores are kept there
     for command, *arguments in (
+        ("extract", source),
+        ("fit", source),
         ("tune", source, "--output", str(tmp_path / "here.yaml")),
         ("apply", bundle, *what, str(tmp_path / "here.parquet")),
     ):
@@ -439,6 +441,11 @@ APPLY = ("/d.ood", "--command", "apply", "--workspace", "/w", "--")
             [*APPLY, "/x", "--out", "/o", "--set", "model.weights=./w.pt"],
             r"--set model\.weights=\./w\.pt: of a bundle only keys of extract and of index can be set",
         ),
+        (
+            [*APPLY, "/x", "--out", "/o", "--set", "extract.batch_size=0"],
+            r"--set extract\.batch_size: Input should be greater than or equal to 1, got 0\.",
+        ),
+        ([*APPLY, "/x", "--out", "/o", "--set", "index.device"], r"--set index\.device: expected key\.path="),
         ([*APPLY, "./x", "--out", "/o"], r"--command apply: data: \./x lies in"),
         (["/w/runs/a", "--command", "bundle", "--", "--out", "x"], r"--command bundle: out: x lies in"),
         (
