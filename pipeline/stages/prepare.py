@@ -157,30 +157,53 @@ class Prepared:
         return artifacts.digest([scored, roles, self.config.seed, *measured])
 
 
-Listed = dict[tuple[str, str, int, int], Manifest]
-"""Datasets that one command has listed, by all that their lists depend on besides the files."""
+@dataclass(frozen=True)
+class Seen:
+    """What one command has read of the user's data, each once for all of its configs."""
+
+    manifests: dict[tuple[str, str, int, int], Manifest] = field(default_factory=dict)
+    """By all that they depend on besides the files."""
+    metadata: dict[str, Metadata] = field(default_factory=dict)
+    """By path or URI."""
+
+    def listed(self, dataset: Dataset, settings: Config) -> Manifest:
+        """A dataset of a config, compiled."""
+        limit = settings.extract.max_image_bytes
+        known = settings.workspace, dataset.model_dump_json(), settings.seed, limit
+        if known not in self.manifests:
+            folder = files.at(settings.workspace) / "manifests"
+            self.manifests[known] = compile_manifest(dataset, folder, settings.seed, limit)
+        return self.manifests[known]
+
+    def told_apart(self, settings: Config) -> Metadata | None:
+        """What the report of a config tells images apart by beside their classes."""
+        path = settings.report.metadata
+        if path is not None and path not in self.metadata:
+            self.metadata[path] = metadata.read(path)
+        return None if path is None else self.metadata[path]
 
 
 def prepare(
-    settings: Config, begin: Callable[[], object] = lambda: None, listed: Listed | None = None
+    settings: Config, begin: Callable[[], object] = lambda: None, seen: Seen | None = None
 ) -> Prepared:
     """Open the data, load the model and check that they go together.
 
     Args:
         settings: the config.
         begin: is called if there turns out to be much to do, before what takes seconds.
-        listed: what was listed for other configs of the same command, which is not listed again; added to.
+        seen: what was read for other configs of the same command, which is not read again; added to.
 
     Raises:
         UserError: the first thing found wrong, naming file, key or field and the fix.
     """
+    seen = Seen() if seen is None else seen
     chosen = settings.built()
     _check_roles(settings)
     selection = Selection(chosen, settings.optional)
     selection.keep(lambda label, detector: check_members(label, detector, chosen))
     selection.keep(lambda label, detector: check_data(label, detector, settings))
     _check_published(settings)
-    told_apart = _metadata(settings)
+    told_apart = seen.told_apart(settings)
     if settings.tracking.enabled:
         tracking_uri(settings)
     files.require_writable(settings.workspace, "workspace")
@@ -195,8 +218,7 @@ def prepare(
     if any(detector.neighbours for detector in selection.detectors.values()):
         index.check(settings.index.kind, known.head[0].shape[1])
     network.note()
-    listed = {} if listed is None else listed
-    manifests = {dataset.name: _listed(dataset, settings, listed) for dataset in settings.datasets}
+    manifests = {dataset.name: seen.listed(dataset, settings) for dataset in settings.datasets}
     calibration.check(settings, _calibrating(settings, manifests))
     for dataset in settings.datasets:
         _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
@@ -237,7 +259,8 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
         UserError: if model or training data cannot be opened.
     """
     network = Network(settings.model, settings.seed, files.at(settings.workspace))
-    manifests = {each.name: _listed(each, settings, {}) for each in settings.of_role("train", "id_val")}
+    seen = Seen()
+    manifests = {each.name: seen.listed(each, settings) for each in settings.of_role("train", "id_val")}
     train = [manifests[dataset.name] for dataset in settings.of_role("train")]
     held_out = {dataset.name: manifests[dataset.name] for dataset in settings.of_role("id_val")}
     selection = Selection(dict(found), found)
@@ -248,16 +271,6 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
     selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
     selection.keep(lambda label, detector: check_rows(label, detector, train, network.description))
     return selection.not_applicable
-
-
-def _listed(dataset: Dataset, settings: Config, listed: Listed) -> Manifest:
-    """A dataset of a config, compiled."""
-    limit = settings.extract.max_image_bytes
-    known = settings.workspace, dataset.model_dump_json(), settings.seed, limit
-    if known not in listed:
-        folder = files.at(settings.workspace) / "manifests"
-        listed[known] = compile_manifest(dataset, folder, settings.seed, limit)
-    return listed[known]
 
 
 @dataclass
@@ -576,11 +589,6 @@ def _check_labels(dataset: Dataset, manifest: Manifest, classes: int, learned: b
             f"({shown}). Class folders are numbered in the order of their names, and training "
             "needs every class; add the missing ones."
         )
-
-
-def _metadata(settings: Config) -> Metadata | None:
-    """What the report tells images apart by beside their classes."""
-    return None if settings.report.metadata is None else metadata.read(settings.report.metadata)
 
 
 def _check_published(settings: Config) -> None:

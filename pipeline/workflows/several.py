@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.stages.prepare import Listed, Prepared, prepare
+from pipeline.stages.prepare import Prepared, Seen, prepare
 
 T = TypeVar("T")
 
@@ -54,8 +54,7 @@ class Several:
         Raises:
             UserError: a mistake in a repeat, in every model of a sweep, or two repeats that are one run.
         """
-        listed: Listed = {}
-        ready = self._each(partial(prepare, listed=listed), [(config, config) for config in self.configs])
+        ready = self._each(partial(prepare, seen=Seen()), [(config, config) for config in self.configs])
         if not ready and not any(failure.traceback for failure in self.failed):
             raise UserError("\n".join(f"{failure.run}: {failure.error}" for failure in self.failed))
         for failure in self.failed:

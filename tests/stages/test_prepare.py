@@ -68,13 +68,13 @@ def test_configs_of_one_command_list_a_dataset_once_and_the_next_command_lists_i
 
     monkeypatch.setattr(prepare, "compile_manifest", counted)
     names = [dataset["name"] for dataset in flat["datasets"]]
-    listed: prepare.Listed = {}
-    first = prepare.prepare(load(flat), listed=listed)
-    second = prepare.prepare(load(flat | {"name": "other"}), listed=listed)
+    seen = prepare.Seen()
+    first = prepare.prepare(load(flat), seen=seen)
+    second = prepare.prepare(load(flat | {"name": "other"}), seen=seen)
     assert asked == names
     assert [second.jobs[name].name for name in names] == [first.jobs[name].name for name in names]
     flat["datasets"][0]["limit"] = 5
-    prepare.prepare(load(flat), listed=listed)
+    prepare.prepare(load(flat), seen=seen)
     assert asked == [*names, names[0]]
     prepare.prepare(load(flat))
     assert asked == [*names, names[0], *names]
@@ -98,6 +98,15 @@ def test_a_model_without_blocks_says_which_detectors_do_not_apply(flat, load) ->
         prepare.prepare(load(flat))
     flat["detectors"] = [{"grood_norm": {"mixup_layer": "block"}}, {"grood": {"prototype": "proto_mean"}}]
     prepare.prepare(load(flat))
+
+
+def test_configs_of_one_command_share_one_table_of_metadata(flat, load, tmp_path: Path) -> None:
+    (tmp_path / "cameras.csv").write_text("key,camera\n0,left\n")
+    flat["report"] = {"metadata": "cameras.csv"}
+    seen = prepare.Seen()
+    first, second = (prepare.prepare(load(flat | {"seed": seed}), seen=seen) for seed in (0, 1))
+    assert first.metadata is not None
+    assert first.metadata is second.metadata
 
 
 def test_metadata_that_is_not_there_is_told_before_any_work(settings, load, tmp_path: Path) -> None:
