@@ -405,7 +405,7 @@ class Run:
         for job in jobs:
             shards.require_same_network(job, self.ready.plan)
             shards.require_few_bad(job, self.ready.plan)
-            if job.dataset not in flagged:
+            if job.dataset not in flagged and self.may_work("score"):  # what is scored needs none any more
                 shards.require_readable(job)
 
     def _find_calibrating(self) -> None:

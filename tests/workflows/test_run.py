@@ -28,7 +28,7 @@ from pipeline.config import loading
 from pipeline.errors import UserError
 from pipeline.results import report, verify
 from pipeline.results.evaluation import Evaluation
-from pipeline.stages import passes, prepare
+from pipeline.stages import passes, prepare, shards
 from pipeline.workflows import run
 from pipeline.workflows.progress import Quiet
 from pipeline.workflows.run import Outcome, Run
@@ -507,6 +507,21 @@ def test_a_dataset_of_which_no_image_can_be_read_is_refused_whatever_is_allowed(
     with pytest.raises(
         UserError, match=r"^datasets\.broken: none of its 2 images can be read\. First: 0/a\.png \(not a"
     ):
+        execute(load(settings))
+
+
+def test_a_run_that_finished_without_an_image_of_a_dataset_is_still_evaluated_and_reported(
+    unreadable, load, execute, monkeypatch
+) -> None:
+    settings, images = unreadable
+    settings["datasets"] = [entry for entry in settings["datasets"] if entry["role"] != "train"]
+    settings["datasets"].append({"name": "broken", "role": "train", **images})
+    with monkeypatch.context() as before:
+        before.setattr(shards, "require_readable", lambda _: None)
+        execute(load(settings))
+    for first in ("evaluate", "report"):
+        execute(load(settings), first=first)
+    with pytest.raises(UserError, match=r"^datasets\.broken: none of its 2 images"):
         execute(load(settings))
 
 
