@@ -226,7 +226,8 @@ def test_tune_bundle_and_apply_run_as_jobs_with_the_results_of_this_machine(
     submitted(run, "bundle", "--weights", "--out", bundle)
     submitted(source, "tune", "--output", str(tmp_path / "there.yaml"))
     submitted(bundle, "apply", *what, str(tmp_path / "there.parquet"))
-    inline = ("--workspace", str(tmp_path / "own"), "--engine", "inline")  # the other's scores are kept there
+    own = str(tmp_path / "own")  # in the other one, the jobs' scores would be found again
+    inline = ("--workspace", own, "--engine", "inline")
     for command, *arguments in (
         ("extract", source),
         ("fit", source),
@@ -235,7 +236,7 @@ def test_tune_bundle_and_apply_run_as_jobs_with_the_results_of_this_machine(
     ):
         assert head.command(command, *arguments, *inline).returncode == 0
     tuned, here = (yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) for name in ("there", "here"))
-    assert tuned == here
+    assert tuned | {"workspace": own} == here
     there, here = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("there", "here"))
     assert len(there) == 130
     assert there.equals(here)
