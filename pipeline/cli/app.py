@@ -70,7 +70,7 @@ EngineName = Annotated[
     typer.Option(
         "--engine",
         help="inline = in this process, without Ray; the same results to the bit. auto = ray, but for up to "
-        "20,000 images that no cluster (RAY_ADDRESS) and no GPU is asked for.",
+        "20,000 images where no cluster (RAY_ADDRESS), GPU or more than one CPU a worker is asked for.",
     ),
 ]
 Threads = Annotated[

@@ -37,19 +37,24 @@ from pipeline.cli.workspace import show_comparison
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
+    from pipeline.results.mlflow.apart import Apart
     from pipeline.stages.prepare import Prepared
     from pipeline.workflows.run import Options, Outcome, StageName
     from pipeline.workflows.several import Several
 
 
 def _execute(
-    settings: Config, options: Options, quiet: bool = False, prepared: Prepared | None = None
+    settings: Config,
+    options: Options,
+    quiet: bool = False,
+    prepared: Prepared | None = None,
+    background: Apart | None = None,
 ) -> Outcome:
     """Run stages and show what came of them."""
     from pipeline.results import report
     from pipeline.workflows import run
 
-    outcome = run.execute(settings, options, display(quiet), prepared)
+    outcome = run.execute(settings, options, display(quiet), prepared, background)
     if options.last in ("evaluate", "report"):
         warn(outcome.cautions)
         console.print(report.console_table(outcome.folder))
@@ -139,6 +144,7 @@ def run(
 
 def _run(several: Several, options: Options, quiet: bool) -> list[Outcome]:
     """Run all on one engine. One that is alone is made ready by its run, which shows that it is."""
+    from pipeline.results.mlflow.apart import Apart
     from pipeline.workflows.engines import connected
 
     if len(several.configs) == 1:
@@ -146,10 +152,10 @@ def _run(several: Several, options: Options, quiet: bool) -> list[Outcome]:
 
     def execute(ready: Prepared) -> Outcome:
         warn([ready.config.name], "run")
-        return _execute(ready.config, options, quiet, ready)
+        return _execute(ready.config, options, quiet, ready, background)
 
     ready = several.prepared()
-    with connected(options.engine, ready, options.threads):
+    with connected(options.engine, ready), Apart() as background:
         return several.run(execute, ready)
 
 

@@ -193,7 +193,7 @@ def _probed(engine: Asked, batch_sizes: bool, ready: Prepared) -> Document:
 
     settings = ready.config.extract
     sizes = sorted({settings.batch_size, *(estimate.BATCH_SIZES if batch_sizes else ())})
-    with opened(chosen(engine, ready.images, ready.needs)) as working:
+    with opened(chosen(engine, ready.images, ready.plain)) as working:
         found = estimate.probe(working, ready, sizes)
         about, (_, actors) = estimate.times(working, ready, found), estimate.forwarding(working, ready, found)
     console.print(

@@ -26,7 +26,7 @@ Asked = Literal["auto", "ray", "inline"]
 """What a command may say; `auto` leaves the choice to `chosen`."""
 
 SMALL = 20_000
-"""Images up to which this process alone is done before Ray, its workers and their imports are under way."""
+"""Images up to which Ray is left out, whose start takes longer than so many small ones."""
 
 Needs = Mapping[str, float]
 """Amounts by resource: CPU, GPU, and resources of the cluster's own."""
@@ -166,21 +166,19 @@ class Engine(Protocol):
         """Objects of a class as actors that share the calls."""
 
 
-def chosen(asked: Asked, images: int, needs: Iterable[Needs], threads: int | None = None) -> Name:
+def chosen(asked: Asked, images: int, plain: bool) -> Name:
     """The engine for some work; `auto` is Ray, but for a few images that no cluster is meant for.
 
     Args:
         asked: by the command.
         images: of all datasets.
-        needs: of the actors; more than CPUs, such as a GPU, only Ray hands out.
-        threads: of the inline engine, if the command says how many.
+        plain: whether no work asks for more than one CPU: GPUs and shares of CPUs only Ray hands out.
     """
     if asked != "auto":
         return asked
     ray = sys.modules.get("ray")
     there = "RAY_ADDRESS" in os.environ or (ray is not None and ray.is_initialized())
-    more = any(amount for each in needs for name, amount in each.items() if name != "CPU")
-    return "inline" if threads is not None or not (there or more or images > SMALL) else "ray"
+    return "inline" if plain and images <= SMALL and not there else "ray"
 
 
 def opened(

@@ -6,6 +6,7 @@ Reads the config file and nothing else; whether paths exist and models fit is ch
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
@@ -215,6 +216,11 @@ class Extract(Frozen):
         """What a model actor needs, by the names of Ray's resources."""
         return {"CPU": self.cpus_per_actor, "GPU": self.gpus_per_actor, **self.resources}
 
+    @property
+    def plain(self) -> bool:
+        """Whether a model actor asks for no more than one CPU."""
+        return _plain(self.needs, self.device)
+
 
 class Score(Frozen):
     """What every detector says of every image."""
@@ -319,6 +325,15 @@ class Index(Frozen):
     def needs(self) -> dict[str, float]:
         """What the actor of a shard needs, by the names of Ray's resources."""
         return {"CPU": self.cpus_per_shard, "GPU": self.gpus_per_shard, **self.resources}
+
+    @property
+    def plain(self) -> bool:
+        """Whether the actor of a shard asks for no more than one CPU."""
+        return _plain(self.needs, self.device)
+
+
+def _plain(needs: Mapping[str, float], device: str) -> bool:
+    return device != "cuda" and not any(amount > (name == "CPU") for name, amount in needs.items())
 
 
 class Tracking(Frozen):

@@ -115,6 +115,12 @@ class Bundle:
         """How images go through the network; unreadable ones are counted, however many."""
         return schema.Extract(**self.document["extract"] | {"max_bad_fraction": 1.0})
 
+    @property
+    def plain(self) -> bool:
+        """Whether no work asks for more than one CPU."""
+        indexed = any(detector.neighbours for detector in self.detectors.values())
+        return self.extract.plain and (self.index.plain or not indexed)
+
     @cached_property
     def index(self) -> schema.Index:
         """How neighbours are looked up."""

@@ -75,10 +75,10 @@ class Prepared:
         return sum(job.manifest.rows for job in self.jobs.values())
 
     @property
-    def needs(self) -> list[dict[str, float]]:
-        """What model actors and shards of an index need, by the names of Ray's resources."""
+    def plain(self) -> bool:
+        """Whether no work asks for more than one CPU."""
         indexed = any(detector.neighbours for detector in self.detectors.values())
-        return [self.config.extract.needs, *([self.config.index.needs] if indexed else [])]
+        return self.config.extract.plain and (self.config.index.plain or not indexed)
 
     @cached_property
     def folder(self) -> Place:

@@ -116,7 +116,7 @@ def execute(path: str, data: str, out: str, options: Options, display: Display) 
         engine_for(
             options,
             ready.manifest.rows,
-            [ready.bundle.extract.needs, ready.bundle.index.needs],
+            ready.bundle.plain,
             display.say,
             ready.workspace,
             Logs(ready.workspace / "logs", options.level),

@@ -35,7 +35,7 @@ class Asked(Protocol):
 def engine_for(
     asked: Asked,
     images: int,
-    needs: Sequence[engine.Needs],
+    plain: bool,
     tell: Callable[[str], None],
     workspace: Place,
     logs: Logs,
@@ -47,15 +47,15 @@ def engine_for(
     Args:
         asked: by the command.
         images: of all datasets.
-        needs: of the actors.
+        plain: whether no work asks for more than one CPU.
         tell: is told if work stays in this process without having been asked to.
         workspace: what the work writes to.
         logs: where workers log to.
         detectors: all that score.
         read: other folders that every node must see.
     """
-    name = engine.chosen(asked.engine, images, needs, asked.threads)
-    unasked = name == "inline" != asked.engine and asked.threads is None
+    name = engine.chosen(asked.engine, images, plain)
+    unasked = name == "inline" != asked.engine
     load = partial(_load, any(detector.neighbours for detector in detectors), tell if unasked else None)
     with (
         settings_kept(),
@@ -66,18 +66,16 @@ def engine_for(
         yield chosen
 
 
-def connected(
-    asked: engine.Asked, several: Iterable[Prepared], threads: int | None = None
-) -> AbstractContextManager[None]:
+def connected(asked: engine.Asked, several: Iterable[Prepared]) -> AbstractContextManager[None]:
     """One connection to Ray for all engines opened in the block, if any of several runs takes Ray."""
-    names = {engine.chosen(asked, ready.images, ready.needs, threads) for ready in several}
+    names = {engine.chosen(asked, ready.images, ready.plain) for ready in several}
     return engine.shared("ray" if "ray" in names else "inline")
 
 
 def _load(neighbours: bool, tell: Callable[[str], None] | None) -> None:
     """Import what computes and takes seconds to import; a run that has nothing to do needs none of it."""
     if tell is not None:
-        tell("work stays in this process, which is quicker for so few images; `--engine ray` starts Ray")
+        tell(f"work stays in this process, as up to {engine.SMALL:,} images do; `--engine ray` starts Ray")
     from pipeline.stages import extract  # noqa: F401
 
     if neighbours:

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -110,7 +110,11 @@ class Outcome:
 
 
 def execute(
-    settings: schema.Config, options: Options, display: Display, prepared: Prepared | None = None
+    settings: schema.Config,
+    options: Options,
+    display: Display,
+    prepared: Prepared | None = None,
+    background: Apart | None = None,
 ) -> Outcome:
     """Run the stages from `options.first` to `options.last`.
 
@@ -119,12 +123,13 @@ def execute(
         options: what a command asks for beyond it.
         display: shows the stages.
         prepared: what `prepare` made of the config, where that is known already.
+        background: what talks to MLflow, for several runs.
 
     Raises:
         UserError: anything the user can mend; earlier results stay as they are.
     """
-    with Apart() as background:
-        return _execute(settings, options, display, prepared, background)
+    with nullcontext(background) if background else Apart() as apart:
+        return _execute(settings, options, display, prepared, apart)
 
 
 def _execute(
@@ -189,8 +194,8 @@ def evaluated(
 
     Args:
         settings: as `pipeline.load_config` gives it.
-        engine: "ray", "inline" for this process alone, or "auto": Ray, but for up to 20,000 images that no
-            cluster (RAY_ADDRESS) and no GPU is asked for. Results are the same.
+        engine: "ray", "inline" for this process alone, or "auto": Ray, but for up to 20,000 images where no
+            cluster (RAY_ADDRESS), GPU or more than one CPU a worker is asked for. Results are the same.
         threads: of the inline engine; None = one per CPU, 1 = none but the caller's, for debuggers.
         fresh: do everything again.
         display: shows the stages; `pipeline.cli.progress.Display` draws bars. None shows nothing.
@@ -209,7 +214,7 @@ def working(ready: Prepared, options: Options, display: Display) -> AbstractCont
     """The engine that a run was asked to take."""
     logs = Logs(ready.folder / "logs", options.level)
     return engine_for(
-        options, ready.images, ready.needs, display.say, ready.workspace, logs, ready.detectors.values()
+        options, ready.images, ready.plain, display.say, ready.workspace, logs, ready.detectors.values()
     )
 
 

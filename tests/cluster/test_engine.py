@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_info
 
 from pipeline.cluster import logs, on_ray, usage
 from pipeline.cluster.engine import SMALL, Engine, chosen, opened, shared
+from pipeline.config.schema import Extract, Index
 from pipeline.errors import UserError
 from tests.cluster.work import (
     Chatty,
@@ -226,31 +227,39 @@ def test_threads_are_the_inline_engines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "images", "needs", "threads", "address", "expected"),
+    ("asked", "images", "plain", "address", "expected"),
     [
-        ("auto", SMALL, {"CPU": 1}, None, None, "inline"),
-        ("auto", SMALL + 1, {"CPU": 1}, None, None, "ray"),
-        ("auto", SMALL + 1, {"CPU": 1}, 2, None, "inline"),
-        ("auto", 10, {"CPU": 1, "GPU": 0.5}, None, None, "ray"),
-        ("auto", 10, {"CPU": 1, "GPU": 0, "highmem": 1}, None, None, "ray"),
-        ("auto", 10, {"CPU": 1}, None, "auto", "ray"),
-        ("ray", 10, {"CPU": 1}, None, None, "ray"),
-        ("inline", 10**9, {"CPU": 1, "GPU": 1}, None, "auto", "inline"),
+        ("auto", SMALL, True, None, "inline"),
+        ("auto", SMALL + 1, True, None, "ray"),
+        ("auto", 10, False, None, "ray"),
+        ("auto", 10, True, "auto", "ray"),
+        ("ray", 10, True, None, "ray"),
+        ("inline", 10**9, False, "auto", "inline"),
     ],
 )
-def test_a_few_images_stay_in_this_process_unless_a_cluster_or_more_than_cpus_is_meant(
-    asked, images, needs, threads, address, expected, monkeypatch: pytest.MonkeyPatch
+def test_a_few_images_stay_in_this_process_unless_a_cluster_or_more_than_a_cpu_is_meant(
+    asked, images, plain, address, expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # as where nobody imported it
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if address:
         monkeypatch.setenv("RAY_ADDRESS", address)
-    assert chosen(asked, images, [{"CPU": 2}, needs], threads) == expected
+    assert chosen(asked, images, plain) == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"gpus_per_actor": 0.5}, {"cpus_per_actor": 2}, {"device": "cuda"}, {"resources": {"a100": 0.1}}],
+)
+def test_workers_that_ask_for_more_than_a_cpu_are_not_plain(given) -> None:
+    assert Extract(cpus_per_actor=0.5).plain
+    assert not Extract(**given).plain
+    assert not Index(**{name.replace("actor", "shard"): value for name, value in given.items()}).plain
 
 
 def test_a_connection_that_is_open_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
-    assert chosen("auto", 1, []) == "ray"
+    assert chosen("auto", 1, plain=True) == "ray"
 
 
 def where(_: int) -> tuple[int, set[int], int]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -53,12 +54,45 @@ def test_what_is_printed_and_an_interrupt_disturb_nothing(
     assert capfd.readouterr().out == ""
 
 
-def test_mlflow_is_imported_there_before_it_is_asked_for_and_not_here(process: Apart) -> None:
-    assert process.submit(imported).result()
+QUIET = """
+import sys
+from pipeline.results.mlflow.apart import Apart
+from tests.results.test_apart import facts
+with Apart() as process:
+    print(process.submit(facts).result(), "mlflow" in sys.modules)
+"""
 
 
-def imported() -> bool:
-    return "mlflow" in sys.modules
+def facts() -> tuple[bool, bool]:
+    from mlflow.telemetry.client import get_telemetry_client
+
+    return "mlflow" in sys.modules, get_telemetry_client() is None
+
+
+def test_mlflow_is_imported_there_alone_without_telemetry_and_without_code_that_lies_about(
+    tmp_path: Path,
+) -> None:
+    for name in ("signal", "enum"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__name__} of the folder was run')")
+    (tmp_path / "sitecustomize.py").write_text("print('printed by what Python starts with')")
+    automatic = {"CI", "PYTEST_CURRENT_TEST", "PYTEST_VERSION"}  # MLflow tells nothing there anyway
+    environment = {name: value for name, value in os.environ.items() if name not in automatic}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path / "first")])
+    (tmp_path / "first").mkdir()
+    (tmp_path / "sitecustomize.py").rename(tmp_path / "first" / "sitecustomize.py")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", QUIET], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "(True, True) False", done.stderr
+
+
+def test_a_folder_that_is_gone_hinders_no_call(
+    process: Apart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert process.submit(os.getcwd).result() == "/"
 
 
 def test_a_process_that_dies_is_told_and_the_next_call_says_the_same() -> None:
@@ -70,8 +104,9 @@ def test_a_process_that_dies_is_told_and_the_next_call_says_the_same() -> None:
             process.submit(os.getpid).result()
 
 
-def test_a_process_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+@pytest.mark.parametrize("python", ["/nowhere/python", None])
+def test_a_process_that_cannot_start_is_told(python: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", python)
     with Apart() as process, pytest.raises(tracking.TrackingError, match=r"cannot start.*--track"):
         process.submit(os.getpid).result()
 

@@ -12,9 +12,11 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from pipeline.results.mlflow import tracking
 from pipeline.results.mlflow.tracking import TrackingError
 
 T = TypeVar("T")
@@ -25,7 +27,7 @@ for each in (signal.SIGINT, signal.SIGTERM):  # a run that is ended tells MLflow
     signal.signal(each, signal.SIG_IGN)
 sys.path[:] = {!r}
 from pipeline.results.mlflow import apart
-apart.serve()
+apart.serve({:d})
 """
 
 _KEPT = "Nothing on disk is lost; `ood-pipeline report CONFIG --track` sends the results."
@@ -37,6 +39,7 @@ class Apart:
     def __init__(self) -> None:
         self._calls = ThreadPoolExecutor(1, "mlflow")
         self._child: subprocess.Popen[bytes] | None = None
+        self._answers: BinaryIO = BytesIO()
 
     def __enter__(self) -> Apart:
         return self
@@ -46,18 +49,25 @@ class Apart:
         self._calls.shutdown()
         if self._child is not None:
             self._child.kill()  # it does nothing any more
-            with suppress(BrokenPipeError), self._child:  # closes its pipes and waits
+            with self._answers, suppress(BrokenPipeError), self._child:  # closes its pipes and waits
                 pass
 
     def start(self) -> None:
         """Have the process import MLflow, for calls that are going to come, which say if it cannot start."""
         if self._child is None:
-            with suppress(OSError):
+            answers, theirs = os.pipe()  # standard output may hold what libraries print
+            try:
                 self._child = subprocess.Popen(
-                    [sys.executable, "-c", _SERVE.format(sys.path)],
+                    [sys.executable, "-P", "-c", _SERVE.format(sys.path, theirs)],
                     stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
+                    stdout=2,
+                    pass_fds=[theirs],
                 )
+                self._answers = os.fdopen(answers, "rb")
+            except (OSError, TypeError):  # as where Python is part of another program
+                os.close(answers)
+            finally:
+                os.close(theirs)
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
         """Begin a call of a function of a module, which raises what the function raises.
@@ -71,14 +81,15 @@ class Apart:
     def _call(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         if self._child is None:
             raise TrackingError(f"MLflow's process cannot start. {_KEPT}")
-        asked, answers = self._child.stdin, self._child.stdout
+        asked = self._child.stdin
         assert asked is not None
-        assert answers is not None
+        call = pickle.dumps((_folder(), dict(os.environ), function, arguments))
         try:
-            pickle.dump((Path.cwd(), dict(os.environ), function, arguments), asked)
+            asked.write(call)
             asked.flush()
-            done, result = pickle.load(answers)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            done, result = pickle.load(self._answers)
+        except (OSError, EOFError) as error:
+            self._child.kill()  # if it has not ended yet
             status = self._child.wait()
             raise TrackingError(f"MLflow's process ended by itself (status {status}). {_KEPT}") from error
         if not done:
@@ -86,16 +97,21 @@ class Apart:
         return result  # type: ignore[no-any-return]
 
 
-def serve() -> None:
-    """Answer the calls on standard input until it is closed."""
-    with os.fdopen(os.dup(1), "wb") as answers:
-        os.dup2(2, 1)  # whatever is printed
-        import mlflow  # noqa: F401 - now, before it is asked for
+def _folder() -> str | None:
+    """The current folder; None if it is gone."""
+    with suppress(FileNotFoundError):
+        return str(Path.cwd())
+    return None
 
+
+def serve(place: int) -> None:
+    """Answer the calls on standard input, to an open file, until there are no more."""
+    with os.fdopen(place, "wb") as answers:
+        tracking.import_mlflow()  # now, before it is asked for
         while (call := _next(sys.stdin.buffer)) is not None:
             folder, environment, function, arguments = call
             with suppress(OSError):  # one that is gone is noticed where it is used
-                os.chdir(folder)
+                os.chdir(folder or "/")
             os.environ.clear()
             os.environ.update(environment)
             try:

@@ -288,13 +288,19 @@ def sending(uri: str, what: str) -> Iterator[None]:
         ) from None
 
 
-def connected(uri: str) -> Any:
-    """A client of an MLflow store, which is made if it is a file that is not there."""
+def import_mlflow() -> None:
+    """Import MLflow, which reads some of its settings then."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     # Otherwise MLflow prints the URI, with its password, whenever a run ends.
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    import mlflow  # noqa: F401
+
+
+def connected(uri: str) -> Any:
+    """A client of an MLflow store, which is made if it is a file that is not there."""
+    import_mlflow()
     from mlflow import MlflowClient
 
     for name in ("mlflow.store.db.utils", "alembic"):
