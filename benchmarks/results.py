@@ -28,7 +28,7 @@ REASONS: dict[str, str] = {
         "all pairs of detectors), preparing 2.3, the report 2.2, fit and score 1.0, and starting Python, "
         "imports and MLflow's store the rest. Run again, everything is found in the workspace."
     ),
-    "apply, all detectors, each further image, against extract": (
+    "apply, each further image, against extract (ResNet-10)": (
         "`apply` does all that `extract` does, and scores, on the same two busy cores: what scoring computes "
         "has nothing to hide behind. The profile is in the last rows of (i): most of it is the exact search "
         "of KNN and GROOD, 2 x vectors x dimensions operations in each bank and the choice of the nearest, "
