@@ -33,7 +33,7 @@ from pipeline.cluster import ray_data, usage
 from pipeline.cluster.engine import Decode, Needs, Pending, Row, Work
 from pipeline.cluster.inline import Held
 from pipeline.cluster.logs import Logs
-from pipeline.cluster.ray_worker import hosted, measured
+from pipeline.cluster.ray_worker import copied, hosted, measured
 from pipeline.errors import AGAIN, UserError
 from pipeline.workspace.files import Place
 
@@ -235,21 +235,17 @@ class Copies:
         return lambda: result
 
     def _own(self) -> Any:
-        if self.name not in _copied:
-            _copied.clear()  # of work that is over
-            _copied[self.name] = self.kind(*self.arguments)
-        return _copied[self.name]
+        if self.name not in copied:
+            copied[self.name] = self.kind(*self.arguments)
+        return copied[self.name]
 
     def send(self, value: T) -> Held[T]:
         """The value itself."""
         return Held(value)
 
     def stop(self) -> None:
-        """Nothing to end: each goes with its process, or when another is asked there."""
-
-
-_copied: dict[str, Any] = {}
-"""The object of the last `Copies` that was asked in this process, by name."""
+        """Drop this process' own; each other goes with its process, or when other work begins there."""
+        copied.pop(self.name, None)
 
 
 @dataclass(frozen=True)
@@ -372,6 +368,7 @@ class OnRay:
         """
         self.connect()
         task, options = ray.remote(measured), {"max_retries": RESTARTS, "name": function.__name__}
+        work = uuid.uuid4().hex
         width = 2 * max(1, int(self.cpus()))
         asked = cache(partial(_asked, function.__name__, beside=beside))
         waiting: deque[Any] = deque()
@@ -379,7 +376,7 @@ class OnRay:
             for given in arguments:
                 need = None if memory is None else asked(memory(*given))
                 sized = task.options(num_cpus=1, memory=need, **options)
-                waiting.append(sized.remote(self.logs, function, *given))
+                waiting.append(sized.remote(self.logs, work, function, *given))
                 if len(waiting) >= width:
                     yield self._metered(waiting.popleft())
             while waiting:

@@ -15,12 +15,18 @@ from pipeline.cluster.logs import Logs
 
 T = TypeVar("T")
 
+copied: dict[str, Any] = {}
+"""Objects that the work at hand asks in this process, by the names of their `Copies`."""
+
+_at_hand = ""
 _told_by_actor: list[bool] = []
 
 
-def measured(where: Logs | None, function: Callable[..., T], *arguments: Any) -> tuple[T, dict[str, Any]]:
+def measured(
+    where: Logs | None, work: str, function: Callable[..., T], *arguments: Any
+) -> tuple[T, dict[str, Any]]:
     """What a Ray task returns: a result and what it cost."""
-    with metered(where) as costs:
+    with metered(where, work) as costs:
         result = function(*arguments)
     return result, costs
 
@@ -67,8 +73,14 @@ def hosted(kind: type) -> type:
 
 
 @contextmanager
-def metered(where: Logs | None) -> Iterator[dict[str, Any]]:
-    """Measure the block, the work of a task or an actor's call; the result is filled in at its end."""
+def metered(where: Logs | None, work: str = "") -> Iterator[dict[str, Any]]:
+    """Measure the block, a task or an actor's call; the result is filled in at its end.
+
+    Args:
+        where: logs go to.
+        work: that a task belongs to; copies that other work has left in this process are dropped.
+    """
+    _begin(work)
     found: dict[str, Any] = {}
     wall, cpu, again = time.perf_counter(), time.process_time(), restarts()
     with logs.writing(where), attempts.replacing(again > 0):
@@ -82,6 +94,14 @@ def metered(where: Logs | None) -> Iterator[dict[str, Any]]:
         "retries": 0 if _is_told() else again,
         "node": context.get_node_id(),
     }
+
+
+def _begin(work: str) -> None:
+    """Drop what other work has left: Ray keeps its processes, and nobody asked a node for that memory."""
+    global _at_hand  # a process does one work at a time
+    if work != _at_hand:
+        copied.clear()
+        _at_hand = work
 
 
 def restarts() -> int:

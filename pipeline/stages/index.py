@@ -358,8 +358,8 @@ def start(
 
 def _is_small(banks: Iterable[BankFiles], settings: schema.Index) -> bool:
     """Whether each process that scores may hold all banks, and nobody asked where they are to lie."""
-    placed = settings.shards != "auto" or settings.kind != "flat" or settings.resources
-    if placed or device(settings) != "cpu" or settings.gpus_per_shard:
+    placed = settings.shards != "auto" or settings.needs != schema.Index().needs
+    if placed or settings.kind != "flat" or device(settings) != "cpu":
         return False
     return 4 * sum(bank.rows * bank.width for bank in {each.folder: each for each in banks}.values()) <= (
         AUTO_COPIED_BYTES

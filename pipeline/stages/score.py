@@ -178,12 +178,13 @@ class Scoring:
         Args:
             features: the columns.
             size: rows of a batch.
-            seconds: what each label took is added here. What several have in common counts with the first.
+            seconds: what each label took, its search included, is added here. What several have in common
+                counts with the first.
         """
         spent = defaultdict[str, float](float) if seconds is None else seconds
         scores: dict[str, list[NDArray[np.float64]]] = {label: [] for label in self.scorers}
         batches = ((SharedBatch(batch), count) for batch, count in tables.fixed_batches(features, size))
-        asked = ((*found, self._ask(found[0])) for found in batches)
+        asked = ((*found, self._ask(found[0], spent)) for found in batches)
         for batch, count, neighbours in asked if self.index is None else _ahead(asked):
             for label, scorer in self.scorers.items():
                 begun = time.perf_counter()
@@ -200,15 +201,22 @@ class Scoring:
             banks={label: self.banks[label] for label in labels if label in self.banks},
         )
 
-    def _ask(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, Callable[[], Float]]:
-        """Begin the searches of a batch: one for all scorers that look for the same vectors."""
+    def _ask(
+        self, batch: Mapping[str, NDArray[Any]], spent: defaultdict[str, float]
+    ) -> dict[str, Callable[[], Float]]:
+        """Begin the searches of a batch: one for all scorers that look for the same vectors.
+
+        A copy of the index answers before it returns: its seconds are `spent` by the label that begins.
+        """
         if self.index is None:
             return {}
         searches: dict[tuple[str, int], Search] = {}
         asked: dict[str, Callable[[], Float]] = {}
         for label, (folder, k, bank) in self._wanted.items():
             if (folder, k) not in searches:
+                begun = time.perf_counter()
                 searches[folder, k] = self.index.search(folder, bank.queries(batch), k)
+                spent[label] += time.perf_counter() - begun
             asked[label] = partial(searches[folder, k].distance, bank.read)
         return asked
 

@@ -28,6 +28,7 @@ from tests.cluster.work import (
     asked_by_the_second,
     asked_here,
     broken,
+    copies_after,
     deadly,
     decoded,
     refused,
@@ -153,11 +154,22 @@ def test_an_object_that_is_copied_is_asked_in_the_process_of_the_task(each: Engi
     assert all(own for _, own in found)
 
 
-def test_of_objects_that_are_copied_a_process_on_ray_keeps_the_last(on_ray: Engine) -> None:
+def test_an_object_that_is_copied_is_kept_on_ray_until_it_is_stopped(on_ray: Engine) -> None:
     first, second = on_ray.copied(Counter, 0), on_ray.copied(Counter, 5)
-    assert [first.ask("add", 1)(), first.ask("add", 1)()] == [1, 2]
-    assert second.ask("add", 1)() == 6
-    assert first.ask("add", 1)() == 1
+    assert [first.ask("add", 1)(), second.ask("add", 1)(), first.ask("add", 1)()] == [1, 6, 2]
+    first.stop()
+    assert [first.ask("add", 1)(), second.ask("add", 1)()] == [1, 7]
+    first.stop()
+    second.stop()
+
+
+def test_processes_of_ray_keep_no_copies_when_other_work_begins(on_ray: Engine) -> None:
+    counters = on_ray.share([on_ray.copied(Counter, 0), on_ray.copied(Counter, 5)])
+    asked = list(on_ray.in_order(copies_after, ((counters,) for _ in range(20))))
+    assert {held for _, held in asked} == {2}
+    others = list(on_ray.in_order(copies_after, ((on_ray.share([]),) for _ in range(20))))
+    assert {process for process, _ in asked} & {process for process, _ in others}
+    assert {held for _, held in others} == {0}
 
 
 def test_a_task_whose_process_died_asks_the_object_of_its_next(on_ray: Engine, tmp_path: Path) -> None:

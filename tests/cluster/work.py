@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cluster import attempts
+from pipeline.cluster import attempts, ray_worker
 from pipeline.cluster.engine import Actor, Shared
 from pipeline.errors import UserError
 
@@ -58,6 +58,13 @@ def asked_here(number: int, counters: Shared[list[Actor]]) -> tuple[list[int], b
     """What each of some counters says of a number, and whether all lie in the process of the task."""
     found = [(each.ask("square", number)(), each.ask("made_in")()) for each in counters.get()]
     return [square for square, _ in found], {process for _, process in found} == {os.getpid()}
+
+
+def copies_after(counters: Shared[list[Actor]]) -> tuple[int, int]:
+    """The process, and how many copies lie in it, once it has asked some counters."""
+    for each in counters.get():
+        each.ask("made_in")()
+    return os.getpid(), len(ray_worker.copied)
 
 
 def asked_by_the_second(number: int, counters: Shared[list[Actor]], died: str) -> tuple[list[int], bool]:

@@ -272,7 +272,7 @@ def test_actors_hold_every_bank_and_report_recall(on_ray, tmp_path, vectors, que
 def test_small_banks_are_searched_by_whoever_asks_and_give_what_actors_do(
     tmp_path, monkeypatch, vectors, queries
 ) -> None:
-    files, started = bank(tmp_path, vectors), []
+    files, started, wide = bank(tmp_path, vectors), [], schema.Index(cpus_per_shard=2)
     with opened("inline", threads=1) as engine:
         start = Inline.start
         monkeypatch.setattr(
@@ -281,7 +281,7 @@ def test_small_banks_are_searched_by_whoever_asks_and_give_what_actors_do(
         copied = index.start(engine, [files], FLAT)
         assert (started, copied.holds, copied.copied) == ([], (), int(1.5 * 4 * 450 * 24))
         found = copied.search(files.folder, queries, 9)
-        for settings in (schema.Index(shards=1), schema.Index(resources={"highmem": 1}), FLAT):
+        for settings in (schema.Index(shards=1), schema.Index(resources={"highmem": 1}), wide, FLAT):
             if settings is FLAT:
                 monkeypatch.setattr(index, "AUTO_COPIED_BYTES", 4 * 450 * 24 - 1)
             held = index.start(engine, [files], settings)

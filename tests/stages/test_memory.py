@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from pipeline.cluster.engine import Engine
+from pipeline.cluster.engine import Actor, Engine
 from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.config import schema
 from pipeline.detectors.base import Training
@@ -38,6 +38,12 @@ class Noted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
+
+    def copied(self, kind: type, *arguments: Any) -> Actor:
+        """As on Ray: other processes can ask it."""
+        from pipeline.cluster.on_ray import OnRay
+
+        return OnRay(None).copied(kind, *arguments)
 
     def in_order(
         self,
@@ -83,12 +89,14 @@ def worked(
     training = Training(head.weight, head.bias, train=statistics.Statistics(known))
     scorers = {"dice": Dice().fit(training), "mds": Mds().fit(training), "knn": Knn(k=5).fit(training)}
     bank = banks.build_bank(noted, store, scorers["knn"].bank, table, {"of": "test"}, {})
-    searched = index.start(engine, [bank], schema.Index(shards=shards)) if searching else None
+    searched = index.start(noted, [bank], schema.Index(shards=shards)) if searching else None
     if searched is None:
         del scorers["knn"]
     scoring = score.Scoring(scorers, COLUMNS, {"knn": bank.folder}, searched)
     places = {label: Artifact(folder / "scores" / label, score.FORMAT, {}) for label in scorers}
     score.run(noted, [score.ScoreJob("set", table, places)], scoring, lambda _: None)
+    if searched is not None:
+        searched.stop()
     return noted
 
 
@@ -174,8 +182,11 @@ def peak(function: Callable[..., Any], given: tuple[Any, ...]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_tasks_hold_no_more_than_they_ask_for_and_not_much_less(engine: Engine, tmp_path: Path) -> None:
-    noted = worked(engine, tmp_path, rows=statistics.SLICE, width=512, classes=100, searching=False)
+@pytest.mark.parametrize(("width", "searching"), [(512, False), (512, True)])
+def test_tasks_hold_no_more_than_they_ask_for_and_not_much_less(
+    engine: Engine, tmp_path: Path, width: int, searching: bool
+) -> None:
+    noted = worked(engine, tmp_path, statistics.SLICE, width, 100, searching, shards="auto")
     assert {function for function, *_ in noted.tasks} == {
         statistics._sums,
         banks._write_bank,

@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,14 +20,16 @@ from pipeline.detectors.base import Training
 from pipeline.detectors.cosine import Cosine
 from pipeline.detectors.energy import Energy
 from pipeline.detectors.gradnorm import GradNorm
+from pipeline.detectors.knn import Knn
 from pipeline.detectors.mds_l2 import MdsL2
 from pipeline.detectors.msp import Msp
 from pipeline.detectors.rmds_l2 import RmdsL2
 from pipeline.errors import UserError
 from pipeline.learned import statistics
 from pipeline.learned.statistics import Head
-from pipeline.stages import score
+from pipeline.stages import banks, faiss_shard, index, score
 from pipeline.stages.fit import fit_detectors
+from pipeline.stages.index import Neighbours
 from pipeline.workspace import artifacts, tables
 from pipeline.workspace.artifacts import Artifact, write_part
 from tests.stages.test_fit import feature_table, made_of
@@ -115,6 +118,32 @@ def test_what_each_detector_took_is_told_of_the_rows_that_were_scored(
     costs = score.run(engine, [job(tmp_path)], scoring, lambda _: None).costs
     assert costs == {"energy": {"scores": 2500, "seconds": batches}}
     assert score.run(engine, [job(tmp_path)], scoring, lambda _: None).costs == {}
+
+
+def test_a_search_counts_with_the_first_of_the_detectors_that_share_it(
+    engine, tmp_path, scoring, monkeypatch
+) -> None:
+    now, search = 0.0, faiss_shard.IndexShard.search
+
+    def slow(*given: Any) -> Neighbours:
+        nonlocal now
+        now += 7
+        return search(*given)
+
+    monkeypatch.setattr(score.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(faiss_shard.IndexShard, "search", slow)
+    todo, knn = job(tmp_path, labels=("msp", "near", "far")), Knn(k=9).fit(TRAINING)
+    bank = banks.build_bank(engine, artifacts.Store(tmp_path / "fits"), knn.bank, todo.features, {}, {})
+    scorers = {"msp": scoring.scorers["msp"], "near": Knn(k=3).fit(TRAINING), "far": knn}
+    folders = {label: bank.folder for label in ("near", "far")}
+    searching = score.Scoring(scorers, COLUMNS, folders, index.start(engine, [bank], schema.Index()))
+    costs = score.run(engine, [todo], searching, lambda _: None).costs
+    batches = sum(-(-rows // score.BATCH) for rows in (1030, 1030, 440))
+    assert {label: cost["seconds"] for label, cost in costs.items()} == {
+        "msp": 0,
+        "near": 7 * batches,
+        "far": 0,
+    }
 
 
 def test_what_is_no_score_is_null_counted_and_named_and_refused_above_a_limit(
