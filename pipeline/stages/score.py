@@ -185,7 +185,7 @@ class Scoring:
         scores: dict[str, list[NDArray[np.float64]]] = {label: [] for label in self.scorers}
         batches = ((SharedBatch(batch), count) for batch, count in tables.fixed_batches(features, size))
         asked = ((*found, self._ask(found[0], spent)) for found in batches)
-        for batch, count, neighbours in asked if self.index is None else _ahead(asked):
+        for batch, count, neighbours in _ahead(asked, self._searches):
             for label, scorer in self.scorers.items():
                 begun = time.perf_counter()
                 near = {NEIGHBOURS: neighbours[label]()} if label in neighbours else {}
@@ -231,7 +231,12 @@ class Scoring:
             return held
         most = sum({folder: k for folder, k, _ in self._wanted.values()}.values())
         held += self.index.copied
-        return held + (SEARCHES + 1) * _NEIGHBOUR * BATCH * most * len(self.index.shards)
+        return held + (self._searches + 1) * _NEIGHBOUR * BATCH * most * len(self.index.shards)
+
+    @property
+    def _searches(self) -> int:
+        """Batches that are looked up ahead: none where this process searches itself."""
+        return 0 if self.index is None or self.index.copied else SEARCHES
 
     @cached_property
     def _wanted(self) -> dict[str, tuple[str, int, Bank]]:
@@ -248,12 +253,12 @@ class Scoring:
         }
 
 
-def _ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each after the next ones were made: the index searches while detectors compute."""
+def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The same items, each after the next few were made: the index searches while detectors compute."""
     held = deque[T]()
     for item in items:
         held.append(item)
-        if len(held) > SEARCHES:
+        if len(held) > count:
             yield held.popleft()
     yield from held
 

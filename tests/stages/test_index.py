@@ -279,7 +279,7 @@ def test_small_banks_are_searched_by_whoever_asks_and_give_what_actors_do(
             Inline, "start", lambda *given, **more: started.append(1) or start(*given, **more)
         )
         copied = index.start(engine, [files], FLAT)
-        assert (started, copied.holds, copied.copied) == ([], (), int(1.5 * 4 * 450 * 24))
+        assert (started, copied.holds, copied.copied) == ([], (), 2 * 4 * 450 * 24)
         found = copied.search(files.folder, queries, 9)
         for settings in (schema.Index(shards=1), schema.Index(resources={"highmem": 1}), wide, FLAT):
             if settings is FLAT:

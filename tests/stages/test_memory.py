@@ -119,8 +119,8 @@ def test_what_is_asked_follows_from_rows_widths_and_neighbours(engine: Engine, t
 
 def test_a_task_asks_for_the_vectors_that_it_holds_itself(engine: Engine, tmp_path: Path) -> None:
     noted = worked(engine, tmp_path, rows=3000, width=40, classes=5, shards="auto")
-    row, found = 100 + 4 + 4 + 4 * 40 + 4 * 5, 3 * 16 * 1024 * 5
-    assert noted.asked("score_part") == [memory.PROCESS + 18 * 1024 * row + found + int(1.5 * 4 * 3000 * 40)]
+    row, found = 100 + 4 + 4 + 4 * 40 + 4 * 5, 16 * 1024 * 5
+    assert noted.asked("score_part") == [memory.PROCESS + 18 * 1024 * row + found + 2 * 4 * 3000 * 40]
     assert [beside for *_, beside in noted.tasks if beside] == []
 
 
