@@ -291,7 +291,7 @@ def require_unchanged(path: str, identity: str) -> None:
 def _identity_of(file: Any, system: Any, place: str) -> str:
     """The identity of an open file, as a listing gives it."""
     if system is None:
-        return _identity(os.fstat(file.fileno()))
+        return identity(os.fstat(file.fileno()))
     modified = file.metadata().get("Last-Modified") if system.type_name == "s3" else None
     if modified is None:
         return _remote_entry(place, system.get_file_info(place)).identity
@@ -303,15 +303,16 @@ def _identity_of(file: Any, system: Any, place: str) -> str:
 def local_identity(path: str) -> str:
     """The identity that `find` gives a local file, `MISSING` where there is none; for lists of a million."""
     try:
-        return _identity(os.stat(located(path)[1]))  # noqa: PTH116  a Path takes longer than the answer
+        return identity(os.stat(located(path)[1]))  # noqa: PTH116  a Path takes longer than the answer
     except (OSError, ValueError) as error:
         if is_transient(error):
             raise
         return MISSING
 
 
-def _identity(found: os.stat_result) -> str:
-    return f"{found.st_size}-{found.st_mtime_ns}"
+def identity(found: os.stat_result | None) -> str:
+    """Size and time stamp of a local file, `MISSING` for one that is not there."""
+    return MISSING if found is None else f"{found.st_size}-{found.st_mtime_ns}"
 
 
 def upload(file: Path, uri: str) -> None:
@@ -416,7 +417,8 @@ def located(path: str) -> tuple[Any, str]:
 @lru_cache(maxsize=32)
 def _system(scheme: str, host: str, query: str) -> tuple[Any, str]:
     """The file system of a service and the path of its root; made once in a process."""
-    if pa.io_thread_count() < LISTINGS:  # with which pyarrow lists, and opens connections, whoever asks
+    # with these pyarrow lists, and opens connections, whoever asks
+    if pa.io_thread_count() < LISTINGS and "ARROW_IO_THREADS" not in os.environ:
         pa.set_io_thread_count(LISTINGS)
     uri = f"{scheme}://{host}" + (f"/?{query}" if query else "")
     if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
@@ -452,9 +454,7 @@ def _exists(path: str) -> bool:
 
 def _local_entry(entry: Path | os.DirEntry[str]) -> Entry:
     uri, folder, found = local_uri(os.fspath(entry)), entry.is_dir(), status(entry)
-    if found is None:
-        return Entry(uri, entry.name, folder, MISSING)
-    return Entry(uri, entry.name, folder, _identity(found), found.st_size)
+    return Entry(uri, entry.name, folder, identity(found), 0 if found is None else found.st_size)
 
 
 def status(entry: Path | os.DirEntry[str]) -> os.stat_result | None:

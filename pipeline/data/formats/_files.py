@@ -6,12 +6,10 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.config.schema import Dataset
 from pipeline.data.manifest import SCHEMA
@@ -19,6 +17,7 @@ from pipeline.data.notes import Seen
 from pipeline.data.places import located
 from pipeline.errors import UserError
 from pipeline.workspace import folders, storage
+from pipeline.workspace.folders import Listing
 from pipeline.workspace.storage import Entry
 from pipeline.workspace.tables import ROW_GROUP
 
@@ -38,90 +37,81 @@ class Source(NamedTuple):
     identity: str
 
 
-def walk(folder: str, endings: tuple[str, ...], seen: Seen) -> Iterator[tuple[str, pa.Table]]:
+class Files(NamedTuple):
+    """Some files beside each other."""
+
+    inside: str
+    """The folder they lie in, as a relative path that ends with a slash, or empty."""
+    keys: list[str]
+    """Their relative paths as text."""
+    uris: list[str]
+    identities: list[str]
+
+
+def walk(folder: str, endings: tuple[str, ...], seen: Seen) -> Iterator[Files]:
     """Files below a folder, depth first in sorted order.
 
     Links are followed; hidden files and folders such as `.ipynb_checkpoints` are left out. Over a network
-    folders beside each other are listed ahead; no more than these are in memory, and as columns.
+    folders beside each other are listed ahead; no more than these are in memory, as names and identities.
 
     Args:
         folder: where to begin.
         endings: of the files that are given.
         seen: counts all files, and a hidden folder as one.
-
-    Yields:
-        The folder that some files lie in, as a relative path that ends with a slash, or empty; and the files
-        in columns: `key` (the relative path as text), `uri` and `identity`.
     """
-    return _walk(folders.listing(folder), endings, seen, "")
+    return _walk(folder, folders.listing(folder), endings, seen, "")
 
 
-def _walk(
-    listed: pa.Table, endings: tuple[str, ...], seen: Seen, inside: str
-) -> Iterator[tuple[str, pa.Table]]:
-    """Files among the entries of a folder, which lies `inside` a path that ends with a slash, and below."""
-    entered = pc.and_not(listed["folder"], _hidden(listed))
-    below = _listings(listed["uri"].filter(entered).to_pylist())
-    start = 0
-    for place in np.flatnonzero(entered.to_numpy()).tolist():
-        yield from _among(listed.slice(start, place - start), endings, seen, inside)
-        name = folders.decoded(listed["name"][place].as_py())
-        yield from _walk(next(below), endings, seen, f"{inside}{name}/")
-        start = place + 1
-    yield from _among(listed.slice(start), endings, seen, inside)
+def _walk(folder: str, listed: Listing, endings: tuple[str, ...], seen: Seen, inside: str) -> Iterator[Files]:
+    """Files among what lies in a folder, which lies `inside` a path that ends with a slash, and below."""
+    names = sorted(listed)
+    entered = folders.uris(folder, [name for name in names if not listed[name] and not is_hidden(name)])
+    below = zip(entered, _listings(entered), strict=True)
+    read: list[str] = []
+    for name in names:
+        if not listed[name] and not is_hidden(name):
+            yield from _pieces(folder, listed, read, seen, inside)
+            read = []
+            yield from _walk(*next(below), endings, seen, f"{inside}{name}/")
+        elif is_hidden(name) or not name.lower().endswith(endings):
+            seen.leave_out(spelled(f"{inside}{name}"))
+        else:
+            read.append(name)
+    yield from _pieces(folder, listed, read, seen, inside)
 
 
-def _listings(uris: list[str]) -> Iterator[pa.Table]:
-    """Folders beside each other; where the first one waits for answers, the next ones are listed ahead."""
-    for first in uris[:1]:
+def _pieces(folder: str, listed: Listing, names: list[str], seen: Seen, inside: str) -> Iterator[Files]:
+    """The named files of a folder, no more at once than are written at once."""
+    seen.read(len(names))
+    for start in range(0, len(names), ROW_GROUP):
+        some = names[start : start + ROW_GROUP]
+        keys = [spelled(f"{inside}{name}") for name in some]
+        yield Files(inside, keys, folders.uris(folder, some), [listed[name] for name in some])
+
+
+def _listings(uris: list[str]) -> Iterator[Listing]:
+    """Folders beside each other; where they make one wait for answers, the next ones are listed ahead."""
+    waits = bool(uris) and storage.is_remote(uris[0])
+    if len(uris) > 1 and not waits:  # a local path may be one over a network
         began, computed = time.perf_counter(), time.thread_time()
-        listed = folders.listing(first)
+        listed = folders.listing(uris[0])
         took, computed = time.perf_counter() - began, time.thread_time() - computed
         yield listed
-        if storage.is_remote(first) or took > WAITING * computed:
-            yield from storage.ahead(folders.listing, uris[1:], storage.LISTINGS)
-        else:
-            yield from map(folders.listing, uris[1:])
+        waits, uris = took > WAITING * computed, uris[1:]
+    if waits and len(uris) > 1:
+        yield from storage.ahead(folders.listing, uris, storage.LISTINGS)
+    else:
+        yield from map(folders.listing, uris)
 
 
-def _among(
-    listed: pa.Table, endings: tuple[str, ...], seen: Seen, inside: str
-) -> Iterator[tuple[str, pa.Table]]:
-    """The files among entries that are not entered."""
-    if not len(listed):
-        return
-    ending = f"(?i)(?:{'|'.join(map(re.escape, endings))})$"
-    named = pc.match_substring_regex(listed["name"], ending)
-    read = pc.and_not(named, pc.or_(listed["folder"], _hidden(listed)))
-    for name in listed["name"].filter(pc.invert(read)).to_pylist():
-        seen.leave_out(spelled(f"{inside}{folders.decoded(name)}"))
-    found = listed.filter(read)
-    seen.read(len(found))
-    if len(found):
-        keys = pc.binary_join_element_wise(spelled(inside), _texts(found["name"]), "")
-        yield inside, pa.table([keys, found["uri"], found["identity"]], ["key", "uri", "identity"])
-
-
-def _hidden(listed: pa.Table) -> pa.ChunkedArray:
-    return pc.starts_with(listed["name"], ".")
-
-
-def _texts(names: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Names of a listing as keys have them."""
-    try:
-        return names.cast(pa.string())
-    except pa.ArrowInvalid:  # bytes that are no UTF-8
-        return pa.chunked_array([[spelled(folders.decoded(name)) for name in names.to_pylist()]])
-
-
-def is_hidden(entry: Entry) -> bool:
-    """Whether a file or folder is no part of any dataset, by its name."""
-    return entry.name.startswith(".")
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no part of any dataset."""
+    return name.startswith(".")
 
 
 def visible(folder: str) -> list[Entry]:
     """Entries of a folder by name, without hidden ones."""
-    return [entry for entry in storage.entries(folder) if not is_hidden(entry)]
+    return [entry for entry in storage.entries(folder) if not is_hidden(entry.name)]
 
 
 def sources(dataset: Dataset, endings: tuple[str, ...], seen: Seen) -> list[tuple[str, Source]]:
@@ -151,8 +141,11 @@ def _sources(path: str, endings: tuple[str, ...], seen: Seen, where: str) -> Ite
         raise UserError(f"{where}: no such file or folder: {path}")
     if not entry.folder:
         return [_source(entry)]
-    found = (zip(*table.to_pydict().values(), strict=True) for _, table in walk(path, endings, seen))
-    return [(key, Source(uri, identity)) for key, uri, identity in chain.from_iterable(found)]
+    return [
+        (key, Source(*source))
+        for files in walk(path, endings, seen)
+        for key, *source in zip(files.keys, files.uris, files.identities, strict=True)
+    ]
 
 
 def _source(entry: Entry) -> tuple[str, Source]:
@@ -192,18 +185,32 @@ def batched(rows: Iterable[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
     source = iter(rows)
     while some := list(islice(source, ROW_GROUP)):
         given = set[str]().union(*some)
-        columns = {name: pa.array([row.get(name) for row in some], SCHEMA.field(name).type) for name in given}
-        yield from batches(pa.table(columns))
+        yield _batch({name: [row.get(name) for row in some] for name in given})
 
 
-def batches(table: pa.Table) -> list[pa.RecordBatch]:
-    """Rows, given as some columns of `SCHEMA`, in batches of all columns."""
+def gathered(pieces: Iterable[dict[str, list[Any]]]) -> Iterator[pa.RecordBatch]:
+    """Rows, given as pieces of the same columns of `SCHEMA`, in batches.
+
+    However many pieces there are: what becomes Arrow costs as much for one row as for a thousand.
+    """
+    held: dict[str, list[Any]] = {}
+    for piece in pieces:
+        for name, values in piece.items():
+            held.setdefault(name, []).extend(values)
+        if len(next(iter(held.values()))) >= ROW_GROUP:
+            yield _batch(held)
+            held = {}
+    if held:
+        yield _batch(held)
+
+
+def _batch(given: dict[str, list[Any]]) -> pa.RecordBatch:
+    rows = len(next(iter(given.values())))
     columns = [
-        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+        pa.array(given[field.name], field.type) if field.name in given else pa.nulls(rows, field.type)
         for field in SCHEMA
     ]
-    found: list[pa.RecordBatch] = pa.table(columns, schema=SCHEMA).to_batches()
-    return found
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def spelled(name: str) -> str:

@@ -8,6 +8,7 @@ it lies in; `labels: index` takes that name for the number.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 
@@ -35,8 +36,7 @@ def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
         raise UserError(f"{where}: {root} has no class folders; role {dataset.role!r} needs one per class.")
     if labelled is not None and dataset.labels is None and (order := labels.order_note(labelled.index or {})):
         notes.said.append(order)
-    for table in _tables(dataset, root, labelled, notes):
-        yield from _files.batches(table)
+    yield from _files.gathered(_columns(dataset, root, labelled, notes))
 
 
 def classes(dataset: Dataset) -> Classes:
@@ -47,12 +47,14 @@ def classes(dataset: Dataset) -> Classes:
     return Classes("the class folders", labels.numbered(names))
 
 
-def _tables(dataset: Dataset, root: str, labelled: Classes | None, notes: Notes) -> Iterator[pa.Table]:
+def _columns(
+    dataset: Dataset, root: str, labelled: Classes | None, notes: Notes
+) -> Iterator[dict[str, list[Any]]]:
     """The images that lie beside each other, with their label."""
     part = 0 if dataset.labels is None else -1
-    for inside, table in _files.walk(root, EXTENSIONS, notes.files):
+    for inside, keys, uris, identities in _files.walk(root, EXTENSIONS, notes.files):
         label = -1
         if labelled is not None and inside:
-            where = f"datasets.{dataset.name}.labels: {table['key'][0]}"
+            where = f"datasets.{dataset.name}.labels: {keys[0]}"
             label = labelled.of(inside.removesuffix("/").split("/")[part], where)
-        yield table.append_column("label", pa.repeat(pa.scalar(label, pa.int32()), len(table)))
+        yield {"key": keys, "uri": uris, "label": [label] * len(keys), "identity": identities}
