@@ -25,9 +25,12 @@ Named = Callable[[Dataset], "Classes"]
 
 def wanted(dataset: Dataset) -> bool:
     """Whether a dataset has filters."""
-    return any(
-        value is not None for value in (dataset.limit, dataset.limit_per_class, dataset.include_labels)
-    )
+    return sampled(dataset) or dataset.include_labels is not None
+
+
+def sampled(dataset: Dataset) -> bool:
+    """Whether a seed decides which images a dataset has."""
+    return dataset.limit is not None or dataset.limit_per_class is not None
 
 
 def kept(dataset: Dataset, path: str, seed: int, classes: Named | None) -> NDArray[np.bool_]:

@@ -16,7 +16,7 @@ from pipeline import detectors
 from pipeline.columns import BLOCK_NORM, LABEL
 from pipeline.config import published
 from pipeline.config.schema import Config, Dataset, Extract
-from pipeline.data import metadata
+from pipeline.data import filters, metadata
 from pipeline.data.manifest import Manifest, compile_manifest
 from pipeline.data.metadata import Metadata
 from pipeline.data.places import require_there
@@ -161,7 +161,7 @@ class Prepared:
 class Seen:
     """What one command has read of the user's data, each once for all of its configs."""
 
-    manifests: dict[tuple[str, str, int, int], Manifest] = field(default_factory=dict)
+    manifests: dict[tuple[str, str, int | None, int], Manifest] = field(default_factory=dict)
     """By all that they depend on besides the files."""
     metadata: dict[str, Metadata] = field(default_factory=dict)
     """By path or URI."""
@@ -169,7 +169,8 @@ class Seen:
     def listed(self, dataset: Dataset, settings: Config) -> Manifest:
         """A dataset of a config, compiled."""
         limit = settings.extract.max_image_bytes
-        known = settings.workspace, dataset.model_dump_json(), settings.seed, limit
+        seed = settings.seed if filters.sampled(dataset) else None
+        known = settings.workspace, dataset.model_dump_json(), seed, limit
         if known not in self.manifests:
             folder = files.at(settings.workspace) / "manifests"
             self.manifests[known] = compile_manifest(dataset, folder, settings.seed, limit)

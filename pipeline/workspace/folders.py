@@ -35,7 +35,8 @@ def uris(folder: str, names: Iterable[str]) -> list[str]:
     system, place = storage.located(folder)
     if system is None:
         base = place if place.endswith("/") else f"{place}/"
-        return [storage.local_uri(f"{base}{name}") for name in names]
+        paths = [f"{base}{name}" for name in names]
+        return paths if "".join(paths).isascii() else list(map(storage.local_uri, paths))
     base, mark, query = folder.partition("?")
     base = base.rstrip("/")
     return [f"{base}/{quote(os.fsencode(name))}{mark}{query}" for name in names]

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from pipeline.data.formats import _files
+from pipeline.config.schema import Dataset
+from pipeline.data.formats import _files, imagefolder
+from pipeline.data.notes import Notes
 from pipeline.errors import UserError
 from pipeline.workspace import folders, storage
 from tests import faults
@@ -339,3 +341,11 @@ def test_a_folder_of_more_files_than_are_held_at_once_is_whole(compiled, tmp_pat
     monkeypatch.setattr(_files, "ROW_GROUP", 7)
     assert compiled("imagefolder", tmp_path / "set") == whole
     assert [row["key"] for row in rows(whole)] == [f"{number:02d}.png" for number in range(30)]
+
+
+def test_folders_of_one_file_become_batches_together(tmp_path):
+    for number in range(30):
+        save(tmp_path / "set" / f"{number:02d}" / "1.png")
+    dataset = Dataset(name="set", role="id", format="imagefolder", path=str(tmp_path / "set"))
+    (batch,) = imagefolder.read(dataset, Notes())
+    assert batch["label"].to_pylist() == list(range(30))

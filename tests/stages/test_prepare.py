@@ -56,7 +56,7 @@ def flat(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return settings
 
 
-def test_configs_of_one_command_list_a_dataset_once_and_the_next_command_lists_it_anew(
+def test_configs_of_one_command_list_a_dataset_once_whatever_their_seed_and_the_next_command_anew(
     flat, load, monkeypatch
 ) -> None:
     asked: list[str] = []
@@ -73,11 +73,14 @@ def test_configs_of_one_command_list_a_dataset_once_and_the_next_command_lists_i
     second = prepare.prepare(load(flat | {"name": "other"}), seen=seen)
     assert asked == names
     assert [second.jobs[name].name for name in names] == [first.jobs[name].name for name in names]
+    prepare.prepare(load(flat | {"seed": 1}), seen=seen)
+    assert asked == names
     flat["datasets"][0]["limit"] = 5
-    prepare.prepare(load(flat), seen=seen)
-    assert asked == [*names, names[0]]
+    for seed in (0, 1, 1):
+        prepare.prepare(load(flat | {"seed": seed}), seen=seen)
+    assert asked == [*names, names[0], names[0]]
     prepare.prepare(load(flat))
-    assert asked == [*names, names[0], *names]
+    assert asked == [*names, names[0], names[0], *names]
 
 
 def test_jigsaws_have_the_size_of_images_so_a_model_of_one_size_takes_them(flat, load) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline.errors import UserError
@@ -100,3 +101,17 @@ def test_calls_run_ahead_in_order_and_no_further_than_asked() -> None:
     assert max(started) <= 8
     results.close()
     assert list(storage.ahead(call, [], 3)) == []
+
+
+def test_more_folders_are_listed_at_once_than_pyarrow_has_threads_for_unless_the_user_says_how_many(
+    monkeypatch,
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(pa, "io_thread_count", lambda: 8)
+    monkeypatch.setattr(pa, "set_io_thread_count", given.append)
+    monkeypatch.setenv("ARROW_IO_THREADS", "8")
+    storage._system.__wrapped__("mock", "", "")
+    assert given == []
+    monkeypatch.delenv("ARROW_IO_THREADS")
+    storage._system.__wrapped__("mock", "", "")
+    assert given == [storage.LISTINGS]

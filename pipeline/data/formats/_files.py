@@ -69,11 +69,12 @@ def _walk(folder: str, listed: Listing, endings: tuple[str, ...], seen: Seen, in
     below = zip(entered, _listings(entered), strict=True)
     read: list[str] = []
     for name in names:
-        if not listed[name] and not is_hidden(name):
+        hidden = is_hidden(name)
+        if not listed[name] and not hidden:
             yield from _pieces(folder, listed, read, seen, inside)
             read = []
             yield from _walk(*next(below), endings, seen, f"{inside}{name}/")
-        elif is_hidden(name) or not name.lower().endswith(endings):
+        elif hidden or not name.lower().endswith(endings):
             seen.leave_out(spelled(f"{inside}{name}"))
         else:
             read.append(name)
@@ -85,7 +86,9 @@ def _pieces(folder: str, listed: Listing, names: list[str], seen: Seen, inside: 
     seen.read(len(names))
     for start in range(0, len(names), ROW_GROUP):
         some = names[start : start + ROW_GROUP]
-        keys = [spelled(f"{inside}{name}") for name in some]
+        keys = [f"{inside}{name}" for name in some]
+        if not "".join(keys).isascii():
+            keys = list(map(spelled, keys))
         yield Files(inside, keys, folders.uris(folder, some), [listed[name] for name in some])
 
 
