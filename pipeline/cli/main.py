@@ -6,6 +6,8 @@ interrupted, 1 anything else; the job's status where a command waited for one.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import os
 import signal
@@ -72,6 +74,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # an old terminal gets question marks, not a traceback
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    atexit.register(gc.freeze)  # or Python looks through all that was imported once more, for a second
     signal.signal(signal.SIGTERM, _end)  # Ray, once started, has a handler that does the same
     os.environ[imports.FOLDER] = str(Path.cwd())  # inherited by Ray's workers
     try:

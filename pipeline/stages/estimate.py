@@ -24,6 +24,9 @@ from pipeline.stages.prepare import Prepared
 
 PROBE_IMAGES = 100
 
+BESIDE = 2
+"""Most workers that measure at once: two on one core take turns, whatever the system calls a CPU."""
+
 BATCH_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 """What is tried where a batch size is looked for."""
 
@@ -35,6 +38,9 @@ _SPECTRUM = 0.007
 
 _STARTS = 2.4, 1.3, 0.3
 """What the start of extraction, of extra passes and of an index takes over that of engine and one actor."""
+
+_PROGRAM = 4.0
+"""Seconds of the program's own imports, of opening data and model, and of MLflow."""
 
 _REST, _DRAWN = 3.0, 0.03
 """Seconds of evaluation and report, and more of them for each detector on each dataset."""
@@ -139,7 +145,7 @@ class Times:
     """About how many seconds a run takes, by what it does."""
 
     start: float
-    """Of Ray, of workers, and of what they import."""
+    """Of the program, of Ray, of workers, and of what they import."""
     forward: float
     """All passes through the network, once they are running."""
     fit: float
@@ -176,7 +182,8 @@ def times(engine: Engine, ready: Prepared, found: Probe) -> Times:
     pairs = per.features / (2 * width) * banks * train  # in float32
     begun = [Cost.of(ready).images > 0, any(detector.passes() for detector in chosen), banks > 0]
     return Times(
-        start=found.start * sum(share for share, there in zip(_STARTS, begun, strict=True) if there),
+        start=_PROGRAM
+        + found.start * sum(share for share, there in zip(_STARTS, begun, strict=True) if there),
         forward=forward,
         fit=train * (sweeps + banks * per.features) / Products.ROWS / cpus
         + spectra * _SPECTRUM * width * per.features,
@@ -197,25 +204,32 @@ def forwarding(engine: Engine, ready: Prepared, found: Probe) -> tuple[float, in
 
 
 def probe(engine: Engine, ready: Prepared, sizes: Sequence[int]) -> Probe:
-    """Decode and forward about `PROBE_IMAGES` images in a worker like those of the run.
+    """Decode and forward about `PROBE_IMAGES` images in workers like those of the run, beside each other.
 
     Raises:
         UserError: if no image of a dataset can be read, or the cluster has no room for a model actor.
     """
     settings, started = ready.config.extract, time.perf_counter()
-    extract.actor_count(engine, ready.plan)
+    count = min(extract.actor_count(engine, ready.plan), BESIDE)
     each = -(-PROBE_IMAGES // len(ready.jobs))
     tables = {}
     for name, job in ready.jobs.items():
         rows = np.unique(np.linspace(0, job.manifest.rows - 1, each).astype(np.int64))
         tables[name] = job.manifest.take(rows)
     needs = settings.needs
-    worker = engine.start(Prober, needs, ready.plan, engine.threads(needs))
+    workers = engine.pool(Prober, needs, count, ready.plan, engine.threads(needs))
     try:
-        found: Probe = worker.ask("measure", tables, list(sizes))()
-        return replace(found, start=max(time.perf_counter() - started - found.seconds, 0))
+        probes: list[Probe] = list(workers.each("measure", [(tables, list(sizes))] * count))
     finally:
-        worker.stop()
+        workers.stop()
+    took = time.perf_counter() - started
+    forward = {
+        size: float(np.mean([probe.forward[size] for probe in probes]))
+        for size in probes[0].forward
+        if all(size in probe.forward for probe in probes)
+    }
+    slowest = max(probe.seconds for probe in probes)
+    return replace(probes[0], forward=forward, seconds=slowest, start=max(took - slowest, 0))
 
 
 @dataclass(frozen=True)

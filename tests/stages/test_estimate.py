@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.cluster.engine import opened
 from pipeline.columns import LOGITS
 from pipeline.config import schema
 from pipeline.errors import UserError
@@ -56,13 +58,32 @@ def test_the_probe_measures_some_images_of_every_dataset(engine, ready) -> None:
     assert seconds == pytest.approx(images / found.forward[64] + images / found.decode)
 
 
+def test_workers_that_take_turns_on_one_core_are_measured_beside_each_other(ready, monkeypatch) -> None:
+    beside, most = [], []
+
+    def measure(self: estimate.Prober, tables: object, sizes: list[int]) -> estimate.Probe:
+        beside.append(self)
+        time.sleep(0.2)
+        most.append(len(beside))
+        beside.pop()
+        return estimate.Probe(100, [], 1000.0, {size: 100.0 * most[-1] for size in sizes})
+
+    monkeypatch.setattr(estimate.Prober, "measure", measure)
+    auto = ready.config.extract.model_copy(update={"actors": "auto"})
+    many = replace(ready, config=ready.config.model_copy(update={"extract": auto}))
+    with opened("inline", threads=3) as engine:
+        found = estimate.probe(engine, many, [64])
+    assert sorted(most) == [1, 2]
+    assert found.forward == {64: 150.0}
+
+
 def test_the_estimate_covers_starting_fit_and_score(engine, ready, settings, load, execute) -> None:
     products = estimate.Products(classes=0.1, features=0.2, softmax=0.3)
     probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=products, start=2.0)
     found, cpus = estimate.times(engine, ready, probe), engine.cpus()
     train = ready.jobs["train"].manifest.rows
     scored = sum(job.manifest.rows for job in ready.jobs.values()) - train
-    assert found.start == pytest.approx(2 * (2.4 + 1.3 + 0.3))
+    assert found.start == pytest.approx(4 + 2 * (2.4 + 1.3 + 0.3))
     assert found.forward == estimate.forwarding(engine, ready, probe)[0]
     assert found.fit == pytest.approx(train * (0.2 + 2 * 0.2) / 1024 / cpus)  # class sums and two banks
     neighbours = 2 * train * 0.2 / (2 * 128)
@@ -70,7 +91,7 @@ def test_the_estimate_covers_starting_fit_and_score(engine, ready, settings, loa
     assert found.total == found.start + found.forward + found.fit + found.score + found.rest
     settings["detectors"] = ["msp"]
     execute(load(settings), last="extract")
-    assert estimate.times(engine, prepare.prepare(load(settings)), probe).start == 0
+    assert estimate.times(engine, prepare.prepare(load(settings)), probe).start == 4
 
 
 def test_decoding_elsewhere_is_limited_by_the_slower_side(on_ray, ready) -> None:
