@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def paired(
     for samples in zip(*engine.in_order(_sample, work), strict=True):
         group_of = samples[0][1]
         differences = pairs.differences(dict(zip(labels, (found for found, _ in samples), strict=True)))
-        rows += [{**asdict(each), "group": group_of[each.dataset]} for each in differences]
+        rows += [{**vars(each), "group": group_of[each.dataset]} for each in differences]
     return pa.Table.from_pylist(rows, PAIRS)
 
 
@@ -253,7 +253,7 @@ def _classified(scores: Scores, dataset: str, found: Sequence[tables.Table]) -> 
     """
     values, there = _scored(found, scores.tested.get(dataset))
     features = scores.features.get(dataset)
-    right = np.zeros(len(there), np.bool_) if features is None else np.concatenate([*_right(features)])
+    right = np.zeros(len(there), np.bool_) if features is None else _right(features)
     return values, right[there]
 
 
@@ -274,10 +274,12 @@ def _scored(found: Sequence[tables.Table], tested: Mask | None = None) -> tuple[
     return np.concatenate(columns), np.concatenate(kept)
 
 
-def _right(features: tables.Table) -> Iterator[Mask]:
-    """Which rows the classifier has right, part by part."""
-    for part in features.columns([LABEL, PREDICTION]):
-        yield part[LABEL].to_numpy() == part[PREDICTION].to_numpy()
+@lru_cache(8)  # all detectors are measured on the same rows
+def _right(features: tables.Table) -> Mask:
+    """Which rows the classifier has right."""
+    parts = features.columns([LABEL, PREDICTION])
+    right = [part[LABEL].to_numpy() == part[PREDICTION].to_numpy() for part in parts]
+    return np.concatenate([np.empty(0, np.bool_), *right])
 
 
 def numbering(features: tables.Table, classes: int) -> str:
@@ -292,7 +294,7 @@ def numbering(features: tables.Table, classes: int) -> str:
 
 def _accuracy(job: ScoreJob, role: str, tested: Mask | None) -> dict[str, Any]:
     """The row with the classifier's accuracy on a dataset of its classes; its argmax, not a detector's."""
-    right = np.concatenate([*_right(job.features)])
+    right = _right(job.features)
     right = right if tested is None else right[tested]
     found = metrics.accuracy(int(right.sum()), len(right))
     result = comparisons.Result(job.dataset, "id_accuracy", *found, len(right), 0)
