@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -248,8 +249,9 @@ def _png(figure: Figure, axes: Axes, names: Sequence[str]) -> bytes:
 
 def _encode(figure: Figure) -> bytes:
     """PNG of few colours: a quarter of the bytes."""
-    drawn, buffer = BytesIO(), BytesIO()
-    figure.savefig(drawn, format="png", dpi=DPI)
-    with Image.open(drawn) as image:
-        image.convert("RGB").quantize(COLOURS_OF_PNG, dither=Image.Dither.NONE).save(buffer, "PNG")
+    figure.set_dpi(DPI)
+    canvas, buffer = FigureCanvasAgg(figure), BytesIO()
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image.quantize(COLOURS_OF_PNG, dither=Image.Dither.NONE).save(buffer, "PNG")
     return buffer.getvalue()
