@@ -22,11 +22,10 @@ REASONS: dict[str, str] = {
         "much. The ratio falls with the size of the network; no detector makes another forward pass."
     ),
     "whole command, inline": (
-        "of the 20 s of one such command on this machine, extraction took 7.6 (12.6 CPU seconds in two "
-        "threads: norms of four blocks and pooled maps, which no detector here reads but the cache keeps, "
-        "SHA-256 of every image, checks, Parquet), evaluation 3.4 (intervals of every metric and tests of "
-        "all pairs of detectors), preparing 2.3, the report 2.2, fit and score 1.0, and starting Python, "
-        "imports and MLflow's store the rest. Run again, everything is found in the workspace."
+        "the table below tells where the seconds go. Nine tenths of extraction are the network's forward "
+        "pass; preparing is the import of torch; evaluation has an interval for every metric and a test for "
+        "every pair of detectors; a third of the report is the import of matplotlib. Run again, everything "
+        "is found in the workspace."
     ),
     "apply, each further image, against extract (ResNet-10)": (
         "`apply` does all that `extract` does, and scores, on the same two busy cores: what scoring computes "

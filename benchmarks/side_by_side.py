@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -91,6 +92,23 @@ def furthest(out: Path, folder: Path, name: str) -> tuple[float, str]:
     return max(found)
 
 
+def _stages(ours: Sequence[tuple[commands.Done, ...]]) -> dict[str, list[list[float]]]:
+    """Seconds of each stage, by name: of each turn for both engines."""
+    found: dict[str, list[list[float]]] = {}
+    for turn in ours:
+        for name in ("prepare", *turn[0].stages, "rest"):
+            found.setdefault(name, []).append([_stage(done, name) for done in turn])
+    return found
+
+
+def _stage(done: commands.Done, name: str) -> float:
+    if name == "prepare":
+        return done.prepare
+    if name == "rest":
+        return done.seconds - done.prepare - sum(each["seconds"] for each in done.stages.values())
+    return done.stages[name]["seconds"]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -100,7 +118,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one turn of few images, to try the script")
     parser.add_argument("--output", type=Path, help="also write the page there")
     options = parser.parse_args()
-    about, lines = machine.describe(), []
+    about, lines, ours = machine.describe(), [], []
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         images, settings = prepare(folder, options.fashion_mnist, 500 if options.quick else SEEN)
@@ -111,6 +129,7 @@ def main() -> None:
             again = commands.run("run", settings, folder / f"inline-{turn}", options=("--engine", "inline"))
             on_ray = commands.run("run", settings, folder / f"ray-{turn}")
             lines.append([other, inline.seconds, again.seconds, on_ray.seconds])
+            ours.append((inline, on_ray))
         apart, where = furthest(out, folder / "inline-0", settings["name"])
     medians = [statistics.median(column) for column in zip(*lines, strict=True)]
     rows = [(f"turn {turn + 1}", *(f"{each:.1f}" for each in line)) for turn, line in enumerate(lines)]
@@ -128,7 +147,18 @@ def main() -> None:
             at_most("AUROC, largest difference", apart, SAME, "{:.4f}"),
         ],
     )
-    found = page("python benchmarks/side_by_side.py --peer PEER", about, [section])
+    stages = Section(
+        "Where our seconds go",
+        "Medians over the turns. The rest is Python's start, what the program imports, MLflow's last words, "
+        "the table on the screen and the end.",
+        ("", "inline", "on Ray"),
+        [
+            (name, *(f"{statistics.median(each):.1f}" for each in zip(*taken, strict=True)))
+            for name, taken in _stages(ours).items()
+        ],
+        [],
+    )
+    found = page("python benchmarks/side_by_side.py --peer PEER", about, [section, stages])
     print(found)
     if options.output:
         options.output.write_text(found)
