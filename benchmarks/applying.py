@@ -85,14 +85,8 @@ def _small(session: Session) -> Case:
     if not bundle.exists():
         _bundled(session.quickstart.record, session.first, "--weights")
     counts = session.size(10_000, 1000), session.size(60_000, 4000)
-    return Case(
-        "ResNet-10",
-        bundle,
-        lambda count, _: extraction.settings(session, count),
-        "idx",
-        counts,
-        session.size(3, 1),
-    )
+    settings = lambda count, _: extraction.settings(session, count)  # noqa: E731
+    return Case("ResNet-10", bundle, settings, "idx", counts, session.size(2, 1))
 
 
 def _large(session: Session) -> Case:
@@ -115,8 +109,8 @@ def _large(session: Session) -> Case:
     if not folder.exists():
         record = commands.run("run", of(first, folder), folder).record
         _bundled(record, folder)
-    counts = first, session.size(1000, 48)
-    return Case("EfficientNet-Lite0", folder / "detector.ood", of, "imagelist", counts, session.size(3, 1))
+    counts = first, session.size(800, 48)
+    return Case("EfficientNet-Lite0", folder / "detector.ood", of, "imagelist", counts, session.size(2, 1))
 
 
 def _draw_pictures(session: Session, count: int, folder: Path) -> Path:

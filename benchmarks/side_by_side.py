@@ -59,6 +59,7 @@ def prepare(folder: Path, source: Path, count: int) -> tuple[Path, dict[str, Any
     kept = [entry for entry in settings["datasets"] if entry["role"] == "train" or entry["format"] == "npz"]
     settings["datasets"] = [seen, *(entry for entry in kept if entry["role"] != "id")]
     settings["detectors"] = DETECTORS
+    del settings["extract"]["shard_rows"]  # of the quickstart, small for show
     arrays = {"train_x": shipped["id_train_x"], "train_y": shipped["id_train_y"]}
     arrays["id_x"] = fashion.images(source, count)
     arrays |= {name: shipped[f"ood_{name}_x"] for name in ("animals", "textures")}
