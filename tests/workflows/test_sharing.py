@@ -103,9 +103,11 @@ def test_a_second_run_of_the_same_evaluation_is_refused_or_waits(shared: Shared)
             assert refused.returncode == 2, out
             assert f"is being made by process {os.getpid()} on " in error
             assert "--wait" in error
+            assert waiting.stdout is not None
+            said = next(line for line in waiting.stdout if "waiting for" in line)  # it is as far as that
+            assert f"waiting for process {os.getpid()} on " in said
             assert waiting.poll() is None
             assert len(files.read_json(run / "manifest.json")["executions"]) == before
         out, error = waiting.communicate(timeout=60)
-    assert waiting.returncode == 0, error
-    assert f"waiting for process {os.getpid()} on " in out
+    assert waiting.returncode == 0, (out, error)
     assert len(files.read_json(run / "manifest.json")["executions"]) == before + 1
