@@ -149,21 +149,22 @@ class Engine(Protocol):
             UserError: the first that a function raised; or the cluster failed.
         """
 
-    def start(self, kind: type, needs: Needs, *arguments: Any, spread: bool = False) -> Actor:
-        """An object of a class as an actor; after the loss of its process it begins again from its arguments.
+    def gang(self, kind: type, needs: Needs, arguments: Sequence[tuple[Any, ...]]) -> tuple[Actor, ...]:
+        """Objects of a class as actors, spread over nodes, that all run at once and leave a CPU for tasks.
+
+        It waits until they do. After the loss of its process an actor begins again from its arguments.
 
         Args:
             kind: the class.
-            needs: of the actor.
-            arguments: for the class.
-            spread: over the nodes, rather than where there is room first.
+            needs: of each actor.
+            arguments: for the class, of each actor.
         """
 
     def copied(self, kind: type, *arguments: Any) -> Actor:
         """An object of a class in each process that asks it, made by its first call there; for small ones."""
 
     def pool(self, kind: type, needs: Needs, count: int, *arguments: Any) -> Pool:
-        """Objects of a class as actors that share the calls."""
+        """Objects of a class as actors that share the calls; those there is room for begin."""
 
 
 def chosen(asked: Asked, images: int, plain: bool) -> Name:

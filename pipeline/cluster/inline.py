@@ -204,9 +204,9 @@ class Inline:
 
         return self.in_order(work, ((row,) for row in rows))
 
-    def start(self, kind: type, needs: Needs, *arguments: Any, spread: bool = False) -> Object:
-        """An object."""
-        return Object(kind(*arguments))
+    def gang(self, kind: type, needs: Needs, arguments: Sequence[tuple[Any, ...]]) -> tuple[Object, ...]:
+        """Objects."""
+        return tuple(Object(kind(*given)) for given in arguments)
 
     def copied(self, kind: type, *arguments: Any) -> Object:
         """An object: there is one process."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import re
 import secrets
 import tempfile
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +26,6 @@ from typing import Any, Generic, TypeVar
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read when ray is imported
 import ray
 from ray import cloudpickle, exceptions
-from ray.util import ActorPool
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from threadpoolctl import threadpool_limits
 
@@ -51,6 +52,12 @@ _kept = 0
 
 _STOPPING = 10.0
 """Seconds that an actor has to say what it cost; one that is just being started again is not waited for."""
+
+_PATIENCE = 30.0
+"""Seconds that a gang waits for room before it steps back; twice as long each time."""
+
+LAG = 3.0
+"""Seconds in which Ray knows of room that our own work has left."""
 
 _CURES = {
     exceptions.OutOfDiskError: "Free space where Ray keeps its objects (/tmp/ray, or where `ray start "
@@ -256,14 +263,26 @@ class Handles:
     logs: Logs | None
 
     def each(self, method: str, arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Results of a method, in the order of the arguments; whoever is free takes the next call."""
-        pool = ActorPool([member.actor for member in self.members])
+        """Results of a method, in the order of the arguments; whoever is free takes the next call.
+
+        An actor that waits for room, which other work may hold for long, is given none.
+        """
+        todo = deque(enumerate(arguments))
+        count, done = len(todo), dict[int, Any]()
+        begun = {member.actor.costs.remote(): (-1, member.actor) for member in self.members}
         with told(self.logs):
-            for result, costs in pool.map(
-                lambda actor, given: actor.measured.remote(method, *given), list(arguments)
-            ):
-                usage.report(costs)
-                yield result
+            for number in range(count):
+                while number not in done:
+                    (reference,), _ = ray.wait(list(begun), num_returns=1)
+                    finished, actor = begun.pop(reference)
+                    found = ray.get(reference)
+                    if finished >= 0:
+                        done[finished], costs = found
+                        usage.report(costs)
+                    if todo:
+                        following, given = todo.popleft()
+                        begun[actor.measured.remote(method, *given)] = following, actor
+                yield done.pop(number)
 
     def stop(self) -> None:
         """End the actors; what they cost came with their results."""
@@ -367,6 +386,7 @@ class OnRay:
         Only about two tasks per CPU are under way at once, so results do not pile up.
         """
         self.connect()
+        _tell_if_full({"CPU": 1}, function.__name__)
         task, options = ray.remote(measured), {"max_retries": RESTARTS, "name": function.__name__}
         work = uuid.uuid4().hex
         width = 2 * max(1, int(self.cpus()))
@@ -410,12 +430,41 @@ class OnRay:
             found = [node["resources"] for node in nodes().values()]
             have = [each.get("memory", 0) for each in found if each.get("CPU", 0) >= 1]
             decode = (*decode[:2], int(min(decode[2], min(filter(None, have), default=0) // 2)))
+        # an actor that took the last CPU would wait for its decoding tasks, and others' actors for theirs
+        beside = needs if decode is None else {**needs, "CPU": needs["CPU"] + 1}
+        _tell_if_full(beside, worker[0].__name__, wait=decode is not None)
         with told(self.logs):
             yield from ray_data.stream(rows, decode, worker, needs, count, self.logs)
 
-    def start(self, kind: type, needs: Needs, *arguments: Any, spread: bool = False) -> Handle:
-        """An actor; it and its calls survive the loss of its process or node."""
+    def gang(self, kind: type, needs: Needs, arguments: Sequence[tuple[Any, ...]]) -> tuple[Handle, ...]:
+        """Actors that all run, with a CPU beside them for tasks.
+
+        While other work holds some of that, they step back from the rest and try again: two runs that each
+        held a part of what they need would wait for each other for ever.
+        """
         self.connect()
+        patience = _PATIENCE
+        while True:
+            handles = tuple(self._start(kind, needs, given, "SPREAD") for given in arguments)
+            runs = False
+            try:
+                runs = _all_run(handles, patience)
+            finally:
+                if not runs:
+                    for handle in handles:
+                        ray.kill(handle.actor)
+            if runs:
+                return handles
+            _log.warning(
+                "%s: %d actors with %s each and a CPU for tasks found no room at once within %.0f s, as "
+                "other work holds the cluster; they try again",
+                *(kind.__name__, len(handles), _amounts(needs, filter(needs.get, needs)), patience),
+            )
+            time.sleep(random.uniform(0.1, 0.5) * patience)
+            patience *= 2
+
+    def _start(self, kind: type, needs: Needs, arguments: tuple[Any, ...], where: str = "DEFAULT") -> Handle:
+        """An actor; it and its calls survive the loss of its process or node."""
         own = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU", "memory")}
         remote = ray.remote(hosted(kind)).options(
             num_cpus=needs["CPU"],
@@ -424,7 +473,7 @@ class OnRay:
             resources=own,
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
-            scheduling_strategy="SPREAD" if spread else "DEFAULT",
+            scheduling_strategy=where,
         )
         return Handle(remote.remote(self.logs, *arguments))
 
@@ -434,7 +483,48 @@ class OnRay:
 
     def pool(self, kind: type, needs: Needs, count: int, *arguments: Any) -> Handles:
         """Actors that share the calls."""
-        return Handles(tuple(self.start(kind, needs, *arguments) for _ in range(count)), self.logs)
+        self.connect()
+        _tell_if_full(needs, kind.__name__)
+        return Handles(tuple(self._start(kind, needs, arguments) for _ in range(count)), self.logs)
+
+
+def _all_run(handles: Iterable[Handle], patience: float) -> bool:
+    """Whether actors have begun after a while, and then a task does."""
+    for begins in [handle.actor.costs.remote for handle in handles], [ray.remote(_nothing).remote]:
+        asked = [begin() for begin in begins]
+        if len(ray.wait(asked, num_returns=len(asked), timeout=patience)[0]) < len(asked):
+            for reference in asked:
+                ray.cancel(reference)
+            return False
+    return True
+
+
+def _nothing() -> None:
+    """What a task does that only shows that there is room for one."""
+
+
+def _tell_if_full(needs: Needs, what: str, wait: bool = False) -> None:
+    """Say that work will have to wait if others hold all there is of something it needs.
+
+    Args:
+        needs: of the work.
+        what: is to be done.
+        wait: until they no longer do.
+    """
+    until, told = time.monotonic() + LAG, False
+    while full := [name for name, amount in needs.items() if amount and _free(name) < amount]:
+        if not told and time.monotonic() > until:
+            has = _amounts(ray.cluster_resources(), full)
+            _log.warning("%s: waits, as other work holds the cluster (%s)", what, has)
+            told = True
+        if told and not wait:
+            return
+        time.sleep(0.1)
+
+
+def _free(resource: str) -> float:
+    """What the cluster has left of a resource."""
+    return float(ray.available_resources().get(resource, 0))
 
 
 def _asked(task: str, need: int, beside: Sequence[int]) -> int | None:

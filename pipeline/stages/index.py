@@ -401,9 +401,8 @@ def _started(engine: Engine, banks: Mapping[str, BankFiles], count: int, setting
 
     needs, threads = settings.needs, engine.threads(settings.needs)
     return Index(
-        tuple(
-            engine.start(IndexShard, needs, number, count, settings, banks, threads, spread=True)
-            for number in range(count)
+        engine.gang(
+            IndexShard, needs, [(number, count, settings, banks, threads) for number in range(count)]
         ),
         settings.kind == "flat",
         (_shard_bytes(banks.values(), count, settings),) * count,

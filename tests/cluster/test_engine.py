@@ -6,18 +6,21 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 from ray.exceptions import LocalRayletDiedError, RayTaskError, RpcError
 from threadpoolctl import threadpool_info
 
 from pipeline.cluster import logs, on_ray, usage
 from pipeline.cluster.engine import SMALL, Engine, chosen, opened, shared
+from pipeline.cluster.on_ray import LAG
 from pipeline.config.schema import Extract, Index
 from pipeline.errors import UserError
 from tests.cluster.work import (
@@ -26,6 +29,7 @@ from tests.cluster.work import (
     Deadly,
     Halver,
     asked_by_the_second,
+    asked_for,
     asked_here,
     broken,
     copies_after,
@@ -37,6 +41,7 @@ from tests.cluster.work import (
 )
 
 NEEDS = {"CPU": 0.5, "GPU": 0.0}
+WHOLE = {"CPU": 1.0, "GPU": 0.0}
 
 
 @pytest.fixture(params=["inline-1", "inline-3", "ray"])
@@ -137,7 +142,7 @@ def test_another_error_keeps_its_type_and_message(each: Engine) -> None:
 
 
 def test_an_actor_keeps_its_state_and_answers_one_call_after_the_other(each: Engine) -> None:
-    actor = each.start(Counter, NEEDS, 10)
+    (actor,) = each.gang(Counter, NEEDS, [(10,)])
     try:
         assert [pending() for pending in [actor.ask("add", number) for number in (1, 2, 3)]] == [11, 13, 16]
     finally:
@@ -187,6 +192,54 @@ def test_a_pool_gives_results_in_the_order_of_the_arguments(each: Engine) -> Non
         assert list(pool.each("square", [(number,) for number in range(20)])) == [n**2 for n in range(20)]
     finally:
         pool.stop()
+
+
+def test_a_pool_works_with_those_actors_that_there_is_room_for(on_ray: Engine) -> None:
+    held = on_ray.gang(Counter, WHOLE, [(0,), (0,)])
+    pool = on_ray.pool(Counter, WHOLE, 2, 0)
+    try:
+        assert list(pool.each("square", [(number,) for number in range(9)])) == [n**2 for n in range(9)]
+    finally:
+        pool.stop()
+        for actor in held:
+            actor.stop()
+
+
+def test_a_gang_that_finds_no_room_steps_back_so_that_the_tasks_of_another_go_on(
+    on_ray: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.cluster.on_ray._PATIENCE", 1.0)
+    first = on_ray.gang(Counter, WHOLE, [(0,), (1,)])
+    late: list[Any] = []
+    waiting = threading.Thread(target=lambda: late.extend(on_ray.gang(Counter, WHOLE, [(5,)])))
+    waiting.start()  # takes the last CPU
+    time.sleep(0.5)
+    found = list(on_ray.in_order(asked_for, [(number, *first) for number in range(9)]))
+    assert found == [(n**2, n**2 + 1) for n in range(9)]
+    assert not late
+    for actor in first:
+        actor.stop()
+    waiting.join(timeout=60)
+    (actor,) = late
+    assert actor.ask("square", 2)() == 9
+    actor.stop()
+    assert any(
+        line.startswith("Counter: 1 actors with 1 CPU each and a CPU for tasks found no room at once")
+        for line in caplog.messages
+    )
+
+
+def test_work_that_has_to_wait_for_the_cluster_says_so(
+    on_ray: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_ray.cpus()  # connects
+    assert list(on_ray.in_order(scaled, [(2, on_ray.share(3))])) == [6]
+    assert not caplog.messages
+    remote = ray.remote(taken).options(num_cpus=3).remote(LAG + 2)
+    time.sleep(1)
+    assert list(on_ray.in_order(scaled, [(2, on_ray.share(3))])) == [6]
+    assert caplog.messages == ["scaled: waits, as other work holds the cluster (3 CPU)"]
+    ray.get(remote)
 
 
 def test_rows_go_through_decoding_and_workers_once_each(each: Engine) -> None:

@@ -67,6 +67,11 @@ def copies_after(counters: Shared[list[Actor]]) -> tuple[int, int]:
     return os.getpid(), len(ray_worker.copied)
 
 
+def asked_for(number: int, *counters: Actor) -> tuple[int, ...]:
+    """What each of some counters says of a number, and whoever asks waits for it."""
+    return tuple(each.ask("square", number)() for each in counters)
+
+
 def asked_by_the_second(number: int, counters: Shared[list[Actor]], died: str) -> tuple[list[int], bool]:
     """The same of a task whose first process died over one number after it had asked."""
     found = asked_here(number, counters)

@@ -161,9 +161,8 @@ class Engine:
         kind, given = worker
         return self.engine.stream(rows, decode, (self._subclass(kind, "__call__"), given), needs, count)
 
-    def start(self, kind: type, needs: Any, *arguments: Any, spread: bool = False) -> Any:
-        kind = self._subclass(kind, "load", "search", "distance", "train")
-        return self.engine.start(kind, needs, *arguments, spread=spread)
+    def gang(self, kind: type, needs: Any, arguments: Any) -> Any:
+        return self.engine.gang(self._subclass(kind, "load", "search", "distance", "train"), needs, arguments)
 
     def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
         plan, stage = self.display.plan, self.display.name

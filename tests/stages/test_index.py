@@ -274,10 +274,8 @@ def test_small_banks_are_searched_by_whoever_asks_and_give_what_actors_do(
 ) -> None:
     files, started, wide = bank(tmp_path, vectors), [], schema.Index(cpus_per_shard=2)
     with opened("inline", threads=1) as engine:
-        start = Inline.start
-        monkeypatch.setattr(
-            Inline, "start", lambda *given, **more: started.append(1) or start(*given, **more)
-        )
+        gang = Inline.gang
+        monkeypatch.setattr(Inline, "gang", lambda *given: started.append(1) or gang(*given))
         copied = index.start(engine, [files], FLAT)
         assert (started, copied.holds, copied.copied) == ([], (), 2 * 4 * 450 * 24)
         found = copied.search(files.folder, queries, 9)
