@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from pipeline import imports
-from pipeline.cluster.engine import Engine
+from pipeline.cluster.engine import Engine, Shared
 from pipeline.config import schema
 from pipeline.detectors import plain
 from pipeline.detectors.base import Detector, Scorer, Training, bank_of
 from pipeline.errors import UserError
+from pipeline.learned.statistics import Statistic
+from pipeline.stages import memory
 from pipeline.stages.banks import build_bank
 from pipeline.stages.index import BankFiles, trained
+from pipeline.stages.statistics import size_of
 from pipeline.workspace import files, tables
-from pipeline.workspace.artifacts import Artifact, Damaged, Record, Store, opened, saved, write
+from pipeline.workspace.artifacts import Artifact, Damaged, File, Kept, Record, Store, opened, saved, write
 from pipeline.workspace.patience import Unavailable
 
 FORMAT = "detector 1"
@@ -31,9 +34,15 @@ FORMAT = "detector 1"
 MadeOf = Callable[[Detector, Collection[str]], tuple[Mapping[str, Any], dict[str, str]]]
 """What a detector is fitted to, but for some of its parameters: identity, and content digests by name."""
 
+Unfitted = tuple[Detector, Artifact]
+"""A detector, and where what it becomes is kept."""
+
 _SCORER, _ARRAYS = "scorer.json", "arrays.safetensors"
 _REFUSED, _UNKEPT = "refused.json", "not-plain.json"
 """Files with the reason why a detector does not apply, and why its scorer cannot be kept."""
+
+_TIMES = 8
+"""What fitting a detector takes over the bytes of what it learned, at most."""
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +74,7 @@ def fit_detectors(
     """Fit every detector, build the banks and train their indexes.
 
     Args:
-        engine: builds banks and trains indexes.
+        engine: fits, builds banks and trains indexes.
         chosen: detectors by label.
         training: all that `fit` may read.
         store: where all that is made is kept.
@@ -78,6 +87,8 @@ def fit_detectors(
         UserError: if another detector cannot be fitted, or a bank is not there and is not to be made.
     """
     fitted, read = Fitted({}, {}), dict[str, NDArray[Any]]()
+    inputs = {label: made_of(detector, ()) for label, detector in chosen.items()}
+    made = _made(engine, chosen, training, store, inputs)
 
     def refuse(label: str, reason: str) -> None:
         if label not in optional:
@@ -85,16 +96,22 @@ def fit_detectors(
         fitted.not_applicable[label] = reason
 
     for label, detector in chosen.items():
-        scorer, contents, notices = _fitted(detector, training, store, read, *made_of(detector, ()))
+        kept = made[label]
+        plainly = _UNKEPT not in kept.record.files
+        scorer = (
+            read_scorer(kept.artifact, kept.record, detector, read) if plainly else detector.fit(training)
+        )
         if isinstance(scorer, UserError):
             refuse(label, str(scorer))
             continue
+        contents = kept.content if plainly else inputs[label][1]
         bank = bank_of(scorer)
         if bank is not None and source is not None:
             counted = getattr(detector, "k", None) == bank.k  # then the vectors do not depend on it
-            identity, inputs = made_of(detector, {"k"} if counted else ())
             extras = [extra.column for extra in detector.extras()]
-            bank_files = build_bank(engine, store, bank, source, identity, inputs, extras)
+            bank_files = build_bank(
+                engine, store, bank, source, *made_of(detector, {"k"} if counted else ()), extras
+            )
             if bank_files.rows < bank.k:
                 refuse(
                     label, f"k is {bank.k} but only {bank_files.rows} training rows enter the bank; lower k."
@@ -103,10 +120,34 @@ def fit_detectors(
             fitted.banks[label] = bank_files
             contents |= {bank_files.name: bank_files.content}
         fitted.scorers[label], fitted.contents[label] = scorer, contents
-        if notices:
-            fitted.notices[label] = notices
+        if notices := kept.record.facts.get("notices"):
+            fitted.notices[label] = list(notices)
     _train(engine, store, fitted, searched)
     return fitted
+
+
+def _made(
+    engine: Engine,
+    chosen: Mapping[str, Detector],
+    training: Training,
+    store: Store,
+    inputs: Mapping[str, tuple[Mapping[str, Any], dict[str, str]]],
+) -> dict[str, Kept]:
+    """What is kept of every detector, by label; tasks fit those that are not in the workspace."""
+    places = {label: store.artifact(FORMAT, *given) for label, given in inputs.items()}
+    found = {places[label].name: (detector, places[label]) for label, detector in chosen.items()}
+
+    def make(names: set[str]) -> None:
+        shared = engine.share(training)
+        together = _together([given for name, given in found.items() if name in names])
+        arguments = ((some, shared) for some in together)
+        fits = engine.in_order(_fit, arguments, lambda some, _: _held(some[0][0], training))
+        for some, made in zip(together, fits, strict=True):
+            for (_, artifact), (files_of, facts) in zip(some, made, strict=True):
+                artifact.finish(files_of, **facts)
+
+    records = store.shared(list(places.values()), make)
+    return {label: Kept(places[label], record) for label, record in zip(places, records, strict=True)}
 
 
 def _train(engine: Engine, store: Store, fitted: Fitted, searched: schema.Index) -> None:
@@ -116,51 +157,59 @@ def _train(engine: Engine, store: Store, fitted: Fitted, searched: schema.Index)
         fitted.contents[label] |= indexes.get(bank.folder, {})
 
 
+def _together(some: Iterable[Unfitted]) -> list[list[Unfitted]]:
+    """Detectors that learn from the same statistics: what these give them, as a spectrum, is found once."""
+    found: dict[frozenset[Any], list[Unfitted]] = {}
+    for detector, artifact in some:
+        found.setdefault(frozenset(_learned(detector)), []).append((detector, artifact))
+    return list(found.values())
+
+
+def _learned(detector: Detector) -> list[tuple[str, Statistic[Any]]]:
+    """The statistics that a detector learns from, each with the field of `Training` that holds it."""
+    return [
+        *(("train", each) for each in detector.statistics()),
+        *(("id_val", each) for each in detector.calibration()),
+        *(("ood_val", each) for each in detector.ood_statistics()),
+    ]
+
+
+def _held(detector: Detector, training: Training) -> int:
+    """Bytes that a task may hold that fits a detector and others that learn from the same."""
+    sizes = [size_of(getattr(training, where), [each]) for where, each in _learned(detector)]
+    return memory.PROCESS + _TIMES * (sum(sizes) + training.weight.nbytes)
+
+
+def _fit(some: Sequence[Unfitted], shared: Shared[Training]) -> list[tuple[dict[str, File], dict[str, Any]]]:
+    """Write the scorers of some detectors; returns the files of each, and facts of its artifact."""
+    training = shared.get()
+    return [_fitted(detector, artifact.folder, training) for detector, artifact in some]
+
+
 def _fitted(
-    detector: Detector,
-    training: Training,
-    store: Store,
-    read: dict[str, NDArray[Any]],
-    identity: Mapping[str, Any],
-    inputs: dict[str, str],
-) -> tuple[Scorer | UserError, dict[str, str], list[str]]:
-    """The scorer of a detector, from the workspace or fitted, or why it cannot be fitted.
+    detector: Detector, folder: files.Place, training: Training
+) -> tuple[dict[str, File], dict[str, Any]]:
+    """Write the scorer of a detector, or why there is none or it cannot be kept; see `_fit`."""
 
-    And its content, and what is to be known of it.
-    """
-    artifact = store.artifact(FORMAT, identity, inputs)
+    def reason(name: str, error: Exception) -> dict[str, File]:
+        return {name: write(folder / name, partial(files.dump_json, str(error)))}
 
-    def make(_: set[str]) -> None:
-        try:
-            scorer = detector.fit(training)
-        except (Damaged, Unavailable):
-            raise
-        except UserError as error:
-            artifact.finish(
-                {_REFUSED: write(artifact.folder / _REFUSED, partial(files.dump_json, str(error)))}
-            )
-            return
-        notices = list(detector.notices(training))
-        try:
-            document, arrays = plain.encode(scorer)
-        except TypeError as error:
-            _log.info("%s is fitted again in each run: %s", detector.name, error)
-            reason = partial(files.dump_json, str(error))
-            artifact.finish({_UNKEPT: write(artifact.folder / _UNKEPT, reason)}, notices=notices)
-            return
-        artifact.finish(
-            {
-                _SCORER: write(artifact.folder / _SCORER, partial(files.dump_json, document)),
-                _ARRAYS: write(artifact.folder / _ARRAYS, saved(arrays)),
-            },
-            notices=notices,
-        )
-
-    (record,) = store.shared([artifact], make)
-    notices = list(record.facts.get("notices", ()))
-    if _UNKEPT in record.files:
-        return detector.fit(training), inputs, notices
-    return read_scorer(artifact, record, detector, read), {artifact.name: record.content}, notices
+    try:
+        scorer = detector.fit(training)
+    except (Damaged, Unavailable):
+        raise
+    except UserError as error:
+        return reason(_REFUSED, error), {}
+    facts = {"notices": list(detector.notices(training))}
+    try:
+        document, arrays = plain.encode(scorer)
+    except TypeError as error:
+        _log.info("%s is fitted again in each run: %s", detector.name, error)
+        return reason(_UNKEPT, error), facts
+    return {
+        _SCORER: write(folder / _SCORER, partial(files.dump_json, document)),
+        _ARRAYS: write(folder / _ARRAYS, saved(arrays)),
+    }, facts
 
 
 def _content(values: NDArray[Any]) -> str:

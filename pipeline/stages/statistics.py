@@ -126,6 +126,13 @@ class Stored(Mapping[Statistic[Any], Part]):
         return len(self.found)
 
 
+def size_of(known: Statistics, wanted: Iterable[Statistic[Any]]) -> int:
+    """Bytes of some statistics; those in the workspace are not read for it."""
+    if isinstance(known.found, Stored):
+        return sum(known.found.found[each].size for each in wanted)
+    return sum(array.nbytes for each in wanted for array in known[each].arrays().values())
+
+
 def _sweep(
     engine: Engine,
     rows: Rows,

@@ -220,6 +220,11 @@ class Kept:
         """Its content digest by its name, as what is made of it has it among its inputs."""
         return {self.artifact.name: self.record.content}
 
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(file.size for file in self.record.files.values())
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What it holds.
 

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import detectors
 from pipeline.cluster.engine import Engine
+from pipeline.cluster.inline import Inline
 from pipeline.config import schema
 from pipeline.detectors._steps import combined
 from pipeline.detectors.ash import Ash
@@ -139,6 +140,30 @@ def test_detectors_that_differ_in_k_alone_share_a_bank(engine, tmp_path) -> None
     assert len(set(folders.values())) == 3
     assert folders["knn5"] == folders["knn50"] == folders["knn20"]
     assert folders["grood1"] == folders["grood2"] != folders["shifted"]
+
+
+def test_detectors_that_learn_from_the_same_are_fitted_by_one_task(
+    engine, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {name: detectors.get(name)() for name in ("mds", "energy", "rmds", "she", "msp")}
+    table = feature_table(tmp_path / "table", 60, [])
+    rows = {name: table.read(0, 60, NAMES)[name] for name in NAMES}
+    found = of(rows, {need for each in chosen.values() for need in each.statistics()}, HEAD)
+    training = Training(HEAD.weight, HEAD.bias, train=found)
+    tasks, spectra = list[list[str]](), list[int]()
+    in_order, eigh = Inline.in_order, np.linalg.eigh
+
+    def noted(own: Inline, function: Any, arguments: Any, *more: Any) -> Any:
+        given = list(arguments)
+        tasks.extend([each.name for each, _ in some] for some, _ in given)
+        return in_order(own, function, given, *more)
+
+    monkeypatch.setattr(Inline, "in_order", noted)
+    monkeypatch.setattr(np.linalg, "eigh", lambda matrix: spectra.append(1) or eigh(matrix))
+    fitted = fit.fit_detectors(engine, chosen, training, Store(tmp_path / "fits"), None, made_of, FLAT)
+    assert tasks == [["mds", "rmds"], ["energy", "msp"], ["she"]]
+    assert len(spectra) == 2  # within classes, which both read, and of all
+    assert list(fitted.scorers) == list(chosen)
 
 
 def test_a_bank_smaller_than_k_is_refused_with_the_detector_named(engine, tmp_path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from pipeline import detectors
 from pipeline.cluster.engine import Actor, Engine
 from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.config import schema
@@ -20,7 +21,7 @@ from pipeline.detectors.mds import Mds
 from pipeline.detectors.nnguide import LargestEnergy
 from pipeline.learned.percentiles import DimensionPercentiles, Percentiles
 from pipeline.learned.statistics import Classes, Head, Scatter
-from pipeline.stages import banks, index, memory, score, statistics
+from pipeline.stages import banks, fit, index, memory, score, statistics
 from pipeline.workspace import tables
 from pipeline.workspace.artifacts import Artifact, Store
 from tests.stored import stored
@@ -219,3 +220,38 @@ def test_sums_of_many_classes_are_few_at_a_time(engine: Engine, tmp_path: Path) 
         for function, given, asked, _ in noted.tasks:
             held = pool.apply(peak, (function, given))
             assert held <= min(asked, 2**30), (function.__name__, held >> 20, asked >> 20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_tasks_that_fit_detectors_hold_no_more_than_they_ask_for(engine: Engine, tmp_path: Path) -> None:
+    rows, width, classes, rng = 4096, 1024, 50, np.random.default_rng(0)
+    label = rng.integers(0, classes, rows).astype(np.int32)
+    columns = {
+        LABEL: label,
+        PREDICTION: label,
+        FEATURE: rng.exponential(size=(rows, width)).astype(np.float32),
+        LOGITS: rng.normal(size=(rows, classes)).astype(np.float32),
+    }
+    table = stored(tmp_path / "table", [tables.arrow_columns(columns)])
+    head, noted = (
+        Head(rng.normal(size=(classes, width)).astype(np.float32), np.zeros(classes, np.float32)),
+        (Noted(engine)),
+    )
+    names = ("msp", "dice", "mds", "rmds", "mds_l2", "residual", "gradorth", "vim", "neco")
+    chosen = {name: detectors.get(name)() for name in names}
+    needs = [need for each in chosen.values() for need in (*each.statistics(), *each.calibration())]
+    store = Store(tmp_path / "fits")
+    found = statistics.fit_statistics(engine, store, statistics.Rows([table], ["features/x"]), needs, head)
+    known = statistics.Statistics(found)
+    training = Training(head.weight, head.bias, train=known, id_val=known)
+    fit.fit_detectors(
+        noted, chosen, training, store, table, lambda each, _: ({"of": each.name}, {}), schema.Index()
+    )
+    assert {function for function, *_ in noted.tasks} == {fit._fit}
+    assert sorted(len(given[0]) for _, given, *_ in noted.tasks) == [1, 1, 1, 1, 1, 2, 2]
+    found.read.clear()
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for function, given, asked, _ in noted.tasks:
+            held = pool.apply(peak, (function, given))
+            assert held <= asked, ([each.name for each, _ in given[0]], held >> 20, asked >> 20)
