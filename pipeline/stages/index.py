@@ -326,7 +326,7 @@ def _check_shards(shards: int, rows: int) -> None:
 
 
 def require(engine: Engine, sizes: Sizes, settings: schema.Index) -> None:
-    """Whether banks that are still to be made can be searched; nothing is known of workers without GPUs.
+    """Whether banks that are still to be made can be searched; on GPUs, one worker is asked.
 
     Args:
         engine: where the shards are to be.
@@ -353,7 +353,11 @@ class _Sight:
     """Looks, in a worker like those of the shards, whether FAISS sees a GPU."""
 
     def require_gpu(self) -> None:
-        """Raises UserError if it does not, or is not there."""
+        """Refuse a FAISS that is not there or sees none.
+
+        Raises:
+            UserError: either.
+        """
         _require_installed()
         from pipeline.stages.faiss_shard import require_gpu
 
