@@ -189,11 +189,12 @@ def _size(count: int) -> str:
 def _probed(engine: Asked, batch_sizes: bool, ready: Prepared) -> Document:
     """Show what some real images tell about the time."""
     from pipeline.cluster.engine import chosen, opened
-    from pipeline.stages import estimate
+    from pipeline.stages import estimate, index
 
     settings = ready.config.extract
     sizes = sorted({settings.batch_size, *(estimate.BATCH_SIZES if batch_sizes else ())})
     with opened(chosen(engine, ready.images, ready.plain)) as working:
+        index.require(working, ready.banks, ready.config.index)
         found = estimate.probe(working, ready, sizes)
         about, (_, actors) = estimate.times(working, ready, found), estimate.forwarding(working, ready, found)
     console.print(

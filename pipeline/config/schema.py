@@ -306,11 +306,15 @@ class Thresholds(Frozen):
 class Index(Frozen):
     """The nearest-neighbour index over training rows."""
 
-    kind: str = Field(default="flat", description="'flat' (exact) or a FAISS factory string")
+    kind: str = Field(
+        default="flat",
+        description="'flat' (exact) or a FAISS factory string: 'SQfp16' holds half the bytes, "
+        "'IVF4096,SQ8' a quarter",
+    )
     shards: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default="auto",
-        description="auto = as many as there is work and CPUs or GPUs for, of an approximate kind as few as "
-        "hold it; a flat index of at most 64 MiB lies in each process that scores instead",
+        description="auto = as many as there is work and room for, of an approximate kind one for every 8 "
+        "GiB of vectors; a flat index of at most 64 MiB lies in each process that scores instead",
     )
     cpus_per_shard: float = Field(default=1, gt=0)
     gpus_per_shard: float = Field(default=0, ge=0)

@@ -6,13 +6,13 @@ The OOD prototype and the gradient are shared with `grood_norm`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.columns import FEATURE, LABEL, PREDICTION, Batch, Float, Mask
+from pipeline.columns import FEATURE, LABEL, PREDICTION, Batch, Float, Mask, once
 from pipeline.detectors.base import NEIGHBOURS, Bank, Detector, Mixup, Noise, Pass, Training
 from pipeline.errors import UserError
 from pipeline.learned.logits import logsumexp
@@ -104,13 +104,13 @@ class Prototypes:
     classes: Float
     """(K, D) class prototypes minus p_o: distances lose no digits to a common offset."""
 
-    def gradient(self, feature: NDArray[Any]) -> tuple[Float, Float]:
+    def gradient(self, batch: Batch) -> tuple[Float, Float]:
         """Length and direction of ∂L/∂p_o for the cross-entropy L over logits -‖h - p_k‖_2.
 
         The same for every class label; the authors' code differentiates once per sample instead.
 
         Args:
-            feature: (N, D) float.
+            batch: `feature` (N, D) float.
 
         Returns:
             (N,) float64 in [0, 1], the softmax probability π_o of OOD; and (N, D) float64, the unit
@@ -118,27 +118,29 @@ class Prototypes:
         """
         from scipy.special import expit  # takes a third of a second to import
 
-        offset = feature - self.ood
-        odds, to_ood = self._log_odds(offset)
+        odds, to_ood = once(_log_odds, batch, self.ood, self.classes)
+        offset = batch[FEATURE] - self.ood
         offset *= np.divide(1, to_ood, out=np.zeros_like(to_ood), where=to_ood > 0)[:, None]
         return expit(odds), offset
 
-    def log_odds(self, feature: NDArray[Any]) -> Float:
-        """Log(π_o / (1 - π_o)) of features (N, D): (N,) float64, which never saturates."""
-        return self._log_odds(feature - self.ood)[0]
+    def log_odds(self, batch: Batch) -> Float:
+        """Log(π_o / (1 - π_o)) of `feature` (N, D): (N,) float64, which never saturates."""
+        return once(_log_odds, batch, self.ood, self.classes)[0]
 
-    def _log_odds(self, offset: Float) -> tuple[Float, Float]:
-        """-log Σ_c exp(d_o - d_c), and d_o, of the differences h - p_o (N, D).
 
-        d_o - d_c comes from the difference of the squares, which keeps its digits however long h is.
-        """
-        to_ood = np.sqrt(np.einsum("nd,nd->n", offset, offset))
-        closer = offset @ (2 * self.classes.T)
-        closer -= np.einsum("kd,kd->k", self.classes, self.classes)  # d_o² - d_c²
-        to_class = np.sqrt(np.maximum(to_ood[:, None] ** 2 - closer, 0))
-        to_class += to_ood[:, None]
-        np.divide(closer, to_class, out=closer, where=to_class > 0)
-        return -logsumexp(closer), to_ood
+def _log_odds(batch: Batch, ood: Float, classes: Float) -> tuple[Float, Float]:
+    """-log Σ_c exp(d_o - d_c), and d_o, of the rows of a batch.
+
+    d_o - d_c comes from the difference of the squares, which keeps its digits however long h is.
+    """
+    offset = batch[FEATURE] - ood
+    to_ood = np.sqrt(np.einsum("nd,nd->n", offset, offset))
+    closer = offset @ (2 * classes.T)
+    closer -= np.einsum("kd,kd->k", classes, classes)  # d_o² - d_c²
+    to_class = np.sqrt(np.maximum(to_ood[:, None] ** 2 - closer, 0))
+    to_class += to_ood[:, None]
+    np.divide(closer, to_class, out=closer, where=to_class > 0)
+    return -logsumexp(closer), to_ood
 
 
 _VANISHING = 1e-19
@@ -181,7 +183,7 @@ class Grood(OodPrototype, Detector):
     def notices(self, train: Training) -> tuple[str, ...]:
         """Whether features are so long that the gradients of ID images vanish in float32."""
         found = self.prototypes(train)
-        surest = float(found.log_odds(found.classes + found.ood).max())
+        surest = float(found.log_odds({FEATURE: found.classes + found.ood}).max())
         if surest > np.log(_VANISHING):
             return ()
         return (
@@ -205,7 +207,7 @@ class GroodScorer:
 
     def gradient(self, batch: Batch) -> NDArray[np.float32]:
         """(N, D) float32, the gradient ∂L/∂p_o; its norm lies in [0, 1]."""
-        probability, direction = self.prototypes.gradient(batch[FEATURE])
+        probability, direction = self.prototypes.gradient(batch)
         return (probability[:, None] * direction).astype(np.float32)
 
     def __call__(self, batch: Batch) -> Float:

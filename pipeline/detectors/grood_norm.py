@@ -50,4 +50,4 @@ class GroodNormScorer:
         Returns:
             (N,) float64; 0 where OOD is as probable as all classes.
         """
-        return self.prototypes.log_odds(batch[FEATURE])
+        return self.prototypes.log_odds(batch)

@@ -6,9 +6,10 @@ own come from ‖a‖² + ‖b‖² - 2ab in float32, which loses the small ones
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,18 @@ from pipeline.cluster.engine import Shared
 from pipeline.columns import Float
 from pipeline.config import schema
 from pipeline.errors import UserError
-from pipeline.stages.index import FILE, BankFiles, Distances, Ids, Neighbours, Vectors, device, kept, merge
+from pipeline.stages.index import (
+    FILE,
+    ROOMIER,
+    BankFiles,
+    Distances,
+    Ids,
+    Neighbours,
+    Vectors,
+    device,
+    kept,
+    merge,
+)
 from pipeline.workspace import files
 from pipeline.workspace.artifacts import File, opened, write_part
 
@@ -39,7 +51,32 @@ _AT_ONCE = 64
 """Pairs of a query and a vector that stay in the cache."""
 
 
-def exact_distance(queries: Vectors, vectors: Vectors, query: Places, row: Places) -> Float:
+@dataclass(frozen=True)
+class Mapped:
+    """Vectors that stay in their files; of what is read, memory holds as much as there is room for."""
+
+    pieces: tuple[Vectors, ...]
+    """Memory-mapped, one after the other."""
+
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """Behind the last row of each piece."""
+        return np.cumsum([len(piece) for piece in self.pieces], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.pieces))
+
+    def __getitem__(self, row: Places) -> Vectors:
+        """(P, width) of (P,) rows."""
+        found = np.empty((len(row), self.pieces[0].shape[1]), np.float32)
+        number = np.searchsorted(self.ends, row, side="right")
+        for each in np.unique(number):
+            own, piece = number == each, self.pieces[each]
+            found[own] = piece[row[own] - (self.ends[each] - len(piece))]
+        return found
+
+
+def exact_distance(queries: Vectors, vectors: Vectors | Mapped, query: Places, row: Places) -> Float:
     """Euclidean distances in float64 of pairs.
 
     Args:
@@ -73,9 +110,10 @@ class IndexShard:
         self.number, self.of, self.settings = number, of, settings
         self.banks = banks
         """By folder, which is what they are asked for by."""
-        self.source: dict[str, Any] = {}
         self.indexes: dict[str, Any] = {}
-        self.vectors: dict[str, Vectors] = {}
+        """By folder; a flat bank on CPUs needs none."""
+        self.vectors: dict[str, Vectors | Mapped] = {}
+        """By folder; in memory where they are searched there. Exact distances are computed of them."""
         self.offset: dict[str, int] = {}
         self.threads = threads
         self.pool = ThreadPoolExecutor(threads, "faiss", partial(faiss.omp_set_num_threads, 1))
@@ -88,45 +126,50 @@ class IndexShard:
             UserError: GPU asked for but not in this build of FAISS.
             Damaged: vectors or an index that are not what was written.
         """
-        if folder in self.indexes:
+        if folder in self.vectors:
             return
-        bank = self.banks[folder]
+        bank, on_cpu = self.banks[folder], device(self.settings) == "cpu"
+        if not on_cpu:
+            require_gpu()
         start, stop = self._cut(bank)
         self.offset[folder] = start
+        if self.settings.kind == "flat" and on_cpu:
+            self.vectors[folder] = bank.read(start, stop)
+            return
         if self.settings.kind == "flat":
-            index = faiss.IndexFlatL2(bank.width)
-            for piece in bank.ranges(start, stop):
-                index.add(np.ascontiguousarray(piece))
-            stored = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * bank.width)
-            self.vectors[folder] = stored.reshape(index.ntotal, bank.width)
+            self.indexes[folder] = self._on_gpu(bank.width, bank.read(start, stop))
         else:
-            self.vectors[folder] = np.concatenate(list(bank.ranges(start, stop)))
             index = self._trained(bank)
-        self.source[folder] = index
-        self.indexes[folder] = self._on_device(index)
+            self.indexes[folder] = index if on_cpu else self._cloned(index)
+        self.vectors[folder] = Mapped(tuple(bank.ranges(start, stop)))
 
     def search(self, folder: str, queries: Shared[Vectors], k: int, exact: bool = False) -> Neighbours:
         """The k nearest vectors of this shard for (N, width) float32 queries; all if it has fewer."""
         self.load(folder)
         asked, most = queries.get(), min(k, len(self.vectors[folder]))
-        if exact or not most or (self.settings.kind == "flat" and device(self.settings) == "cpu"):
+        if exact or not most or folder not in self.indexes:
             found = self._exhaustive(self.vectors[folder], asked, most)
         else:
             rank, row = self.indexes[folder].search(asked, most)
             found = Neighbours(np.where(row >= 0, rank, np.inf).astype(np.float32), row.astype(np.int32))
         return Neighbours(found.rank, np.where(found.row >= 0, found.row + self.offset[folder], -1))
 
-    def _exhaustive(self, vectors: Vectors, queries: Vectors, k: int) -> Neighbours:
+    def _exhaustive(self, vectors: Vectors | Mapped, queries: Vectors, k: int) -> Neighbours:
         """By all threads, each with one of FAISS' own: of several, products have other bits."""
-        cuts = [_cut(len(vectors), number, self.threads, BLOCK) for number in range(self.threads)]
+        if isinstance(vectors, Mapped):
+            parts = list(vectors.pieces)
+        else:
+            cuts = (_cut(len(vectors), number, self.threads, BLOCK) for number in range(self.threads))
+            parts = [vectors[start:stop] for start, stop in cuts]
 
-        def nearest(start: int, stop: int) -> Neighbours:
-            rank, row = faiss.knn(queries, vectors[start:stop], min(k, stop - start))
+        def nearest(start: int, part: Vectors) -> Neighbours:
+            rank, row = faiss.knn(queries, part, min(k, len(part)))
             return Neighbours(rank, (row + start).astype(np.int32))
 
+        parts = [part for part in parts if len(part)] if k else []
+        starts = np.cumsum([0, *map(len, parts)])
         nothing = Neighbours(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int32))
-        parts = self.pool.map(lambda cut: nearest(*cut) if cut[0] < cut[1] else nothing, cuts)
-        return merge(list(parts), k)
+        return merge(list(self.pool.map(nearest, starts, parts)) or [nothing], k)
 
     def distance(self, folder: str, queries: Shared[Vectors], row: Ids) -> Distances:
         """Euclidean float64 distances of queries to those of (N, m) rows of a bank that lie in this shard."""
@@ -144,11 +187,16 @@ class IndexShard:
             UserError: if FAISS cannot.
         """
         bank = self.banks[folder]
-        vectors = np.concatenate(list(bank.ranges(*self._cut(bank))))
+        cut = self._cut(bank)
         index = made(self.settings.kind, bank.width)
         try:
-            index.train(vectors)
-            index.add(vectors)
+            if index.is_trained:  # as `SQfp16` is
+                for piece in bank.ranges(*cut):
+                    index.add(np.ascontiguousarray(piece))
+            else:
+                vectors = bank.read(*cut)
+                index.train(vectors)
+                index.add(vectors)
         except RuntimeError as error:
             raise UserError(
                 f"index.kind: {self.settings.kind!r} cannot be trained: {_reason(error)}"
@@ -169,34 +217,63 @@ class IndexShard:
         with opened(artifact.folder / FILE, artifact.require().files[FILE].sha256) as file:
             return faiss.read_index(str(file))
 
-    def _on_device(self, index: Any) -> Any:
-        if device(self.settings) == "cpu":
-            return index
-        if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
-            raise UserError(
-                "index.device: cuda was asked for, but this FAISS sees no GPU. "
-                "Install the extra `gpu` instead of `cpu` on a machine with one, or set index.device to cpu."
-            )
+    def _on_gpu(self, width: int, vectors: Vectors) -> Any:
+        """A flat index on the GPU; what is added in one piece is allocated once."""
+        settings = faiss.GpuIndexFlatConfig()
+        settings.device = 0
+        with _fitting(len(vectors), width):
+            index = faiss.GpuIndexFlatL2(self._resources, width, settings)
+            index.add(vectors)
+        return index
+
+    def _cloned(self, index: Any) -> Any:
+        """A trained index on the GPU; one in 16 bits (`SQfp16`) is a flat one there.
+
+        Raises:
+            UserError: it does not fit, or there is none such on GPUs.
+        """
         try:
-            return faiss.index_cpu_to_gpu(self._resources, 0, index)
+            with _fitting(index.ntotal, index.d):
+                return faiss.index_cpu_to_gpu(self._resources, 0, index)
         except RuntimeError as error:
-            if "not implemented on GPU" in str(error):
-                raise UserError(
-                    f"index.kind: FAISS has no {self.settings.kind!r} on GPUs. Choose 'flat' or another, or "
-                    "set index.device to cpu."
-                ) from None
-            if "out of memory" not in str(error):
+            if "not implemented on GPU" not in str(error):
                 raise
             raise UserError(
-                f"index.shards: {index.ntotal:,} vectors of {index.d} numbers do not fit into the memory of "
-                "the GPU. Raise it, or index.gpus_per_shard where shards share a GPU; or set index.device to "
-                "cpu."
+                f"index.kind: FAISS has no {self.settings.kind!r} on GPUs. Choose 'flat' or another, or set "
+                "index.device to cpu."
             ) from None
 
     @cached_property
     def _resources(self) -> Any:
         """Of the GPU, for all indexes of the shard: each set of resources takes memory of its own."""
         return faiss.StandardGpuResources()
+
+
+def require_gpu() -> None:
+    """Refuse a FAISS that sees no GPU here.
+
+    Raises:
+        UserError: it is built without, or there is none.
+    """
+    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        raise UserError(
+            "index.device: cuda was asked for, but this FAISS sees no GPU. "
+            "Install the extra `gpu` instead of `cpu` on a machine with one, or set index.device to cpu."
+        )
+
+
+@contextmanager
+def _fitting(rows: int, width: int) -> Iterator[None]:
+    """A clear error where vectors do not fit into the memory of the GPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        raise UserError(
+            f"index.shards: {rows:,} vectors of {width} numbers do not fit into the memory of the GPU. "
+            f"{ROOMIER} Where shards share a GPU, raise index.gpus_per_shard; or set index.device to cpu."
+        ) from None
 
 
 def _cut(rows: int, number: int, of: int, block: int) -> tuple[int, int]:

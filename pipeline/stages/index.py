@@ -8,6 +8,7 @@ Exact distances are computed of those alone that are left, and that a detector r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,8 @@ from pipeline.stages import memory
 from pipeline.workspace import files, storage
 from pipeline.workspace.artifacts import Artifact, File, Record, Store, name_of, opened
 
+_log = logging.getLogger(__name__)
+
 FORMAT = "index 1"
 """Kind and version of what trained indexes are kept as."""
 
@@ -31,19 +34,29 @@ FILE = "index.faiss"
 """What a trained index is kept in."""
 
 AUTO_SHARD_BYTES = 8 * 2**30
-"""With `shards: auto` a shard holds at most this much."""
+"""With `shards: auto` a shard holds about this much at most; a flat one more where no more have room."""
 
 AUTO_SHARD_OPERATIONS, AUTO_SHARDS = 10**8, 16
 """With `shards: auto` a flat shard has about so much to compute for a query, if CPUs or GPUs are there.
 
-There are no more than 16 for it: whoever scores holds k neighbours of a query from each.
+There are no more than 16 for it, on GPUs neither: whoever scores holds and sorts k neighbours of a query from
+each. With k = 1000 a batch from 8 takes 0.2 s, from 16 it takes 0.5 s and from 64 it takes 3 s.
 """
 
 AUTO_COPIED_BYTES = 2**26
 """With `shards: auto` flat banks of at most this much are held by each process that scores."""
 
-_FLAT, _TRAINED = 1.5, 2.5
-"""What a shard takes over the bytes of its vectors, at most, while it is loaded: measured 1.4 and 2.3."""
+ROOMIER = (
+    "Raise index.shards where there are nodes or GPUs for more, choose an index.kind that holds less "
+    "('SQfp16' a half, 'IVF4096,SQ8' a quarter), or add memory."
+)
+"""What to do where vectors do not fit."""
+
+_FLAT, _TRAINED = 1.1, 1.5
+"""What a shard takes over the bytes of its vectors, at most: measured 1.0, and a file of 8,192 of them.
+
+Trained ones were 1.0 with `IVF16,Flat`, 0.5 with `SQfp16`, 0.25 with `IVF16,SQ8`; graphs take more.
+"""
 
 _COPIED = 2
 """The same of a bank in one piece: the vectors and the file they are read from; measured 1.9 to 2."""
@@ -53,6 +66,8 @@ _SCORING = 120
 
 Vectors = NDArray[np.float32]
 Ids = NDArray[np.int32]
+Sizes = Sequence[tuple[int, int]]
+"""Vectors, and numbers in each, of banks."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,26 @@ class BankFiles:
                     piece = np.load(file, mmap_mode="r")
                 yield piece[first:last]
             offset += count
+
+    def read(self, start: int, stop: int) -> Vectors:
+        """Vectors [start, stop), in memory that is allocated once.
+
+        Raises:
+            UserError: there is not so much memory.
+            Damaged: a piece that is not what was written.
+        """
+        try:
+            vectors = np.empty((stop - start, self.width), np.float32)
+        except MemoryError:
+            raise UserError(
+                f"index.shards: {stop - start:,} vectors of {self.width} numbers do not fit into the memory "
+                f"of the node. {ROOMIER}"
+            ) from None
+        place = 0
+        for piece in self.ranges(start, stop):
+            vectors[place : place + len(piece)] = piece
+            place += len(piece)
+        return vectors
 
 
 @dataclass(frozen=True)
@@ -179,23 +214,29 @@ def check(kind: str, width: int) -> None:
     Raises:
         UserError: FAISS is not installed, or refuses the string.
     """
-    if find_spec("faiss") is None:
-        raise UserError(
-            "FAISS is not installed. Install exactly one build of it: pip install 'ood-pipeline[cpu]' or, on "
-            "a machine with a GPU, 'ood-pipeline[gpu]'."
-        )
+    _require_installed()
     if kind != "flat":
         from pipeline.stages.faiss_shard import made
 
         made(kind, width)
 
 
+def _require_installed() -> None:
+    if find_spec("faiss") is None:
+        raise UserError(
+            "FAISS is not installed. Install exactly one build of it: pip install 'ood-pipeline[cpu]' or, on "
+            "a machine with a GPU, 'ood-pipeline[gpu]'."
+        )
+
+
 def check_rows(settings: schema.Index, width: int, rows: int) -> None:
-    """Whether each shard of a bank of so many vectors has enough to train its index.
+    """Whether each shard of a bank of so many vectors has one at least, and enough to train its index.
 
     Raises:
         UserError: if one has too few.
     """
+    if settings.shards != "auto":
+        _check_shards(settings.shards, rows)
     if settings.kind == "flat":
         return
     from pipeline.stages.faiss_shard import fewest, made
@@ -248,29 +289,103 @@ class Index:
             shard.stop()
 
 
-def shards_of(engine: Engine, banks: Iterable[BankFiles], settings: schema.Index) -> int:
+def sizes_of(banks: Iterable[BankFiles]) -> Sizes:
+    """Of the banks, each once."""
+    return [(bank.rows, bank.width) for bank in {bank.folder: bank for bank in banks}.values()]
+
+
+def shards_of(engine: Engine, sizes: Sizes, settings: schema.Index) -> int:
     """How many shards hold all banks of a run.
+
+    Args:
+        engine: where they are to be.
+        sizes: of the banks.
+        settings: of the index.
 
     Raises:
         UserError: if there are more of them than vectors in a bank, or no machine has what one needs.
     """
-    found = list({bank.folder: bank for bank in banks}.values())
-    smallest = min(bank.rows for bank in found)
     if settings.shards != "auto":
-        if settings.shards > smallest:
-            raise UserError(
-                f"index.shards is {settings.shards} but the smallest bank has {smallest} rows; lower it."
-            )
+        _check_shards(settings.shards, min(rows for rows, _ in sizes))
         return settings.shards
-    numbers = sum(bank.rows * bank.width for bank in found)
+    numbers = sum(rows * width for rows, width in sizes)
     least = max(1, -(-4 * numbers // AUTO_SHARD_BYTES))
     if settings.kind != "flat":
         return least  # what is found depends on how many were trained
-    room = engine.capacity(settings.needs, "index", spare=1)
+    room = busy = engine.capacity(settings.needs, "index", spare=1)
     if device(settings) == "cpu":  # score tasks get their share of the CPUs
-        besides = _SCORING * max(bank.width for bank in found) ** 2
-        room = int(room * 2 * numbers / (2 * numbers + besides))
-    return max(least, min(-(-2 * numbers // AUTO_SHARD_OPERATIONS), room, AUTO_SHARDS))
+        besides = _SCORING * max(width for _, width in sizes) ** 2
+        busy = int(room * 2 * numbers / (2 * numbers + besides))
+    return min(room, max(least, min(-(-2 * numbers // AUTO_SHARD_OPERATIONS), busy, AUTO_SHARDS)))
+
+
+def _check_shards(shards: int, rows: int) -> None:
+    """Refuse more shards than the smallest bank has vectors."""
+    if shards > rows:
+        raise UserError(f"index.shards is {shards} but the smallest bank has {rows} rows; lower it.")
+
+
+def require(engine: Engine, sizes: Sizes, settings: schema.Index) -> None:
+    """Whether banks that are still to be made can be searched; on GPUs, one worker is asked.
+
+    Args:
+        engine: where the shards are to be.
+        sizes: of the banks, at most.
+        settings: of the index.
+
+    Raises:
+        UserError: there is no room for the shards; or FAISS sees no GPU where one of them can be.
+    """
+    if not sizes or _is_small(sizes, settings):
+        return
+    count = shards_of(engine, sizes, settings)
+    _require_room(engine, count, settings)
+    _tell_of_memory(engine, sizes, count, settings)
+    if device(settings) == "cuda":
+        looking = engine.pool(_Sight, settings.needs, 1)
+        try:
+            list(looking.each("require_gpu", [()]))
+        finally:
+            looking.stop()
+
+
+class _Sight:
+    """Looks, in a worker like those of the shards, whether FAISS sees a GPU."""
+
+    def require_gpu(self) -> None:
+        """Refuse a FAISS that is not there or sees none.
+
+        Raises:
+            UserError: either.
+        """
+        _require_installed()
+        from pipeline.stages.faiss_shard import require_gpu
+
+        require_gpu()
+
+
+def _require_room(engine: Engine, count: int, settings: schema.Index) -> None:
+    """Refuse shards that cannot be there at once."""
+    room = engine.capacity(settings.needs, "index", spare=1)
+    if engine.holds(settings.needs, count, spare=1):
+        return
+    raise UserError(
+        f"index.shards: {count} shards of {settings.cpus_per_shard:g} CPU and "
+        f"{settings.gpus_per_shard:g} GPU each find no room beside a CPU for scoring; this cluster has room "
+        f"for {room}. Set index.shards to that or fewer, lower index.cpus_per_shard or gpus_per_shard, or "
+        "add nodes."
+    )
+
+
+def _tell_of_memory(engine: Engine, sizes: Sizes, count: int, settings: schema.Index) -> None:
+    """Say that the shards of a node may hold more than it has."""
+    nodes = [each["resources"].get("memory", 0) for each in engine.nodes().values()]
+    held = _shard_bytes(sizes, count, settings) * -(-count // max(len(nodes), 1))
+    if nodes and 0 < max(nodes) < held:
+        _log.warning(
+            "index.shards: those of a node may hold %.1f GiB, the largest node has %.1f GiB for work. %s",
+            *(held / 2**30, max(nodes) / 2**30, ROOMIER),
+        )
 
 
 def trained(
@@ -293,7 +408,7 @@ def trained(
     found = {bank.folder: bank for bank in banks}
     if settings.kind == "flat" or not found:
         return {}
-    count = shards_of(engine, found.values(), settings)
+    count = shards_of(engine, sizes_of(found.values()), settings)
     indexes = {
         folder: [kept(bank, settings.kind, number, count) for number in range(count)]
         for folder, bank in found.items()
@@ -342,12 +457,12 @@ def start(
         others: banks of the run that need not be searched now, but count where shards are sized.
     """
     banks = {bank.folder: bank for bank in files}
-    known = [*banks.values(), *others]
+    known = sizes_of([*banks.values(), *others])
     if _is_small(known, settings):
         from pipeline.stages.faiss_shard import IndexShard
 
         shard = engine.copied(IndexShard, 0, 1, settings, banks)
-        return Index((shard,), True, copied=_COPIED * _bytes(banks.values(), 1))
+        return Index((shard,), True, copied=_COPIED * sum(_bytes(sizes_of(banks.values()), 1)))
     index = _started(engine, banks, shards_of(engine, known, settings), settings)
     try:
         for folder in banks:
@@ -359,14 +474,12 @@ def start(
     return index
 
 
-def _is_small(banks: Iterable[BankFiles], settings: schema.Index) -> bool:
+def _is_small(sizes: Sizes, settings: schema.Index) -> bool:
     """Whether each process that scores may hold all banks, and nobody asked where they are to lie."""
     placed = settings.shards != "auto" or settings.needs != schema.Index().needs
     if placed or settings.kind != "flat" or device(settings) != "cpu":
         return False
-    return 4 * sum(bank.rows * bank.width for bank in {each.folder: each for each in banks}.values()) <= (
-        AUTO_COPIED_BYTES
-    )
+    return sum(_bytes(sizes, 1)) <= AUTO_COPIED_BYTES
 
 
 def here(banks: Iterable[BankFiles], settings: schema.Index) -> Index:
@@ -390,13 +503,7 @@ def here(banks: Iterable[BankFiles], settings: schema.Index) -> Index:
 
 def _started(engine: Engine, banks: Mapping[str, BankFiles], count: int, settings: schema.Index) -> Index:
     """The shard actors, empty."""
-    engine.capacity(settings.needs, "index")
-    if not engine.holds(settings.needs, count, spare=1):
-        raise UserError(
-            f"index.shards: {count} shards of {settings.cpus_per_shard:g} CPU and "
-            f"{settings.gpus_per_shard:g} GPU leave no CPU for scoring on this cluster. "
-            "Lower shards or cpus_per_shard, or add nodes."
-        )
+    _require_room(engine, count, settings)
     from pipeline.stages.faiss_shard import IndexShard  # FAISS is for runs that search
 
     needs, threads = settings.needs, engine.threads(settings.needs)
@@ -405,18 +512,23 @@ def _started(engine: Engine, banks: Mapping[str, BankFiles], count: int, setting
             IndexShard, needs, [(number, count, settings, banks, threads) for number in range(count)]
         ),
         settings.kind == "flat",
-        (_shard_bytes(banks.values(), count, settings),) * count,
+        (_shard_bytes(sizes_of(banks.values()), count, settings),) * count,
     )
 
 
-def _shard_bytes(banks: Iterable[BankFiles], count: int, settings: schema.Index) -> int:
-    """Bytes that the actor of one of so many shards may hold."""
-    return memory.PROCESS + int((_FLAT if settings.kind == "flat" else _TRAINED) * _bytes(banks, count))
+def _shard_bytes(sizes: Sizes, count: int, settings: schema.Index) -> int:
+    """Bytes that the actor of one of so many shards may hold, what is read from files beside it included.
+
+    What a GPU is to hold, an actor has until it is there, one bank after the other.
+    """
+    held = _bytes(sizes, count)
+    there = max(held) if device(settings) == "cuda" else sum(held)
+    return memory.PROCESS + int((_FLAT if settings.kind == "flat" else _TRAINED) * there)
 
 
-def _bytes(banks: Iterable[BankFiles], count: int) -> int:
-    """Bytes of the vectors in one of so many shards."""
-    return 4 * sum(-(-bank.rows // count) * bank.width for bank in banks)
+def _bytes(sizes: Sizes, count: int) -> list[int]:
+    """Bytes of the vectors of each bank in one of so many shards."""
+    return [4 * -(-rows // count) * width for rows, width in sizes]
 
 
 def recall(index: Index, folder: str, queries: Vectors) -> float:

@@ -80,6 +80,14 @@ class Prepared:
         indexed = any(detector.neighbours for detector in self.detectors.values())
         return self.config.extract.plain and (self.config.index.plain or not indexed)
 
+    @property
+    def banks(self) -> index.Sizes:
+        """Of the banks of all detectors that look up neighbours, at most: not every row has to enter one."""
+        searching = [each for each in self.detectors.values() if each.neighbours]
+        different = {artifacts.digest(self.learned(each, {"k"})) for each in searching}
+        rows = sum(job.manifest.rows for job in self.of_role("train"))
+        return [(rows, self.network.head[0].shape[1])] * len(different)
+
     @cached_property
     def folder(self) -> Place:
         """The run folder."""

@@ -296,6 +296,8 @@ class Application:
             def make(_: set[str]) -> None:
                 from pipeline.stages import extract
 
+                banks, settings = index.sizes_of(ready.bundle.banks.values()), ready.bundle.index
+                index.require(self.engine, banks, settings)
                 self.numbers = extract.run(
                     self.engine, [job], ready.plan, lambda receipt: shown.advance(receipt["rows"])
                 )

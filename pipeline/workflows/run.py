@@ -372,6 +372,7 @@ class Run:
 
                 self.worked = True
                 self._tell_of_gpus()
+                self._require_index()
                 ours = [job for job in jobs if job.name in names]
                 self._renew(artifact for job in ours for artifact in job.artifacts())
                 try:
@@ -427,6 +428,13 @@ class Run:
         asked = config.hardware == "gpu" or config.extract.needs["GPU"] > 0
         if not asked and (there := self.engine.gpus()):
             self.display.say(f"GPUs: {there:g} there, none used; `--set hardware=gpu` uses them")
+
+    def _require_index(self) -> None:
+        """Refuse an index that would find no room hours later."""
+        settings = self.ready.config.index
+        begins: StageName = "score" if settings.kind == "flat" else "fit"
+        if STAGES.index(self.options.last) >= STAGES.index(begins):
+            index.require(self.engine, self.ready.banks, settings)
 
     def _forget_contents(self) -> None:
         """Have images that are known by their bytes be read anew when they are listed next."""

@@ -34,7 +34,7 @@ def fitted(rows, **parameters):
 @pytest.mark.parametrize("prototype", ["mixup", "noise", "proto_mean", "ood_val"])
 def test_the_gradient_equals_autograd_whatever_the_label(rows, prototype, label):
     prototypes = fitted(rows, prototype=prototype).prototypes
-    length, direction = prototypes.gradient(rows.query[FEATURE])
+    length, direction = prototypes.gradient(rows.query)
     classes = class_prototypes(rows)
     for row in range(0, len(length), 10):
         expected = autograd_gradient(rows.query[FEATURE][row], classes, prototypes.ood, label)
@@ -86,7 +86,7 @@ def test_classes_without_training_rows_have_no_prototype(make_rows):
     rows = make_rows()
     label = np.where(rows.train[LABEL] == 2, -1, rows.train[LABEL])
     missing = replace(rows, train={**rows.train, LABEL: label})
-    length, _ = fitted(missing).prototypes.gradient(rows.query[FEATURE])
+    length, _ = fitted(missing).prototypes.gradient(rows.query)
     classes = np.delete(class_prototypes(rows), 2, axis=0)
     expected = autograd_gradient(rows.query[FEATURE][0], classes, rows.results[Mixup]["mean"], 0)
     assert length[0] == pytest.approx(np.linalg.norm(expected), rel=1e-9)
@@ -94,18 +94,18 @@ def test_classes_without_training_rows_have_no_prototype(make_rows):
 
 def test_a_feature_on_the_ood_prototype_has_no_gradient(rows):
     scorer = fitted(rows)
-    length, direction = scorer.prototypes.gradient(scorer.prototypes.ood[None])
+    length, direction = scorer.prototypes.gradient({FEATURE: scorer.prototypes.ood[None]})
     assert length[0] > 0
     assert not direction.any()
 
 
 def test_a_feature_on_a_class_prototype_is_closer_to_it_than_to_ood(rows):
-    length, _ = fitted(rows).prototypes.gradient(class_prototypes(rows))
+    length, _ = fitted(rows).prototypes.gradient({FEATURE: class_prototypes(rows)})
     assert (length < 0.5).all()
 
 
 def test_far_features_keep_a_finite_gradient(rows):
-    length, direction = fitted(rows).prototypes.gradient(1e6 * rows.query[FEATURE])
+    length, direction = fitted(rows).prototypes.gradient({FEATURE: 1e6 * rows.query[FEATURE]})
     assert np.isfinite(length).all()
     np.testing.assert_allclose(np.linalg.norm(direction, axis=1), 1, rtol=1e-12)
 

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from pipeline.columns import FEATURE, LABEL
+from pipeline.columns import FEATURE, LABEL, SharedBatch
+from pipeline.detectors import grood
 from pipeline.detectors.base import Mixup, bank_of
 from pipeline.detectors.grood import Grood
-from pipeline.detectors.grood_norm import GroodNorm
+from pipeline.detectors.grood_norm import GroodNorm, GroodNormScorer
 
 
 def slow_log_odds(feature, classes, ood):
@@ -65,6 +66,19 @@ def test_the_score_is_the_log_odds_of_the_length_of_groods_gradient(rows, protot
     score = rows.score(GroodNorm(prototype=prototype))
     length = np.linalg.norm(gradient.astype(np.float64), axis=1)
     np.testing.assert_allclose(expit(score), length, rtol=1e-6)
+
+
+def test_its_products_are_shared_with_grood_and_have_the_same_bits(rows, monkeypatch):
+    scorer = Grood().fit(rows.training(Grood()))
+    own = GroodNormScorer(scorer.prototypes)
+    expected = scorer.bank.queries(rows.query), own(rows.query)
+    sums, compute = [], grood.logsumexp
+    monkeypatch.setattr(grood, "logsumexp", lambda values: (sums.append(1), compute(values))[1])
+    batch = SharedBatch(rows.query)
+    found = scorer.bank.queries(batch), own(batch.adding({}))
+    assert sums == [1]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_its_pass_is_shared_with_grood():

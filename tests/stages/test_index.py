@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline.cluster.inline import Inline, Object
 from pipeline.config import schema
 from pipeline.errors import UserError
 from pipeline.stages import faiss_shard, index
-from pipeline.stages.faiss_shard import IndexShard
+from pipeline.stages.faiss_shard import IndexShard, Mapped
 from pipeline.stages.index import BankFiles, Neighbours
 from pipeline.workspace.artifacts import Damaged, Store, mend, write_part
 from tests.damage import DAMAGES, flipped
@@ -228,21 +229,89 @@ def test_a_gpu_that_this_faiss_does_not_see_is_a_clear_error(tmp_path, vectors) 
         shards(bank(tmp_path, vectors), 1, device="cuda")
 
 
-def test_vectors_that_do_not_fit_into_a_gpu_are_a_clear_error(tmp_path, vectors, monkeypatch) -> None:
-    """A build of FAISS with GPUs stands in, whose message is this one."""
+class Gpu:
+    """A build of FAISS for GPUs stands in, which computes on the CPU."""
 
-    def full(*_: object) -> None:
-        raise RuntimeError("StandardGpuResources: alloc fail (cudaMalloc error out of memory [2])")
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, full: bool = False) -> None:
+        self.full = full
+        self.added: list[int] = []
+        """Vectors that came to the GPU by each call."""
+        for name in ("StandardGpuResources", "GpuIndexFlatConfig"):
+            monkeypatch.setattr(faiss, name, SimpleNamespace, raising=False)
+        monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+        monkeypatch.setattr(faiss, "GpuIndexFlatL2", self.flat, raising=False)
+        monkeypatch.setattr(faiss, "index_cpu_to_gpu", self.cloned, raising=False)
 
-    for name, stand_in in {
-        "StandardGpuResources": object,
-        "get_num_gpus": lambda: 1,
-        "index_cpu_to_gpu": full,
-    }.items():
-        monkeypatch.setattr(faiss, name, stand_in, raising=False)
+    def flat(self, _: object, width: int, settings: SimpleNamespace) -> SimpleNamespace:
+        index = faiss.IndexFlatL2(width)
+
+        def add(vectors: np.ndarray) -> None:
+            self.take(len(vectors))
+            index.add(vectors)
+
+        assert settings.device == 0
+        return SimpleNamespace(add=add, search=index.search)
+
+    def cloned(self, _: object, device: int, index: faiss.Index) -> faiss.Index:
+        assert device == 0
+        self.take(index.ntotal)
+        return index
+
+    def take(self, count: int) -> None:
+        if self.full:
+            raise RuntimeError("StandardGpuResources: alloc fail (cudaMalloc error out of memory [2])")
+        self.added.append(count)
+
+
+@pytest.mark.parametrize("kind", ["flat", "SQfp16"])
+def test_vectors_that_do_not_fit_into_a_gpu_are_a_clear_error(tmp_path, vectors, monkeypatch, kind) -> None:
+    Gpu(monkeypatch, full=True)
     message = r"index\.shards: 450 vectors of 24 numbers do not fit into the memory of the GPU"
     with pytest.raises(UserError, match=message):
-        shards(bank(tmp_path, vectors), 1, device="cuda")
+        shards(bank(tmp_path, vectors), 1, device="cuda", kind=kind)
+
+
+@pytest.mark.parametrize("kind", ["flat", "SQfp16"])
+def test_a_gpu_gets_all_vectors_at_once_and_the_node_keeps_none(
+    tmp_path, vectors, queries, monkeypatch, kind
+) -> None:
+    files = bank(tmp_path, vectors)
+    expected = search(shards(files, 1, kind=kind), queries, 9)
+    gpu = Gpu(monkeypatch)
+    (shard,) = shards(files, 1, kind=kind, device="cuda")
+    assert gpu.added == [450]
+    mapped = shard.vectors[files.folder]
+    assert isinstance(mapped, Mapped)
+    assert all(isinstance(piece.base, np.memmap) for piece in mapped.pieces)
+    found = search([shard], queries, 9)
+    np.testing.assert_array_equal(found.row, expected.row)
+    np.testing.assert_array_equal(found.distance, expected.distance)
+
+
+def test_vectors_in_files_are_those_in_memory(tmp_path, vectors, queries) -> None:
+    files = bank(tmp_path, vectors, pieces=4)
+    mapped, rows = Mapped(tuple(files.ranges(100, 430))), np.array([329, 0, 0, 12, 13, 126, 238])
+    np.testing.assert_array_equal(files.read(100, 430), vectors[100:430])
+    assert len(mapped) == 330
+    np.testing.assert_array_equal(mapped[rows], vectors[100:430][rows])
+    assert mapped[rows[:0]].shape == (0, 24)
+
+
+def test_vectors_that_do_not_fit_into_memory_are_a_clear_error() -> None:
+    files = BankFiles("nowhere", "", (("bank-00000.npy", 2**48, ""),), 24)
+    with pytest.raises(UserError, match=r"vectors of 24 numbers do not fit into the memory of the node"):
+        files.read(0, files.rows)
+
+
+def test_vectors_of_16_bits_take_half_and_find_almost_the_same(tmp_path, vectors, queries) -> None:
+    files = bank(tmp_path, vectors)
+    found = shards(files, 2, kind="SQfp16")
+    path = next(tmp_path.glob("fits/*/index.faiss"))
+    assert path.stat().st_size < 2 * 225 * 24 + 500
+    whole = index.Index(tuple(map(Object, found)), flat=False)
+    assert 0.9 < index.recall(whole, files.folder, queries) <= 1
+    exact = search(found, queries, 3, exact=True)
+    np.testing.assert_array_equal(exact.row, search(shards(files, 1), queries, 3).row)
 
 
 def test_faiss_uses_as_many_threads_as_the_shard_is_given(tmp_path, vectors) -> None:
@@ -304,20 +373,87 @@ def test_banks_that_are_not_searched_now_count_where_small_ones_are_told(
     [(8, 10**8, 1), (8, 50_000, 4), (8, 1000, 7), (64, 1000, 16), (1, 1000, 1)],
 )
 def test_flat_shards_are_as_many_as_there_is_work_and_cpus(
-    tmp_path, monkeypatch, threads, operations, expected
+    monkeypatch, threads, operations, expected
 ) -> None:
     monkeypatch.setattr(index, "AUTO_SHARD_OPERATIONS", operations)
-    files = bank(tmp_path, np.ones((20_000, 5)))
     with opened("inline", threads=threads) as engine:
-        assert index.shards_of(engine, [files, files], schema.Index()) == expected
-        assert index.shards_of(engine, [files], schema.Index(kind="IVF4,Flat")) == 1
-        assert index.shards_of(engine, [files], schema.Index(shards=3)) == 3
+        assert index.shards_of(engine, [(20_000, 5)], schema.Index()) == expected
+        assert index.shards_of(engine, [(20_000, 5)], schema.Index(kind="IVF4,Flat")) == 1
+        assert index.shards_of(engine, [(20_000, 5)], schema.Index(shards=3)) == 3
+
+
+class Room:
+    """An engine with room for so many shards."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def capacity(self, *_: object, spare: int) -> int:
+        return self.count
+
+    def holds(self, _: object, count: int, spare: int) -> bool:
+        return count <= self.count
+
+    def nodes(self) -> dict[str, dict[str, dict[str, float]]]:
+        return {"head": {"resources": {"CPU": 8, "memory": 2**34}}}
+
+
+IMAGENET_1K, IMAGENET_21K = [(1_281_167, 2048)] * 2, [(14_197_122, 2048)] * 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gpus", "room", "expected"),
+    [
+        *((IMAGENET_1K, 1, room, count) for room, count in ((1, 1), (2, 2), (8, 8), (64, 16))),
+        *((IMAGENET_1K, 0, room, count) for room, count in ((1, 1), (2, 2), (8, 7), (64, 16))),
+        *((IMAGENET_21K, 1, room, count) for room, count in ((1, 1), (8, 8), (64, 28))),
+    ],
+)
+def test_flat_shards_of_any_size_are_no_more_than_there_is_room_for(sizes, gpus, room, expected) -> None:
+    settings = schema.Index(gpus_per_shard=gpus)
+    assert index.shards_of(Room(room), sizes, settings) == expected
+    index._require_room(Room(room), expected, settings)
+
+
+def test_an_index_that_finds_no_room_is_refused_before_there_are_banks(caplog) -> None:
+    message = (
+        r"index\.shards: 3 shards of 1 CPU and 1 GPU each find no room .*room for 2\. Set index\.shards to"
+    )
+    for settings in ({"shards": 3}, {"kind": "IVF4096,SQ8"}):
+        with pytest.raises(UserError, match=message):
+            index.require(Room(2), IMAGENET_1K, schema.Index(gpus_per_shard=1, **settings))
+    index.require(Room(2), IMAGENET_1K, schema.Index())
+    assert "those of a node may hold 22.0 GiB, the largest node has 16.0 GiB" in caplog.text
+    index.require(Room(0), [(450, 24)] * 2, schema.Index())  # each process that scores has a copy
+    index.require(Room(0), [], schema.Index(shards=3))
+
+
+@pytest.mark.skipif(faiss.get_num_gpus() > 0, reason="needs a machine without a GPU")
+def test_a_faiss_without_gpus_is_refused_before_there_are_banks(on_ray) -> None:
+    for settings in ({"device": "cuda"}, {"gpus_per_shard": 1}):
+        with pytest.raises(UserError, match=r"index\.device: cuda was asked for, but this FAISS sees no GPU"):
+            index.require(on_ray, [(450, 24)], schema.Index(**settings))
+
+
+def test_flat_vectors_that_are_too_many_for_the_shards_there_is_room_for_are_searched_all_the_same(
+    on_ray, tmp_path, monkeypatch, vectors, queries
+) -> None:
+    for name in ("AUTO_SHARD_BYTES", "AUTO_COPIED_BYTES"):
+        monkeypatch.setattr(index, name, 1000)
+    files = bank(tmp_path, vectors)
+    searched = index.start(on_ray, [files], FLAT)
+    try:
+        assert len(searched.holds) == 2  # not 44
+        row = searched.search(files.folder, queries, 9).neighbours.row
+    finally:
+        searched.stop()
+    np.testing.assert_array_equal(row, search(shards(files, 1), queries, 9).row)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shards": 3}, "leave no CPU for scoring"),
+        ({"shards": 3}, "3 shards of 1 CPU and 0 GPU each find no room beside a CPU for scoring"),
         ({"shards": 1000}, "smallest bank has 450 rows"),
         (
             {"gpus_per_shard": 3, "device": "cpu"},

@@ -24,6 +24,7 @@ from pipeline.learned.statistics import Classes, Head, Scatter
 from pipeline.stages import banks, fit, index, memory, score, statistics
 from pipeline.workspace import tables
 from pipeline.workspace.artifacts import Artifact, Store
+from tests.stages.test_index import bank, train
 from tests.stored import stored
 
 COLUMNS = (KEY, LABEL, PREDICTION, FEATURE, LOGITS)
@@ -89,11 +90,11 @@ def worked(
     known = statistics.fit_statistics(noted, store, statistics.Rows([table], ["features/x"]), WANTED, head)
     training = Training(head.weight, head.bias, train=statistics.Statistics(known))
     scorers = {"dice": Dice().fit(training), "mds": Mds().fit(training), "knn": Knn(k=5).fit(training)}
-    bank = banks.build_bank(noted, store, scorers["knn"].bank, table, {"of": "test"}, {})
-    searched = index.start(noted, [bank], schema.Index(shards=shards)) if searching else None
+    built = banks.build_bank(noted, store, scorers["knn"].bank, table, {"of": "test"}, {})
+    searched = index.start(noted, [built], schema.Index(shards=shards)) if searching else None
     if searched is None:
         del scorers["knn"]
-    scoring = score.Scoring(scorers, COLUMNS, {"knn": bank.folder}, searched)
+    scoring = score.Scoring(scorers, COLUMNS, {"knn": built.folder}, searched)
     places = {label: Artifact(folder / "scores" / label, score.FORMAT, {}) for label in scorers}
     score.run(noted, [score.ScoreJob("set", table, places)], scoring, lambda _: None)
     if searched is not None:
@@ -114,7 +115,7 @@ def test_what_is_asked_follows_from_rows_widths_and_neighbours(engine: Engine, t
     assert noted.asked("_write_bank") == [memory.PROCESS + 3000 * 6 * whole]
     found = 3 * 16 * 1024 * 5 * 2  # batches under way, bytes, rows, neighbours, shards
     assert noted.asked("score_part") == [memory.PROCESS + 18 * 1024 * whole + found]
-    shard = memory.PROCESS + int(1.5 * 4 * 1500 * 40)
+    shard = memory.PROCESS + int(1.1 * 4 * 1500 * 40)
     assert [beside for *_, beside in noted.tasks if beside] == [(shard, shard)]
 
 
@@ -197,6 +198,26 @@ def test_tasks_hold_no_more_than_they_ask_for_and_not_much_less(
         for function, given, asked, _ in noted.tasks:
             held = pool.apply(peak, (function, given))
             assert held <= asked <= 2.5 * held, (function.__name__, held >> 20, asked >> 20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("kind", ["flat", "IVF4,Flat"])
+def test_a_shard_holds_no_more_than_it_is_counted_with_and_not_much_less(tmp_path: Path, kind: str) -> None:
+    vectors = np.random.default_rng(0).normal(size=(40_000, 1024)).astype(np.float32)
+    files, settings = bank(tmp_path, vectors, pieces=5), schema.Index(kind=kind, shards=1)
+    train(files, shards=1, kind=kind)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        held = pool.apply(peak, (loaded, (files, settings)))
+    asked = index._shard_bytes([vectors.shape], 1, settings)
+    assert held <= asked <= 2.5 * held, (held >> 20, asked >> 20)
+
+
+def loaded(files: index.BankFiles, settings: schema.Index) -> None:
+    """What the actor of the only shard does before it is asked."""
+    from pipeline.stages.faiss_shard import IndexShard
+
+    IndexShard(0, 1, settings, {files.folder: files}).load(files.folder)
 
 
 @pytest.mark.slow

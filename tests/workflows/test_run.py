@@ -146,6 +146,18 @@ def test_more_actors_than_there_are_gpus_are_refused(settings, load, execute, ra
         execute(load(settings), engine="ray")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_an_index_that_cannot_be_searched_is_refused_before_images_are_read(
+    settings, load, execute, tmp_path
+) -> None:
+    settings["index"] = {"device": "cuda"}
+    with pytest.raises(UserError, match=r"index\.device: cuda was asked for, but this FAISS sees no GPU"):
+        execute(load(settings))
+    assert list(tmp_path.glob("workspace/features/*/part-*")) == []
+    execute(load(settings), last="extract")
+    assert list(tmp_path.glob("workspace/features/*/part-*"))
+
+
 def test_gpus_that_are_left_idle_are_told(settings, load, monkeypatch, tmp_path) -> None:
     settings["workspace"] = str(tmp_path / "new")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
