@@ -1,9 +1,13 @@
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from pipeline.data.formats import imagelist
 from pipeline.errors import UserError
+from pipeline.workspace import storage
 
 
 @pytest.fixture
@@ -137,3 +141,51 @@ def test_a_changed_image_changes_the_digest(listed, root, png):
     before = listed("n01443537/1.JPEG 1\n").digest
     (root / "n01443537/1.JPEG").write_bytes(png(1) + b"more")
     assert listed("n01443537/1.JPEG 1\n").digest != before
+
+
+def test_files_of_a_slow_disk_are_looked_at_many_at_once_and_come_in_the_order_of_the_list(
+    compiled, tmp_path, png, monkeypatch
+):
+    """As over a network, where each takes an answer of a server."""
+    lines = [f"{number % 7}/{number}.png {number}\n" for number in range(64)]
+    for number in range(0, 64, 2):
+        (tmp_path / str(number % 7)).mkdir(exist_ok=True)
+        (tmp_path / f"{number % 7}/{number}.png").write_bytes(png(number))
+    (tmp_path / "list.txt").write_text("".join(lines))
+    alone = compiled("imagelist", tmp_path / "list.txt", role="id")
+    identity = storage.local_identity
+
+    def far(path):
+        time.sleep(0.01)
+        return identity(path)
+
+    monkeypatch.setattr(imagelist, "ROW_GROUP", 2)
+    monkeypatch.setattr(storage, "local_identity", far)
+    began = time.perf_counter()
+    assert compiled("imagelist", tmp_path / "list.txt", role="id") == alone
+    assert time.perf_counter() - began < 64 * 0.01 * 0.8
+    assert {key: identity == storage.MISSING for key, identity in rows(alone, "key", "identity")} == {
+        line.split()[0]: number % 2 == 1 for number, line in enumerate(lines)
+    }
+
+
+def test_folders_on_s3_are_listed_many_at_once_and_each_once(compiled, upload, tmp_path, png, monkeypatch):
+    """However often, and in whatever order, a list comes back to them."""
+    names = [f"{number % 12}/{number}.png" for number in range(36)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "list.txt").write_text("".join(f"{name} 1\n" for name in [*names, "12/1.png"]))
+    uri, asked, together = upload(tmp_path, "many"), [], threading.Barrier(13, timeout=10)
+    entries = storage.entries
+
+    def wait(folder):
+        asked.append(folder)
+        together.wait()
+        return entries(folder)
+
+    monkeypatch.setattr(storage, "entries", wait)
+    manifest = compiled("imagelist", f"{uri}/list.txt", role="id")
+    assert sorted(asked) == sorted(f"{uri}/{number}" for number in range(13))
+    missing = [key for key, identity in rows(manifest, "key", "identity") if identity == storage.MISSING]
+    assert missing == ["12/1.png"] and manifest.rows == 37

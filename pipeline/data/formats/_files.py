@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from itertools import islice
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import pyarrow as pa
 
@@ -26,6 +26,9 @@ WAITING = 4.0
 
 Where it does not, threads only take the interpreter from each other: 1.4 million files on a local disk, in
 1,000 folders, took 12 CPU seconds with 16 of them, and 9 with none."""
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 
@@ -93,18 +96,27 @@ def _pieces(folder: str, listed: Listing, names: list[str], seen: Seen, inside: 
 
 
 def _listings(uris: list[str]) -> Iterator[Listing]:
-    """Folders beside each other; where they make one wait for answers, the next ones are listed ahead."""
-    waits = bool(uris) and storage.is_remote(uris[0])
-    if len(uris) > 1 and not waits:  # a local path may be one over a network
-        began, computed = time.perf_counter(), time.thread_time()
-        listed = folders.listing(uris[0])
-        took, computed = time.perf_counter() - began, time.thread_time() - computed
-        yield listed
-        waits, uris = took > WAITING * computed, uris[1:]
-    if waits and len(uris) > 1:
-        yield from storage.ahead(folders.listing, uris, storage.LISTINGS)
-    else:
-        yield from map(folders.listing, uris)
+    """Folders beside each other."""
+    return looked_up(folders.listing, uris, bool(uris) and storage.is_remote(uris[0]))
+
+
+def looked_up(call: Callable[[Item], Found], items: Iterable[Item], waits: bool = False) -> Iterator[Found]:
+    """What a call finds in storage, in order; where one waits for answers, the next ones are under way.
+
+    Args:
+        call: for each of the items.
+        items: taken as they are needed.
+        waits: whether it is known to wait; if not, the first one shows: a local path may be over a network.
+    """
+    rest = iter(items)
+    if not waits:
+        for item in islice(rest, 1):
+            began, computed = time.perf_counter(), time.thread_time()
+            found = call(item)
+            took, computed = time.perf_counter() - began, time.thread_time() - computed
+            waits = took > WAITING * computed
+            yield found
+    yield from storage.ahead(call, rest, storage.LISTINGS) if waits else map(call, rest)
 
 
 def is_hidden(name: str) -> bool:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 
@@ -21,11 +25,20 @@ from pipeline.data.notes import Notes
 from pipeline.data.places import located
 from pipeline.errors import UserError
 from pipeline.workspace import storage
+from pipeline.workspace.tables import ROW_GROUP
 
 PLACE = "file"
 
 FOLDERS = 2000
 """Listings of remote folders that are kept while a list is read."""
+
+AHEAD = 16
+"""Times `ROW_GROUP` lines whose remote folders are listed before they are needed."""
+
+Columns = dict[str, list[Any]]
+Labels = tuple[int, list[int] | None]
+"""Label and accepted labels of a row."""
+Identities = dict[str, str]
 
 
 def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
@@ -35,7 +48,10 @@ def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
         _files.open_file(dataset.path, where) as stream,
         io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
     ):
-        yield from _files.batched(_rows(dataset, text, f"{where}: {dataset.path}"))
+        root = located(dataset.root or storage.parent(located(dataset.path)))
+        pieces = _pieces(dataset, root, text, f"{where}: {dataset.path}")
+        known = _listed(pieces) if storage.is_remote(root) else _files.looked_up(_looked_at, pieces)
+        yield from _files.gathered(known)
 
 
 def classes(dataset: Dataset) -> Classes:
@@ -43,17 +59,27 @@ def classes(dataset: Dataset) -> Classes:
     return labels.named(dataset)
 
 
-def _rows(dataset: Dataset, text: io.TextIOWrapper, where: str) -> Iterator[dict[str, object]]:
-    root = located(dataset.root or storage.parent(located(dataset.path)))
+def _pieces(dataset: Dataset, root: str, text: io.TextIOWrapper, where: str) -> Iterator[Columns]:
+    """Columns of some lines after the other, without the identity of the files."""
+    rows = _rows(dataset, text, where)
+    while some := list(islice(rows, ROW_GROUP)):
+        paths = [path for path, _ in some]
+        keys = paths if "".join(paths).isascii() else list(map(_files.spelled, paths))
+        uris = [storage.join(root, path) for path in paths]
+        label, accepted = map(list, zip(*(meant for _, meant in some), strict=True))
+        yield {"key": keys, "uri": uris, "label": label, "accepted": accepted}
+
+
+def _rows(dataset: Dataset, text: io.TextIOWrapper, where: str) -> Iterator[tuple[str, Labels]]:
+    """Path and label of each line; the meaning of a label is looked up once."""
     labelled = classes(dataset) if dataset.labels is None or labels.needed(dataset) else None
     lines = _table if dataset.path.lower().endswith(".csv") else _lines
-    identity = _identities()
+    known: dict[str, Labels] = {"": (-1, None)}
     for number, path, label in lines(text, where):
-        uri = storage.join(root, path)
-        columns: dict[str, object] = {"label": -1}
-        if labelled is not None and label:
-            columns = labelled.several(label, f"{where}, line {number}")
-        yield {"key": _files.spelled(path), "uri": uri, "identity": identity(uri), **columns}
+        if labelled is not None and label not in known:
+            meant = labelled.several(label, f"{where}, line {number}")
+            known[label] = meant["label"], meant["accepted"]
+        yield path, known["" if labelled is None else label]
 
 
 def _lines(text: io.TextIOWrapper, where: str) -> Iterator[tuple[int, str, str]]:
@@ -87,19 +113,40 @@ def _table(text: io.TextIOWrapper, where: str) -> Iterator[tuple[int, str, str]]
         raise UserError(f"{where}, line {rows.line_num}: {error}.") from None
 
 
-def _identities() -> Callable[[str], str]:
-    """Gives the identity of a file; asks a remote storage for whole folders, never for single files."""
+def _looked_at(piece: Columns) -> Columns:
+    """Some lines with the identity of each file."""
+    return piece | {"identity": list(map(storage.local_identity, piece["uri"]))}
+
+
+def _listed(pieces: Iterator[Columns]) -> Iterator[Columns]:
+    """Lines with the identity of the files; asks for whole folders, many at once, never for single files."""
+    pool, waiting = ThreadPoolExecutor(storage.LISTINGS), deque[tuple[Columns, list[Future[Identities]]]]()
 
     @lru_cache(FOLDERS)
-    def listing(folder: str) -> dict[str, str]:
-        try:
-            return {entry.uri: entry.identity for entry in storage.entries(folder)}
-        except FileNotFoundError:
-            return {}
+    def listing(folder: str) -> Future[Identities]:
+        return pool.submit(_listing, folder)
 
-    def identity(uri: str) -> str:
-        if storage.is_remote(uri):
-            return listing(storage.parent(uri)).get(uri, storage.MISSING)
-        return storage.local_identity(uri)
+    def identified() -> Columns:
+        piece, there = waiting.popleft()
+        found = [
+            each.result().get(uri, storage.MISSING) for each, uri in zip(there, piece["uri"], strict=True)
+        ]
+        return piece | {"identity": found}
 
-    return identity
+    try:
+        for piece in pieces:
+            waiting.append((piece, [listing(storage.parent(uri)) for uri in piece["uri"]]))
+            if len(waiting) > AHEAD:
+                yield identified()
+        while waiting:
+            yield identified()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _listing(folder: str) -> Identities:
+    """Identity of each file of a remote folder, by URI; none where there is no folder."""
+    try:
+        return {entry.uri: entry.identity for entry in storage.entries(folder)}
+    except FileNotFoundError:
+        return {}
