@@ -1,6 +1,7 @@
 """Fit and score at the width of ImageNet networks (D = 2048, C = 1000): what stages cost, beside plain calls.
 
-    python benchmarks/imagenet_shape.py --rows 20000        # or 50000, 200000; --scored is a fifth of it
+    python benchmarks/imagenet_shape.py --rows 50000 200000 --output benchmarks/imagenet_shape.md
+    python benchmarks/imagenet_shape.py --rows 25000 --scored 1000 --classes 21843     # ImageNet-21K
 
 Made-up feature tables, with the columns that extraction writes, go through the stages of a run with every
 detector: nothing is forwarded. Linux only. CPU seconds are those of all processes of the stage; of wall
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +26,7 @@ import numpy as np
 from memory import DRIVER, Watch
 from numpy.typing import NDArray
 from processes import fresh
-from results import Check, Section, at_most, page
+from results import Section, at_most, page
 from scoring import fitted, places
 
 from pipeline import detectors
@@ -35,9 +36,9 @@ from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.config import schema
 from pipeline.detectors.base import Detector, Pass, Pooled, Samples, Training
 from pipeline.detectors.knn import Knn
-from pipeline.learned.statistics import Head, Statistics
-from pipeline.stages import index, score, shards
-from pipeline.stages.statistics import Rows, fit_statistics
+from pipeline.learned.statistics import Head, Statistic, Statistics
+from pipeline.stages import index, memory, score, shards
+from pipeline.stages.statistics import SLICE, Rows, fit_statistics
 from pipeline.workspace import artifacts, tables
 
 WIDTH, PART = 2048, 2048
@@ -46,8 +47,11 @@ STAGES = {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048}
 NEIGHBOURS = 1000
 """Of KNN, as in the configs of ImageNet."""
 SEARCHING = {"grood": 1, "knn": NEIGHBOURS, "nnguide": 10}
-SEARCH = "score, neighbours"
-NEAR = 1.3
+STATISTICS, SEARCH = "statistics", "score, neighbours"
+NEAR, LEARNED, DRIVEN, FLAT = 1.3, 2.0, 0.10, 0.10
+"""Targets: of the neighbours and of the statistics over plain calls, of the driver's share, of its growth."""
+ASKED = 4096
+"""Queries of `faiss.knn`, at most."""
 
 Columns = dict[str, NDArray[Any]]
 
@@ -61,10 +65,8 @@ class Stage:
     """Seconds of all processes."""
     driver: float = 0.0
     """Seconds of the driver alone."""
-    memory: int = 0
-    """Bytes: peak USS of the driver."""
-    task: int = 0
-    """Bytes: peak RSS of a task."""
+    peaks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Bytes: peak USS and RSS of a process, by kind."""
 
 
 @dataclass
@@ -75,11 +77,24 @@ class Found:
     plain: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Wall and CPU seconds."""
 
+    @property
+    def driver(self) -> int:
+        """Bytes: peak USS of the driver."""
+        return max(stage.peaks[DRIVER][0] for stage in self.stages.values())
 
-def chosen() -> dict[str, Detector]:
-    """Every detector, with the neighbours of ImageNet's configs."""
-    found = {name: detectors.get(name)() for name in detectors.names()}
-    return found | {"knn": Knn(k=NEIGHBOURS)}
+    @property
+    def driven(self) -> float:
+        """Share of the CPU seconds that are the driver's own."""
+        every = self.stages.values()
+        return sum(stage.driver for stage in every) / sum(stage.cpu for stage in every)
+
+
+def chosen(classes: int) -> dict[str, Detector]:
+    """Every detector that a run takes with so many classes, with the neighbours of ImageNet's configs."""
+    every = {name: detectors.get(name)() for name in detectors.names()} | {"knn": Knn(k=NEIGHBOURS)}
+    return {
+        name: each for name, each in every.items() if 8 * each.table(classes, WIDTH, STAGES) <= memory.MOST
+    }
 
 
 class Network:
@@ -131,7 +146,7 @@ def passes(wanted: Mapping[str, Detector], classes: int) -> dict[Pass, dict[str,
 def measure(folder: Path, rows: int, scored: int, classes: int) -> Found:
     """Every stage of a job; the driver of a run is this process."""
     os.environ.pop("RAY_ADDRESS", None)
-    network, wanted, found = Network(classes), chosen(), Found()
+    network, wanted, found = Network(classes), chosen(classes), Found()
     specs = {extra.column: extra for detector in wanted.values() for extra in detector.extras()}
     widths = {name: extra.width(classes, WIDTH, tuple(STAGES.values())) for name, extra in specs.items()}
     train = network.table(folder / "train", rows, 0, {Pooled().column: widths[Pooled().column]})
@@ -139,8 +154,9 @@ def measure(folder: Path, rows: int, scored: int, classes: int) -> Found:
     columns = (KEY, LABEL, PREDICTION, FEATURE, LOGITS, BLOCK_NORM, *widths)
     with opened("ray") as engine:
         engine.cpus()  # connects; that is no stage
-        with _stage(found, "statistics"):
-            known = _statistics(engine, wanted, train, network.head, folder)
+        needs = _needs(wanted)
+        with _stage(found, STATISTICS):
+            known = _statistics(engine, needs, train, network.head, folder)
         with _stage(found, "detectors and banks"):
             training = Training(
                 network.head.weight,
@@ -169,18 +185,24 @@ def measure(folder: Path, rows: int, scored: int, classes: int) -> Found:
                 score.run(engine, [job], scoring, lambda _: None)
                 if searched is not None:
                     searched.stop()
-    found.plain = plain(train, ready.banks, scored)
+    found.plain = plain(train, needs, ready.banks, scored)
     return found
 
 
+def _needs(wanted: Mapping[str, Detector]) -> list[Statistic[Any]]:
+    """Statistics that the detectors learn from, each once."""
+    return list(
+        dict.fromkeys(
+            need
+            for detector in wanted.values()
+            for need in (*detector.statistics(), *detector.calibration(), *detector.ood_statistics())
+        )
+    )
+
+
 def _statistics(
-    engine: Engine, wanted: Mapping[str, Detector], train: tables.Table, head: Head, folder: Path
+    engine: Engine, needs: Iterable[Statistic[Any]], train: tables.Table, head: Head, folder: Path
 ) -> Statistics:
-    needs = [
-        need
-        for detector in wanted.values()
-        for need in (*detector.statistics(), *detector.calibration(), *detector.ood_statistics())
-    ]
     store = artifacts.Store(folder / "fits")
     return Statistics(fit_statistics(engine, store, Rows([train], ["features/made-up"]), needs, head))
 
@@ -192,24 +214,23 @@ def _stage(found: Found, name: str) -> Iterator[None]:
     with Watch(os.getpid(), period=1.0) as watch, usage.collect() as spent:
         yield
     stage.wall, stage.driver = time.perf_counter() - wall, time.process_time() - cpu - watch.cpu
-    stage.cpu, stage.memory = spent.cpu_seconds - watch.cpu, watch.peaks.get(DRIVER, (0, 0))[0]
-    stage.task = max((peak for kind, (peak, _) in watch.peaks.items() if kind != DRIVER), default=0)
+    stage.cpu, stage.peaks = spent.cpu_seconds - watch.cpu, watch.peaks
     found.stages[name] = stage
     print(f"    {stage.wall:.0f} s, CPU {stage.cpu:.0f} s, of it driver {stage.driver:.1f} s", flush=True)
 
 
 def plain(
-    train: tables.Table, banks: Mapping[str, index.BankFiles], scored: int
+    train: tables.Table, needs: Iterable[Statistic[Any]], banks: Mapping[str, index.BankFiles], scored: int
 ) -> dict[str, tuple[float, float]]:
-    """Wall and CPU seconds of NumPy and FAISS on the same cores, with the rows in memory."""
+    """Wall and CPU seconds of reading the rows and NumPy's products, and of FAISS, on the same cores."""
     import faiss
 
-    rest, asked = min(train.rows, 8192), min(train.rows, scored, 4096)
-    rows = train.read(0, rest, (FEATURE, Pooled().column))
+    rest, asked = min(train.rows, SLICE), min(train.rows, scored, ASKED)
+    columns = sorted({column for need in needs for column in need.columns})
 
-    def scatters() -> (
-        None
-    ):  # the products that fit cannot do without: of features, unit features, pooled maps
+    def scatters() -> None:
+        """What fit cannot do without: each column once, and products of features, unit features, maps."""
+        rows = train.read(0, rest, columns)
         for values in (rows[FEATURE], rows[FEATURE], rows[Pooled().column]):
             centred = values - values.mean(axis=0, dtype=np.float64)
             centred.T @ centred
@@ -220,7 +241,7 @@ def plain(
         bank = np.concatenate(list(files.ranges(0, files.rows)))
         wall, cpu = _timed(partial(faiss.knn, bank[:asked], bank, SEARCHING[label]), scored / asked)
         searches = searches[0] + wall, searches[1] + cpu
-    return {"statistics": _timed(scatters, train.rows / rest), SEARCH: searches}
+    return {STATISTICS: _timed(scatters, train.rows / rest), SEARCH: searches}
 
 
 def _timed(work: Callable[[], object], times: float) -> tuple[float, float]:
@@ -230,49 +251,93 @@ def _timed(work: Callable[[], object], times: float) -> tuple[float, float]:
     return times * (time.perf_counter() - wall), times * (time.process_time() - cpu)
 
 
-def section(found: Found, rows: int, scored: int, classes: int) -> Section:
-    """The table, and the target of the neighbours."""
-    return Section(
+def sections(found: Found, rows: int, scored: int, classes: int) -> Iterator[Section]:
+    """What the stages cost and what they hold, without targets."""
+    wanted = chosen(classes)
+    without = sorted(set(detectors.names()) - wanted.keys())
+    yield Section(
         title=f"{rows:,} training and {scored:,} scored rows",
-        text=f"D = {WIDTH}, C = {classes:,}, {len(chosen())} detectors, KNN with k = {NEIGHBOURS}. Plain: "
-        "NumPy's products for the scatters, `faiss.knn` with the same banks, threads on all cores, rows in "
-        "memory; of 8,192 rows and 4,096 queries, times the number of these.",
-        header=("", "wall, s", "CPU, s", "driver CPU, s", "driver, MiB USS", "task, MiB USS", "plain CPU, s"),
+        text=f"D = {WIDTH}, C = {classes:,}, {len(wanted)} detectors"
+        + (f" (all but {', '.join(without)}: too large for so many classes)" if without else "")
+        + f", KNN with k = {NEIGHBOURS}. Seconds of a search grow with the scored rows times those of the "
+        f"banks. Plain: reading each column once, checksums compared, and NumPy's products for the scatters, "
+        f"of {SLICE:,} rows; `faiss.knn` with the same banks in memory, of {ASKED:,} queries; with threads "
+        "on all cores, times the number of these.",
+        header=("", "wall, s", "CPU, s", "driver CPU, s", "plain wall, s", "plain CPU, s"),
         rows=[
             (
                 label,
                 f"{stage.wall:.0f}",
                 f"{stage.cpu:.0f}",
                 f"{stage.driver:.1f}",
-                f"{stage.memory / 2**20:,.0f}",
-                f"{stage.task / 2**20:,.0f}",
-                f"{found.plain[label][1]:.0f}" if label in found.plain else "",
+                *((f"{seconds:.0f}" for seconds in found.plain[label]) if label in found.plain else ("", "")),
             )
             for label, stage in found.stages.items()
         ],
-        checks=[_near(found)],
+        checks=[],
+    )
+    yield Section(
+        title=f"Peak memory with {rows:,} rows",
+        text="The largest process of each kind in a stage. USS is what it alone holds; RSS also counts "
+        "libraries and the pages of Ray's object store that it has touched. A process between two tasks "
+        "counts as the kind of the last.",
+        header=("MiB", "USS", "RSS"),
+        rows=[
+            (f"{label}: {kind}", *(f"{size / 2**20:,.0f}" for size in peak))
+            for label, stage in found.stages.items()
+            for kind, peak in sorted(stage.peaks.items())
+        ],
+        checks=[],
     )
 
 
-def _near(found: Found) -> Check:
-    ratio = found.stages[SEARCH].cpu / found.plain[SEARCH][1]
-    return at_most(f"{', '.join(SEARCHING)}: CPU against plain `faiss.knn`", ratio, NEAR)
+def judged(runs: Sequence[tuple[int, Found]]) -> Section:
+    """The targets: at the most rows, and from the fewest to these."""
+    (few, first), (many, last) = runs[0], runs[-1]
+    learned, near = (last.stages[name].cpu / last.plain[name][1] for name in (STATISTICS, SEARCH))
+    checks = [
+        at_most("statistics: CPU against reading the rows and NumPy's products", learned, LEARNED),
+        at_most(f"{', '.join(SEARCHING)}: CPU against plain `faiss.knn`", near, NEAR),
+        at_most("driver's own CPU of statistics, detectors, banks and score", last.driven, DRIVEN, "{:.1%}"),
+    ]
+    if few != many:
+        growth = last.driver / first.driver - 1
+        checks.append(at_most("growth of the driver's peak memory", growth, FLAT, "{:.1%}"))
+    return Section(
+        title="Stages of a job at the width of ImageNet networks",
+        text="Made-up rows of features, logits and all columns that detectors read, as extraction writes "
+        f"them, through the stages of a run on Ray. Targets are those of {many:,} training rows"
+        + (f"; growth is that from {few:,}." if few != many else "."),
+        header=(),
+        rows=[],
+        checks=checks,
+    )
 
 
 def main() -> None:
-    """Make the tables, run the stages, print a page."""
+    """Make the tables, run the stages, write a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=int, default=20_000, help="training rows (default: %(default)s)")
-    parser.add_argument("--scored", type=int, help="scored rows (default: a fifth of the training rows)")
-    parser.add_argument("--classes", type=int, default=1000, help="C (default: %(default)s)")
-    options = parser.parse_args()
-    sizes = options.rows, options.scored or options.rows // 5, options.classes
-    with TemporaryDirectory(prefix="ood-benchmark-") as scratch:
-        found = fresh(measure, Path(scratch), *sizes)
-    command = (
-        f"python benchmarks/imagenet_shape.py --rows {sizes[0]} --scored {sizes[1]} --classes {sizes[2]}"
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[20_000], help="training rows, each apart (default: 20000)"
     )
-    print(f"\n{page(command, machine.describe(), [section(found, *sizes)])}")
+    parser.add_argument("--scored", type=int, default=10_000, help="scored rows (default: %(default)s)")
+    parser.add_argument("--classes", type=int, default=1000, help="C (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="where to write the page")
+    options = parser.parse_args()
+    facts, runs = machine.describe(), []
+    for rows in sorted(options.rows):
+        print(f"{rows:,} rows", flush=True)
+        with TemporaryDirectory(prefix="ood-benchmark-") as scratch:
+            runs.append((rows, fresh(measure, Path(scratch), rows, options.scored, options.classes)))
+    told = [each for rows, found in runs for each in sections(found, rows, options.scored, options.classes)]
+    command = (
+        f"python benchmarks/imagenet_shape.py --rows {' '.join(str(rows) for rows, _ in runs)} "
+        f"--scored {options.scored} --classes {options.classes}"
+    )
+    written = page(command, facts, [judged(runs), *told])
+    print(f"\n{written}")
+    if options.output:
+        options.output.write_text(written)
 
 
 if __name__ == "__main__":

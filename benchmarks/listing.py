@@ -1,6 +1,6 @@
-"""Listing of image folders at the size of ImageNet: seconds and memory of compiling the manifest.
+"""Listing at the size of ImageNet, from folders and from a text file: seconds and memory of the manifest.
 
-    python benchmarks/listing.py
+    python benchmarks/listing.py --output benchmarks/listing.md
     python benchmarks/listing.py --folders 100000 --files 1   # a folder for each patient
 
 Makes the tree in a temporary folder, of hard links to one file for each class, and removes it. `--far` asks
@@ -20,8 +20,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import machine
-from results import at_most, table
+from results import Section, at_most, page
 
+FORMATS = ("imagefolder", "imagelist")
 SHAPE = 1000, 1400
 """Folders, and files in each."""
 
@@ -37,9 +38,10 @@ from pathlib import Path
 from pipeline.config.schema import Dataset
 from pipeline.data.manifest import compile_manifest
 
-dataset = Dataset(name="set", role="train", format="imagefolder", path=sys.argv[1])
+name, path, root, out = sys.argv[1:]
+dataset = Dataset(name="set", role="train", format=name, path=path, root=root or None)
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, os.times()
-rows = compile_manifest(dataset, Path(sys.argv[2])).rows
+rows = compile_manifest(dataset, Path(out)).rows
 end, peak = os.times(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 cpu = end.user - start.user + end.system - start.system
 print(rows, end.elapsed - start.elapsed, cpu, (peak - before) / 1024)
@@ -47,39 +49,81 @@ print(rows, end.elapsed - start.elapsed, cpu, (peak - before) / 1024)
 
 
 def main() -> None:
-    """Make the tree, list it a few times, each in a process of its own, and print what it took."""
+    """Make the tree, list it a few times, each in a process of its own, and write a page."""
     options = _options()
     facts = machine.describe()
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
-    count = options.folders * options.files
+    count, runs = options.folders * options.files, dict[str, list[tuple[float, ...]]]()
     with TemporaryDirectory(prefix="ood-benchmark-") as scratch:
         place = _store(options) if options.far else _tree(Path(scratch, "tree"), options)
-        with place as (path, environment):
-            runs = [
-                _listed(path, Path(scratch, "manifests"), environment, count) for _ in range(options.times)
-            ]
-    names = ("listing", "seconds", "CPU seconds", "MiB of memory it added")
-    print(
-        table(
-            names, [(str(number), *(f"{value:.1f}" for value in run)) for number, run in enumerate(runs, 1)]
-        )
-    )
-    name, middle = f"{count:,} files in {options.folders:,} folders, median", median(run[0] for run in runs)
-    check = at_most(name, middle, TARGET, "{:.1f} s")
+        with place as (root, environment):
+            listed = Path(scratch, "list.txt")
+            listed.write_text("".join(_lines(options)))
+            for name in FORMATS * options.times:
+                paths = (root, "") if name == "imagefolder" else (str(listed), root)
+                found = _listed(name, *paths, Path(scratch, "manifests"), environment, count)
+                print(f"  {name}: {found[0]:.1f} s", flush=True)
+                runs.setdefault(name, []).append(found)
+    written = page(_command(options), facts, [_section(options, runs)])
+    print(f"\n{written}")
+    if options.output:
+        options.output.write_text(written)
+
+
+def _section(options: argparse.Namespace, runs: dict[str, list[tuple[float, ...]]]) -> Section:
+    """All listings, and the target of a local disk at the size of ImageNet."""
+    count = options.folders * options.files
+    where = f"an object store whose answers take {options.far} s" if options.far else "a local disk"
     whole = not options.far and (options.folders, options.files) == SHAPE
-    judged = f", target {check.target}: {'met' if check.met else 'missed'}" if whole else ""
-    print(f"{name}: {check.measured}{judged}")
+    return Section(
+        title=f"{count:,} files in {options.folders:,} folders of {where}",
+        text="From the dataset in a config to the manifest on the disk: all keys, labels, sizes and time "
+        "stamps, and their digest. `imagefolder` walks the tree; `imagelist` reads a text file of all its "
+        "paths and labels, class after class, and asks for each. In turns, each in a process of its own; "
+        "memory is what listing adds to it. A local tree has just been made, and is in the system's cache.",
+        header=("", "seconds", "CPU seconds", "MiB of memory added"),
+        rows=[
+            (f"{name}, turn {turn}", *(f"{value:.1f}" for value in run))
+            for name, found in runs.items()
+            for turn, run in enumerate(found, 1)
+        ],
+        checks=[
+            at_most(f"{name}, {count:,} files", median(run[0] for run in found), TARGET, "{:.1f} s")
+            for name, found in runs.items()
+            if whole
+        ],
+    )
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command as others can repeat it."""
+    shape = () if (options.folders, options.files) == SHAPE else (options.folders, options.files)
+    said = [f"--{name} {value}" for name, value in zip(("folders", "files"), shape, strict=False)]
+    said += [f"--far {options.far}"] if options.far else []
+    return " ".join(["python benchmarks/listing.py", *said])
+
+
+def _lines(options: argparse.Namespace) -> Iterator[str]:
+    """The list: every file, as the tree or the store calls it."""
+    for folder in range(options.folders):
+        for number in range(options.files):
+            name = f"{folder:04d}/{number:06d}.JPEG" if options.far else _name(folder, number)
+            yield f"{name} {folder}\n"
+
+
+def _name(folder: int, number: int) -> str:
+    """Path of a file in the tree, as in ImageNet."""
+    return f"n{folder:08d}/n{folder:08d}_{number * 37}.JPEG"
 
 
 @contextmanager
 def _tree(root: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
     print(f"makes {options.folders * options.files:,} files", flush=True)
-    for number in range(options.folders):
-        folder = root / f"n{number:08d}"
-        folder.mkdir(parents=True)
-        for each in range(options.files):
-            path = f"{folder}/{folder.name}_{each * 37}.JPEG"
-            if each % LINKS == 0:
+    for folder in range(options.folders):
+        (root / _name(folder, 0)).parent.mkdir(parents=True)
+        for number in range(options.files):
+            path = f"{root}/{_name(folder, number)}"
+            if number % LINKS == 0:
                 first = Path(path)
                 first.write_bytes(b"x" * 100)
             else:
@@ -104,9 +148,11 @@ def _store(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
             server.stdin.close()
 
 
-def _listed(path: str, out: Path, environment: dict[str, str], count: int) -> tuple[float, ...]:
+def _listed(
+    name: str, path: str, root: str, out: Path, environment: dict[str, str], count: int
+) -> tuple[float, ...]:
     """Seconds, CPU seconds and MiB that listing takes; the latter beyond what importing everything took."""
-    command = [sys.executable, "-c", _LISTS, path, str(out)]
+    command = [sys.executable, "-c", _LISTS, name, path, root, str(out)]
     done = subprocess.run(
         command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True, timeout=3600
     )
@@ -131,6 +177,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--times", type=_count, default=3, help="that it is listed (default: %(default)s)")
     parser.add_argument("--far", type=float, metavar="SECONDS", help="until an object store answers")
+    parser.add_argument("--output", type=Path, help="where to write the page")
     return parser.parse_args()
 
 

@@ -103,7 +103,7 @@ def page(command: str, machine: Mapping[str, str], sections: Iterable[Section]) 
         "# Measurements",
         f"Written by `{command}`; every number below comes from that one command.",
         facts,
-        table(("", "measured", "target", ""), [_row(check) for check in checks]),
+        *([table(("", "measured", "target", ""), [_row(check) for check in checks])] if checks else []),
         *(f"* **{check.name}**: {reason(check)}" for check in checks if not check.met),
         *(shown(section) for section in sections),
     ]

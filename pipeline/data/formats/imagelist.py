@@ -50,8 +50,8 @@ def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
     ):
         root = located(dataset.root or storage.parent(located(dataset.path)))
         pieces = _pieces(dataset, root, text, f"{where}: {dataset.path}")
-        known = _listed(pieces) if storage.is_remote(root) else _files.looked_up(_looked_at, pieces)
-        yield from _files.gathered(known)
+        found = _listed(pieces) if storage.is_remote(root) else _files.looked_up(_looked_at, pieces)
+        yield from _files.gathered(found)
 
 
 def classes(dataset: Dataset) -> Classes:
