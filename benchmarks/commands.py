@@ -20,6 +20,8 @@ from pipeline.workspace.runs import located
 
 PROGRAM = (sys.executable, "-m", "pipeline.cli")
 ON_RAY = ("--engine", "ray")
+NOT_INHERITED = ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE")
+"""Of the environment: the cluster is a fresh one, and code is compiled once, as it is for a user."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def called(
     arguments: Sequence[str], folder: Path, watch: float | None = None
 ) -> tuple[float, str, dict[str, tuple[int, int]]]:
     """Seconds of a command in a folder, what it printed, and peaks of memory if they are watched."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     log = folder / "log.txt"
     started = time.perf_counter()
     with log.open("wb") as stream:

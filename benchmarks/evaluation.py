@@ -18,7 +18,7 @@ from pipeline.config import loading, schema
 from pipeline.data import decode
 from pipeline.data.manifest import compile_manifest
 
-TARGET = 1.15
+TARGET = 1.3
 QUICKSTART_SECONDS, REPEATED_SECONDS = 18, 3
 AFTER_EXTRACT = ("fit", "score", "evaluate", "report")
 GROWING = ("prepare", "steady extraction", "score", "evaluate", "report")

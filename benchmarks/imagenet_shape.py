@@ -27,7 +27,7 @@ from memory import DRIVER, Watch
 from numpy.typing import NDArray
 from processes import fresh
 from results import Section, at_most, page
-from scoring import fitted, places
+from scoring import fitted, places, stored
 
 from pipeline import detectors
 from pipeline.cluster import usage
@@ -123,13 +123,10 @@ class Network:
 
     def table(self, folder: Path, rows: int, seed: int, extras: Mapping[str, int]) -> tables.Table:
         """A complete folder of feature parts."""
-        rng, made = np.random.default_rng(seed), {}
-        for number, start in enumerate(range(0, rows, PART)):
-            name, count = tables.part_name(number), min(PART, rows - start)
-            columns = tables.arrow_columns(self.rows(rng, start, count, extras))
-            made[name] = artifacts.write(folder / name, tables.written(columns), rows=count)
+        rng = np.random.default_rng(seed)
         artifact = artifacts.Artifact(folder, shards.FORMAT, {"rows": rows, "seed": seed})
-        return tables.Table.of(folder, artifact.finish(made))
+        starts = range(0, rows, PART)
+        return stored(artifact, (self.rows(rng, start, min(PART, rows - start), extras) for start in starts))
 
 
 def passes(wanted: Mapping[str, Detector], classes: int) -> dict[Pass, dict[str, NDArray[Any]]]:

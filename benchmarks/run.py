@@ -18,6 +18,7 @@ import gradients
 import machine
 import results
 import scoring
+import startup
 import streaming
 from session import Session
 
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Callable[[Session], results.Section]] = {
     "g": decoding.measure,
     "h": streaming.measure,
     "i": applying.measure,
+    "j": startup.measure,
 }
 RESULTS = Path(__file__).with_name("results.md")
 

@@ -135,13 +135,20 @@ def _steady(folder: Path, source: tables.Table) -> float:
 
 def _table(folder: Path, rows: int, seed: int) -> tables.Table:
     """A complete folder of feature parts."""
-    rng, made = np.random.default_rng(seed), {}
-    for number, start in enumerate(range(0, rows, PART)):
-        name, count = tables.part_name(number), min(PART, rows - start)
-        columns = tables.arrow_columns(_columns(rng, start, count))
-        made[name] = artifacts.write(folder / name, tables.written(columns), rows=count)
+    rng = np.random.default_rng(seed)
     artifact = artifacts.Artifact(folder, shards.FORMAT, {"rows": rows, "seed": seed})
-    return tables.Table.of(folder, artifact.finish(made))
+    return stored(artifact, (_columns(rng, start, min(PART, rows - start)) for start in range(0, rows, PART)))
+
+
+def stored(artifact: artifacts.Artifact, pieces: Iterable[Mapping[str, NDArray[Any]]]) -> tables.Table:
+    """An artifact, complete, with a part of each of some equally named columns."""
+    made = {}
+    for number, columns in enumerate(pieces):
+        table = tables.arrow_columns(columns)
+        made[tables.part_name(number)] = artifacts.write(
+            artifact.folder / tables.part_name(number), tables.written(table), rows=len(table)
+        )
+    return tables.Table.of(artifact.folder, artifact.finish(made))
 
 
 def _columns(rng: np.random.Generator, start: int, count: int) -> dict[str, NDArray[Any]]:

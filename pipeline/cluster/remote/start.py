@@ -10,7 +10,6 @@ import re
 import runpy
 import sys
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 
 FILE = "requirements.txt"
@@ -27,6 +26,8 @@ COMMANDS = (*OF_CONFIGS, "bundle", "apply", "verify")
 
 def requirements() -> list[str]:
     """What this package needs besides the cluster's Ray; nothing where it is run without being installed."""
+    from importlib.metadata import PackageNotFoundError, requires  # every command imports this module
+
     try:
         found = requires("ood-pipeline") or []
     except PackageNotFoundError:
@@ -44,6 +45,8 @@ def _name(requirement: str) -> str:
 
 
 def _is_installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, distribution
+
     try:
         distribution(name)
     except PackageNotFoundError:

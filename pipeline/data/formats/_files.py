@@ -97,7 +97,7 @@ def _pieces(folder: str, listed: Listing, names: list[str], seen: Seen, inside: 
 
 def _listings(uris: list[str]) -> Iterator[Listing]:
     """Folders beside each other."""
-    return looked_up(folders.listing, uris, bool(uris) and storage.is_remote(uris[0]))
+    return looked_up(folders.listing, uris, len(uris) > 1 and storage.is_remote(uris[0]))
 
 
 def looked_up(call: Callable[[Item], Found], items: Iterable[Item], waits: bool = False) -> Iterator[Found]:
