@@ -44,9 +44,9 @@ REASONS: dict[str, str] = {
         "machine on the same day, so the ratio lies between 80 and 105."
     ),
     "growth of peak memory from 10,000 to 60,000 images": (
-        "the kind of process that grows most is named. A fit task works on one slice of 8,192 rows. At "
-        "10,000 images a worker takes one or two of them; in a process that took eight, one after the "
-        "other, private memory rose until the second or third (what the allocator keeps) and stayed there. "
+        "the kind of process that grows most is named. A fit task holds one slice of 8,192 rows at a time, "
+        "of two one after the other at 10,000 images and of eight at 60,000; private memory rises until the "
+        "second or third (what the allocator keeps) and stays there. "
         "The evaluate task sorts one detector's scores of all datasets at once, some hundred bytes per "
         "image, because exact metrics need them together. A model actor of the extra passes works on as many "
         "images and batches at both sizes; from one run of this command to another its growth changes by as "
