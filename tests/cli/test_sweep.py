@@ -127,7 +127,7 @@ def test_a_mistake_in_every_model_is_one_message_and_status_2(sweep: Sweep) -> N
         r"small-a: datasets\.test\.path: no such file: .*\nsmall-b: datasets\.test\.path: .*",
         str(found.exception),
     )
-    assert found.output == ""
+    assert found.output == "prepare   begins\n"
 
 
 def test_the_stages_take_a_sweep_too(sweep: Sweep) -> None:
