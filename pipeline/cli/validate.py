@@ -200,9 +200,7 @@ def _probed(engine: Asked, batch_sizes: bool, shown: Display, ready: Prepared) -
     name = chosen(engine, ready.images, ready.plain)
     begins = "starts Ray" if name == "ray" else "loads PyTorch"
     with shown.stage("probe") as stage, opened(name, before=lambda: stage.doing(begins)) as working:
-        index.require(working, ready.banks, ready.config.index)
-        stage.doing("starts workers, which load the network, decode and forward")
-        found = estimate.probe(working, ready, sizes)
+        found = estimate.probe(working, ready, sizes, stage)
         about, (_, actors) = estimate.times(working, ready, found), estimate.forwarding(working, ready, found)
     console.print(
         f"probe     {found.images} images: decoding {found.decode:,.0f} images/s per CPU, "
@@ -224,7 +222,10 @@ def _probed(engine: Asked, batch_sizes: bool, shown: Display, ready: Prepared) -
     }
     told = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
     console.print(f"estimate  about {_duration(about.total)}: {told}", soft_wrap=True)
-    return {"probe": asdict(found), "seconds": asdict(about), "actors": actors}
+    borrowed = estimate.borrowed(ready)
+    for text in borrowed:
+        console.print(f"borrowed  {text}", soft_wrap=True)
+    return {"probe": asdict(found), "seconds": asdict(about), "borrowed": borrowed, "actors": actors}
 
 
 def _duration(seconds: float) -> str:
