@@ -23,7 +23,7 @@ LASTS = 1.0
 _LOOKS = 0.25
 """Seconds between two looks at a stage."""
 
-_SETTLES = 5.0
+_SETTLES = 2.0
 """Seconds, at most, in which the first results of many workers come all at once: they tell no rate."""
 
 _HOLDS = 30.0

@@ -38,8 +38,8 @@ _SECONDS = 1.0
 _SPECTRUM = 0.007
 """A spectrum of D dimensions over D times a product of `Products.ROWS` rows with a (D, D) matrix."""
 
-_STARTS = 2.4, 1.3, 0.3
-"""What the start of extraction, of extra passes and of an index takes over that of engine and one actor."""
+_STARTS = 2.4, 1.8, 0.3
+"""What the start of extraction, of extra passes and of an index takes over that of one actor."""
 
 _PROGRAM = 4.0
 """Seconds of the program's own imports, of opening data and model, and of MLflow."""
@@ -117,8 +117,10 @@ class Probe:
     """What detectors do to rows."""
     seconds: float = 0.0
     """What measuring took."""
+    opening: float = 0.0
+    """Seconds until the engine was there."""
     start: float = 0.0
-    """Seconds until the actor began to measure: Ray, a process, its imports, the model."""
+    """Seconds from there until the actor began to measure: a process, its imports, the model."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ def times(engine: Engine, ready: Prepared, found: Probe) -> Times:
     begun = [Cost.of(ready).images > 0, any(detector.passes() for detector in chosen), banks > 0]
     return Times(
         start=_PROGRAM
+        + found.opening * any(begun)
         + found.start * sum(share for share, there in zip(_STARTS, begun, strict=True) if there),
         forward=forward,
         fit=train * (sweeps + banks * per.features) / Products.ROWS / cpus
@@ -246,6 +249,7 @@ def probe(engine: Engine, ready: Prepared, sizes: Sequence[int], stage: Stage = 
     """
     settings, started = ready.config.extract, time.perf_counter()
     count = min(extract.actor_count(engine, ready.plan), BESIDE)
+    opening = time.perf_counter() - started
     each = -(-PROBE_IMAGES // len(ready.jobs))
     tables = {}
     for name, job in ready.jobs.items():
@@ -265,7 +269,8 @@ def probe(engine: Engine, ready: Prepared, sizes: Sequence[int], stage: Stage = 
         if all(size in probe.forward for probe in probes)
     }
     slowest = max(probe.seconds for probe in probes)
-    return replace(probes[0], forward=forward, seconds=slowest, start=max(took - slowest, 0))
+    start = max(took - opening - slowest, 0)
+    return replace(probes[0], forward=forward, seconds=slowest, opening=opening, start=start)
 
 
 @dataclass(frozen=True)

@@ -83,11 +83,11 @@ def test_workers_that_take_turns_on_one_core_are_measured_beside_each_other(read
 
 def test_the_estimate_covers_starting_fit_and_score(engine, ready, settings, load, execute) -> None:
     products = estimate.Products(classes=0.1, features=0.2, softmax=0.3)
-    probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=products, start=2.0)
+    probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=products, opening=1.0, start=2.0)
     found, cpus = estimate.times(engine, ready, probe), engine.cpus()
     train = ready.jobs["train"].manifest.rows
     scored = sum(job.manifest.rows for job in ready.jobs.values()) - train
-    assert found.start == pytest.approx(4 + 2 * (2.4 + 1.3 + 0.3))
+    assert found.start == pytest.approx(4 + 1 + 2 * (2.4 + 1.8 + 0.3))
     assert found.forward == estimate.forwarding(engine, ready, probe)[0]
     assert found.fit == pytest.approx(train * (0.2 + 2 * 0.2) / 1024 / cpus)  # class sums and two banks
     neighbours = 2 * train * 0.2 / (2 * 128)
