@@ -193,7 +193,7 @@ def _size(count: int) -> str:
 def _probed(engine: Asked, batch_sizes: bool, shown: Display, ready: Prepared) -> Document:
     """Show what some real images tell about the time."""
     from pipeline.cluster.engine import chosen, opened
-    from pipeline.stages import estimate, index
+    from pipeline.stages import estimate
 
     settings = ready.config.extract
     sizes = sorted({settings.batch_size, *(estimate.BATCH_SIZES if batch_sizes else ())})

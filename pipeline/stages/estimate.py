@@ -20,7 +20,6 @@ from pipeline.learned.statistics import Scatter
 from pipeline.metrics.numbering import Numbering, suspicious
 from pipeline.network.classifier import Classifier
 from pipeline.stages import decoding, extract, index, shards
-from pipeline.stages.index import BankFiles
 from pipeline.stages.prepare import Prepared
 from pipeline.stages.progress import SILENT, Stage
 
@@ -218,16 +217,11 @@ def times(engine: Engine, ready: Prepared, found: Probe) -> Times:
 def _searching(engine: Engine, ready: Prepared, per: Products, train: int, scored: int) -> float:
     """About how many seconds all exact searches take, among so many training rows for so many scored ones."""
     width, settings = int(ready.network.head[0].shape[1]), ready.config.index
-    banks = [
-        BankFiles(label, "", (("", train, ""),), width)
-        for label, detector in ready.detectors.items()
-        if detector.neighbours
-    ]
-    pairs = len(banks) * train * scored
+    pairs = len(ready.banks) * train * scored
     if not pairs or index.device(settings) == "cpu":
         return per.features / (2 * width) * pairs / Products.ROWS / max(engine.cpus(), 1)  # in float32
-    gpus = min(index.shards_of(engine, banks, settings), max(engine.gpus(), 1))
-    return (2 * width * pairs / _SEARCHED + 4 * width * len(banks) * train / _LOADED) / gpus
+    gpus = min(index.shards_of(engine, ready.banks, settings), max(engine.gpus(), 1))
+    return (2 * width * pairs / _SEARCHED + 4 * width * len(ready.banks) * train / _LOADED) / gpus
 
 
 def forwarding(engine: Engine, ready: Prepared, found: Probe) -> tuple[float, int]:
@@ -245,11 +239,13 @@ def probe(engine: Engine, ready: Prepared, sizes: Sequence[int], stage: Stage = 
     """Decode and forward about `PROBE_IMAGES` images in workers like those of the run, beside each other.
 
     Raises:
-        UserError: if no image of a dataset can be read, or the cluster has no room for a model actor.
+        UserError: if no image of a dataset can be read, or the cluster has no room for a model actor or the
+            index.
     """
     settings, started = ready.config.extract, time.perf_counter()
     count = min(extract.actor_count(engine, ready.plan), BESIDE)
     opening = time.perf_counter() - started
+    index.require(engine, ready.banks, ready.config.index)
     each = -(-PROBE_IMAGES // len(ready.jobs))
     tables = {}
     for name, job in ready.jobs.items():

@@ -302,6 +302,7 @@ class Application:
 
                 banks, settings = index.sizes_of(ready.bundle.banks.values()), ready.bundle.index
                 index.require(self.engine, banks, settings)
+                self.engine.cpus()  # opens it
                 count_images(shown, [job], ready.plan)
                 self.numbers = extract.run(
                     self.engine, [job], ready.plan, lambda receipt: shown.advance(receipt["rows"])
