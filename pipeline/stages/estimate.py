@@ -174,9 +174,7 @@ class Times:
 def borrowed(ready: Prepared) -> list[str]:
     """What `times` does not take from the probe but from another machine, in words."""
     found = [f"start of the program, evaluation and report: as on {_CPUS}"]
-    if index.device(ready.config.index) == "cuda" and any(
-        each.neighbours for each in ready.detectors.values()
-    ):
+    if ready.banks and index.device(ready.config.index) == "cuda":
         found.append(f"search for neighbours: at the rate of {_GPU}")
     return found
 
