@@ -179,7 +179,7 @@ def measure(folder: Path, rows: int, scored: int, classes: int) -> Found:
                     searched,
                 )
                 job = score.ScoreJob("made-up", source, places(folder / "scores", ready, labels))
-                score.run(engine, [job], scoring, lambda _: None)
+                score.run(engine, [job], scoring)
                 if searched is not None:
                     searched.stop()
     found.plain = plain(train, needs, ready.banks, scored)

@@ -98,7 +98,7 @@ def _score(folder: Path, rows: int, neighbours: bool) -> Scored:
         searched = index.start(engine, ready.banks.values(), schema.Index()) if banks else None
         started = time.perf_counter()
         job = score.ScoreJob("synthetic", source, places(folder / "scores", ready, ready.scorers))
-        score.run(engine, [job], score.Scoring(ready.scorers, COLUMNS, banks, searched), lambda _: None)
+        score.run(engine, [job], score.Scoring(ready.scorers, COLUMNS, banks, searched))
         score.assemble(engine, job, folder / "table")
         seconds = time.perf_counter() - started
     return Scored(rows, seconds, _steady(folder / "scores", source), watch.peaks)

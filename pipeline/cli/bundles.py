@@ -59,6 +59,7 @@ def bundle(
     register: Annotated[
         str, typer.Option(metavar="NAME", help="Log it and make it a version of this registered model.")
     ] = "",
+    quiet: Quietly = False,
 ) -> None:
     """Keep the fitted detectors of a finished run as one folder that needs neither workspace nor data.
 
@@ -66,7 +67,11 @@ def bundle(
     """
     from pipeline.workflows import bundle as work
 
-    made = work.make(run, out, work.Options(_labels(detectors), weights, false_alarm, code, export))
+    shown = display(quiet)
+    with shown.stage("bundle") as stage:
+        options = work.Options(_labels(detectors), weights, false_alarm, code, export)
+        made = work.make(run, out, options, stage)
+        stage.note = f"{len(made.labels)} detectors"
     console.print(f"bundle   {made.name}", markup=False, soft_wrap=True)
     for path in export:
         console.print(f"graph    {path}", markup=False, soft_wrap=True)
@@ -84,7 +89,9 @@ def bundle(
             soft_wrap=True,
         )
     if log_model or register:
-        uri = work.log_model(made, run, register or None)
+        with shown.stage("track") as stage:
+            stage.doing("logs the model to MLflow")
+            uri = work.log_model(made, run, register or None)
         console.print(f"model    {uri}", markup=False, soft_wrap=True)
 
 

@@ -59,7 +59,8 @@ def verify(
     from pipeline.results import verify as recount
 
     found = []
-    with display(quiet).stage("verify", recount.rows(place)) as stage:
+    with display(quiet).stage("verify") as stage:
+        stage.count("rows", recount.rows(place))
         for finding in recount.examine(place, stage.advance):
             found.append(finding)
             if all_of_them or not finding.good:

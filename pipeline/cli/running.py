@@ -131,7 +131,7 @@ def run(
     options = Options(fresh=fresh, wait=wait, engine=engine, threads=threads or None, level=level(verbose))
     several = several_of(configs)
     if dry_run:
-        show_plans(several, several.prepared(), as_json)
+        show_plans(several, several.prepared(display(quiet)), as_json)
         end(several, 2)
     else:
         done = _run(several, options, quiet)
@@ -154,7 +154,7 @@ def _run(several: Several, options: Options, quiet: bool) -> list[Outcome]:
         warn([ready.config.name], "run")
         return _execute(ready.config, options, quiet, ready, background)
 
-    ready = several.prepared()
+    ready = several.prepared(display(quiet))
     with connected(options.engine, ready), Apart() as background:
         return several.run(execute, ready)
 

@@ -14,10 +14,12 @@ from pipeline.cli.app import (
     EngineName,
     Json,
     Overrides,
+    Quietly,
     Workspace,
     apart,
     app,
     console,
+    display,
     document,
     load_all,
     warn,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.detectors.base import Detector
     from pipeline.stages.prepare import Prepared
     from pipeline.stages.shards import Job
+    from pipeline.workflows.progress import Display
     from pipeline.workflows.several import Several
 
 Document = dict[str, Any]
@@ -45,6 +48,7 @@ def validate(
         bool, typer.Option("--batch-sizes", help="Try batch sizes in the probe and name the fastest.")
     ] = False,
     engine: EngineName = "auto",
+    quiet: Quietly = False,
     as_json: Json = False,
 ) -> None:
     """Open data and model, check that everything goes together, and estimate the cost; no long work.
@@ -55,10 +59,10 @@ def validate(
     several = several_of(load_all(source, overrides, workspace))
     from pipeline.workflows.engines import connected
 
-    ready = several.prepared()
+    ready = several.prepared(display(quiet))
     if probe:
         with connected(engine, ready):
-            show_plans(several, ready, as_json, partial(_probed, engine, batch_sizes))
+            show_plans(several, ready, as_json, partial(_probed, engine, batch_sizes, display(quiet)))
     else:
         show_plans(several, ready, as_json)
     end(several, 2)
@@ -186,16 +190,17 @@ def _size(count: int) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
-def _probed(engine: Asked, batch_sizes: bool, ready: Prepared) -> Document:
+def _probed(engine: Asked, batch_sizes: bool, shown: Display, ready: Prepared) -> Document:
     """Show what some real images tell about the time."""
     from pipeline.cluster.engine import chosen, opened
-    from pipeline.stages import estimate, index
+    from pipeline.stages import estimate
 
     settings = ready.config.extract
     sizes = sorted({settings.batch_size, *(estimate.BATCH_SIZES if batch_sizes else ())})
-    with opened(chosen(engine, ready.images, ready.plain)) as working:
-        index.require(working, ready.banks, ready.config.index)
-        found = estimate.probe(working, ready, sizes)
+    name = chosen(engine, ready.images, ready.plain)
+    begins = "starts Ray" if name == "ray" else "loads PyTorch"
+    with shown.stage("probe") as stage, opened(name, before=lambda: stage.doing(begins)) as working:
+        found = estimate.probe(working, ready, sizes, stage)
         about, (_, actors) = estimate.times(working, ready, found), estimate.forwarding(working, ready, found)
     console.print(
         f"probe     {found.images} images: decoding {found.decode:,.0f} images/s per CPU, "
@@ -217,7 +222,10 @@ def _probed(engine: Asked, batch_sizes: bool, ready: Prepared) -> Document:
     }
     told = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
     console.print(f"estimate  about {_duration(about.total)}: {told}", soft_wrap=True)
-    return {"probe": asdict(found), "seconds": asdict(about), "actors": actors}
+    borrowed = estimate.borrowed(ready)
+    for text in borrowed:
+        console.print(f"borrowed  {text}", soft_wrap=True)
+    return {"probe": asdict(found), "seconds": asdict(about), "borrowed": borrowed, "actors": actors}
 
 
 def _duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Bank
 from pipeline.stages import memory
 from pipeline.stages.index import BankFiles
+from pipeline.stages.progress import SILENT, Stage
 from pipeline.stages.statistics import SLICE
 from pipeline.workspace import files, tables
 from pipeline.workspace.artifacts import File, Store, write_part
@@ -36,6 +37,7 @@ def build_bank(
     identity: Mapping[str, Any],
     inputs: Mapping[str, str],
     extras: Sequence[str] = (),
+    stage: Stage = SILENT,
 ) -> BankFiles:
     """Vectors of training rows, written in pieces; pieces that are there are kept.
 
@@ -47,6 +49,7 @@ def build_bank(
         identity: what the vectors depend on.
         inputs: content digests, by name, of what they are made of.
         extras: columns beyond those of the feature table that they are made of.
+        stage: is told how many slices of rows are done.
 
     Raises:
         UserError: if it is not there and this command may not make it.
@@ -62,8 +65,10 @@ def build_bank(
             (bank, table, columns, start, stop, str(artifact.folder / name))
             for name, (start, stop) in todo.items()
         ]
-        made = engine.in_order(_write_bank, arguments, _held)
-        done |= zip(todo, made, strict=True)
+        stage.count("slices of a bank", len(todo), len(done))
+        for name, file in zip(todo, engine.in_order(_write_bank, arguments, _held), strict=True):
+            done[name] = file
+            stage.advance(1)
         artifact.finish({name: done[name] for name in pieces})
 
     (record,) = store.shared([artifact], make)

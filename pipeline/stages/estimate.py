@@ -19,8 +19,9 @@ from pipeline.learned.logits import softmax
 from pipeline.learned.statistics import Scatter
 from pipeline.metrics.numbering import Numbering, suspicious
 from pipeline.network.classifier import Classifier
-from pipeline.stages import decoding, extract, shards
+from pipeline.stages import decoding, extract, index, shards
 from pipeline.stages.prepare import Prepared
+from pipeline.stages.progress import SILENT, Stage
 
 PROBE_IMAGES = 100
 
@@ -36,14 +37,23 @@ _SECONDS = 1.0
 _SPECTRUM = 0.007
 """A spectrum of D dimensions over D times a product of `Products.ROWS` rows with a (D, D) matrix."""
 
-_STARTS = 2.4, 1.3, 0.3
-"""What the start of extraction, of extra passes and of an index takes over that of engine and one actor."""
+_STARTS = 2.4, 1.8, 0.3
+"""What the start of extraction, of extra passes and of an index takes over that of one actor."""
 
 _PROGRAM = 4.0
 """Seconds of the program's own imports, of opening data and model, and of MLflow."""
 
-_REST, _DRAWN = 3.0, 0.03
-"""Seconds of evaluation and report, and more of them for each detector on each dataset."""
+_REST, _DRAWN, _SORTED = 3.0, 0.03, 2e-6
+"""Seconds of evaluation and report, more of them for each detector on each dataset, and for each score."""
+
+_SEARCHED, _LOADED = 4.6e13, 6e8
+"""Operations a second of a search on a GPU, and bytes a second of vectors that are brought to it.
+
+benchmarks/gpu.md (c): FAISS alone, 1,024 queries at a time, k = 50; and the index as it is built.
+"""
+
+_GPU, _CPUS = "an NVIDIA H100 80GB HBM3 (benchmarks/gpu.md)", "a machine with 2 CPUs"
+"""Where these were measured."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +116,10 @@ class Probe:
     """What detectors do to rows."""
     seconds: float = 0.0
     """What measuring took."""
+    opening: float = 0.0
+    """Seconds until the engine was there."""
     start: float = 0.0
-    """Seconds until the actor began to measure: Ray, a process, its imports, the model."""
+    """Seconds from there until the actor began to measure: a process, its imports, the model."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,14 @@ class Times:
         return self.start + self.forward + self.fit + self.score + self.rest
 
 
+def borrowed(ready: Prepared) -> list[str]:
+    """What `times` does not take from the probe but from another machine, in words."""
+    found = [f"start of the program, evaluation and report: as on {_CPUS}"]
+    if ready.banks and index.device(ready.config.index) == "cuda":
+        found.append(f"search for neighbours: at the rate of {_GPU}")
+    return found
+
+
 def times(engine: Engine, ready: Prepared, found: Probe) -> Times:
     """About how long a run takes, features that are cached left out; of fits and scores it is all of them.
 
@@ -179,17 +199,27 @@ def times(engine: Engine, ready: Prepared, found: Probe) -> Times:
     spectra = sum(any(isinstance(each, Scatter) for each in detector.statistics()) for detector in chosen)
     columns = [name for detector in chosen for name in detector.columns]
     scores = per.classes * columns.count(FEATURE) + per.softmax * columns.count(LOGITS)
-    pairs = per.features / (2 * width) * banks * train  # in float32
     begun = [Cost.of(ready).images > 0, any(detector.passes() for detector in chosen), banks > 0]
     return Times(
         start=_PROGRAM
+        + found.opening * any(begun)
         + found.start * sum(share for share, there in zip(_STARTS, begun, strict=True) if there),
         forward=forward,
         fit=train * (sweeps + banks * per.features) / Products.ROWS / cpus
         + spectra * _SPECTRUM * width * per.features,
-        score=scored * (scores + pairs) / Products.ROWS / cpus,
-        rest=_REST + _DRAWN * len(chosen) * len(ready.jobs),
+        score=scored * scores / Products.ROWS / cpus + _searching(engine, ready, per, train, scored),
+        rest=_REST + len(chosen) * (_DRAWN * len(ready.jobs) + _SORTED * scored / cpus),
     )
+
+
+def _searching(engine: Engine, ready: Prepared, per: Products, train: int, scored: int) -> float:
+    """About how many seconds all exact searches take, among so many training rows for so many scored ones."""
+    width, settings = int(ready.network.head[0].shape[1]), ready.config.index
+    pairs = len(ready.banks) * train * scored
+    if not pairs or index.device(settings) == "cpu":
+        return per.features / (2 * width) * pairs / Products.ROWS / max(engine.cpus(), 1)  # in float32
+    gpus = min(index.shards_of(engine, ready.banks, settings), max(engine.gpus(), 1))
+    return (2 * width * pairs / _SEARCHED + 4 * width * len(ready.banks) * train / _LOADED) / gpus
 
 
 def forwarding(engine: Engine, ready: Prepared, found: Probe) -> tuple[float, int]:
@@ -197,26 +227,30 @@ def forwarding(engine: Engine, ready: Prepared, found: Probe) -> tuple[float, in
     plan, cost = ready.plan, Cost.of(ready)
     images, actors = cost.images + cost.extra, extract.actor_count(engine, plan)
     forward = found.forward[plan.settings.batch_size]
-    if not plan.separate:
+    beside = engine.cpus() - actors * plan.settings.cpus_per_actor
+    if not plan.separate or beside < 1:
         return images / actors * (1 / forward + 1 / found.decode), actors
-    cpus = max(engine.cpus() - actors * plan.settings.cpus_per_actor, 1)
-    return images / min(actors * forward, cpus * found.decode), actors
+    return images / min(actors * forward, beside * found.decode), actors
 
 
-def probe(engine: Engine, ready: Prepared, sizes: Sequence[int]) -> Probe:
+def probe(engine: Engine, ready: Prepared, sizes: Sequence[int], stage: Stage = SILENT) -> Probe:
     """Decode and forward about `PROBE_IMAGES` images in workers like those of the run, beside each other.
 
     Raises:
-        UserError: if no image of a dataset can be read, or the cluster has no room for a model actor.
+        UserError: if no image of a dataset can be read, or the cluster has no room for a model actor or the
+            index.
     """
     settings, started = ready.config.extract, time.perf_counter()
     count = min(extract.actor_count(engine, ready.plan), BESIDE)
+    opening = time.perf_counter() - started
+    index.require(engine, ready.banks, ready.config.index)
     each = -(-PROBE_IMAGES // len(ready.jobs))
     tables = {}
     for name, job in ready.jobs.items():
         rows = np.unique(np.linspace(0, job.manifest.rows - 1, each).astype(np.int64))
         tables[name] = job.manifest.take(rows)
     needs = settings.needs
+    stage.doing("starts workers, which load the network and measure")
     workers = engine.pool(Prober, needs, count, ready.plan, engine.threads(needs))
     try:
         probes: list[Probe] = list(workers.each("measure", [(tables, list(sizes))] * count))
@@ -229,7 +263,8 @@ def probe(engine: Engine, ready: Prepared, sizes: Sequence[int]) -> Probe:
         if all(size in probe.forward for probe in probes)
     }
     slowest = max(probe.seconds for probe in probes)
-    return replace(probes[0], forward=forward, seconds=slowest, start=max(took - slowest, 0))
+    start = max(took - opening - slowest, 0)
+    return replace(probes[0], forward=forward, seconds=slowest, opening=opening, start=start)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pipeline.config.schema import LABELLED_ROLES
 from pipeline.metrics import comparisons, metrics, pairs
 from pipeline.metrics.metrics import LEVEL
 from pipeline.metrics.numbering import suspicious
+from pipeline.stages.progress import SILENT, Stage
 from pipeline.stages.score import SCORE, ScoreJob
 from pipeline.workspace import artifacts, files, tables
 from pipeline.workspace.artifacts import File
@@ -68,7 +69,7 @@ class Scores:
 def run(
     engine: Engine,
     jobs: Mapping[str, Sequence[ScoreJob]],
-    progress: Callable[[int], None] = lambda _: None,
+    stage: Stage = SILENT,
     together: Iterable[Collection[str]] = (),
     level: float = LEVEL,
     labelled: bool = True,
@@ -79,7 +80,7 @@ def run(
     Args:
         engine: does the work.
         jobs: the datasets, scored, by role.
-        progress: called with 1 after each detector.
+        stage: is told how many detectors are measured.
         together: labels of detectors that are measured on the rows that all of them have scores of; others
             on all that they have scores of.
         level: share at which FPR is measured.
@@ -95,6 +96,7 @@ def run(
     ]
     of_each = _of_each(jobs, known, together, labelled)
     thresholds = {}
+    stage.count("detectors measured", len(of_each))
     for label, (found, threshold) in zip(
         of_each,
         engine.in_order(_evaluate, ((scores, label, level) for label, scores in of_each.items())),
@@ -102,7 +104,7 @@ def run(
     ):
         rows += found
         thresholds[label] = threshold
-        progress(1)
+        stage.advance(1)
     return pa.Table.from_pylist(rows, SCHEMA), thresholds
 
 
@@ -112,6 +114,7 @@ def paired(
     seed: int,
     level: float = LEVEL,
     tested: Mapping[str, Mask] | None = None,
+    stage: Stage = SILENT,
 ) -> pa.Table:
     """Differences of all pairs of detectors, on the rows that all of them have scores of.
 
@@ -121,13 +124,18 @@ def paired(
         seed: of the paired bootstrap.
         level: share at which FPR is measured.
         tested: rows that count, by dataset; all of the others do.
+        stage: is told how many detectors are sampled.
     """
     labels = list(jobs["id"][0].scores)
     if len(labels) < 2:
         return PAIRS.empty_table()
     work = ((scores, seed, level) for scores in _of_each(jobs, tested or {}, [labels]).values())
-    rows = []
-    for samples in zip(*engine.in_order(_sample, work), strict=True):
+    rows, sampled = [], []
+    stage.count("detectors compared", len(labels))
+    for each in engine.in_order(_sample, work):
+        sampled.append(each)
+        stage.advance(1)
+    for samples in zip(*sampled, strict=True):
         group_of = samples[0][1]
         differences = pairs.differences(dict(zip(labels, (found for found, _ in samples), strict=True)))
         rows += [{**vars(each), "group": group_of[each.dataset]} for each in differences]

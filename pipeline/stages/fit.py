@@ -23,6 +23,7 @@ from pipeline.learned.statistics import Statistic
 from pipeline.stages import memory
 from pipeline.stages.banks import build_bank
 from pipeline.stages.index import BankFiles, trained
+from pipeline.stages.progress import SILENT, Stage
 from pipeline.stages.statistics import size_of
 from pipeline.workspace import files, tables
 from pipeline.workspace.artifacts import Artifact, Damaged, File, Kept, Record, Store, opened, saved, write
@@ -70,6 +71,7 @@ def fit_detectors(
     made_of: MadeOf,
     searched: schema.Index,
     optional: Container[str] = (),
+    stage: Stage = SILENT,
 ) -> Fitted:
     """Fit every detector, build the banks and train their indexes.
 
@@ -82,13 +84,14 @@ def fit_detectors(
         made_of: what each is fitted to.
         searched: how banks are.
         optional: labels of detectors that are left out if the training rows do not have what they need.
+        stage: is told what is fitted, and how much of it is.
 
     Raises:
         UserError: if another detector cannot be fitted, or a bank is not there and is not to be made.
     """
     fitted, read = Fitted({}, {}), dict[str, NDArray[Any]]()
     inputs = {label: made_of(detector, ()) for label, detector in chosen.items()}
-    made = _made(engine, chosen, training, store, inputs)
+    made = _made(engine, chosen, training, store, inputs, stage)
 
     def refuse(label: str, reason: str) -> None:
         if label not in optional:
@@ -110,7 +113,7 @@ def fit_detectors(
             counted = getattr(detector, "k", None) == bank.k  # then the vectors do not depend on it
             extras = [extra.column for extra in detector.extras()]
             bank_files = build_bank(
-                engine, store, bank, source, *made_of(detector, {"k"} if counted else ()), extras
+                engine, store, bank, source, *made_of(detector, {"k"} if counted else ()), extras, stage
             )
             if bank_files.rows < bank.k:
                 refuse(
@@ -122,7 +125,7 @@ def fit_detectors(
         fitted.scorers[label], fitted.contents[label] = scorer, contents
         if notices := kept.record.facts.get("notices"):
             fitted.notices[label] = list(notices)
-    _train(engine, store, fitted, searched)
+    _train(engine, store, fitted, searched, stage)
     return fitted
 
 
@@ -132,6 +135,7 @@ def _made(
     training: Training,
     store: Store,
     inputs: Mapping[str, tuple[Mapping[str, Any], dict[str, str]]],
+    stage: Stage,
 ) -> dict[str, Kept]:
     """What is kept of every detector, by label; tasks fit those that are not in the workspace."""
     places = {label: store.artifact(FORMAT, *given) for label, given in inputs.items()}
@@ -142,16 +146,20 @@ def _made(
         together = _together([given for name, given in found.items() if name in names])
         arguments = ((some, shared) for some in together)
         fits = engine.in_order(_fit, arguments, lambda some, _: _held(some[0][0], training))
+        stage.count("detectors", len(names), len(found) - len(names))
         for some, made in zip(together, fits, strict=True):
             for (_, artifact), (files_of, facts) in zip(some, made, strict=True):
                 artifact.finish(files_of, **facts)
+            stage.advance(len(some))
 
     records = store.shared(list(places.values()), make)
     return {label: Kept(places[label], record) for label, record in zip(places, records, strict=True)}
 
 
-def _train(engine: Engine, store: Store, fitted: Fitted, searched: schema.Index) -> None:
+def _train(engine: Engine, store: Store, fitted: Fitted, searched: schema.Index, stage: Stage) -> None:
     """Train the indexes of all banks; scores are made of them, too."""
+    if fitted.banks and searched.kind != "flat":
+        stage.doing("trains the index")
     indexes = trained(engine, store, fitted.banks.values(), searched)
     for label, bank in fitted.banks.items():
         fitted.contents[label] |= indexes.get(bank.folder, {})

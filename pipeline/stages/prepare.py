@@ -28,6 +28,7 @@ from pipeline.metrics.metrics import LEVEL
 from pipeline.network.description import NO_BLOCKS, WRONG_SIZE, Description
 from pipeline.network.known import Network
 from pipeline.stages import calibration, identity, index, memory, shards
+from pipeline.stages.progress import SILENT, Stage
 from pipeline.workspace import artifacts, files, runs
 from pipeline.workspace.files import Place
 from pipeline.workspace.patience import Unavailable
@@ -193,7 +194,10 @@ class Seen:
 
 
 def prepare(
-    settings: Config, begin: Callable[[], object] = lambda: None, seen: Seen | None = None
+    settings: Config,
+    begin: Callable[[], object] = lambda: None,
+    seen: Seen | None = None,
+    stage: Stage = SILENT,
 ) -> Prepared:
     """Open the data, load the model and check that they go together.
 
@@ -201,6 +205,7 @@ def prepare(
         settings: the config.
         begin: is called if there turns out to be much to do, before what takes seconds.
         seen: what was read for other configs of the same command, which is not read again; added to.
+        stage: is told what is opened.
 
     Raises:
         UserError: the first thing found wrong, naming file, key or field and the fix.
@@ -220,6 +225,7 @@ def prepare(
     identity.require_decoder(settings.extract.decoder)
     for dataset in settings.datasets:
         require_there(dataset)
+    stage.doing("opens the network")
     network = Network(settings.model, settings.seed, workspace, begin)
     known = network.description
     _check_precision(settings.extract, network)
@@ -227,7 +233,8 @@ def prepare(
     if any(detector.neighbours for detector in selection.detectors.values()):
         index.check(settings.index.kind, known.head[0].shape[1])
     network.note()
-    manifests = {dataset.name: seen.listed(dataset, settings) for dataset in settings.datasets}
+    manifests = _listed(settings, seen, stage)
+    stage.doing("checks labels and detectors")
     calibration.check(settings, _calibrating(settings, manifests))
     for dataset in settings.datasets:
         _check_count(dataset, manifests[dataset.name].rows, settings.protocol)
@@ -259,6 +266,15 @@ def prepare(
         network.name,
         metadata=told_apart,
     )
+
+
+def _listed(settings: Config, seen: Seen, stage: Stage) -> dict[str, Manifest]:
+    """All datasets, compiled, by name."""
+    found = {}
+    for dataset in settings.datasets:
+        stage.doing(f"lists the images of {dataset.name}")
+        found[dataset.name] = seen.listed(dataset, settings)
+    return found
 
 
 def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]:

@@ -29,6 +29,7 @@ from pipeline.errors import UserError
 from pipeline.stages import memory, shards
 from pipeline.stages.banks import BATCH
 from pipeline.stages.index import Index, Search
+from pipeline.stages.progress import SILENT, Stage
 from pipeline.stages.statistics import SLICE
 from pipeline.workspace import files, storage, tables
 from pipeline.workspace.artifacts import (
@@ -347,17 +348,19 @@ class Made(NamedTuple):
     """How many `scores` of each label, and the `seconds` that they took, added up over all tasks."""
 
 
-def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, progress: Callable[[int], None]) -> Made:
+def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, stage: Stage = SILENT) -> Made:
     """Score what is missing, all datasets in one sequence of tasks.
 
     Args:
         engine: does the work.
         jobs: all datasets.
         scoring: how.
-        progress: called with the number of rows of every part that is done.
+        stage: is told how many rows are to be scored, and of every part that is done.
     """
     done = {(job.dataset, label): _begun(job.scores[label]) for job in jobs for label in job.lacking()}
     todo = [row for job in jobs for row in _missing(job, done)]
+    lacking = sum(row["stop"] - row["start"] for row in todo)
+    stage.count("rows", lacking, sum(job.features.rows for job in jobs if job.scores) - lacking)
     costs: dict[str, dict[str, float]] = {}
     scores = 0
     if todo:
@@ -377,7 +380,7 @@ def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, progress: Ca
                 cost["scores"] += rows
                 cost["seconds"] += seconds[label]
             scores += rows * len(made)
-            progress(rows)
+            stage.advance(rows)
     artifacts = {(job.dataset, label): artifact for job in jobs for label, artifact in job.scores.items()}
     for place, parts in done.items():
         artifacts[place].finish(dict(sorted(parts.items())), **_totals(parts))

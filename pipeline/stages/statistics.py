@@ -17,6 +17,7 @@ from pipeline.columns import FEATURE, LABEL, LOGITS, PREDICTION, Batch
 from pipeline.learned import statistics
 from pipeline.learned.statistics import Head, Part, Statistic, Statistics
 from pipeline.stages import memory
+from pipeline.stages.progress import SILENT, Stage
 from pipeline.workspace import tables
 from pipeline.workspace.artifacts import ARRAYS, Artifact, File, Kept, Store, opened, saved, write_part
 
@@ -59,11 +60,16 @@ class Rows:
 
 
 def fit_statistics(
-    engine: Engine, store: Store, rows: Rows, wanted: Iterable[Statistic[Any]], head: Head
+    engine: Engine,
+    store: Store,
+    rows: Rows,
+    wanted: Iterable[Statistic[Any]],
+    head: Head,
+    stage: Stage = SILENT,
 ) -> Stored:
     """Statistics of all rows, merged in a fixed order; only those not in the workspace are computed.
 
-    They are read when they are looked at.
+    They are read when they are looked at. The stage is told how many slices of rows are summed.
 
     Raises:
         UserError: if one is not there and this command may not compute it.
@@ -92,7 +98,7 @@ def fit_statistics(
             known: Statistics = known,
         ) -> None:
             lacking = {each: artifact for each, artifact in made.items() if artifact.name in names}
-            _sweep(engine, rows, lacking, head, known)
+            _sweep(engine, rows, lacking, head, known, stage)
 
         records = store.shared(list(made.values()), make)
         kept = (Kept(*each) for each in zip(made.values(), records, strict=True))
@@ -139,6 +145,7 @@ def _sweep(
     wanted: Mapping[Statistic[Any], Artifact],
     head: Head,
     known: Statistics,
+    stage: Stage,
 ) -> None:
     """Make some statistics in one pass over the rows: sums of pieces, and of each the sum of these."""
     done = {each: artifact.begin() for each, artifact in wanted.items()}
@@ -161,9 +168,14 @@ def _sweep(
     def held(piece: Sequence[tuple[tables.Table, int, int]], some: Sequence[tuple[Any, ...]], _: str) -> int:
         return _held(piece[0], [each for each, *_ in some], head)
 
-    for (name, _, lacking), made in zip(todo, engine.in_order(_sums, arguments, held), strict=True):
+    slices = sum(len(piece) for _, piece, _ in todo)
+    whole_pass = sum(len(piece) for _, pieces in groups for piece in pieces.values())
+    stage.count("slices summed", slices, whole_pass - slices)
+    for (name, piece, lacking), made in zip(todo, engine.in_order(_sums, arguments, held), strict=True):
         for each, file in zip(lacking, made, strict=True):
             done[each][name] = file
+        stage.advance(len(piece))
+    stage.doing("adds the sums up")
     whole = {each: files[ARRAYS] for each, files in done.items() if ARRAYS in files}
     sums = [
         (each, artifact, {name: done[each][name] for name in names[each]})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,10 +31,11 @@ from pipeline.results.applied import Output, Tally
 from pipeline.stages import bundle, decisions, ensembles, identity, index, shards
 from pipeline.stages.bundle import Bundle
 from pipeline.stages.calibration import Calibrated
+from pipeline.stages.progress import SILENT
 from pipeline.stages.score import ScoreJob, Scoring, assemble, score_artifact
 from pipeline.stages.score import run as run_scores
 from pipeline.workflows.engines import engine_for
-from pipeline.workflows.progress import Display
+from pipeline.workflows.progress import Display, Stage, count_images
 from pipeline.workspace import artifacts, files, storage, tables
 from pipeline.workspace.artifacts import Artifact, Damaged
 from pipeline.workspace.claims import Claims, opened
@@ -105,7 +106,7 @@ def execute(path: str, data: str, out: str, options: Options, display: Display) 
         UserError: anything the user can mend; nothing is at `out` then.
     """
     with display.stage("prepare") as stage:
-        ready = prepare(path, data, out, options)
+        ready = prepare(path, data, out, options, stage)
         stage.note = f"{ready.manifest.rows:,} images, {len(ready.bundle.labels)} detectors"
     for note in ready.manifest.notes:
         display.say(f"{data}: {note}")
@@ -117,7 +118,7 @@ def execute(path: str, data: str, out: str, options: Options, display: Display) 
             options,
             ready.manifest.rows,
             ready.bundle.plain,
-            display.say,
+            display,
             ready.workspace,
             Logs(ready.workspace / "logs", options.level),
             ready.bundle.detectors.values(),
@@ -158,12 +159,13 @@ class Ready:
         return f"{self.job.artifact.folder.name}/table-{artifacts.digest(dict(self.made_of))[:16]}"
 
 
-def prepare(path: str, data: str, out: str, options: Options) -> Ready:
+def prepare(path: str, data: str, out: str, options: Options, stage: Stage = SILENT) -> Ready:
     """Open bundle, images and network, and check that they go together; starts no long work.
 
     Raises:
         UserError: the first thing found wrong.
     """
+    stage.doing("opens the bundle")
     whole = bundle.opened(path, options.trust_code)
     known = whole.only(options.detectors or whole.labels)
     known = replace(known, document=_changed(known.document, options.overrides))
@@ -182,11 +184,13 @@ def prepare(path: str, data: str, out: str, options: Options) -> Ready:
     files.require_writable(options.workspace, "--workspace")
     workspace = files.at(options.workspace)
     identity.require_decoder(known.extract.decoder)
+    stage.doing("opens the network")
     network = Network(known.model, known.document["run"]["seed"], workspace)
     known.require_same(network.description)
     network.note()
     if known.banks:
         index.check(known.index.kind, network.description.head[0].shape[1])
+    stage.doing("lists the images")
     manifest = _listed(dataset, workspace, known.extract.max_image_bytes)
     made_of["data"] = manifest.digest
     output.require_free(made_of)
@@ -291,13 +295,15 @@ class Application:
     def _extract(self) -> None:
         """Features of every image."""
         ready, job = self.ready, self.ready.job
-        with self.display.stage("extract", 0 if job.complete else ready.manifest.rows) as shown:
+        with self.display.stage("extract") as shown:
 
             def make(_: set[str]) -> None:
                 from pipeline.stages import extract
 
                 banks, settings = index.sizes_of(ready.bundle.banks.values()), ready.bundle.index
                 index.require(self.engine, banks, settings)
+                self.engine.cpus()  # opens it
+                count_images(shown, [job], ready.plan)
                 self.numbers = extract.run(
                     self.engine, [job], ready.plan, lambda receipt: shown.advance(receipt["rows"])
                 )
@@ -313,13 +319,13 @@ class Application:
         """Scores of every row."""
         job = self._score_job()
         rows = 0 if job.complete else job.features.rows
-        with self.display.stage("score", rows) as shown:
+        with self.display.stage("score") as shown:
             self.claims.share(
                 lambda: set(job.lacking_names()),
-                lambda names: self._score_ours(job.only(names), shown.advance),
+                lambda names: self._score_ours(job.only(names), shown),
             )
             shown.note = f"{rows:,} rows"
-            return self._combined(job)
+            return self._combined(job, shown)
 
     def _score_job(self) -> ScoreJob:
         """Where the scores of the detectors of rows are kept."""
@@ -331,7 +337,7 @@ class Application:
             scores[label] = self._artifact(label, {**known.scoring(label)[1], **own})
         return ScoreJob(self.ready.dataset.name, features, scores)
 
-    def _combined(self, job: ScoreJob) -> ScoreJob:
+    def _combined(self, job: ScoreJob, shown: Stage) -> ScoreJob:
         """The same with the scores of detectors that combine others."""
         known, combined = self.ready.bundle, self.ready.bundle.combined
         if combined is None:
@@ -342,7 +348,7 @@ class Application:
 
         def make(names: set[str]) -> None:
             ours = other.only(names)
-            run_scores(self.engine, [ours], combined.only(ours.scores), lambda _: None)
+            run_scores(self.engine, [ours], combined.only(ours.scores), shown)
 
         (other,) = ensembles.jobs([job], known.combinations, {}, place)
         self.claims.share(lambda: set(other.lacking_names()), make)
@@ -355,16 +361,18 @@ class Application:
         detector, scoring = ready.bundle.detectors[label], ready.bundle.scoring(label)[0]
         return score_artifact(ready.workspace, ready.job, detector, scoring, made_of)
 
-    def _score_ours(self, job: ScoreJob, progress: Callable[[int], None]) -> None:
+    def _score_ours(self, job: ScoreJob, shown: Stage) -> None:
         """Scores that nobody else makes."""
         known, lacking = self.ready.bundle, set(job.lacking())
         banks = {label: bank for label, bank in known.banks.items() if label in lacking}
+        if banks:
+            shown.doing(f"loads the vectors of {', '.join(banks)}")
         searched = (
             index.start(self.engine, banks.values(), known.index, known.banks.values()) if banks else None
         )
         try:
             folders = {label: bank.folder for label, bank in banks.items()}
-            run_scores(self.engine, [job], Scoring(known.scorers, known.columns, folders, searched), progress)
+            run_scores(self.engine, [job], Scoring(known.scorers, known.columns, folders, searched), shown)
         finally:
             if searched is not None:
                 searched.stop()
@@ -374,6 +382,7 @@ class Application:
         ready, labels = self.ready, self.ready.bundle.labels
         folder = ready.workspace / "scores" / ready.table
         with self.display.stage("decide") as shown:
+            shown.doing("puts the table together")
             judge = None
             if ready.calibrated is not None and job.features.rows:
                 judge = decisions.judge(self.engine, ready.calibrated, job, "unlabelled")

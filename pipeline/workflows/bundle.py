@@ -37,6 +37,7 @@ from pipeline.stages.calibration import Calibrated
 from pipeline.stages.decisions import SCORES
 from pipeline.stages.index import FORMAT as INDEX
 from pipeline.stages.prepare import tracking_uri
+from pipeline.stages.progress import SILENT, Stage
 from pipeline.workspace import artifacts, files, storage
 from pipeline.workspace.artifacts import Artifact, Damaged, File
 from pipeline.workspace.files import Place
@@ -77,8 +78,12 @@ class Options:
     """Files that network and detectors are written to as one graph, too."""
 
 
-def make(run: str | Place, out: str | Path, options: Options = Options()) -> bundle.Bundle:
+def make(
+    run: str | Place, out: str | Path, options: Options = Options(), stage: Stage = SILENT
+) -> bundle.Bundle:
     """Write a bundle of a finished run; it appears when it is complete.
+
+    The stage is told what is opened and written.
 
     Raises:
         UserError: no finished run, an unknown detector or one that cannot be kept as plain data, a model that
@@ -93,11 +98,14 @@ def make(run: str | Place, out: str | Path, options: Options = Options()) -> bun
     chosen = detectors_of(evaluation, options.labels, settings)
     fits = {label: fit_of(evaluation, label, detector) for label, (_, detector) in chosen.items()}
     _require(chosen, fits, options.export)
+    stage.doing("opens the network")
     network = _network(evaluation, settings)
+    stage.doing("reads the scores of held-out images")
     held = _held(evaluation, settings, list(chosen), options.false_alarm)
     document = _document(evaluation, settings, chosen, fits, network) | held.document()
     code = _code(document) if options.code else {}
     files.require_writable(str(parent), "--out")
+    stage.doing("writes the bundle")
     with files.scratch(parent) as scratch:
         draft = scratch / "bundle"
         made = dict(_written(draft, evaluation, fits, network, held, code))
@@ -109,9 +117,11 @@ def make(run: str | Place, out: str | Path, options: Options = Options()) -> bun
         kind, identity = f"{bundle.KIND} {bundle.VERSION}", {"run": document["run"]}
         Artifact(draft, kind, identity).finish(made, alone=False)
         if options.weights:
+            stage.doing("tries the bundle")
             _try(bundle.opened(draft), settings.seed)
         files.replace_folder(draft, folder, artifacts.RECORD)
     for path in options.export:
+        stage.doing(f"exports {path}")
         detect.load(str(folder), "cpu", trust_code=options.code).export(path)
     return bundle.opened(str(folder), options.code)
 

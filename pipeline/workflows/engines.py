@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from pipeline.cluster.logs import Logs
 from pipeline.detectors.base import Detector
 from pipeline.network.known import settings_kept
 from pipeline.stages.prepare import Prepared
+from pipeline.workflows.progress import Display
 from pipeline.workspace.files import Place
 
 
@@ -36,7 +37,7 @@ def engine_for(
     asked: Asked,
     images: int,
     plain: bool,
-    tell: Callable[[str], None],
+    display: Display,
     workspace: Place,
     logs: Logs,
     detectors: Collection[Detector],
@@ -48,15 +49,15 @@ def engine_for(
         asked: by the command.
         images: of all datasets.
         plain: whether no work asks for more than one CPU.
-        tell: is told if work stays in this process without having been asked to.
+        display: tells what opening it does, and if work stays here without having been asked to.
         workspace: what the work writes to.
         logs: where workers log to.
         detectors: all that score.
         read: other folders that every node must see.
     """
     name = engine.chosen(asked.engine, images, plain)
-    unasked = name == "inline" != asked.engine
-    load = partial(_load, any(detector.neighbours for detector in detectors), tell if unasked else None)
+    neighbours = any(detector.neighbours for detector in detectors)
+    load = partial(_load, name, neighbours, display, unasked=name == "inline" != asked.engine)
     with (
         settings_kept(),
         threadpool_limits(limits=1),  # what the driver fits has the same bits on any machine of a kind
@@ -72,11 +73,16 @@ def connected(asked: engine.Asked, several: Iterable[Prepared]) -> AbstractConte
     return engine.shared("ray" if "ray" in names else "inline")
 
 
-def _load(neighbours: bool, tell: Callable[[str], None] | None) -> None:
+def _load(name: engine.Name, neighbours: bool, display: Display, unasked: bool) -> None:
     """Import what computes and takes seconds to import; a run that has nothing to do needs none of it."""
-    if tell is not None:
-        tell(f"work stays in this process, as up to {engine.SMALL:,} images do; `--engine ray` starts Ray")
+    if unasked:
+        display.say(
+            f"work stays in this process, as up to {engine.SMALL:,} images do; `--engine ray` starts Ray"
+        )
+    display.doing("loads PyTorch")
     from pipeline.stages import extract  # noqa: F401
 
     if neighbours:
         from pipeline.stages import faiss_shard  # noqa: F401
+    if name == "ray":
+        display.doing("starts Ray")

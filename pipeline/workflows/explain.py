@@ -200,7 +200,8 @@ def _nearest(
     banks = dict(_banks(evaluation))
     queries = {label: bank.queries(image)[0] for label, bank in banks.items()}
     found: dict[str, list[tuple[float, Neighbour]]] = {label: [] for label in banks}
-    with display.stage("explain", sum(table.rows for table in sources.values())) as stage:
+    with display.stage("explain") as stage:
+        stage.count("training images", sum(table.rows for table in sources.values()))
         for name, table in sources.items():
             for start, stop in memory.cuts(table, columns, 0, table.rows):
                 batch = table.read(start, stop, columns)

@@ -50,7 +50,7 @@ from pipeline.stages.score import (
 from pipeline.stages.score import run as run_scores
 from pipeline.stages.statistics import Rows, Stored, fit_statistics
 from pipeline.workflows.engines import engine_for
-from pipeline.workflows.progress import Display, Quiet, Stage
+from pipeline.workflows.progress import LOADS, Display, Quiet, Stage, count_images
 from pipeline.workspace import artifacts, files, leftovers, runs, storage, tables
 from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Kept, Store
 from pipeline.workspace.claims import Claims, opened
@@ -138,7 +138,7 @@ def _execute(
     """The same, with MLflow in the background."""
     tracked = settings.tracking.enabled and options.last == "report" and options.publish != "never"
     with display.stage("prepare") as stage:
-        found = prepared or prepare(settings, background.start if tracked else lambda: None)
+        found = prepared or prepare(settings, background.start if tracked else lambda: None, stage=stage)
         ready = replace(found, fresh=options.fresh)
         stage.note = f"{len(ready.jobs)} datasets, {ready.images:,} images, {len(ready.detectors)} detectors"
         if ready.not_applicable:
@@ -214,7 +214,7 @@ def working(ready: Prepared, options: Options, display: Display) -> AbstractCont
     """The engine that a run was asked to take."""
     logs = Logs(ready.folder / "logs", options.level)
     return engine_for(
-        options, ready.images, ready.plain, display.say, ready.workspace, logs, ready.detectors.values()
+        options, ready.images, ready.plain, display, ready.workspace, logs, ready.detectors.values()
     )
 
 
@@ -306,13 +306,13 @@ class Run:
                 artifact.discard()
 
     @contextmanager
-    def stage(self, name: StageName, total: int = 0) -> Iterator[Stage]:
-        """Show a stage and record what it took."""
+    def stage(self, name: StageName, counted: bool = False) -> Iterator[Stage]:
+        """Show a stage and record what it took; of one that is `counted` MLflow is told how far it is."""
         if self.may_work(name):
             self.begin()
         started, self.costs, self.worked = time.perf_counter(), {}, False
-        with self.display.stage(name, total) as shown, usage.collect() as used:
-            yield self.tracking.watched(name, shown, self.background) if total else shown
+        with self.display.stage(name) as shown, usage.collect() as used:
+            yield self.tracking.watched(name, shown, self.background) if counted else shown
         if self.may_work(name):
             seconds = round(time.perf_counter() - started, 3)
             self.record.spend(name, {**self.costs, "seconds": seconds, **used.numbers()}, self.worked)
@@ -363,8 +363,7 @@ class Run:
         """Features of every image of every dataset."""
         jobs = list(self.ready.jobs.values())
         unfinished = self._unfinished("extract", jobs)
-        rows = sum(job.manifest.rows for job in unfinished)
-        with self.stage("extract", rows) as shown:
+        with self.stage("extract", counted=bool(unfinished)) as shown:
             self.costs = shards.nothing(jobs)
 
             def make(names: set[str]) -> None:
@@ -375,6 +374,8 @@ class Run:
                 self._require_index()
                 ours = [job for job in jobs if job.name in names]
                 self._renew(artifact for job in ours for artifact in job.artifacts())
+                there = [job for job in jobs if job.name not in names and job.complete]
+                count_images(shown, ours, self.ready.plan, there)
                 try:
                     numbers = extract.run(
                         self.engine, ours, self.ready.plan, lambda receipt: shown.advance(receipt["rows"])
@@ -424,9 +425,9 @@ class Run:
 
     def _tell_of_gpus(self) -> None:
         """Say that there are GPUs where the config leaves them idle."""
-        config = self.ready.config
+        config, there = self.ready.config, self.engine.gpus()
         asked = config.hardware == "gpu" or config.extract.needs["GPU"] > 0
-        if not asked and (there := self.engine.gpus()):
+        if there and not asked:
             self.display.say(f"GPUs: {there:g} there, none used; `--set hardware=gpu` uses them")
 
     def _require_index(self) -> None:
@@ -459,7 +460,7 @@ class Run:
     def fit(self) -> None:
         """Statistics, extra passes and banks; nothing is fitted that no detector needs."""
         with self.stage("fit") as shown:
-            training = self._fit(self.ready.config.optional)
+            training = self._fit(shown, self.ready.config.optional)
             assert self.fitted is not None
             self.record.leave_out(self.fitted.not_applicable)
             require_members(self.ready.detectors, self.fitted.not_applicable)
@@ -481,7 +482,7 @@ class Run:
         mode = mode if self.may_work("fit") else "frozen"
         return Store(self.ready.workspace / "fits", mode, claims=self.claims)
 
-    def _fit(self, optional: Collection[str] = ()) -> Training:
+    def _fit(self, shown: Stage, optional: Collection[str] = ()) -> Training:
         """Fit the detectors; returns what they learned from, as far as one of them needs it."""
         chosen = {name: each for name, each in self.ready.detectors.items() if name not in self._combinations}
         detectors = chosen.values()
@@ -492,10 +493,10 @@ class Run:
         calibrating = [wanted for detector in detectors for wanted in detector.calibration()]
         ood = [wanted for detector in detectors for wanted in detector.ood_statistics()]
         held_out = bool(self.ready.of_role("id_val"))
-        train = self._statistics("train", learned + ([] if held_out else calibrating), head)
-        id_val = self._statistics("id_val", calibrating, head) if held_out else train
-        ood_val = self._statistics("ood_val", ood, head)
-        made = self._passes(specs, self.fits) if specs else {}
+        train = self._statistics("train", learned + ([] if held_out else calibrating), head, shown)
+        id_val = self._statistics("id_val", calibrating, head, shown) if held_out else train
+        ood_val = self._statistics("ood_val", ood, head, shown)
+        made = self._passes(specs, self.fits, shown) if specs else {}
         training = Training(
             head.weight,
             head.bias,
@@ -524,6 +525,7 @@ class Run:
             made_of,
             self.ready.config.index,
             optional,
+            shown,
         )
         self._to_score = self._names_of_scores(self.fitted)
         return training
@@ -542,11 +544,11 @@ class Run:
         """What was extracted of the datasets with these roles."""
         return [self.features[job.dataset] for job in self.ready.of_role(*roles)]
 
-    def _statistics(self, role: str, wanted: list[Statistic[Any]], head: Head) -> Stored:
+    def _statistics(self, role: str, wanted: list[Statistic[Any]], head: Head, shown: Stage) -> Stored:
         rows = Rows(self._tables(role), self.ready.names(role))
-        return fit_statistics(self.engine, self.fits, rows, wanted, head)
+        return fit_statistics(self.engine, self.fits, rows, wanted, head, shown)
 
-    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, Kept]:
+    def _passes(self, specs: list[Pass], store: Store, shown: Stage) -> dict[Pass, Kept]:
         """Results of the extra passes; the model actors start only if one is not in the cache."""
         ready = self.ready
         results: dict[Pass, Kept] = {}
@@ -560,8 +562,18 @@ class Run:
             def runner() -> passes.Runner:
                 from pipeline.stages import passes
 
+                class Shown(passes.Runner):
+                    def each(self, call: str, arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+                        given = list(arguments)
+                        shown.count(f"parts of the {kind} pass", len(given))
+                        if self.workers is None:
+                            shown.doing(LOADS)
+                        for result in super().each(call, given):
+                            shown.advance(1)
+                            yield result
+
                 early = ready.network.taps.early
-                return stack.enter_context(passes.Runner(self.engine, trains[0], ready.plan, early, held_out))
+                return stack.enter_context(Shown(self.engine, trains[0], ready.plan, early, held_out))
 
             for spec in specs:
                 kind = type(spec).__name__.lower()
@@ -594,17 +606,18 @@ class Run:
         self.scored = jobs = self._score_jobs(fitted)
         unfinished = self._unfinished("score", jobs)
         rows = sum(job.features.rows for job in unfinished)
-        with self.stage("score", rows) as shown:
-            self.record.content["unscored"] = self._score(jobs, fitted, shown.advance)
+        with self.stage("score", counted=bool(rows)) as shown:
+            self.record.content["unscored"] = self._score(jobs, fitted, shown)
             if self._combinations:
-                self.scored = jobs = self._combined(jobs)
+                self.scored = jobs = self._combined(jobs, shown)
                 limit = self.ready.config.score.max_unscored_fraction
                 self.record.content["unscored"] = require_few_unscored(jobs, limit)
+            shown.doing("puts the tables of scores together")
             self.calibrated = self._calibrated(jobs)
             for job in jobs if self.may_work("score") else ():
                 self._assemble(job, self._flagging(job.dataset))
-            shown.note = f"{rows:,} rows"
             self.costs = {"rows": rows, "scores": self.costs.get("scores", 0)}
+            shown.note = f"{self.costs['scores']:,} scores of {rows:,} rows"
 
     @property
     def _combinations(self) -> dict[str, Combination]:
@@ -618,7 +631,7 @@ class Run:
         there = {*self.fitted.scorers, *self._combinations}
         return [label for label in self.ready.detectors if label in there]
 
-    def _combined(self, jobs: list[ScoreJob]) -> list[ScoreJob]:
+    def _combined(self, jobs: list[ScoreJob], shown: Stage) -> list[ScoreJob]:
         """The same with the scores of detectors that combine others."""
         chosen, rows = self._combinations, self.calibrating
 
@@ -628,7 +641,7 @@ class Run:
         def score(ours: list[ScoreJob]) -> Made:
             labels = {label for job in ours for label in job.scores}
             how = ensembles.scoring(jobs, chosen, rows).only(labels)
-            return run_scores(self.engine, ours, how, lambda _: None)
+            return run_scores(self.engine, ours, how, shown)
 
         combined = ensembles.jobs(jobs, chosen, rows, place)
         self._unfinished("score", combined)
@@ -665,9 +678,9 @@ class Run:
             return {}
         return dict(files.read_json(self.ready.folder / "thresholds.json"))
 
-    def _score(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> Unscored:
+    def _score(self, jobs: list[ScoreJob], fitted: Fitted, shown: Stage) -> Unscored:
         """Have all scores made that are lacking; returns the rows that detectors could not score."""
-        self._share(jobs, lambda ours: self._score_ours(ours, fitted, progress))
+        self._share(jobs, lambda ours: self._score_ours(ours, fitted, shown))
         return require_few_unscored(jobs, self.ready.config.score.max_unscored_fraction)
 
     def _share(self, jobs: list[ScoreJob], score: Callable[[list[ScoreJob]], Made]) -> None:
@@ -692,11 +705,14 @@ class Run:
 
         self.claims.share(lambda: set(lacking()), make)
 
-    def _score_ours(self, jobs: list[ScoreJob], fitted: Fitted, progress: Callable[[int], None]) -> Made:
+    def _score_ours(self, jobs: list[ScoreJob], fitted: Fitted, shown: Stage) -> Made:
         """Scores that nobody else makes."""
+        shown.doing("looks for what is there")
         lacking = {label for job in jobs for label in job.lacking()}
         banks = {label: bank for label, bank in fitted.banks.items() if label in lacking}
         settings = self.ready.config.index
+        if banks:
+            shown.doing(f"loads the vectors of {', '.join(banks)}")
         searched = (
             index.start(self.engine, banks.values(), settings, fitted.banks.values()) if banks else None
         )
@@ -705,7 +721,7 @@ class Run:
                 self._describe_index(searched, fitted.scorers, banks)
             folders = {label: bank.folder for label, bank in banks.items()}
             scoring = Scoring(fitted.scorers, self._columns(), folders, searched)
-            return run_scores(self.engine, jobs, scoring, progress)
+            return run_scores(self.engine, jobs, scoring, shown)
         finally:
             if searched is not None:
                 searched.stop()
@@ -776,11 +792,11 @@ class Run:
     def evaluate(self) -> None:
         """Metrics, thresholds, and flags on unlabelled data."""
         assert self.fitted is not None
-        labels, results = self._labels, self._results()
+        results = self._results()
         done = results.checked()
         if done is None and not self.may_work("evaluate"):
             raise UserError("evaluate: not done for this run. Run `ood-pipeline evaluate` first.")
-        with self.stage("evaluate", len(labels) if done is None else 0) as shown:
+        with self.stage("evaluate", counted=done is None) as shown:
             if done is None:
                 self.worked = True
                 jobs = {job.dataset: job for job in self.scored}
@@ -789,10 +805,9 @@ class Run:
                     if dataset.name in jobs:
                         roles.setdefault(dataset.role, []).append(jobs[dataset.name])
                 level, tested = self.ready.config.metrics.fpr_level, self._tested
-                table, thresholds = evaluate.run(
-                    self.engine, roles, shown.advance, level=level, tested=tested
-                )
-                pairs = evaluate.paired(self.engine, roles, self.ready.config.seed, level, tested)
+                table, thresholds = evaluate.run(self.engine, roles, shown, level=level, tested=tested)
+                pairs = evaluate.paired(self.engine, roles, self.ready.config.seed, level, tested, shown)
+                shown.doing("decides on images, and looks for those in several datasets")
                 written = evaluate.write(self.ready.folder, table, thresholds, pairs)
                 if self.calibrated is None:
                     for job in roles.get("unlabelled", ()):
@@ -859,6 +874,7 @@ class Run:
             page.unlink(missing_ok=True)
         self.record.close("finished")
         with self.stage("report") as shown:
+            shown.doing("draws the page")
             if self.record.worked or self.options.first == "report" or not page.is_file():
                 report.write(self.ready.folder, self.ready.config.report.images, self.ready.metadata)
             shown.note = str(page)
@@ -878,7 +894,8 @@ class Tracked:
         if self.opening is None:
             return "" if self.complete is None else tracking.link(self.complete), ""
         try:
-            with display.stage("track"):
+            with display.stage("track") as shown:
+                shown.doing("sends the results to MLflow")
                 session = self.opening.result()
                 background.submit(tracking.publish, session).result()
             return tracking.link(session), ""
@@ -919,6 +936,14 @@ class Watched:
     @note.setter
     def note(self, text: str) -> None:
         self._shown.note = text
+
+    def doing(self, text: str) -> None:
+        """Say what it does until work advances."""
+        self._shown.doing(text)
+
+    def count(self, what: str, total: int, there: int = 0) -> None:
+        """Begin to count."""
+        self._shown.count(what, total, there)
 
     def advance(self, count: int) -> None:
         """Count work that is done."""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.stages.prepare import Prepared, Seen, prepare
+from pipeline.workflows.progress import Display, Quiet
 
 T = TypeVar("T")
 
@@ -48,15 +49,18 @@ class Several:
         self._names = [config.name for config in configs]
         self._tell = tell
 
-    def prepared(self) -> list[Prepared]:
-        """Those that are ready to start.
+    def prepared(self, display: Display | None = None) -> list[Prepared]:
+        """Those that are ready to start; `display` shows what is opened.
 
         Raises:
             UserError: a mistake in a repeat, in every model of a sweep, or two repeats that are one run.
         """
-        ready = self._each(partial(prepare, seen=Seen()), [(config, config) for config in self.configs])
-        if not ready and not any(failure.traceback for failure in self.failed):
-            raise UserError("\n".join(f"{failure.run}: {failure.error}" for failure in self.failed))
+        with (display or Quiet()).stage("prepare") as stage:
+            opened = partial(prepare, seen=Seen(), stage=stage)
+            ready = self._each(opened, [(config, config) for config in self.configs])
+            if not ready and not any(failure.traceback for failure in self.failed):
+                raise UserError("\n".join(f"{failure.run}: {failure.error}" for failure in self.failed))
+            stage.note = f"{sum(each.images for each in ready):,} images"
         for failure in self.failed:
             self._tell(failure)
         _require_others(ready)

@@ -30,7 +30,7 @@ from pipeline.results.mlflow.apart import Apart
 from pipeline.results.unscored import sentences
 from pipeline.stages import evaluate, index, shards
 from pipeline.stages.prepare import Prepared, prepare
-from pipeline.workflows.progress import Display
+from pipeline.workflows.progress import Display, Stage
 from pipeline.workflows.run import Options, Run, working
 from pipeline.workspace import files, tables
 from pipeline.workspace.artifacts import Damaged, Kept, Store, mend
@@ -117,7 +117,7 @@ def execute(settings: Config, output: Place, display: Display, options: Options 
     grids = settings.points()
     wanted = _checked(settings, grids)
     with display.stage("prepare") as stage:
-        ready = _prepared(settings, grids)
+        ready = _prepared(settings, grids, stage)
         stage.note = f"{len(ready.detectors)} points of {len(grids)} detectors"
     with (
         opened(ready.workspace, display.say) as claims,
@@ -151,10 +151,11 @@ def _checked(settings: Config, grids: Grids) -> Tune:
     return settings.tune
 
 
-def _prepared(settings: Config, grids: Grids) -> Prepared:
+def _prepared(settings: Config, grids: Grids, stage: Stage) -> Prepared:
     """All points as detectors, and only the datasets that they may learn from and that decide."""
     entries = tuple(entry for tried in grids.values() for entry in tried.values())
-    ready = prepare(settings.model_copy(update={"detectors": entries}))
+    ready = prepare(settings.model_copy(update={"detectors": entries}), stage=stage)
+    stage.doing("looks for images that several datasets have")
     _check_apart(ready)
     seen = tuple(ready.config.of_role("train", *_DECIDING))
     return replace(ready, config=ready.config.model_copy(update={"datasets": seen}))
@@ -212,28 +213,28 @@ class Search(Run):
         self._require_features(used)
         with self.display.stage("fit") as shown:
             self.features = {job.dataset: job.table() for job in used}
-            self._fit()
+            self._fit(shown)
             fitted = self.fitted
             assert fitted is not None
             banks = {bank.folder for bank in fitted.banks.values()}
             shown.note = f"{len(fitted.scorers)} points, {len(banks)} banks"
         jobs = {job.dataset: job for job in self._score_jobs(fitted)}
         rows = sum(job.features.rows for job in jobs.values() if not job.complete)
-        with self.display.stage("score", rows) as shown:
-            unscored = self._score(list(jobs.values()), fitted, shown.advance)
+        with self.display.stage("score") as shown:
+            unscored = self._score(list(jobs.values()), fitted, shown)
             shown.note = f"{rows:,} rows"
         datasets = {
             dataset.name: {"role": dataset.role, "features": jobs[dataset.name].features.rows}
             for dataset in self.ready.config.of_role(*_DECIDING)
         }
         self.unscored = list(sentences(unscored, datasets, [[role] for role in _DECIDING]).values())
-        with self.display.stage("evaluate", len(self.ready.detectors)) as shown:
+        with self.display.stage("evaluate") as shown:
             inside, outside = (
                 [jobs[dataset.name] for dataset in self.ready.config.of_role(role)] for role in _DECIDING
             )
             scored = {"id": inside, _MEAN: outside}
             level = level_of(self.ready.config.tune.metric if self.ready.config.tune else "")
-            table, _ = evaluate.run(self.engine, scored, shown.advance, grids.values(), level, labelled=False)
+            table, _ = evaluate.run(self.engine, scored, shown, grids.values(), level, labelled=False)
         self._require_few_unscored(table, [job.features.rows for job in inside])
         return table
 
@@ -269,12 +270,12 @@ class Search(Run):
                 )
         self._unfinished("extract", jobs)
 
-    def _passes(self, specs: list[Pass], store: Store) -> dict[Pass, Kept]:
+    def _passes(self, specs: list[Pass], store: Store, shown: Stage) -> dict[Pass, Kept]:
         """Results of extra passes, read back; here none goes through the network."""
         found: dict[Pass, Kept] = {}
         for spec in specs:
             try:
-                found |= super()._passes([spec], replace(store, mode="frozen"))
+                found |= super()._passes([spec], replace(store, mode="frozen"), shown)
             except Unavailable:
                 raise
             except UserError:

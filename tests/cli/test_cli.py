@@ -401,7 +401,7 @@ def test_of_all_detectors_those_that_do_not_apply_are_shown_with_the_reason(case
 def test_a_mistake_has_status_2_and_one_message_that_names_field_and_fix(case, command, mistake):
     spoil, expected = MISTAKES[mistake]
     spoil(case)
-    outcome = command("validate", "--no-probe", case.config())
+    outcome = command("validate", "-q", "--no-probe", case.config())
     assert outcome.status == 2
     assert re.match(f"error: (.*small.yaml: )?{expected}", outcome.err), outcome.err
     assert len(outcome.err.splitlines()) == 1
@@ -658,6 +658,12 @@ def test_a_plan_as_json_holds_what_is_shown(case, command):
     assert found["detectors"]["msp"] == {"method": "MSP (2017)", "needs": [], "uses_ood": False}
     assert found["actors"] >= 1
     assert "forward   90 images" in outcome.err
+    assert [line for line in outcome.err.splitlines() if line.endswith("begins")] == [
+        "prepare   begins",
+        "probe     begins",
+    ]
+    quiet = command("validate", case.config(), "--no-probe", "-q", "--json")
+    assert (json.loads(quiet.out)["classes"], "begins" in quiet.err) == (3, False)
 
 
 def test_an_unknown_detector_is_refused_with_the_closest_one(command):
@@ -803,7 +809,7 @@ def test_modules_beside_the_user_are_found_and_their_errors_have_status_1_and_a_
 def test_a_command_that_is_terminated_leaves_in_order(case):
     case.raw["model"]["name"] = "./net.py:endless"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = subprocess.Popen([COMMAND, "run", case.config()], cwd=case.folder, **pipes)
+    running = subprocess.Popen([COMMAND, "run", "-q", case.config()], cwd=case.folder, **pipes)
     wait("the network to be built", (case.folder / "started").exists)
     running.terminate()
     assert running.communicate(timeout=60) == (b"", b"")
@@ -813,7 +819,14 @@ def test_a_command_that_is_terminated_leaves_in_order(case):
 def test_a_command_that_is_interrupted_has_status_130_and_says_how_to_go_on(case):
     case.raw["model"]["name"] = "./net.py:endless"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = ["env", "--default-signal=INT", COMMAND, "run", case.config()]  # background jobs ignore it
+    command = [
+        "env",
+        "--default-signal=INT",
+        COMMAND,
+        "run",
+        "-q",
+        case.config(),
+    ]  # background jobs ignore it
     running = subprocess.Popen(command, cwd=case.folder, **pipes)
     wait("the network to be built", (case.folder / "started").exists)
     running.send_signal(signal.SIGINT)
@@ -857,7 +870,7 @@ def test_a_run_that_never_came_far_has_status_1_and_no_traceback(tmp_path, comma
     (tmp_path / "runs" / "small" / "0123").mkdir(parents=True)
     (tmp_path / "runs" / "small" / "0123" / "config.yaml").touch()
     (tmp_path / "runs" / "small" / "latest").write_text("0123\n")
-    outcome = command("verify", str(tmp_path / "runs" / "small"))
+    outcome = command("verify", "-q", str(tmp_path / "runs" / "small"))
     assert (outcome.status, outcome.err) == (1, "")
     path = r".*/runs/small/0123/manifest\.json"
     assert re.match(rf"bad +manifest\.json +files: {path} is missing\n", outcome.out)

@@ -1,28 +1,117 @@
+"""What a person reads while a command works."""
+
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
 
-from pipeline.cli.progress import Display
+from pipeline.cli import progress
+from pipeline.cli.progress import Display, Stage
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(progress, "time", found)
+    return found
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_stage_closes_with_its_name_time_and_note(terminal: bool) -> None:
     screen = io.StringIO()
     with Display(Console(file=screen, force_terminal=terminal, width=100, color_system=None)).stage(
-        "extract", 10
+        "extract"
     ) as stage:
+        stage.count("images", 10)
         stage.advance(4)
         stage.advance(6)
         stage.note = "10 images"
     assert screen.getvalue().rstrip().endswith("s  10 images")
-    assert ("10/10" in screen.getvalue()) is terminal
+    assert ("10 of 10 images" in screen.getvalue()) is terminal
 
 
 def test_a_stage_that_fails_does_not_look_done() -> None:
     screen = io.StringIO()
     with pytest.raises(RuntimeError), Display(Console(file=screen)).stage("fit"):
         raise RuntimeError
-    assert "fit" not in screen.getvalue()
+    assert screen.getvalue() == "fit       begins\n"
+
+
+def test_without_a_terminal_a_line_tells_what_lasts_and_then_how_far_it_is(monkeypatch) -> None:
+    for name, seconds in {"EVERY": 0.2, "LASTS": 0.05, "_LOOKS": 0.01}.items():
+        monkeypatch.setattr(progress, name, seconds)
+    screen = io.StringIO()
+    display = Display(Console(file=screen, width=100))
+    with display.stage("extract") as stage:
+        display.doing("takes no time")
+        stage.count("images", 10)
+        display.doing("loads the network")
+        time.sleep(0.1)
+        stage.advance(3)
+        time.sleep(0.5)
+        stage.note = "done"
+    begins, loads, *counted, closes = screen.getvalue().splitlines()
+    assert (begins, loads) == ("extract   begins", "extract   loads the network")
+    assert 2 <= len(counted) <= 4
+    assert set(counted) == {"extract   3 of 10 images"}
+    assert closes.endswith("s  done")
+
+
+def test_what_lasts_and_has_no_end_tells_its_seconds(clock) -> None:
+    stage = Stage("prepare")
+    stage.doing("lists the images")
+    assert str(stage) == "lists the images"
+    clock.now += 75
+    assert str(stage) == "lists the images, 75 s so far"
+
+
+def test_rate_and_remaining_time_are_those_since_the_workers_began(clock) -> None:
+    """Eight workers that start for a minute and then give 100 images each every 20 seconds."""
+    stage = Stage("extract")
+    stage.count("images", 8000)
+    stage.doing("starts workers")
+    clock.now += 60
+    for _ in range(8):
+        clock.now += 0.1
+        stage.advance(100)
+    assert str(stage) == "800 of 8,000 images"  # a whole round at once tells no rate
+    for _ in range(2):
+        clock.now += 19.2
+        for _ in range(8):
+            clock.now += 0.1
+            stage.advance(100)
+    assert str(stage) == "2,400 of 8,000 images, 40/s, 0:02:20 left"
+    clock.now += 19  # the next round is not due
+    assert str(stage) == "2,400 of 8,000 images, 40/s, 0:02:20 left"
+    clock.now += 51  # and now it is late
+    assert str(stage) == "2,400 of 8,000 images, 20/s, 0:04:40 left"
+
+
+def test_what_was_there_is_told_beside_what_is_to_do(clock) -> None:
+    stage = Stage("extract")
+    stage.count("images", 30_000, 30_000)
+    assert str(stage) == "0 of 30,000 images, 30,000 of 60,000 were there"
+
+
+def test_slow_work_has_a_rate_too(clock) -> None:
+    stage = Stage("fit")
+    stage.count("parts of the mixup pass", 5)
+    for _ in range(3):
+        clock.now += 10
+        stage.advance(1)
+    assert str(stage) == "3 of 5 parts of the mixup pass, 0.1/s, 0:00:20 left"
+    stage.count("detectors", 2)
+    assert str(stage) == "0 of 2 detectors"

@@ -121,7 +121,7 @@ def test_all_models_are_checked_and_each_mistake_is_told(sweep: Sweep, command: 
 
 
 def test_a_mistake_in_every_model_is_one_message_and_status_2(sweep: Sweep) -> None:
-    found = sweep("run", "--set", "datasets.test.path=nowhere.npz", a={}, b={})
+    found = sweep("run", "-q", "--set", "datasets.test.path=nowhere.npz", a={}, b={})
     assert isinstance(found.exception, UserError)
     assert re.fullmatch(
         r"small-a: datasets\.test\.path: no such file: .*\nsmall-b: datasets\.test\.path: .*",

@@ -132,10 +132,14 @@ class Display:
             yield
 
     @contextmanager
-    def stage(self, name: str, total: int = 0) -> Iterator[Display]:
+    def stage(self, name: str) -> Iterator[Display]:
         self.name = name
         _place.set((self.plan, name, DRIVER))
         yield self
+
+    def doing(self, text: str) -> None: ...
+
+    def count(self, what: str, total: int, there: int = 0) -> None: ...
 
     def advance(self, count: int) -> None: ...
 

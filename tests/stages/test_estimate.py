@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,11 +83,11 @@ def test_workers_that_take_turns_on_one_core_are_measured_beside_each_other(read
 
 def test_the_estimate_covers_starting_fit_and_score(engine, ready, settings, load, execute) -> None:
     products = estimate.Products(classes=0.1, features=0.2, softmax=0.3)
-    probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=products, start=2.0)
+    probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=products, opening=1.0, start=2.0)
     found, cpus = estimate.times(engine, ready, probe), engine.cpus()
     train = ready.jobs["train"].manifest.rows
     scored = sum(job.manifest.rows for job in ready.jobs.values()) - train
-    assert found.start == pytest.approx(4 + 2 * (2.4 + 1.3 + 0.3))
+    assert found.start == pytest.approx(4 + 1 + 2 * (2.4 + 1.8 + 0.3))
     assert found.forward == estimate.forwarding(engine, ready, probe)[0]
     assert found.fit == pytest.approx(train * (0.2 + 2 * 0.2) / 1024 / cpus)  # class sums and two banks
     neighbours = 2 * train * 0.2 / (2 * 128)
@@ -92,6 +96,27 @@ def test_the_estimate_covers_starting_fit_and_score(engine, ready, settings, loa
     settings["detectors"] = ["msp"]
     execute(load(settings), last="extract")
     assert estimate.times(engine, prepare.prepare(load(settings)), probe).start == 4
+
+
+def test_a_search_on_gpus_is_counted_at_their_rate_and_says_whose_it_is(engine, ready) -> None:
+    probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=estimate.Products(0.0, 0.2, 0.0))
+    assert len(estimate.borrowed(ready)) == 1
+    settings = ready.config.index.model_copy(update={"gpus_per_shard": 1})
+    on_gpu = replace(ready, config=ready.config.model_copy(update={"index": settings}))
+    assert estimate.borrowed(on_gpu)[1] == (
+        "search for neighbours: at the rate of an NVIDIA H100 80GB HBM3 (benchmarks/gpu.md)"
+    )
+    train = ready.jobs["train"].manifest.rows
+    scored = sum(job.manifest.rows for job in ready.jobs.values()) - train
+    searched = 2 * (2 * 128 * train * scored / 4.6e13 + 4 * 128 * train / 6e8)
+    assert estimate.times(engine, on_gpu, probe).score == pytest.approx(searched)
+    assert estimate.times(engine, ready, probe).score > 100 * searched
+
+
+def test_scores_of_many_images_take_longer_to_evaluate(engine, ready) -> None:
+    probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=estimate.Products(0.1, 0.2, 0.3))
+    rest = 3 + 4 * (4 * 0.03 + 580 * 2e-6)
+    assert estimate.times(engine, ready, probe).rest == pytest.approx(rest)
 
 
 def test_decoding_elsewhere_is_limited_by_the_slower_side(on_ray, ready) -> None:
@@ -157,3 +182,19 @@ def test_a_configured_number_of_actors_that_does_not_fit_is_refused(on_ray, read
     plan = replace(ready.plan, settings=schema.Extract(actors=99))
     with pytest.raises(UserError, match=r"extract\.actors: 99 asked for, the cluster has room for 3"):
         estimate.extract.actor_count(on_ray, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["inline", "ray"])
+def test_the_quickstart_takes_about_as_long_as_estimated(name, tmp_path, capsys) -> None:
+    """Within a factor of 1.5 on a machine with nothing else to do; of 3 here, as machines are shared."""
+    command = [str(Path(sys.executable).parent / "ood-pipeline")]
+    options = ["quickstart", "--workspace", str(tmp_path), "--engine", name, "-q"]
+    told = subprocess.run([*command, "validate", *options, "--json"], capture_output=True, check=True)
+    estimated = sum(json.loads(told.stdout)["seconds"].values())
+    started = time.perf_counter()
+    subprocess.run([*command, "run", *options], capture_output=True, check=True)
+    took = time.perf_counter() - started
+    with capsys.disabled():
+        sys.stdout.write(f"\n{name}: estimated {estimated:.1f} s, took {took:.1f} s\n")
+    assert 1 / 3 < took / estimated < 3

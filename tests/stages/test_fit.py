@@ -82,9 +82,9 @@ def test_only_statistics_that_are_not_there_are_computed(engine, tmp_path, monke
     table, store = feature_table(tmp_path / "table", 100, []), Store(tmp_path / "fits")
     sweeps = []
 
-    def sweep(engine, rows, group, head, known):
+    def sweep(engine, rows, group, head, known, stage):
         sweeps.append(list(group))
-        return original(engine, rows, group, head, known)
+        return original(engine, rows, group, head, known, stage)
 
     original = statistics._sweep
     monkeypatch.setattr(statistics, "_sweep", sweep)

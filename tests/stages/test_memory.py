@@ -96,7 +96,7 @@ def worked(
         del scorers["knn"]
     scoring = score.Scoring(scorers, COLUMNS, {"knn": built.folder}, searched)
     places = {label: Artifact(folder / "scores" / label, score.FORMAT, {}) for label in scorers}
-    score.run(noted, [score.ScoreJob("set", table, places)], scoring, lambda _: None)
+    score.run(noted, [score.ScoreJob("set", table, places)], scoring)
     if searched is not None:
         searched.stop()
     return noted

@@ -65,9 +65,7 @@ def scored(found: score.ScoreJob, label: str) -> np.ndarray:
 
 def test_scores_are_in_the_order_of_the_features(engine, tmp_path, scoring) -> None:
     todo = job(tmp_path)
-    seen = []
-    assert score.run(engine, [todo], scoring, seen.append).scores == 2 * 2500
-    assert sum(seen) == 2500
+    assert score.run(engine, [todo], scoring).scores == 2 * 2500
     assert todo.complete
     assert todo.tables()["energy"].part_rows == (1030, 1030, 440)
     source = todo.features.read(0, 2500, COLUMNS)
@@ -85,13 +83,13 @@ def test_complete_scores_are_kept_and_only_those_of_a_new_detector_computed(
         "of",
         lambda self, rows, **more: (calls.append(list(self.scorers)), table(self, rows, **more))[1],
     )
-    score.run(engine, [job(tmp_path, labels=["msp"])], scoring, lambda _: None)
-    assert score.run(engine, [job(tmp_path, labels=["msp"])], scoring, lambda _: None).scores == 0
+    score.run(engine, [job(tmp_path, labels=["msp"])], scoring)
+    assert score.run(engine, [job(tmp_path, labels=["msp"])], scoring).scores == 0
     assert calls == 3 * [["msp"]]
-    assert score.run(engine, [job(tmp_path)], scoring, lambda _: None).scores == 2500
+    assert score.run(engine, [job(tmp_path)], scoring).scores == 2500
     assert calls[3:] == 3 * [["energy"]]
     (tmp_path / "msp-a" / tables.part_name(1)).unlink()
-    assert score.run(engine, [job(tmp_path)], scoring, lambda _: None).scores == 1030
+    assert score.run(engine, [job(tmp_path)], scoring).scores == 1030
     assert calls[6:] == [["msp"]]
     assert not job(tmp_path, "b").complete
     assert job(tmp_path, "a").complete
@@ -112,12 +110,12 @@ def test_what_each_detector_took_is_told_of_the_rows_that_were_scored(
 ) -> None:
     now = iter(range(1000))
     monkeypatch.setattr(score.time, "perf_counter", lambda: float(next(now)))
-    costs = score.run(engine, [job(tmp_path, labels=["msp"])], scoring, lambda _: None).costs
+    costs = score.run(engine, [job(tmp_path, labels=["msp"])], scoring).costs
     batches = sum(-(-rows // score.BATCH) for rows in (1030, 1030, 440))
     assert costs == {"msp": {"scores": 2500, "seconds": batches}}, "a second each"
-    costs = score.run(engine, [job(tmp_path)], scoring, lambda _: None).costs
+    costs = score.run(engine, [job(tmp_path)], scoring).costs
     assert costs == {"energy": {"scores": 2500, "seconds": batches}}
-    assert score.run(engine, [job(tmp_path)], scoring, lambda _: None).costs == {}
+    assert score.run(engine, [job(tmp_path)], scoring).costs == {}
 
 
 def test_a_search_counts_with_the_first_of_the_detectors_that_share_it(
@@ -137,7 +135,7 @@ def test_a_search_counts_with_the_first_of_the_detectors_that_share_it(
     scorers = {"msp": scoring.scorers["msp"], "near": Knn(k=3).fit(TRAINING), "far": knn}
     folders = {label: bank.folder for label in ("near", "far")}
     searching = score.Scoring(scorers, COLUMNS, folders, index.start(engine, [bank], schema.Index()))
-    costs = score.run(engine, [todo], searching, lambda _: None).costs
+    costs = score.run(engine, [todo], searching).costs
     batches = sum(-(-rows // score.BATCH) for rows in (1030, 1030, 440))
     assert {label: cost["seconds"] for label, cost in costs.items()} == {
         "msp": 0,
@@ -153,7 +151,7 @@ def test_what_is_no_score_is_null_counted_and_named_and_refused_above_a_limit(
     values = dict(zip(keys[[7, 8, 1031, 2400]], [np.nan, np.inf, -np.inf, np.nan], strict=True))
     gaps = replace(scoring, scorers={**scoring.scorers, "gaps": Gaps(values)})
     todo = job(tmp_path, labels=("msp", "gaps"))
-    score.run(engine, [todo], gaps, lambda _: None)
+    score.run(engine, [todo], gaps)
     first = {keys[7]: "nan", keys[8]: "inf", keys[1031]: "-inf"}
     assert todo.unscored() == {"gaps": {"rows": 4, "first": first}}
     (folder,) = [Path(table.folder) for label, table in todo.tables().items() if label == "gaps"]
@@ -177,7 +175,7 @@ def test_what_is_no_score_is_null_counted_and_named_and_refused_above_a_limit(
 
 def test_nothing_is_said_of_scores_that_are_all_there(engine, tmp_path, scoring) -> None:
     todo = job(tmp_path)
-    score.run(engine, [todo], scoring, lambda _: None)
+    score.run(engine, [todo], scoring)
     record = todo.scores["msp"].require()
     assert record.facts == {}
     assert all(file.facts.keys() == {"rows"} for file in record.files.values())
@@ -188,7 +186,7 @@ def test_a_table_of_all_detectors_lies_beside_the_keys_and_is_flagged_later(
     engine, tmp_path, scoring
 ) -> None:
     todo, folder = job(tmp_path), tmp_path / "table"
-    score.run(engine, [todo], scoring, lambda _: None)
+    score.run(engine, [todo], scoring)
     score.assemble(engine, todo, folder)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     score.assemble(engine, todo, folder)

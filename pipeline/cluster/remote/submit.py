@@ -251,6 +251,7 @@ def submit(order: Order, address: str, console: Console, follow: bool, wait: boo
         raise UserError(
             "--follow: shows the log while the command waits, but --no-wait is set. Leave one out."
         )
+    console.print("sends     code and files to the cluster")
     with order.packed() as (folder, name):
         cluster = Cluster(address)
         job = f"{name}-{secrets.token_hex(4)}"
