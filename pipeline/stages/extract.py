@@ -1,9 +1,9 @@
 """The single forward pass: every image once through the classifier, one feature row or one error each.
 
 The actor that takes a shard writes its part under a temporary name and renames it, so a retry overwrites and
-a resumed run does only the shards whose part is missing. Extra columns are computed in the same visit, or in
-one of their own if the features are there already; they have parts of their own with the rows of the
-features, in a folder inside that of the features.
+a resumed run does only the shards whose part is missing. While it writes one, it forwards the next. Extra
+columns are computed in the same visit, or in one of their own if the features are there already; they have
+parts of their own with the rows of the features, in a folder inside that of the features.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from threading import Lock
 from typing import Any
@@ -68,7 +68,7 @@ def machine(settings: schema.Extract) -> str:
 
 
 class Extractor:
-    """Model worker: takes shards, writes parts, returns receipts."""
+    """Model worker: takes shards, writes parts, gives receipts."""
 
     def __init__(self, plan: Plan, threads: int) -> None:
         self.plan, self.threads = plan, threads
@@ -83,55 +83,72 @@ class Extractor:
         """What it computes on; versions of packages are read from their files, which takes a while."""
         return machine(self.plan.settings)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Extract one shard, given as a row of `Shard` fields, or what `decode_shard` made of it."""
+    def __call__(self, row: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        """Forward one shard, given as a row of `Shard` fields, or what `decode_shard` made of it.
+
+        What is returned writes its parts and gives its receipt; the next shard may be forwarded meanwhile.
+        """
         shard = Shard(**{field.name: row[field.name] for field in fields(Shard)})
         decoded = Decoded(row["pixels"], *json.loads(row[OTHERS])) if OTHERS in row else None
         with attempts.begun(shard.part, "extracting") as attempt:
-            return self._extract(shard, decoded, attempt)
+            write = self._extract(shard, decoded, attempt)
+            if attempt.number == 0:
+                return write
+            receipt = write()  # if that ends the process again, it is this shard and no other
+        return lambda: receipt
 
-    def _extract(self, shard: Shard, decoded: Decoded | None, attempt: Attempt) -> dict[str, Any]:
+    def _extract(
+        self, shard: Shard, decoded: Decoded | None, attempt: Attempt
+    ) -> Callable[[], dict[str, Any]]:
         classifier, settings = self.classifier, self.plan.settings  # loaded before the clock starts
-        started, clock = time.time(), time.perf_counter()
+        torch.set_num_threads(self.threads)  # counted by thread, and each call may come in another
+        started = time.time()
         batches = decoded.batches(settings.batch_size) if decoded else self._decode(shard, attempt)
-        beside = shard.extras.split()
-        specs = [self.plan.extras[name] for name in beside if name != shards.DIGESTS]
+        specs = [self.plan.extras[name] for name in shard.extras.split() if name != shards.DIGESTS]
         others = Others(classifier, specs)
-        errors, forwarded = 0, 0
+        part, errors, forwarded = None, 0, 0
         if shard.featured:
             keys = _keys_of(shard)
             others.follow(batches, keys, settings, attempt)
-            if shards.DIGESTS in beside:
-                others.write_digests(shard, keys)
         else:
             features, found, forwarded = extract_rows(classifier, batches, settings, attempt, others)
             keys, errors = features[KEY].to_pylist(), len(found)
-            others.write_digests(shard, keys)  # first: where features are, there are digests
             part = features.replace_schema_metadata({shards.ERRORS: json.dumps(found)})
+        rows, seconds = shard.stop - shard.start, time.time() - started
+        _log.info("%s: %d images, %d errors, %.2f s", shard.part, rows, errors, seconds)
+        receipt = {
+            "dataset": shard.dataset,
+            "rows": rows,
+            "errors": errors,
+            "forwarded": forwarded,
+            "extra_forwarded": json.dumps(others.forwarded),
+            "started": started,
+        }
+        return partial(self._write, shard, part, others, keys, receipt)
+
+    def _write(
+        self, shard: Shard, part: pa.Table | None, others: Others, keys: list[str], receipt: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write what was computed of a shard; its receipt, now that it is complete."""
+        rows, digest = len(keys), shards.digest(keys)
+        if part is not None or shards.DIGESTS in shard.extras.split():
+            path = shards.beside(files.at(shard.part), shards.DIGESTS)  # first: where features are, these are
+            write_part(path, tables.written(others.table_of_digests(keys)), rows=rows, keys=digest)
+        if part is not None:
             write_part(
                 files.at(shard.part),
                 tables.written(part),
                 start=shard.start,
                 stop=shard.stop,
-                rows=len(keys),
-                errors=errors,
-                keys=shards.digest(keys),
+                rows=rows,
+                errors=receipt["errors"],
+                keys=digest,
                 machine=self.machine,
             )
         for column, values in others.columns(keys):
             path = shards.beside(files.at(shard.part), column)
-            write_part(path, tables.written(values), rows=len(keys), keys=shards.digest(keys))
-        seconds = time.perf_counter() - clock
-        _log.info("%s: %d images, %d errors, %.2f s", shard.part, shard.stop - shard.start, errors, seconds)
-        return {
-            "dataset": shard.dataset,
-            "rows": shard.stop - shard.start,
-            "errors": errors,
-            "forwarded": forwarded,
-            "extra_forwarded": json.dumps(others.forwarded),
-            "started": started,
-            "seconds": seconds,
-        }
+            write_part(path, tables.written(values), rows=rows, keys=digest)
+        return receipt | {"seconds": time.time() - receipt["started"]}
 
     def _decode(self, shard: Shard, attempt: Attempt = FIRST) -> Iterator[Decoded]:
         table, size = shard.images(), self.plan.settings.batch_size
@@ -215,11 +232,9 @@ class Others:
                 "image back, or run with --fresh."
             )
 
-    def write_digests(self, shard: Shard, keys: list[str]) -> None:
-        """Write the digests of the images of a shard."""
-        columns = {KEY: pa.array(keys, pa.string()), DIGEST: pa.array(self.digests, pa.binary(16))}
-        path = shards.beside(files.at(shard.part), shards.DIGESTS)
-        write_part(path, tables.written(pa.table(columns)), rows=len(keys), keys=shards.digest(keys))
+    def table_of_digests(self, keys: list[str]) -> pa.Table:
+        """The digests of the images."""
+        return pa.table({KEY: pa.array(keys, pa.string()), DIGEST: pa.array(self.digests, pa.binary(16))})
 
     def columns(self, keys: list[str]) -> Iterator[tuple[str, pa.Table]]:
         """Name and table of each."""

@@ -61,7 +61,7 @@ def rows_of(
 def write_all(job: shards.Job, plan: shards.Plan) -> None:
     extractor = extract.Extractor(plan, 1)
     for shard in shards.missing(job, plan):
-        extractor(asdict(shard))
+        extractor(asdict(shard))()
 
 
 def test_features_are_those_of_a_plain_forward_pass(job, plan, classifier, images) -> None:
@@ -155,6 +155,17 @@ def test_a_batch_that_kills_its_process_again_and_again_is_named(job, plan, monk
     ]
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_part_may_wait_for_the_next_shard_but_not_where_a_process_was_lost(job, plan, lost) -> None:
+    """What ends that process again is then known to be this shard."""
+    shard = shards.cut(job, 90)[1]
+    with attempts.replacing(lost):
+        finish = extract.Extractor(plan, 1)(asdict(shard))
+    assert Path(shard.part).is_file() == lost
+    assert (finish()["rows"], finish()["forwarded"]) == (90, 90)
+    assert list(job.artifact.done()) == [Path(shard.part).name]
+
+
 def test_a_dataset_is_complete_only_when_every_row_is_accounted_for(job, plan) -> None:
     write_all(job, plan)
     assert not job.complete
@@ -172,7 +183,7 @@ def test_a_worker_looks_once_what_it_computes_on(job, plan, monkeypatch) -> None
     monkeypatch.setattr(extract, "version", lambda name: asked.append(name) or "1")
     worker = extract.Extractor(plan, 1)
     for shard in shards.cut(job, 90):
-        worker(asdict(shard))
+        worker(asdict(shard))()
     assert asked == ["torch", "pillow"]
 
 
@@ -583,7 +594,7 @@ def test_an_interrupted_extra_goes_on_where_it_was(job, plan) -> None:
     assert (shard.start, bool(shard.featured), shard.extras) == (180, True, MOVED.column)
     with pytest.raises(RuntimeError, match="not those of the features"):
         shards.finish_extra(job, MOVED)
-    assert extract.Extractor(plan, 1)(asdict(shard))["forwarded"] == 0
+    assert extract.Extractor(plan, 1)(asdict(shard))()["forwarded"] == 0
     shards.finish_extra(job, MOVED)
     assert job.complete
 
