@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,12 @@ class Gpu:
     def __init__(self, rate: float) -> None:
         self.rate = rate
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A receipt of a shard."""
+    def __call__(self, row: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        """What gives the receipt of a shard."""
         started = time.time()
         time.sleep(row["rows"] / self.rate)
-        return {"started": started, "ended": time.time()}
+        receipt = {"started": started, "ended": time.time()}
+        return lambda: receipt
 
 
 def decode(row: dict[str, Any], rate: float) -> dict[str, Any]:

@@ -33,8 +33,11 @@ Needs = Mapping[str, float]
 Row = dict[str, Any]
 Decode = tuple[Callable[..., Row], tuple[Any, ...], int]
 """A function of a row that gives more columns of it, its further arguments, and the bytes it may hold."""
-Work = tuple[Callable[..., Callable[[Row], Row]], tuple[Any, ...]]
-"""A class whose objects make a receipt of a row, and its arguments."""
+Work = tuple[Callable[..., Callable[[Row], Callable[[], Row]]], tuple[Any, ...]]
+"""A class whose objects work on a row and return what finishes it and gives its receipt; and its arguments.
+
+They work on one row at a time, but on the next one, in another thread, while one is finished.
+"""
 Pending = Callable[[], Any]
 """Waits for the result of a call that is under way."""
 
@@ -141,7 +144,7 @@ class Engine(Protocol):
             rows: what is to be done, each on its own; few: they are held by the driver.
             decode: function of a row, and its further arguments, that gives more columns; it runs in tasks
                 of its own, no faster than the workers take them. None where the workers need nothing.
-            worker: class of a callable that makes a receipt of a row, and its arguments.
+            worker: see `Work`.
             needs: of each worker.
             count: how many workers.
 

@@ -200,7 +200,7 @@ class Inline:
         def work(row: Row) -> Row:
             more = {} if decode is None else decode[0](row, *decode[1])
             with _borrowed(free) as target:
-                return target({**row, **more})  # type: ignore[no-any-return]
+                return target({**row, **more})()  # type: ignore[no-any-return]
 
         return self.in_order(work, ((row,) for row in rows))
 

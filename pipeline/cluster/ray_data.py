@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import Lock
 from typing import Any
 
 import ray
+from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.cluster import usage
 from pipeline.cluster.engine import Decode, Needs, Row, Work
@@ -42,15 +45,20 @@ def stream(
         data = data.map(_decoded, fn_kwargs=given, num_cpus=1, memory=decode[2] or None)
     kind, arguments = worker
     own = {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU", "memory")}
-    receipts = data.map(
-        type(kind.__name__, (Worker,), {}),  # the name that Ray shows
-        fn_constructor_kwargs={"kind": kind, "given": arguments, "logs": logs},
-        compute=ray.data.ActorPoolStrategy(size=count),
-        num_cpus=needs["CPU"],
-        num_gpus=needs["GPU"] or None,
-        memory=needs.get("memory"),
-        resources=own or None,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # the oldest Ray knows no newer name
+        receipts = data.map(
+            type(kind.__name__, (Worker,), {}),  # the name that Ray shows
+            fn_constructor_kwargs={"kind": kind, "given": arguments, "logs": logs},
+            compute=ray.data.ActorPoolStrategy(
+                size=count, max_tasks_in_flight_per_actor=2, enable_true_multi_threading=True
+            ),
+            max_concurrency=2,  # a row is worked on while the one before it is finished
+            num_cpus=needs["CPU"],
+            num_gpus=needs["GPU"] or None,
+            memory=needs.get("memory"),
+            resources=own or None,
+        )
     for row in receipts.iter_rows():
         if row[FAILURE]:
             raise UserError(row[FAILURE])
@@ -60,17 +68,23 @@ def stream(
 
 
 class Worker:
-    """Model actor around an object that makes receipts."""
+    """Model actor around an object that works on rows: on one, while the one before it is finished."""
 
-    def __init__(self, kind: Callable[..., Callable[[Row], Row]], given: Any, logs: Logs | None) -> None:
-        self.work, self.logs = kind(*given), logs
+    def __init__(self, kind: Callable[..., Any], given: Any, logs: Logs | None) -> None:
+        self.work, self.logs, self.alone = kind(*given), logs, Lock()
 
     def __call__(self, row: Row) -> Row:
         """Receipt of a row, or of what went wrong before."""
         before = row.get(COSTS, [])
         if row.get(FAILURE):
             return {COSTS: before, FAILURE: row[FAILURE]}
-        return _receipt(lambda: self.work(row), self.logs, before)
+        with self.alone:
+            begun = _receipt(lambda: {"finish": self.work(row)}, self.logs, before)
+        finish = begun.pop("finish", dict)
+        try:
+            return {**finish(), **begun}
+        except UserError as error:
+            return {**begun, FAILURE: str(error)}
 
 
 def _decoded(row: Row, decode: Decode, logs: Logs | None) -> Row:

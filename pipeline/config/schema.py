@@ -164,6 +164,11 @@ class Extract(Frozen):
     """The forward pass."""
 
     batch_size: int = Field(default=256, ge=1, le=1_000_000)
+    extras_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        default="auto",
+        description="images at once in extra passes, such as those with gradients, which take several times "
+        "the memory of the forward pass; no more than batch_size, which is auto",
+    )
     shard_rows: Literal["auto"] | Annotated[int, Field(ge=1, le=100_000_000)] = Field(
         default="auto",
         description="images per output file, the unit of resume; auto = 2048, less where pixels are many",
@@ -205,6 +210,12 @@ class Extract(Frozen):
     max_bad_fraction: float = Field(
         default=0.01, ge=0, le=1, description="share of unreadable images above which the run fails"
     )
+
+    @property
+    def extras_size(self) -> int:
+        """Images at once in a pass for an extra column."""
+        asked = self.batch_size if self.extras_batch_size == "auto" else self.extras_batch_size
+        return min(asked, self.batch_size)
 
     @property
     def max_image_bytes(self) -> int:

@@ -6,11 +6,11 @@ Whatever builds it, from here on a classifier is pixels in, penultimate feature,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.network import heads, sources, taps
 from pipeline.network.description import WRONG_SIZE, Description, Layout, Taps
 
+K = TypeVar("K")
 Traced = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Penultimate feature (N, D), logits (N, C), and FeatureNorm (N,) by block."""
 
@@ -49,27 +50,49 @@ class Classifier(Description):
     compiled: Callable[[Tensor], Traced] | None = None
     """The traced network through `torch.compile`; None if it is not compiled."""
 
-    def images(self, pixels: Pixels) -> Tensor:
-        """Normalise (N, H, W, channels) uint8 to (N, channels, H, W) float32 on the device."""
-        tensor = torch.from_numpy(pixels.copy()).to(self.device)  # a view's strides give other bits
+    def images(self, pixels: Pixels, size: int | None = None) -> Tensor:
+        """Normalise (N, H, W, channels) uint8 to (`size` or N, channels, H, W) float32 on the device.
+
+        The last image stands in for missing ones: see `columns.padded`.
+        """
+        shape = size or len(pixels), *pixels.shape[1:]
+        copy = torch.empty(shape, dtype=torch.uint8, pin_memory=self._on_gpu)  # a view's strides: other bits
+        rows = copy.numpy()
+        rows[: len(pixels)], rows[len(pixels) :] = pixels, pixels[-1]
+        tensor = copy.to(self.device, non_blocking=True)
         return self.normalise(tensor.permute(0, 3, 1, 2).float().div_(255))
+
+    @property
+    def _on_gpu(self) -> bool:
+        """Whether what is copied to the device is to lie in pinned memory: nobody then waits for the copy."""
+        return self.device == "cuda"
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Apply the transform's mean and std to (N, channels, H, W) float32 in [0, 1], in place."""
-        shape = (1, -1, 1, 1)
-        mean = torch.tensor(self.transform.mean, device=self.device).view(shape)
-        std = torch.tensor(self.transform.std, device=self.device).view(shape)
+        mean, std = (
+            torch.tensor(values, pin_memory=self._on_gpu).to(self.device, non_blocking=True).view(1, -1, 1, 1)
+            for values in (self.transform.mean, self.transform.std)
+        )
         return pixels.sub_(mean).div_(std)
 
     def forward(self, pixels: Pixels, blocks: bool = True) -> dict[str, NDArray[np.float32]]:
         """Feature (N, D), logits (N, C) and, if there are blocks and `blocks` is set, FeatureNorm (N, B)."""
-        with fitting(len(pixels)):
-            return self.forward_images(self.images(pixels), blocks)
+        return self.begin(pixels, len(pixels), blocks)()
+
+    def begin(
+        self, pixels: Pixels, size: int, blocks: bool = True
+    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
+        """Begin the same for images brought to `size`; what is returned waits for it and gives the arrays."""
+        with fitting(size):
+            return self._begin(self.images(pixels, size), blocks)
 
     def forward_images(self, images: Tensor, blocks: bool = True) -> dict[str, NDArray[np.float32]]:
-        """The same for normalised images (N, channels, H, W)."""
+        """The same as `forward` for normalised images (N, channels, H, W)."""
+        return self._begin(images, blocks)()
+
+    def _begin(self, images: Tensor, blocks: bool) -> Callable[[], dict[str, NDArray[np.float32]]]:
         with fitting(len(images)), torch.inference_mode():
-            return {name: each.cpu().numpy() for name, each in self.columns(images, blocks).items()}
+            return fetching(self.columns(images, blocks))
 
     def columns(self, images: Tensor, blocks: bool = True) -> dict[str, Tensor]:
         """The same as float32 tensors, where they were computed."""
@@ -289,9 +312,32 @@ def _while(working: list[bool], hook: Any) -> Any:
     return call
 
 
+def fetching(tensors: Mapping[K, Tensor]) -> Callable[[], dict[K, NDArray[np.float32]]]:
+    """Begin to copy tensors to the host; what is returned waits for them and gives the arrays.
+
+    It does not wait for what the GPU is asked to do afterwards.
+    """
+    copies = {name: each.to("cpu", non_blocking=True) for name, each in tensors.items()}
+    done = None
+    if any(each.is_cuda for each in tensors.values()):
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+
+    def fetch() -> dict[K, NDArray[np.float32]]:
+        if done is not None:
+            done.synchronize()
+        return {name: each.numpy() for name, each in copies.items()}
+
+    return fetch
+
+
 @contextmanager
-def fitting(images: int) -> Iterator[None]:
+def fitting(images: int, key: str = "extract.batch_size") -> Iterator[None]:
     """In the block, a GPU without room for a batch of so many images is a mistake in the config.
+
+    Args:
+        images: how many.
+        key: of the config, that says so.
 
     Raises:
         UserError: instead of `torch.OutOfMemoryError`.
@@ -301,7 +347,7 @@ def fitting(images: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(" Including")[0].rstrip(".;")
         raise UserError(
-            f"extract.batch_size: {images} images do not fit into the memory of the GPU ({reason}). "
+            f"{key}: {images} images do not fit into the memory of the GPU ({reason}). "
             "Lower it; where actors share a GPU, raise extract.gpus_per_actor."
         ) from None
 

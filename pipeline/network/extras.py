@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.columns import Pixels
+from pipeline.columns import Pixels, padded
+from pipeline.config import schema
 from pipeline.detectors.base import Dropped, Extra, ParameterGradient, Perturbed, Pooled, RankReduced
 from pipeline.errors import UserError, unknown
 from pipeline.network import channels, gradients, taps
@@ -47,9 +48,26 @@ def measure(classifier: Classifier, spec: Extra, pixels: Pixels, keys: Sequence[
     Returns:
         (N, width) float32.
     """
-    with fitting(len(pixels)), torch.no_grad():
+    key = "extract.batch_size" if spec.tapped else "extract.extras_batch_size"
+    with fitting(len(pixels), key), torch.no_grad():
         found = _KINDS[type(spec)](classifier, spec, classifier.images(pixels), keys)
     return found.float().cpu().numpy()
+
+
+def column(
+    classifier: Classifier, spec: Extra, pixels: Pixels, keys: Sequence[str], settings: schema.Extract
+) -> NDArray[np.float32]:
+    """The same for any number of images, in batches of the configured size, the last one padded.
+
+    What a forward pass brings along has batches of its size: it has the same bits without that pass.
+    """
+    size = settings.batch_size if spec.tapped else settings.extras_size
+    found = []
+    for start in range(0, len(pixels), size):
+        some, own = pixels[start : start + size], list(keys[start : start + size])
+        whole = padded(some, size), own + own[-1:] * (size - len(own))
+        found.append(measure(classifier, spec, *whole)[: len(own)])
+    return np.concatenate(found)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """The single forward pass: every image once through the classifier, one feature row or one error each.
 
 The actor that takes a shard writes its part under a temporary name and renames it, so a retry overwrites and
-a resumed run does only the shards whose part is missing. Extra columns are computed in the same visit, or in
-one of their own if the features are there already; they have parts of their own with the rows of the
-features, in a folder inside that of the features.
+a resumed run does only the shards whose part is missing. While it writes one, it forwards the next. Extra
+columns are computed in the same visit, or in one of their own if the features are there already; they have
+parts of their own with the rows of the features, in a folder inside that of the features.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import json
 import logging
 import platform
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from threading import Lock
 from typing import Any
@@ -32,13 +32,13 @@ from torch import nn
 from pipeline.cluster import attempts
 from pipeline.cluster.attempts import FIRST, Attempt
 from pipeline.cluster.engine import Engine
-from pipeline.columns import BLOCK_NORM, DIGEST, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
+from pipeline.columns import BLOCK_NORM, DIGEST, FEATURE, KEY, LABEL, LOGITS, PREDICTION, Mask
 from pipeline.config import schema
 from pipeline.data.fetch import fetch
 from pipeline.detectors.base import Extra
 from pipeline.errors import UserError
 from pipeline.network import extras
-from pipeline.network.classifier import Classifier, load, make_reproducible
+from pipeline.network.classifier import Classifier, fetching, load, make_reproducible
 from pipeline.network.description import same_network
 from pipeline.stages import decoding, shards
 from pipeline.stages.decoding import ACCEPTED, OTHERS, Decoded, decode_rows, decode_shard
@@ -46,6 +46,9 @@ from pipeline.stages.identity import device
 from pipeline.stages.shards import Job, Plan, Shard
 from pipeline.workspace import files, tables
 from pipeline.workspace.artifacts import Damaged, write_part
+
+Forwarded = tuple[Decoded, dict[str, NDArray[np.float32]], dict[Extra, NDArray[np.float32]]]
+"""A batch, and what its forward pass gives: columns of the features by name, and extras that come along."""
 
 _log = logging.getLogger(__name__)
 _loading = Lock()
@@ -65,7 +68,7 @@ def machine(settings: schema.Extract) -> str:
 
 
 class Extractor:
-    """Model worker: takes shards, writes parts, returns receipts."""
+    """Model worker: takes shards, writes parts, gives receipts."""
 
     def __init__(self, plan: Plan, threads: int) -> None:
         self.plan, self.threads = plan, threads
@@ -80,56 +83,72 @@ class Extractor:
         """What it computes on; versions of packages are read from their files, which takes a while."""
         return machine(self.plan.settings)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Extract one shard, given as a row of `Shard` fields, or what `decode_shard` made of it."""
+    def __call__(self, row: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        """Forward one shard, given as a row of `Shard` fields, or what `decode_shard` made of it.
+
+        What is returned writes its parts and gives its receipt; the next shard may be forwarded meanwhile.
+        """
         shard = Shard(**{field.name: row[field.name] for field in fields(Shard)})
         decoded = Decoded(row["pixels"], *json.loads(row[OTHERS])) if OTHERS in row else None
         with attempts.begun(shard.part, "extracting") as attempt:
-            return self._extract(shard, decoded, attempt)
+            write = self._extract(shard, decoded, attempt)
+            if attempt.number == 0:
+                return write
+            receipt = write()  # if that ends the process again, it is this shard and no other
+        return lambda: receipt
 
-    def _extract(self, shard: Shard, decoded: Decoded | None, attempt: Attempt) -> dict[str, Any]:
-        started, clock = time.time(), time.perf_counter()
-        batches = decoded.batches(self.plan.settings.batch_size) if decoded else self._decode(shard, attempt)
-        beside = shard.extras.split()
-        specs = [self.plan.extras[name] for name in beside if name != shards.DIGESTS]
-        others = Others(self.classifier, specs)
-        errors, forwarded = 0, 0
+    def _extract(
+        self, shard: Shard, decoded: Decoded | None, attempt: Attempt
+    ) -> Callable[[], dict[str, Any]]:
+        classifier, settings = self.classifier, self.plan.settings  # loaded before the clock starts
+        torch.set_num_threads(self.threads)  # counted by thread, and each call may come in another
+        started = time.time()
+        batches = decoded.batches(settings.batch_size) if decoded else self._decode(shard, attempt)
+        specs = [self.plan.extras[name] for name in shard.extras.split() if name != shards.DIGESTS]
+        others = Others(classifier, specs)
+        part, errors, forwarded = None, 0, 0
         if shard.featured:
             keys = _keys_of(shard)
-            others.follow(batches, keys, self.plan.settings.batch_size, attempt)
-            if shards.DIGESTS in beside:
-                others.write_digests(shard, keys)
+            others.follow(batches, keys, settings, attempt)
         else:
-            features, found, forwarded = extract_rows(
-                self.classifier, batches, self.plan.settings, attempt, others
-            )
+            features, found, forwarded = extract_rows(classifier, batches, settings, attempt, others)
             keys, errors = features[KEY].to_pylist(), len(found)
-            others.write_digests(shard, keys)  # first: where features are, there are digests
             part = features.replace_schema_metadata({shards.ERRORS: json.dumps(found)})
+        rows, seconds = shard.stop - shard.start, time.time() - started
+        _log.info("%s: %d images, %d errors, %.2f s", shard.part, rows, errors, seconds)
+        receipt = {
+            "dataset": shard.dataset,
+            "rows": rows,
+            "errors": errors,
+            "forwarded": forwarded,
+            "extra_forwarded": json.dumps(others.forwarded),
+            "started": started,
+        }
+        return partial(self._write, shard, part, others, keys, receipt)
+
+    def _write(
+        self, shard: Shard, part: pa.Table | None, others: Others, keys: list[str], receipt: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write what was computed of a shard; its receipt, now that it is complete."""
+        rows, digest = len(keys), shards.digest(keys)
+        if part is not None or shards.DIGESTS in shard.extras.split():
+            path = shards.beside(files.at(shard.part), shards.DIGESTS)  # first: where features are, these are
+            write_part(path, tables.written(others.table_of_digests(keys)), rows=rows, keys=digest)
+        if part is not None:
             write_part(
                 files.at(shard.part),
                 tables.written(part),
                 start=shard.start,
                 stop=shard.stop,
-                rows=len(keys),
-                errors=errors,
-                keys=shards.digest(keys),
+                rows=rows,
+                errors=receipt["errors"],
+                keys=digest,
                 machine=self.machine,
             )
         for column, values in others.columns(keys):
             path = shards.beside(files.at(shard.part), column)
-            write_part(path, tables.written(values), rows=len(keys), keys=shards.digest(keys))
-        seconds = time.perf_counter() - clock
-        _log.info("%s: %d images, %d errors, %.2f s", shard.part, shard.stop - shard.start, errors, seconds)
-        return {
-            "dataset": shard.dataset,
-            "rows": shard.stop - shard.start,
-            "errors": errors,
-            "forwarded": forwarded,
-            "extra_forwarded": json.dumps(others.forwarded),
-            "started": started,
-            "seconds": seconds,
-        }
+            write_part(path, tables.written(values), rows=rows, keys=digest)
+        return receipt | {"seconds": time.time() - receipt["started"]}
 
     def _decode(self, shard: Shard, attempt: Attempt = FIRST) -> Iterator[Decoded]:
         table, size = shard.images(), self.plan.settings.batch_size
@@ -165,7 +184,9 @@ class Others:
         self.digests: list[bytes] = []
         """Of the bytes of the images."""
 
-    def add(self, batch: Decoded, kept: NDArray[np.bool_], size: int, found: Mapping[Extra, Any]) -> None:
+    def add(
+        self, batch: Decoded, kept: Mask, settings: schema.Extract, found: Mapping[Extra, NDArray[np.float32]]
+    ) -> None:
         """Compute what a batch was not `found` to have by its forward pass, and keep some rows of all."""
         if not kept.any():
             return
@@ -173,22 +194,24 @@ class Others:
         self.digests += [
             bytes.fromhex(row[DIGEST]) for row, keep in zip(batch.rows, kept, strict=True) if keep
         ]
-        keys = [batch.rows[min(row, count - 1)][KEY] for row in range(size)]
+        keys = [row[KEY] for row in batch.rows]
         for spec in self.specs:
             if spec in found:
-                values = found[spec].cpu().numpy()
+                values = found[spec][:count]
             else:
-                values = extras.measure(self.classifier, spec, padded(batch.pixels, size), keys)
+                values = extras.column(self.classifier, spec, batch.pixels, keys, settings)
                 self.forwarded[spec.kind] += spec.forwards * count
-            wrong = ~np.isfinite(values[:count]).all(axis=1) & kept
+            wrong = ~np.isfinite(values).all(axis=1) & kept
             if wrong.any():
                 raise UserError(
                     f"{keys[int(wrong.argmax())]}: {spec.kind} is not finite. Remove the image, or drop the "
                     f"detector that needs it ({spec.needs})."
                 )
-            self.parts[spec].append(values[:count][kept])
+            self.parts[spec].append(values[kept])
 
-    def follow(self, batches: Iterable[Decoded], keys: list[str], size: int, attempt: Attempt) -> None:
+    def follow(
+        self, batches: Iterable[Decoded], keys: list[str], settings: schema.Extract, attempt: Attempt
+    ) -> None:
         """Compute them for the rows that have features.
 
         Raises:
@@ -199,7 +222,7 @@ class Others:
             own = [row[KEY] for row in batch.rows]
             attempt.at(own)
             kept = np.array([key in known for key in own], dtype=bool)
-            self.add(batch, kept, size, {})
+            self.add(batch, kept, settings, {})
             seen += [key for key in own if key in known]
         if seen != keys:
             read = set(seen)
@@ -209,11 +232,9 @@ class Others:
                 "image back, or run with --fresh."
             )
 
-    def write_digests(self, shard: Shard, keys: list[str]) -> None:
-        """Write the digests of the images of a shard."""
-        columns = {KEY: pa.array(keys, pa.string()), DIGEST: pa.array(self.digests, pa.binary(16))}
-        path = shards.beside(files.at(shard.part), shards.DIGESTS)
-        write_part(path, tables.written(pa.table(columns)), rows=len(keys), keys=shards.digest(keys))
+    def table_of_digests(self, keys: list[str]) -> pa.Table:
+        """The digests of the images."""
+        return pa.table({KEY: pa.array(keys, pa.string()), DIGEST: pa.array(self.digests, pa.binary(16))})
 
     def columns(self, keys: list[str]) -> Iterator[tuple[str, pa.Table]]:
         """Name and table of each."""
@@ -278,13 +299,11 @@ def extract_rows(
     columns: dict[str, list[NDArray[Any]]] = {}
     errors: list[list[str]] = []
     forwarded = 0
-    for batch in batches:
+    specs = others.specs if others else ()
+    for batch, forward, found in _forwarded(classifier, batches, settings.batch_size, attempt, specs):
         errors += batch.errors
         if not batch.rows:
             continue
-        attempt.at([row[KEY] for row in batch.rows])
-        with extras.beside(classifier, others.specs if others else ()) as found:
-            forward = classifier.forward(padded(batch.pixels, settings.batch_size))
         output = {name: values[: len(batch.rows)] for name, values in forward.items()}
         output[FEATURE] = output[FEATURE].astype(settings.feature_dtype)
         forwarded += len(batch.rows)
@@ -296,8 +315,40 @@ def extract_rows(
         for name, values in {KEY: keys, LABEL: labels, PREDICTION: prediction, **output}.items():
             columns.setdefault(name, []).append(values[finite])
         if others:
-            others.add(batch, finite, settings.batch_size, found)
+            others.add(batch, finite, settings, found)
     return _feature_table(classifier, columns, settings), errors, forwarded
+
+
+def _forwarded(
+    classifier: Classifier, batches: Iterable[Decoded], size: int, attempt: Attempt, specs: Sequence[Extra]
+) -> Iterator[Forwarded]:
+    """Batches in their order with what one forward pass gives for each.
+
+    A GPU has the next batch before the results of one are looked at, so that it does not wait for that.
+    """
+    ahead = 1 if classifier.device == "cuda" else 0
+    begun: deque[tuple[Decoded, Callable[[], Forwarded]]] = deque()
+    for batch in batches:
+        if batch.rows:
+            under_way = *(earlier for earlier, _ in begun), batch
+            attempt.at([row[KEY] for each in under_way for row in each.rows])
+        begun.append((batch, _begin(classifier, batch, size, specs)))
+        if len(begun) > ahead:
+            yield begun.popleft()[1]()
+    for _, finish in begun:
+        yield finish()
+
+
+def _begin(
+    classifier: Classifier, batch: Decoded, size: int, specs: Sequence[Extra]
+) -> Callable[[], Forwarded]:
+    """Begin the forward pass of a batch; what is returned waits for it."""
+    if not batch.rows:
+        return lambda: (batch, {}, {})
+    with extras.beside(classifier, specs) as found:
+        forward = classifier.begin(batch.pixels, size)
+    brought = fetching(found)
+    return lambda: (batch, forward(), brought())
 
 
 def label_of(row: dict[str, Any], prediction: int) -> int:

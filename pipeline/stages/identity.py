@@ -24,8 +24,15 @@ def identity(network: Description, manifest: Manifest, settings: schema.Extract)
             **settings.model_dump(include={"batch_size", "precision", "channels_last", "compile"}),
             "feature_dtype": settings.feature_dtype,
             "device": device(settings.device, settings.gpus_per_actor),
+            **extra_numerics(settings),
         },
     }
+
+
+def extra_numerics(settings: schema.Extract) -> dict[str, Any]:
+    """What columns beside the features depend on in addition: a batch size, if they have one of their own."""
+    size = settings.extras_size
+    return {} if size == settings.batch_size else {"extras_batch_size": size}
 
 
 def described(network: Description) -> dict[str, Any]:

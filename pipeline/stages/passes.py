@@ -35,7 +35,7 @@ Index = NDArray[np.int64]
 
 
 BATCHES = 16
-"""Batches of images behind mean maps in one call."""
+"""Most batches in one call; while the network works on one of them, the next is decoded."""
 MAPS = 32
 """Most mean maps that a worker holds; one takes up to 3 MiB in float32 and twice that as a sum."""
 
@@ -173,9 +173,8 @@ class Worker:
         """
         found = []
         for pixels, kept in self._batches(source, rows):
-            whole = padded(pixels, self.size)
-            keys = padded(source.take(kept)[KEY].to_numpy(), self.size).tolist()
-            values = extras.measure(self.classifier, extra, whole, keys)[: len(pixels)]
+            keys = source.take(kept)[KEY].to_pylist()
+            values = extras.column(self.classifier, extra, pixels, keys, self.plan.settings)
             feature = self._forward(pixels, blocks=False)[FEATURE]
             stored = feature.astype(self.plan.settings.feature_dtype).astype(np.float64)
             finite = np.isfinite(stored).all(axis=1) & np.isfinite(values).all(axis=1)
@@ -212,15 +211,22 @@ class Runner:
         if self.workers is not None:
             self.workers.stop()
 
+    @cached_property
+    def _needs(self) -> dict[str, float]:
+        return extract.decoder_needs(self.engine, self.plan)
+
+    @cached_property
+    def _count(self) -> int:
+        """How many workers there are."""
+        room = self.engine.capacity(self._needs, "extract")
+        return min(extract.actor_count(self.engine, self.plan), room)
+
     def _pool(self) -> Pool:
         if self.workers is None:
-            needs = extract.decoder_needs(self.engine, self.plan)
-            room = self.engine.capacity(needs, "extract")
-            count = min(extract.actor_count(self.engine, self.plan), room)
             # Nothing else of the run works meanwhile, so that the CPUs of its decoding tasks are free.
-            decoders = int(self.engine.cpus() // count) if self.plan.separate else 1
-            given = self.plan, self.engine.threads(needs), max(1, min(decoders, DECODERS))
-            self.workers = self.engine.pool(Worker, needs, count, *given)
+            decoders = int(self.engine.cpus() // self._count) if self.plan.separate else 1
+            given = self.plan, self.engine.threads(self._needs), max(1, min(decoders, DECODERS))
+            self.workers = self.engine.pool(Worker, self._needs, self._count, *given)
         return self.workers
 
     def each(self, call: str, arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
@@ -228,8 +234,10 @@ class Runner:
         return self._pool().each(call, arguments)
 
     def pieces(self, rows: Index) -> list[Index]:
-        """Rows in pieces of one batch."""
+        """Rows in pieces of whole batches: one for each worker, or more if they would be large."""
         size = self.plan.settings.batch_size
+        batches = -(-len(rows) // size)
+        size *= max(1, min(-(-batches // self._count), BATCHES))
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def sample(self, spec: Pass, samples: int, source: Manifest | None = None) -> Index:

@@ -174,7 +174,8 @@ def prepare(path: str, data: str, out: str, options: Options, stage: Stage = SIL
     _check_alarms(options, calibrated)
     made_of: dict[str, Any] = {"bundle": known.content, "detectors": known.labels}
     made_of |= {"false_alarm": calibrated and calibrated.settings.false_alarm[0], "fdr": options.fdr}
-    made_of |= {"numerics": known.extract.model_dump(mode="json", include=_NUMERICS)}
+    numerics = known.extract.model_dump(mode="json", include=_NUMERICS)
+    made_of |= {"numerics": numerics | identity.extra_numerics(known.extract)}
     output = Output(out)
     output.require_free(made_of)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", storage.name_of(data.rstrip("/"))).strip("-._")[:100] or "images"

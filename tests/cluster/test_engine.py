@@ -28,6 +28,7 @@ from tests.cluster.work import (
     Counter,
     Deadly,
     Halver,
+    Relay,
     asked_by_the_second,
     asked_for,
     asked_here,
@@ -247,8 +248,16 @@ def test_rows_go_through_decoding_and_workers_once_each(each: Engine) -> None:
     found = list(each.stream(rows, (decoded, (4,), 2**60), (Halver, (2.0,)), NEEDS, 2))
     assert {row["number"]: row["half"] for row in found} == {number: 2.0 * number for number in range(12)}
     assert len(found) == 12
-    with pytest.raises(UserError, match=r"^number: 99 is too large"):
-        list(each.stream([{"number": 99}], (decoded, (4,), 2**60), (Halver, (2.0,)), NEEDS, 1))
+    for number, message in ((99, "is too large"), (98, "cannot be written")):
+        with pytest.raises(UserError, match=rf"^number: {number} {message}"):
+            list(each.stream([{"number": number}], (decoded, (4,), 2**60), (Halver, (2.0,)), NEEDS, 1))
+
+
+def test_a_worker_has_the_next_row_while_one_is_finished(on_ray: Engine) -> None:
+    rows = [{"number": number, "rows": 5} for number in range(5)]
+    found = list(on_ray.stream(rows, None, (Relay, ()), NEEDS, 1))
+    assert [receipt["alone"] for receipt in found] == [True] * 5
+    assert sum(receipt["overtaken"] for receipt in found) == 4
 
 
 def test_rows_that_need_no_decoding_go_to_workers_in_their_order(engine: Engine) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,44 @@ def asked_by_the_second(number: int, counters: Shared[list[Actor]], died: str) -
 
 
 class Halver:
-    """A model worker: a callable that makes a receipt of a row."""
+    """A model worker: a callable that works on a row and returns what gives its receipt."""
 
     def __init__(self, divisor: float) -> None:
         self.divisor = divisor
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         if row["number"] == 99:
             raise UserError("number: 99 is too large; expected less.")
         total = row["values"].sum() if "values" in row else row["number"]
-        return {"number": row["number"], "half": float(total / self.divisor)}
+
+        def finish() -> dict[str, Any]:
+            if row["number"] == 98:
+                raise UserError("number: 98 cannot be written; expected less.")
+            return {"number": row["number"], "half": float(total / self.divisor)}
+
+        return finish
+
+
+class Relay:
+    """A model worker whose first rows are finished only when the next one is worked on."""
+
+    def __init__(self) -> None:
+        self.seen, self.inside = list[int](), 0
+
+    def __call__(self, row: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        self.inside += 1
+        self.seen.append(row["number"])
+        time.sleep(0.01)
+        alone, place = self.inside == 1, len(self.seen)
+        self.inside -= 1
+
+        def finish() -> dict[str, Any]:
+            until = time.monotonic() + 20
+            while place < row["rows"] and len(self.seen) == place and time.monotonic() < until:
+                time.sleep(0.01)
+            return {"alone": alone, "overtaken": len(self.seen) > place}
+
+        return finish
 
 
 def decoded(row: dict[str, Any], length: int) -> dict[str, Any]:
@@ -113,16 +142,17 @@ class Deadly:
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"number": deadly(row["number"], self.folder)}
+    def __call__(self, row: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        number = deadly(row["number"], self.folder)
+        return lambda: {"number": number}
 
 
 class Chatty:
     """A model worker that prints, logs, and has no room for one number."""
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         sys.stdout.write("counted with love\n")
         logging.getLogger("mine").info("quiet word")
         if row["number"] == 2:
             raise MemoryError("no room for this batch")
-        return row
+        return lambda: row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(
 ) -> None:
     whole, done = extract.Extractor.__call__, list[dict[str, Any]]()
 
-    def stopping(self: extract.Extractor, row: dict[str, Any]) -> dict[str, Any]:
+    def stopping(self: extract.Extractor, row: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         if len(done) == 5:
             raise KeyboardInterrupt
         done.append(row)

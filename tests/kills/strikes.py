@@ -146,6 +146,18 @@ class Display:
     def say(self, text: str) -> None: ...
 
 
+def _watched(function: Callable[..., Any], plan: Plan, stage: str) -> Callable[..., Any]:
+    """The function, counted, and so is what it returns if that has to be called."""
+
+    @functools.wraps(function)
+    def watched(*arguments: Any) -> Any:
+        with at(plan, stage, WORKER):
+            found = function(*arguments)
+        return _watched(found, plan, stage) if callable(found) else found
+
+    return watched
+
+
 @dataclass
 class Engine:
     """An engine whose work is counted wherever it is done."""
@@ -169,14 +181,7 @@ class Engine:
         return self.engine.gang(self._subclass(kind, "load", "search", "distance", "train"), needs, arguments)
 
     def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        plan, stage = self.display.plan, self.display.name
-
-        @functools.wraps(function)
-        def watched(*arguments: Any) -> Any:
-            with at(plan, stage, WORKER):
-                return function(*arguments)
-
-        return watched
+        return _watched(function, self.display.plan, self.display.name)
 
     def _subclass(self, kind: type, *methods: str) -> type:
         """The class with some methods watched."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pipeline import quickstart
 from pipeline.columns import FEATURE, LOGITS
 from pipeline.config import loading
-from pipeline.config.schema import Transform
+from pipeline.config.schema import Extract, Transform
 from pipeline.detectors.base import Dropped, ParameterGradient, Perturbed, Pooled, RankReduced
 from pipeline.detectors.gradnorm import GradNorm
 from pipeline.errors import UserError
@@ -272,6 +272,24 @@ def test_a_row_does_not_depend_on_the_others(pixels, spec):
     other = pixels.copy()
     other[1:] = 255 - other[1:]
     np.testing.assert_array_equal(extras.measure(classifier, spec, other, KEYS)[0], whole[0])
+
+
+def test_extras_have_batches_of_a_size_of_their_own_but_those_that_a_forward_pass_brings(pixels, monkeypatch):
+    classifier, sizes, measure = toy(Maps), list[int](), extras.measure
+    specs = (PERTURBED[0], ParameterGradient(layers=("fc",)), Pooled())
+    expected = [measure(classifier, spec, pixels, KEYS) for spec in specs]
+
+    def counted(*given):
+        assert len(given[2]) == len(given[3])
+        sizes.append(len(given[2]))
+        return measure(*given)
+
+    monkeypatch.setattr(extras, "measure", counted)
+    settings = Extract(batch_size=8, extras_batch_size=4)
+    for spec, values in zip(specs, expected, strict=True):
+        found = extras.column(classifier, spec, pixels, KEYS, settings)
+        np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-5)
+    assert sizes == [4, 4, 4, 4, 8]
 
 
 @pytest.mark.parametrize("spec", PERTURBED, ids=repr)

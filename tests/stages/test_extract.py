@@ -61,7 +61,7 @@ def rows_of(
 def write_all(job: shards.Job, plan: shards.Plan) -> None:
     extractor = extract.Extractor(plan, 1)
     for shard in shards.missing(job, plan):
-        extractor(asdict(shard))
+        extractor(asdict(shard))()
 
 
 def test_features_are_those_of_a_plain_forward_pass(job, plan, classifier, images) -> None:
@@ -132,15 +132,15 @@ def test_of_several_accepted_labels_the_predicted_one_counts_else_the_first(job,
 def test_a_batch_that_kills_its_process_again_and_again_is_named(job, plan, monkeypatch) -> None:
     """Death is an interrupt here, in a process that stands in for a lost one; tests/cluster has real ones."""
     monkeypatch.setattr(attempts, "_replaces", ContextVar("replaces", default=True))
-    forward, seen = Classifier.forward, []
+    begin, seen = Classifier.begin, []
 
     def dying(self: Classifier, *arguments: Any) -> Any:
         seen.append(arguments)
         if len(seen) % 2 == 0:
             raise KeyboardInterrupt
-        return forward(self, *arguments)
+        return begin(self, *arguments)
 
-    monkeypatch.setattr(Classifier, "forward", dying)
+    monkeypatch.setattr(Classifier, "begin", dying)
     shard = asdict(shards.cut(job, 90)[1])
     for _ in range(attempts.LIMIT):
         with pytest.raises(KeyboardInterrupt):
@@ -153,6 +153,17 @@ def test_a_batch_that_kills_its_process_again_and_again_is_named(job, plan, monk
     assert [file.name for file in Path(job.folder).iterdir()] == [
         ".attempts-extracting-part-00001.parquet.json"
     ]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_part_may_wait_for_the_next_shard_but_not_where_a_process_was_lost(job, plan, lost) -> None:
+    """What ends that process again is then known to be this shard."""
+    shard = shards.cut(job, 90)[1]
+    with attempts.replacing(lost):
+        finish = extract.Extractor(plan, 1)(asdict(shard))
+    assert Path(shard.part).is_file() == lost
+    assert (finish()["rows"], finish()["forwarded"]) == (90, 90)
+    assert list(job.artifact.done()) == [Path(shard.part).name]
 
 
 def test_a_dataset_is_complete_only_when_every_row_is_accounted_for(job, plan) -> None:
@@ -172,7 +183,7 @@ def test_a_worker_looks_once_what_it_computes_on(job, plan, monkeypatch) -> None
     monkeypatch.setattr(extract, "version", lambda name: asked.append(name) or "1")
     worker = extract.Extractor(plan, 1)
     for shard in shards.cut(job, 90):
-        worker(asdict(shard))
+        worker(asdict(shard))()
     assert asked == ["torch", "pillow"]
 
 
@@ -231,6 +242,58 @@ def test_a_worker_sets_what_the_bits_of_a_gpu_depend_on(plan, monkeypatch) -> No
     assert not cudnn.deterministic
 
 
+class Ahead:
+    """A classifier that extraction takes for one on a GPU, and what was asked of it in which order."""
+
+    device = "cuda"
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier, self.asked = classifier, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.classifier, name)
+
+    def begin(self, pixels: NDArray[np.uint8], size: int) -> Any:
+        number = sum(one.startswith("begin") for one in self.asked)
+        self.asked.append(f"begin {number}")
+        output = self.classifier.begin(pixels, size)()
+        output[LOGITS] = output[LOGITS].copy()
+        output[LOGITS][number] = np.nan
+
+        def fetch() -> dict[str, NDArray[np.float32]]:
+            self.asked.append(f"fetch {number}")
+            return output
+
+        return fetch
+
+
+def test_a_gpu_has_the_next_batch_before_results_are_looked_at_and_they_are_the_same(
+    job, plan, classifier, tmp_path, monkeypatch
+) -> None:
+    """Also where a batch has no image, others have fewer, and rows are not finite."""
+    some = unreadable(job, tmp_path, 0, 3, 89, *range(128, 192))
+    tables_of, order, noted = [], [], list[Any]()
+    monkeypatch.setattr(attempts.Attempt, "at", lambda _, keys: noted.append(keys))
+    for device in ("cpu", "cuda"):
+        found = Ahead(classifier)
+        found.device = device
+        others = extract.Others(found, [MOVED, POOLED])
+        batches = extract.Extractor(plan, 1)._decode(shards.cut(some, 300)[0])
+        noted.clear()
+        features, errors, forwarded = extract.extract_rows(found, batches, plan.settings, others=others)
+        keys = features["key"].to_pylist()
+        tables_of.append([features, errors, forwarded, others.digests, *dict(others.columns(keys)).values()])
+        order.append((found.asked, [len(keys) for keys in noted]))
+    one, other = tables_of
+    assert len(one[1]) == 67 + 4
+    assert all(first == second for first, second in zip(one, other, strict=True))
+    pairs = [(f"begin {number}", f"fetch {number}") for number in range(4)]
+    assert order[0] == ([each for pair in pairs for each in pair], [62, 63, 64, 44])
+    begun, fetched = zip(*pairs, strict=True)
+    assert order[1][0] == [begun[0], begun[1], fetched[0], fetched[1], begun[2], begun[3], *fetched[2:]]
+    assert order[1][1] == [62, 62 + 63, 64, 64 + 44], "what a GPU is at when its process ends"
+
+
 def short_of_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 8.00 GiB of which "
@@ -239,8 +302,9 @@ def short_of_memory(*_: Any, **__: Any) -> None:
 
 
 SHORT = (
-    r"^extract\.batch_size: 64 images do not fit into the memory of the GPU \(CUDA out of memory\. Tried to "
-    r"allocate 9\.00 GiB\. GPU 0 has a total capacity of 8\.00 GiB of which 7\.50 GiB is free\)\. Lower it; "
+    r"^extract\.(batch_size: 64|extras_batch_size: 24) images do not fit into the memory of the GPU "
+    r"\(CUDA out of memory\. Tried to allocate 9\.00 GiB\. GPU 0 has a total capacity of "
+    r"8\.00 GiB of which 7\.50 GiB is free\)\. Lower it; "
 )
 
 
@@ -256,7 +320,7 @@ def test_a_batch_that_does_not_fit_into_the_gpu_names_the_key_to_lower(
 
 def test_gradients_that_do_not_fit_into_the_gpu_name_the_key_to_lower(job, plan, monkeypatch) -> None:
     monkeypatch.setattr(extras.gradients, "per_image", short_of_memory)
-    job, plan = with_extras(job, plan, ParameterGradient(layers=("fc",)))
+    job, plan = with_extras(job, variant(plan, extras_batch_size=24), ParameterGradient(layers=("fc",)))
     with pytest.raises(UserError, match=SHORT):
         extract.Extractor(plan, 1)(asdict(shards.missing(job, plan)[0]))
 
@@ -302,6 +366,18 @@ def test_decoding_in_a_stage_of_its_own_changes_no_bit(engine, job, plan, tmp_pa
     assert found[0][1].num_rows == 4
     assert found[0][1].equals(found[1][1])
     assert all(one.equals(other) for one, other in zip(found[0][0], found[1][0], strict=True))
+
+
+def test_only_batches_of_their_own_give_extra_columns_and_features_another_identity(
+    job, plan, classifier
+) -> None:
+    def parts(size: object) -> dict[str, Any]:
+        chosen = variant(plan, extras_batch_size=size).settings
+        return identity.identity(classifier, job.manifest, chosen)
+
+    assert parts("auto") == parts(64) == parts(65)
+    assert "extras_batch_size" not in parts("auto")["numerics"]
+    assert parts(63)["numerics"]["extras_batch_size"] == 63
 
 
 def test_decoding_is_separate_where_actors_have_gpus(plan) -> None:
@@ -481,9 +557,11 @@ def columns_of(job: shards.Job) -> dict[str, NDArray[Any]]:
     return table.read(0, table.rows, ["key", FEATURE, *(extra.column for extra in job.extras)])
 
 
-def test_extra_columns_are_the_same_with_the_features_and_later(engine, job, plan, tmp_path) -> None:
+@pytest.mark.parametrize("size", ["auto", 24])
+def test_extra_columns_are_the_same_with_the_features_and_later(engine, job, plan, tmp_path, size) -> None:
     """Also where some images cannot be read, one of them the first."""
-    job, plan = unreadable(job, tmp_path, 0, 3, 89, 200), variant(plan, max_bad_fraction=0.1)
+    job = unreadable(job, tmp_path, 0, 3, 89, 200)
+    plan = variant(plan, max_bad_fraction=0.1, extras_batch_size=size)
     at_once, asked = with_extras(elsewhere(job, "1"), plan, MOVED, POOLED)
     write_all(at_once, asked)
     shards.finish(at_once, asked)
@@ -516,7 +594,7 @@ def test_an_interrupted_extra_goes_on_where_it_was(job, plan) -> None:
     assert (shard.start, bool(shard.featured), shard.extras) == (180, True, MOVED.column)
     with pytest.raises(RuntimeError, match="not those of the features"):
         shards.finish_extra(job, MOVED)
-    assert extract.Extractor(plan, 1)(asdict(shard))["forwarded"] == 0
+    assert extract.Extractor(plan, 1)(asdict(shard))()["forwarded"] == 0
     shards.finish_extra(job, MOVED)
     assert job.complete
 
@@ -553,14 +631,14 @@ def test_rows_without_features_have_no_extras(engine, job, plan, monkeypatch) ->
     job, plan = with_extras(job, variant(plan, max_bad_fraction=0.1), MOVED, POOLED)
     expected = elsewhere(job, "whole")
     extract.run(engine, [expected], plan, lambda _: None)
-    whole = Classifier.forward
+    whole = Classifier.begin
 
-    def broken(self: Classifier, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        output = whole(self, pixels)
+    def broken(self: Classifier, pixels: NDArray[np.uint8], size: int) -> Any:
+        output = whole(self, pixels, size)()
         output[LOGITS][3] = np.nan
-        return output
+        return lambda: output
 
-    monkeypatch.setattr(Classifier, "forward", broken)
+    monkeypatch.setattr(Classifier, "begin", broken)
     write_all(job, plan)
     shards.finish(job, plan)
     for extra in job.lacking():

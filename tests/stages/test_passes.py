@@ -184,6 +184,28 @@ def test_a_class_without_training_images_is_no_runner_up(plan, train, runner) ->
     np.testing.assert_array_equal(others[all_of_them != lacking], all_of_them[all_of_them != lacking])
 
 
+def test_a_call_has_several_batches_and_their_number_changes_no_bit(
+    runner, train, moved, monkeypatch
+) -> None:
+    monkeypatch.setattr(runner, "_count", 2)
+    rows = np.arange(200)
+
+    def results() -> dict[str, np.ndarray]:
+        calls = [(train, piece, np.arange(10)) for piece in runner.pieces(rows)]
+        pairs = zip(*runner.each("runners_up", calls), strict=True)
+        found = {f"runners-up {number}": np.concatenate(side) for number, side in enumerate(pairs)}
+        for spec in (Jigsaw(samples=SAMPLES), moved):
+            found |= {f"{spec} {name}": values for name, values in runner.run(spec).items()}
+        return found
+
+    assert [len(piece) for piece in runner.pieces(rows)] == [7 * 16, 5 * 16 + 8]
+    together = results()
+    monkeypatch.setattr(passes, "BATCHES", 1)
+    assert [len(piece) for piece in runner.pieces(rows)] == [16] * 12 + [8]
+    for name, values in results().items():
+        np.testing.assert_array_equal(values, together[name], err_msg=name)
+
+
 def slow_norm(maps: torch.Tensor) -> float:
     """FeatureNorm of one image's maps by a loop over channels, in float64."""
     return sum(float(channel.clamp(min=0).double().square().sum().sqrt()) for channel in maps) / len(maps)
