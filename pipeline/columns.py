@@ -69,8 +69,9 @@ def once(function: Callable[..., T], batch: Batch, *given: Any) -> T:
     key = function, *(id(each) if isinstance(each, np.ndarray) else each for each in given)
     if key not in batch.found:
         made = function(batch, *given)
-        if isinstance(made, np.ndarray):
-            made.flags.writeable = False
+        for each in made if isinstance(made, tuple) else (made,):
+            if isinstance(each, np.ndarray):
+                each.flags.writeable = False
         batch.found[key] = made, given  # what is held keeps its id
     result: T = batch.found[key][0]
     return result

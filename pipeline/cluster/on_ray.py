@@ -56,6 +56,12 @@ _STOPPING = 10.0
 _PATIENCE = 30.0
 """Seconds that a gang waits for room before it steps back; twice as long each time."""
 
+_SLOW = 10
+"""How many times as long it waits where there are CPUs that nobody holds: processes may start slowly."""
+
+_START = 10.0
+"""Seconds in which actors that there is room for are expected to begin."""
+
 LAG = 3.0
 """Seconds in which Ray knows of room that our own work has left."""
 
@@ -271,6 +277,8 @@ class Handles:
         count, done = len(todo), dict[int, Any]()
         begun = {member.actor.costs.remote(): (-1, member.actor) for member in self.members}
         with told(self.logs):
+            if count <= len(self.members):  # each has one call at most, if it can
+                ray.wait(list(begun), num_returns=len(begun), timeout=_START)
             for number in range(count):
                 while number not in done:
                     (reference,), _ = ray.wait(list(begun), num_returns=1)
@@ -363,11 +371,13 @@ class OnRay:
         self.connect()
         have = [node["resources"] for node in nodes().values()]
         wanted = {name: amount for name, amount in needs.items() if amount}
-        fits = sum(
-            min(int(node.get(name, 0) / amount + 1e-9) for name, amount in wanted.items()) for node in have
-        )
-        cpus = sum(node.get("CPU", 0) for node in have)
-        return min(fits, int((cpus - spare) / needs["CPU"] + 1e-9))
+
+        def fits(node: Mapping[str, float], less: int = 0) -> int:
+            left = {**node, "CPU": node.get("CPU", 0) - less}
+            return min(int(left.get(name, 0) / amount + 1e-9) for name, amount in wanted.items())
+
+        spared = [fits(node) - fits(node, spare) for node in have if node.get("CPU", 0) >= spare]
+        return sum(map(fits, have)) - min(spared) if spared else 0
 
     def share(self, value: T) -> Put[T]:
         """Put a value into the object store."""
@@ -448,7 +458,7 @@ class OnRay:
             handles = tuple(self._start(kind, needs, given, "SPREAD") for given in arguments)
             runs = False
             try:
-                runs = _all_run(handles, patience)
+                runs = _all_run(handles, needs, patience)
             finally:
                 if not runs:
                     for handle in handles:
@@ -488,14 +498,21 @@ class OnRay:
         return Handles(tuple(self._start(kind, needs, arguments) for _ in range(count)), self.logs)
 
 
-def _all_run(handles: Iterable[Handle], patience: float) -> bool:
-    """Whether actors have begun after a while, and then a task does."""
-    for begins in [handle.actor.costs.remote for handle in handles], [ray.remote(_nothing).remote]:
-        asked = [begin() for begin in begins]
-        if len(ray.wait(asked, num_returns=len(asked), timeout=patience)[0]) < len(asked):
-            for reference in asked:
-                ray.cancel(reference)
-            return False
+def _all_run(handles: Sequence[Handle], needs: Needs, patience: float) -> bool:
+    """Whether actors have begun after a while, and then a task does.
+
+    They are waited for longer where nobody holds what one of them needs: processes may start slowly.
+    """
+    until = time.monotonic() + _SLOW * patience
+    actors: list[Callable[[], Any]] = [handle.actor.costs.remote for handle in handles]
+    for begins, each in (actors, needs), ([ray.remote(_nothing).remote], {"CPU": 1}):
+        waiting = [begin() for begin in begins]
+        while waiting:
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=patience)
+            if waiting and (_lacking(each) or time.monotonic() > until):
+                for reference in waiting:
+                    ray.cancel(reference)
+                return False
     return True
 
 
@@ -512,7 +529,7 @@ def _tell_if_full(needs: Needs, what: str, wait: bool = False) -> None:
         wait: until they no longer do.
     """
     until, told = time.monotonic() + LAG, False
-    while full := [name for name, amount in needs.items() if amount and _free(name) < amount]:
+    while full := _lacking(needs):
         if not told and time.monotonic() > until:
             has = _amounts(ray.cluster_resources(), full)
             _log.warning("%s: waits, as other work holds the cluster (%s)", what, has)
@@ -522,9 +539,10 @@ def _tell_if_full(needs: Needs, what: str, wait: bool = False) -> None:
         time.sleep(0.1)
 
 
-def _free(resource: str) -> float:
-    """What the cluster has left of a resource."""
-    return float(ray.available_resources().get(resource, 0))
+def _lacking(needs: Needs) -> list[str]:
+    """Resources of which the cluster has less left than a worker needs."""
+    left = ray.available_resources()
+    return [name for name, amount in needs.items() if amount and left.get(name, 0) < amount]
 
 
 def _asked(task: str, need: int, beside: Sequence[int]) -> int | None:

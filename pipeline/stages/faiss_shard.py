@@ -190,7 +190,7 @@ class IndexShard:
         cut = self._cut(bank)
         index = made(self.settings.kind, bank.width)
         try:
-            if index.is_trained:  # as `SQfp16` is
+            if isinstance(index, faiss.IndexScalarQuantizer) and index.is_trained:  # `SQfp16`
                 for piece in bank.ranges(*cut):
                     index.add(np.ascontiguousarray(piece))
             else:

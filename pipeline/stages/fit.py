@@ -42,7 +42,7 @@ _SCORER, _ARRAYS = "scorer.json", "arrays.safetensors"
 _REFUSED, _UNKEPT = "refused.json", "not-plain.json"
 """Files with the reason why a detector does not apply, and why its scorer cannot be kept."""
 
-_TIMES = 8
+_TIMES = 10
 """What fitting a detector takes over the bytes of what it learned, at most."""
 
 _log = logging.getLogger(__name__)
@@ -191,6 +191,9 @@ def _held(detector: Detector, training: Training) -> int:
 def _fit(some: Sequence[Unfitted], shared: Shared[Training]) -> list[tuple[dict[str, File], dict[str, Any]]]:
     """Write the scorers of some detectors; returns the files of each, and facts of its artifact."""
     training = shared.get()
+    for detector, _ in some:
+        for where, each in _learned(detector):  # is read: what fails at that is no refusal of a detector
+            getattr(training, where)[each]
     return [_fitted(detector, artifact.folder, training) for detector, artifact in some]
 
 

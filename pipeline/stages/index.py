@@ -339,6 +339,13 @@ def require(engine: Engine, sizes: Sizes, settings: schema.Index) -> None:
     if not sizes or _is_small(sizes, settings):
         return
     count = shards_of(engine, sizes, settings)
+    room = engine.capacity(settings.needs, "index", spare=1)
+    if count > room and settings.shards == "auto":  # of a trained kind, of which banks may take fewer
+        _log.warning(
+            "index.shards: up to %d will be needed, this cluster has room for %d; say how many: index.shards",
+            *(count, room),
+        )
+        count = room
     _require_room(engine, count, settings)
     _tell_of_memory(engine, sizes, count, settings)
     if device(settings) == "cuda":
@@ -379,7 +386,12 @@ def _require_room(engine: Engine, count: int, settings: schema.Index) -> None:
 
 def _tell_of_memory(engine: Engine, sizes: Sizes, count: int, settings: schema.Index) -> None:
     """Say that the shards of a node may hold more than it has."""
-    nodes = [each["resources"].get("memory", 0) for each in engine.nodes().values()]
+    there = [node["resources"] for node in engine.nodes().values()]
+    nodes = [
+        node.get("memory", 0)
+        for node in there
+        if all(node.get(name, 0) >= amount for name, amount in settings.needs.items())
+    ]
     held = _shard_bytes(sizes, count, settings) * -(-count // max(len(nodes), 1))
     if nodes and 0 < max(nodes) < held:
         _log.warning(
@@ -506,6 +518,7 @@ def _started(engine: Engine, banks: Mapping[str, BankFiles], count: int, setting
     _require_room(engine, count, settings)
     from pipeline.stages.faiss_shard import IndexShard  # FAISS is for runs that search
 
+    _tell_of_memory(engine, sizes_of(banks.values()), count, settings)
     needs, threads = settings.needs, engine.threads(settings.needs)
     return Index(
         engine.gang(

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_info
 
 from pipeline.cluster import logs, on_ray, usage
 from pipeline.cluster.engine import SMALL, Engine, chosen, opened, shared
-from pipeline.cluster.on_ray import LAG
+from pipeline.cluster.on_ray import LAG, OnRay
 from pipeline.config.schema import Extract, Index
 from pipeline.errors import UserError
 from tests.cluster.work import (
@@ -204,6 +204,19 @@ def test_a_pool_works_with_those_actors_that_there_is_room_for(on_ray: Engine) -
         pool.stop()
         for actor in held:
             actor.stop()
+
+
+@pytest.mark.parametrize(
+    ("cpus", "each", "expected"),
+    [((8, 8), 2.5, 5), ((2, 2), 1.5, 1), ((4,), 1, 3), ((1, 1), 0.5, 2), ((0.5, 0.5), 0.5, 0)],
+)
+def test_a_cpu_that_is_left_over_is_one_of_a_single_node(
+    cpus: tuple[float, ...], each: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {str(number): {"resources": {"CPU": count}} for number, count in enumerate(cpus)}
+    monkeypatch.setattr("pipeline.cluster.on_ray.nodes", lambda: found)
+    monkeypatch.setattr(OnRay, "connect", lambda _: None)
+    assert OnRay(None)._fits({"CPU": each, "GPU": 0}, spare=1) == expected
 
 
 def test_a_gang_that_finds_no_room_steps_back_so_that_the_tasks_of_another_go_on(

@@ -166,6 +166,22 @@ def test_detectors_that_learn_from_the_same_are_fitted_by_one_task(
     assert list(fitted.scorers) == list(chosen)
 
 
+def test_what_fails_where_statistics_are_read_is_no_refusal_of_a_detector(
+    engine, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(Statistics):
+        def __getitem__(self, wanted: Any) -> Any:
+            raise UserError("no space left on the disk of /tmp")
+
+    nothing = Full({each: ClassSums(*(np.zeros(()) for _ in range(4))) for each in She().statistics()})
+    training = Training(HEAD.weight, HEAD.bias, train=nothing)
+    store, chosen = Store(tmp_path / "fits"), {"she": She()}
+    monkeypatch.setattr(fit, "size_of", lambda *_: 0)
+    with pytest.raises(UserError, match=r"^no space left on the disk"):
+        fit.fit_detectors(engine, chosen, training, store, None, made_of, FLAT, {"she"})
+    assert not list(tmp_path.rglob("refused.json"))
+
+
 def test_a_bank_smaller_than_k_is_refused_with_the_detector_named(engine, tmp_path) -> None:
     table = feature_table(tmp_path / "table", 20, [])
     training = Training(np.zeros((5, 6), np.float32), np.zeros(5, np.float32))

@@ -419,13 +419,36 @@ def test_an_index_that_finds_no_room_is_refused_before_there_are_banks(caplog) -
     message = (
         r"index\.shards: 3 shards of 1 CPU and 1 GPU each find no room .*room for 2\. Set index\.shards to"
     )
-    for settings in ({"shards": 3}, {"kind": "IVF4096,SQ8"}):
-        with pytest.raises(UserError, match=message):
-            index.require(Room(2), IMAGENET_1K, schema.Index(gpus_per_shard=1, **settings))
+    with pytest.raises(UserError, match=message):
+        index.require(Room(2), IMAGENET_1K, schema.Index(gpus_per_shard=1, shards=3))
     index.require(Room(2), IMAGENET_1K, schema.Index())
     assert "those of a node may hold 22.0 GiB, the largest node has 16.0 GiB" in caplog.text
     index.require(Room(0), [(450, 24)] * 2, schema.Index())  # each process that scores has a copy
     index.require(Room(0), [], schema.Index(shards=3))
+
+
+def test_of_a_trained_kind_whose_banks_may_be_smaller_than_known_it_is_said(caplog) -> None:
+    index.require(Room(2), IMAGENET_1K, schema.Index(kind="IVF4096,SQ8"))
+    assert "index.shards: up to 3 will be needed, this cluster has room for 2" in caplog.text
+
+
+def test_nodes_that_no_shard_can_be_on_do_not_count_for_its_memory(caplog) -> None:
+    class Mixed(Room):
+        def nodes(self) -> dict[str, dict[str, dict[str, float]]]:
+            without = {f"cpus-{number}": {"resources": {"CPU": 8, "memory": 2**37}} for number in range(8)}
+            return {**without, "gpus": {"resources": {"CPU": 8, "GPU": 2, "memory": 2**33}}}
+
+    index._tell_of_memory(Mixed(2), IMAGENET_1K, 2, schema.Index(gpus_per_shard=1))
+    assert "the largest node has 8.0 GiB" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["HNSW16", "NSG16"])
+def test_a_graph_is_built_of_all_vectors_at_once(tmp_path, vectors, queries, kind) -> None:
+    (one,), (many,) = (
+        shards(bank(tmp_path / str(pieces), vectors, pieces=pieces), 1, kind=kind) for pieces in (1, 4)
+    )
+    found = [search([shard], queries, 5).row for shard in (one, many)]
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.skipif(faiss.get_num_gpus() > 0, reason="needs a machine without a GPU")
