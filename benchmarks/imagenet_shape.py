@@ -132,7 +132,7 @@ class Network:
 def passes(wanted: Mapping[str, Detector], classes: int) -> dict[Pass, dict[str, NDArray[Any]]]:
     """Made-up results of the extra passes."""
     rng, found = np.random.default_rng(2), dict[Pass, dict[str, NDArray[Any]]]()
-    for spec in {spec for detector in wanted.values() for spec in detector.passes()}:
+    for spec in dict.fromkeys(spec for detector in wanted.values() for spec in detector.passes()):
         found[spec] = {"mean": rng.random(WIDTH), "ratio": 1 + rng.random(len(STAGES))}
         if isinstance(spec, Samples):
             width = spec.extra.width(classes, WIDTH, tuple(STAGES.values()))
@@ -210,7 +210,8 @@ def _stage(found: Found, name: str) -> Iterator[None]:
     wall, cpu, stage = time.perf_counter(), time.process_time(), Stage()
     with Watch(os.getpid(), period=1.0) as watch, usage.collect() as spent:
         yield
-    stage.wall, stage.driver = time.perf_counter() - wall, time.process_time() - cpu - watch.cpu
+        stage.wall = time.perf_counter() - wall
+    stage.driver = time.process_time() - cpu - watch.cpu
     stage.cpu, stage.peaks = spent.cpu_seconds - watch.cpu, watch.peaks
     found.stages[name] = stage
     print(f"    {stage.wall:.0f} s, CPU {stage.cpu:.0f} s, of it driver {stage.driver:.1f} s", flush=True)

@@ -26,6 +26,8 @@ FORMATS = ("imagefolder", "imagelist")
 SHAPE = 1000, 1400
 """Folders, and files in each."""
 
+TIMES = 3
+
 TARGET = 10.0
 """Seconds for so many of a local disk on two cores, in the cache of the system."""
 
@@ -99,6 +101,7 @@ def _command(options: argparse.Namespace) -> str:
     """The command as others can repeat it."""
     shape = () if (options.folders, options.files) == SHAPE else (options.folders, options.files)
     said = [f"--{name} {value}" for name, value in zip(("folders", "files"), shape, strict=False)]
+    said += [f"--times {options.times}"] if options.times != TIMES else []
     said += [f"--far {options.far}"] if options.far else []
     return " ".join(["python benchmarks/listing.py", *said])
 
@@ -175,7 +178,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--files", type=_count, default=SHAPE[1], help="in each folder (default: %(default)s)"
     )
-    parser.add_argument("--times", type=_count, default=3, help="that it is listed (default: %(default)s)")
+    parser.add_argument(
+        "--times", type=_count, default=TIMES, help="that it is listed (default: %(default)s)"
+    )
     parser.add_argument("--far", type=float, metavar="SECONDS", help="until an object store answers")
     parser.add_argument("--output", type=Path, help="where to write the page")
     return parser.parse_args()

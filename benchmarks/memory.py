@@ -19,9 +19,11 @@ KINDS = {
     "Extractor": "model actor",
     "ray::Worker": "model actor of the extra passes",
     "ray::IndexShard": "index actor",
-    "score_part|_assembled": "score task",
-    "_sums|_whole|_write_bank": "fit task",
-    "_evaluate": "evaluate task",
+    r"ray::(score_part|_assembled)\b": "score task",
+    r"ray::(_sums|_whole|_write_bank|_fit)\b": "fit task",
+    r"ray::(_evaluate|_sample)\b": "evaluate task",
+    r"ray::(_discovered|_decided)\b": "decision task",
+    r"ray::_compare\b": "duplicates task",
 }
 """Process titles that Ray gives its workers -> what is shown."""
 
@@ -29,7 +31,7 @@ DRIVER = "driver"
 
 
 class Watch:
-    """Samples until the end of the `with` block."""
+    """Samples until the end of the `with` block, and once there: a short one is not left out."""
 
     def __init__(self, pid: int, period: float = PERIOD) -> None:
         self.pid, self.period = pid, period
@@ -50,7 +52,9 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(self.period):
+        ended = False
+        while not ended:
+            ended = self._stop.wait(self.period)
             for pid in family(self.pid):
                 try:
                     self._sample(pid)

@@ -2,6 +2,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import pytest
 
@@ -147,8 +148,8 @@ def test_files_of_a_slow_disk_are_looked_at_many_at_once_and_come_in_the_order_o
     compiled, tmp_path, png, monkeypatch
 ):
     """As over a network, where each takes an answer of a server."""
-    lines = [f"{number % 7}/{number}.png {number}\n" for number in range(64)]
-    for number in range(0, 64, 2):
+    lines = [f"{number % 7}/{number}.png {number}\n" for number in range(256)]
+    for number in range(0, 256, 2):
         (tmp_path / str(number % 7)).mkdir(exist_ok=True)
         (tmp_path / f"{number % 7}/{number}.png").write_bytes(png(number))
     (tmp_path / "list.txt").write_text("".join(lines))
@@ -156,14 +157,13 @@ def test_files_of_a_slow_disk_are_looked_at_many_at_once_and_come_in_the_order_o
     identity = storage.local_identity
 
     def far(path):
-        time.sleep(0.01)
+        time.sleep(0.004)
         return identity(path)
 
-    monkeypatch.setattr(imagelist, "ROW_GROUP", 2)
     monkeypatch.setattr(storage, "local_identity", far)
     began = time.perf_counter()
     assert compiled("imagelist", tmp_path / "list.txt", role="id") == alone
-    assert time.perf_counter() - began < 64 * 0.01 * 0.8
+    assert time.perf_counter() - began < 256 * 0.004 * 0.6
     assert {key: identity == storage.MISSING for key, identity in rows(alone, "key", "identity")} == {
         line.split()[0]: number % 2 == 1 for number, line in enumerate(lines)
     }
@@ -189,3 +189,24 @@ def test_folders_on_s3_are_listed_many_at_once_and_each_once(compiled, upload, t
     assert sorted(asked) == sorted(f"{uri}/{number}" for number in range(13))
     missing = [key for key, identity in rows(manifest, "key", "identity") if identity == storage.MISSING]
     assert missing == ["12/1.png"] and manifest.rows == 37
+
+
+def test_only_so_many_listings_of_folders_on_s3_are_in_memory_at_once(compiled, tmp_path, monkeypatch):
+    """Also where the next lines are all in other folders."""
+
+    class Listed(dict):
+        pass
+
+    alive, held = WeakValueDictionary(), []
+
+    def listing(folder):
+        found = alive[folder] = Listed()
+        held.append(len(alive))
+        return found
+
+    monkeypatch.setattr(imagelist, "_listing", listing)
+    monkeypatch.setattr(imagelist, "FOLDERS", 20)
+    monkeypatch.setattr(imagelist, "ROW_GROUP", 10)
+    (tmp_path / "list.txt").write_text("".join(f"{number}/1.png 1\n" for number in range(400)))
+    assert compiled("imagelist", tmp_path / "list.txt", role="id", root="s3://bucket/set").rows == 400
+    assert len(held) == 400 and max(held) <= 20 + 2 * 10

@@ -30,10 +30,14 @@ from pipeline.workspace.tables import ROW_GROUP
 PLACE = "file"
 
 FOLDERS = 2000
-"""Listings of remote folders that are kept while a list is read."""
+"""Listings of remote folders that are kept while a list is read, and that it may wait for."""
 
 AHEAD = 16
-"""Times `ROW_GROUP` lines whose remote folders are listed before they are needed."""
+"""Times `ROW_GROUP` lines, at most, whose remote folders are listed before they are needed."""
+
+LOOKED_AT = 32
+"""Lines whose files on a disk are looked at one after the other: enough to show whether it waits for answers,
+and few, as it then works on many times as many at once."""
 
 Columns = dict[str, list[Any]]
 Labels = tuple[int, list[int] | None]
@@ -49,9 +53,10 @@ def read(dataset: Dataset, notes: Notes) -> Iterator[pa.RecordBatch]:
         io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
     ):
         root = located(dataset.root or storage.parent(located(dataset.path)))
-        pieces = _pieces(dataset, root, text, f"{where}: {dataset.path}")
-        found = _listed(pieces) if storage.is_remote(root) else _files.looked_up(_looked_at, pieces)
-        yield from _files.gathered(found)
+        remote = storage.is_remote(root)
+        lines = ROW_GROUP if remote else LOOKED_AT
+        pieces = _pieces(dataset, root, text, f"{where}: {dataset.path}", lines)
+        yield from _files.gathered(_listed(pieces) if remote else _files.looked_up(_looked_at, pieces))
 
 
 def classes(dataset: Dataset) -> Classes:
@@ -59,10 +64,10 @@ def classes(dataset: Dataset) -> Classes:
     return labels.named(dataset)
 
 
-def _pieces(dataset: Dataset, root: str, text: io.TextIOWrapper, where: str) -> Iterator[Columns]:
-    """Columns of some lines after the other, without the identity of the files."""
+def _pieces(dataset: Dataset, root: str, text: io.TextIOWrapper, where: str, lines: int) -> Iterator[Columns]:
+    """Columns of so many lines after the other, without the identity of the files."""
     rows = _rows(dataset, text, where)
-    while some := list(islice(rows, ROW_GROUP)):
+    while some := list(islice(rows, lines)):
         paths = [path for path, _ in some]
         keys = paths if "".join(paths).isascii() else list(map(_files.spelled, paths))
         uris = [storage.join(root, path) for path in paths]
@@ -120,14 +125,15 @@ def _looked_at(piece: Columns) -> Columns:
 
 def _listed(pieces: Iterator[Columns]) -> Iterator[Columns]:
     """Lines with the identity of the files; asks for whole folders, many at once, never for single files."""
-    pool, waiting = ThreadPoolExecutor(storage.LISTINGS), deque[tuple[Columns, list[Future[Identities]]]]()
+    pool = ThreadPoolExecutor(storage.LISTINGS)
+    waiting = deque[tuple[Columns, list[Future[Identities]], set[Future[Identities]]]]()
 
     @lru_cache(FOLDERS)
     def listing(folder: str) -> Future[Identities]:
         return pool.submit(_listing, folder)
 
     def identified() -> Columns:
-        piece, there = waiting.popleft()
+        piece, there, _ = waiting.popleft()
         found = [
             each.result().get(uri, storage.MISSING) for each, uri in zip(there, piece["uri"], strict=True)
         ]
@@ -135,8 +141,9 @@ def _listed(pieces: Iterator[Columns]) -> Iterator[Columns]:
 
     try:
         for piece in pieces:
-            waiting.append((piece, [listing(storage.parent(uri)) for uri in piece["uri"]]))
-            if len(waiting) > AHEAD:
+            there = [listing(storage.parent(uri)) for uri in piece["uri"]]
+            waiting.append((piece, there, set(there)))
+            while len(waiting) > AHEAD or len(set().union(*(each for *_, each in waiting))) > FOLDERS:
                 yield identified()
         while waiting:
             yield identified()
