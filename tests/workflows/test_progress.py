@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -62,12 +63,12 @@ class Recorded(Quiet):
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[schema.Config], Recorded]:
-    """Runs up to the metrics; returns what it told. Parts of scores have 200 rows."""
+    """Runs, to the metrics if no other stage is last; returns what it told. Parts of scores have 200 rows."""
     monkeypatch.setattr(score, "SLICE", 200)
 
-    def executed(loaded: schema.Config, fresh: bool = False) -> Recorded:
+    def executed(loaded: schema.Config, last: run.StageName = "evaluate", fresh: bool = False) -> Recorded:
         display = Recorded()
-        options = run.Options(last="evaluate", engine="inline", threads=1, fresh=fresh)
+        options = run.Options(last=last, engine="inline", threads=1, fresh=fresh)
         run.execute(loaded, options, display)
         return display
 
@@ -123,7 +124,7 @@ def test_an_extraction_with_all_its_parts_looks_for_them_once_and_starts_no_work
 ) -> None:
     settings["detectors"] = ["msp"]
     loaded = load(settings)
-    watched(loaded)
+    watched(loaded, "extract")
     (train,) = (tmp_path / "workspace" / "features").glob("train-*")
     lose(train)
     looked, missing = [], shards.missing
@@ -133,21 +134,23 @@ def test_an_extraction_with_all_its_parts_looks_for_them_once_and_starts_no_work
         return missing(job, plan)
 
     monkeypatch.setattr(shards, "missing", noted)
-    found = watched(loaded)
+    found = watched(loaded, "extract")
     assert (looked, found.of("extract")) == (["train"], [(0, 0, 1080)])
     assert ("extract", LOADS) not in found.said
 
 
 def test_an_ensemble_alone_is_work_on_rows_too(settings, load, watched, tmp_path) -> None:
-    members = {"ensemble": {"members": ["msp", "energy"]}}
-    settings["detectors"] = ["msp", "energy"]
+    settings["detectors"] = ["msp", "energy", {"ensemble": {"members": ["msp", "energy"]}}]
     settings["thresholds"] = {"false_alarm": [0.1], "calibrate_on": "id"}
-    watched(load(settings))
-    settings["detectors"].append(members)
-    found = watched(load(settings))
+    loaded = load(settings)
+    first = watched(loaded, "score")
+    assert [each.what for each in first.counts if each.stage == "score"] == ["rows", "rows for ensembles"]
+    assert first.notes["score"] == "1,740 scores of 580 rows"
+    for folder in (tmp_path / "workspace" / "scores").glob("*/ensemble-*"):
+        shutil.rmtree(folder)
+    found = watched(loaded, "score")
     assert found.of("score") == [(580, 580, 0)]
     assert found.notes["score"] == "580 scores of 580 rows"
-    assert watched(load(settings), fresh=True).notes["score"] == "1,740 scores of 580 rows"
 
 
 def test_mlflow_is_told_of_what_a_stage_counts_first(monkeypatch) -> None:
