@@ -211,7 +211,7 @@ def times(engine: Engine, ready: Prepared, found: Probe) -> Times:
         fit=train * (sweeps + banks * per.features) / Products.ROWS / cpus
         + spectra * _SPECTRUM * width * per.features,
         score=scored * scores / Products.ROWS / cpus + _searching(engine, ready, per, train, scored),
-        rest=_REST + len(chosen) * (_DRAWN * len(ready.jobs) + _SORTED * scored / min(cpus, len(chosen))),
+        rest=_REST + _DRAWN * len(chosen) * len(ready.jobs) + _SORTED * scored * max(len(chosen) / cpus, 1),
     )
 
 
