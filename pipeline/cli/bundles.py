@@ -68,7 +68,7 @@ def bundle(
     from pipeline.workflows import bundle as work
 
     shown = display(quiet)
-    with shown.stage("bundle") as stage:
+    with shown.stage("write") as stage:
         options = work.Options(_labels(detectors), weights, false_alarm, code, export)
         made = work.make(run, out, options, stage)
         stage.note = f"{len(made.labels)} detectors"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from threading import Event, Thread
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
@@ -29,53 +30,82 @@ _SETTLES = 2.0
 _HOLDS = 30.0
 """Seconds after the last result, at most, until a rate falls for want of the next."""
 
+_LEAST = 1e-3
+"""The lowest rate that is shown: with one result in a quarter of an hour the next may be long in coming."""
+
+
+class _State(NamedTuple):
+    """What a stage was told so far."""
+
+    since: float
+    """When it began to do what it does."""
+    doing: str = ""
+    what: str = ""
+    total: int = 0
+    there: int = 0
+    done: int = 0
+    settled: float = 0.0
+    """Until when results tell no rate."""
+    base: tuple[float, int] = (0.0, 0)
+    """When the rate begins, and what was done then."""
+    last: float = 0.0
+    """When the last result came."""
+
 
 class Stage:
-    """One stage under way; knows what it does, how much is done, at what rate, and when it will be over."""
+    """One stage under way; knows what it does, how much is done, at what rate, and when it will be over.
+
+    What is told of it is read by another thread, so it is replaced as a whole.
+    """
 
     def __init__(self, name: str) -> None:
         self.name, self.note = name, ""
-        self.done = self.total = 0
-        self._what, self._there, self._doing = "", 0, ""
-        self._settled, self._base, self._last = 0.0, (0.0, 0), 0.0
-        self.since = time.monotonic()
+        self._state = _State(time.monotonic())
+
+    @property
+    def since(self) -> float:
         """When it began to do what it does."""
+        return self._state.since
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How much is done, of how much; 0 where nothing is counted."""
+        return self._state.done, self._state.total
 
     def doing(self, text: str) -> None:
         """Say what it does until work advances."""
-        self._doing, self.since = text, time.monotonic()
+        self._state = self._state._replace(since=time.monotonic(), doing=text)
 
     def count(self, what: str, total: int, there: int = 0) -> None:
         """Begin to count: `advance` adds up to `total`."""
-        self._what, self.total, self._there, self.done = what, total, there, 0
-        self.doing("")
+        self._state = _State(time.monotonic(), what=what, total=total, there=there)
 
     def advance(self, count: int) -> None:
         """Count work that is done."""
-        self._last = now = time.monotonic()
-        if not self.done:
-            self._settled = now + min((now - self.since) / 2, _SETTLES)
-        if self._doing:
-            self.doing("")
-        self.done += count
-        if now <= self._settled:
-            self._base = now, self.done
+        now, state = time.monotonic(), self._state
+        if not state.done:
+            state = state._replace(settled=now + min((now - state.since) / 2, _SETTLES))
+        if state.doing:
+            state = state._replace(since=now, doing="")
+        state = state._replace(done=state.done + count, last=now)
+        self._state = state._replace(base=(now, state.done)) if now <= state.settled else state
 
     def __str__(self) -> str:
         """What it does, in words."""
-        now = time.monotonic()
-        if self._doing or not self.total:
-            so_far = f"{now - self.since:,.0f} s so far" if now - self.since >= EVERY else ""
-            return ", ".join(filter(None, [self._doing, so_far]))
-        parts = [f"{self.done:,} of {self.total:,} {self._what}"]
-        begun, done = self._base
-        if done < self.done < self.total:
-            until = max(self._last, now - min(self._last - begun, _HOLDS))
-            rate = (self.done - done) / (until - begun)
-            left = timedelta(seconds=round((self.total - self.done) / rate))
-            parts += [f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s", f"{left} left"]
-        if self._there:
-            parts.append(f"{self._there:,} of {self._there + self.total:,} were there")
+        now, state = time.monotonic(), self._state
+        if state.doing or not state.total:
+            so_far = f"{now - state.since:,.0f} s so far" if now - state.since >= EVERY else ""
+            return ", ".join(filter(None, [state.doing, so_far]))
+        parts = [f"{state.done:,} of {state.total:,} {state.what}"]
+        begun, done = state.base
+        if done < state.done < state.total:
+            until = max(state.last, now - min(state.last - begun, _HOLDS))
+            rate = (state.done - done) / (until - begun)
+            if rate >= _LEAST:
+                left = timedelta(seconds=round((state.total - state.done) / rate))
+                parts += [f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s", f"{left} left"]
+        if state.there:
+            parts.append(f"{state.there:,} of {state.there + state.total:,} were there")
         return ", ".join(parts)
 
 
@@ -84,7 +114,8 @@ class _Bar(ProgressColumn):
 
     def render(self, task: Task) -> ProgressBar:
         stage: Stage = task.fields["stage"]
-        return ProgressBar(stage.total or None, stage.done, width=20, animation_time=task.get_time())
+        done, total = stage.progress
+        return ProgressBar(total or None, done, width=20, animation_time=task.get_time())
 
 
 class _Words(ProgressColumn):
@@ -135,10 +166,10 @@ class Display:
         def tell() -> None:
             told, last = 0.0, time.monotonic()
             while not over.wait(_LOOKS):
-                now = time.monotonic()
-                begun = stage.since != told and now - stage.since >= LASTS
+                now, since = time.monotonic(), stage.since
+                begun = since != told and now - since >= LASTS
                 if (begun or now - last >= EVERY) and (text := str(stage)):
-                    told, last = stage.since, now
+                    told, last = since, now
                     self.say(f"{stage.name:<9} {text}")
 
         self.say(f"{stage.name:<9} begins")

@@ -17,6 +17,9 @@ from pipeline.stages.score import SCORE, ScoreJob, Scoring
 from pipeline.workspace import tables
 from pipeline.workspace.artifacts import Artifact
 
+ROWS = "rows for ensembles"
+"""What is counted while they are scored."""
+
 Place = Callable[[str, str, Mapping[str, str]], Artifact]
 """Where scores are kept, by label of the detector, dataset, and content digests of what they are made of."""
 

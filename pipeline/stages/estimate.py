@@ -117,7 +117,7 @@ class Probe:
     seconds: float = 0.0
     """What measuring took."""
     opening: float = 0.0
-    """Seconds until the engine was there."""
+    """Seconds until the engine was there, and was seen to have room."""
     start: float = 0.0
     """Seconds from there until the actor began to measure: a process, its imports, the model."""
 
@@ -173,7 +173,10 @@ class Times:
 
 def borrowed(ready: Prepared) -> list[str]:
     """What `times` does not take from the probe but from another machine, in words."""
-    found = [f"start of the program, evaluation and report: as on {_CPUS}"]
+    found = [
+        "start of the program, evaluation and report; what starts take over that of a worker, and a spectrum "
+        f"over a product: as on {_CPUS}"
+    ]
     if ready.banks and index.device(ready.config.index) == "cuda":
         found.append(f"search for neighbours: at the rate of {_GPU}")
     return found
@@ -208,7 +211,7 @@ def times(engine: Engine, ready: Prepared, found: Probe) -> Times:
         fit=train * (sweeps + banks * per.features) / Products.ROWS / cpus
         + spectra * _SPECTRUM * width * per.features,
         score=scored * scores / Products.ROWS / cpus + _searching(engine, ready, per, train, scored),
-        rest=_REST + len(chosen) * (_DRAWN * len(ready.jobs) + _SORTED * scored / cpus),
+        rest=_REST + _DRAWN * len(chosen) * len(ready.jobs) + _SORTED * scored * max(len(chosen) / cpus, 1),
     )
 
 
@@ -242,8 +245,8 @@ def probe(engine: Engine, ready: Prepared, sizes: Sequence[int], stage: Stage = 
     """
     settings, started = ready.config.extract, time.perf_counter()
     count = min(extract.actor_count(engine, ready.plan), BESIDE)
-    opening = time.perf_counter() - started
     index.require(engine, ready.banks, ready.config.index)
+    opening = time.perf_counter() - started
     each = -(-PROBE_IMAGES // len(ready.jobs))
     tables = {}
     for name, job in ready.jobs.items():

@@ -43,6 +43,7 @@ from pipeline.network.description import same_network
 from pipeline.stages import decoding, shards
 from pipeline.stages.decoding import ACCEPTED, OTHERS, Decoded, decode_rows, decode_shard
 from pipeline.stages.identity import device
+from pipeline.stages.progress import LOADS, SILENT, Stage
 from pipeline.stages.shards import Job, Plan, Shard
 from pipeline.workspace import files, tables
 from pipeline.workspace.artifacts import Damaged, write_part
@@ -383,15 +384,16 @@ def _feature_table(
 
 
 def run(
-    engine: Engine, jobs: Sequence[Job], plan: Plan, progress: Callable[[dict[str, Any]], None]
+    engine: Engine, jobs: Sequence[Job], plan: Plan, stage: Stage = SILENT, there: int = 0
 ) -> dict[str, float]:
     """Extract what is not in the cache, all datasets through one pool of model workers.
 
     Args:
         engine: does the work.
-        jobs: all datasets of the run.
+        jobs: what is extracted; those that are not complete must be claimed.
         plan: the model and the settings.
-        progress: called with the receipt of every finished shard.
+        stage: is told how many images are to be done, and of every shard that is.
+        there: images of other datasets of the run, whose features are there.
 
     Returns:
         Numbers for the record: images forwarded, passes of images for extras by kind, seconds of model work,
@@ -400,9 +402,13 @@ def run(
     Raises:
         UserError: too many unreadable images.
     """
+    stage.doing("looks for what is there")
     unfinished = [job for job in jobs if not job.complete]
     todo = [shard for job in unfinished for shard in shards.missing(job, plan)]
-    receipts = list(_execute(engine, todo, plan, progress)) if todo else []
+    images = sum(job.manifest.rows for job in jobs)
+    lacking = sum(shard.stop - shard.start for shard in todo)
+    stage.count("images", lacking, images + there - lacking)
+    receipts = list(_execute(engine, todo, plan, stage)) if todo else []
     for job in unfinished:
         if not job.featured:
             shards.finish(job, plan)
@@ -415,7 +421,7 @@ def run(
     began = min((receipt["started"] for receipt in receipts), default=0.0)
     ended = max((receipt["started"] + receipt["seconds"] for receipt in receipts), default=0.0)
     return {
-        "images": sum(job.manifest.rows for job in jobs),
+        "images": images,
         "forward_images": forwarded,
         **{f"{kind}_passes": count for kind, count in passes.items()},
         "steady_seconds": ended - began,
@@ -457,10 +463,9 @@ def actor_count(engine: Engine, plan: Plan) -> int:
     return settings.actors
 
 
-def _execute(
-    engine: Engine, todo: list[Shard], plan: Plan, progress: Callable[[dict[str, Any]], None]
-) -> Iterator[dict[str, Any]]:
+def _execute(engine: Engine, todo: list[Shard], plan: Plan, stage: Stage) -> Iterator[dict[str, Any]]:
     """Stream receipts out of the model workers."""
+    stage.doing(LOADS)
     settings = plan.settings
     receipts = engine.stream(
         [asdict(shard) for shard in todo],
@@ -470,5 +475,5 @@ def _execute(
         count=min(actor_count(engine, plan), len(todo)),
     )
     for receipt in receipts:
-        progress(receipt)
+        stage.advance(receipt["rows"])
         yield receipt

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+LOADS = "starts workers, which load the network"
+"""What an extraction, or the first extra pass, does before its first images are done."""
+
 
 class Stage(Protocol):
     """One stage under way."""

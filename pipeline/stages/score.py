@@ -344,11 +344,15 @@ class Made(NamedTuple):
 
     scores: int
     """Rows, by each detector."""
+    slices: Collection[tuple[str, int, int]]
+    """Rows of which detectors lacked scores: dataset, start and stop."""
     costs: Mapping[str, Mapping[str, float]]
     """How many `scores` of each label, and the `seconds` that they took, added up over all tasks."""
 
 
-def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, stage: Stage = SILENT) -> Made:
+def run(
+    engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, stage: Stage = SILENT, unit: str = "rows"
+) -> Made:
     """Score what is missing, all datasets in one sequence of tasks.
 
     Args:
@@ -356,11 +360,12 @@ def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, stage: Stage
         jobs: all datasets.
         scoring: how.
         stage: is told how many rows are to be scored, and of every part that is done.
+        unit: what it is told that they are.
     """
     done = {(job.dataset, label): _begun(job.scores[label]) for job in jobs for label in job.lacking()}
     todo = [row for job in jobs for row in _missing(job, done)]
     lacking = sum(row["stop"] - row["start"] for row in todo)
-    stage.count("rows", lacking, sum(job.features.rows for job in jobs if job.scores) - lacking)
+    stage.count(unit, lacking, sum(job.features.rows for job in jobs if job.scores) - lacking)
     costs: dict[str, dict[str, float]] = {}
     scores = 0
     if todo:
@@ -384,7 +389,7 @@ def run(engine: Engine, jobs: Sequence[ScoreJob], scoring: Scoring, stage: Stage
     artifacts = {(job.dataset, label): artifact for job in jobs for label, artifact in job.scores.items()}
     for place, parts in done.items():
         artifacts[place].finish(dict(sorted(parts.items())), **_totals(parts))
-    return Made(scores, costs)
+    return Made(scores, {(row["dataset"], row["start"], row["stop"]) for row in todo}, costs)
 
 
 def _totals(parts: Mapping[str, File]) -> dict[str, Any]:

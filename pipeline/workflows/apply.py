@@ -35,7 +35,7 @@ from pipeline.stages.progress import SILENT
 from pipeline.stages.score import ScoreJob, Scoring, assemble, score_artifact
 from pipeline.stages.score import run as run_scores
 from pipeline.workflows.engines import engine_for
-from pipeline.workflows.progress import Display, Stage, count_images
+from pipeline.workflows.progress import Display, Stage
 from pipeline.workspace import artifacts, files, storage, tables
 from pipeline.workspace.artifacts import Artifact, Damaged
 from pipeline.workspace.claims import Claims, opened
@@ -304,10 +304,7 @@ class Application:
                 banks, settings = index.sizes_of(ready.bundle.banks.values()), ready.bundle.index
                 index.require(self.engine, banks, settings)
                 self.engine.cpus()  # opens it
-                count_images(shown, [job], ready.plan)
-                self.numbers = extract.run(
-                    self.engine, [job], ready.plan, lambda receipt: shown.advance(receipt["rows"])
-                )
+                self.numbers = extract.run(self.engine, [job], ready.plan, shown)
 
             self.claims.share(lambda: [] if job.complete else [job.name], make)
             shards.require_same_network(job, ready.plan)
@@ -349,7 +346,7 @@ class Application:
 
         def make(names: set[str]) -> None:
             ours = other.only(names)
-            run_scores(self.engine, [ours], combined.only(ours.scores), shown)
+            run_scores(self.engine, [ours], combined.only(ours.scores), shown, ensembles.ROWS)
 
         (other,) = ensembles.jobs([job], known.combinations, {}, place)
         self.claims.share(lambda: set(other.lacking_names()), make)

@@ -38,6 +38,7 @@ from pipeline.stages import calibration, decisions, duplicates, ensembles, evalu
 from pipeline.stages.calibration import Calibrated
 from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare, require_members, tracking_uri
+from pipeline.stages.progress import LOADS
 from pipeline.stages.score import (
     Made,
     ScoreJob,
@@ -50,7 +51,7 @@ from pipeline.stages.score import (
 from pipeline.stages.score import run as run_scores
 from pipeline.stages.statistics import Rows, Stored, fit_statistics
 from pipeline.workflows.engines import engine_for
-from pipeline.workflows.progress import LOADS, Display, Quiet, Stage, count_images
+from pipeline.workflows.progress import Display, Quiet, Stage
 from pipeline.workspace import artifacts, files, leftovers, runs, storage, tables
 from pipeline.workspace.artifacts import Arrays, Artifact, Damaged, Kept, Store
 from pipeline.workspace.claims import Claims, opened
@@ -246,6 +247,8 @@ class Run:
     _afresh: set[str] = field(default_factory=set)
     _to_score: set[str] = field(default_factory=set)
     """Names of the scores of all detectors, once they are fitted."""
+    _slices: set[tuple[str, int, int]] = field(default_factory=set)
+    """Rows that were scored, each once: dataset, start and stop."""
 
     def __post_init__(self) -> None:
         self.record = Record(self.ready)
@@ -374,12 +377,9 @@ class Run:
                 self._require_index()
                 ours = [job for job in jobs if job.name in names]
                 self._renew(artifact for job in ours for artifact in job.artifacts())
-                there = [job for job in jobs if job.name not in names and job.complete]
-                count_images(shown, ours, self.ready.plan, there)
+                there = sum(job.manifest.rows for job in jobs if job.name not in names and job.complete)
                 try:
-                    numbers = extract.run(
-                        self.engine, ours, self.ready.plan, lambda receipt: shown.advance(receipt["rows"])
-                    )
+                    numbers = extract.run(self.engine, ours, self.ready.plan, shown, there)
                 except storage.Changed:
                     self._forget_contents()
                     raise
@@ -604,9 +604,9 @@ class Run:
         fitted = self.fitted
         assert fitted is not None
         self.scored = jobs = self._score_jobs(fitted)
-        unfinished = self._unfinished("score", jobs)
-        rows = sum(job.features.rows for job in unfinished)
-        with self.stage("score", counted=bool(rows)) as shown:
+        self._unfinished("score", jobs)
+        self._slices.clear()
+        with self.stage("score", counted=True) as shown:
             self.record.content["unscored"] = self._score(jobs, fitted, shown)
             if self._combinations:
                 self.scored = jobs = self._combined(jobs, shown)
@@ -616,6 +616,7 @@ class Run:
             self.calibrated = self._calibrated(jobs)
             for job in jobs if self.may_work("score") else ():
                 self._assemble(job, self._flagging(job.dataset))
+            rows = sum(stop - start for _, start, stop in self._slices)
             self.costs = {"rows": rows, "scores": self.costs.get("scores", 0)}
             shown.note = f"{self.costs['scores']:,} scores of {rows:,} rows"
 
@@ -641,7 +642,7 @@ class Run:
         def score(ours: list[ScoreJob]) -> Made:
             labels = {label for job in ours for label in job.scores}
             how = ensembles.scoring(jobs, chosen, rows).only(labels)
-            return run_scores(self.engine, ours, how, shown)
+            return run_scores(self.engine, ours, how, shown, ensembles.ROWS)
 
         combined = ensembles.jobs(jobs, chosen, rows, place)
         self._unfinished("score", combined)
@@ -696,6 +697,7 @@ class Run:
             ours = [job.only(names) for job in jobs]
             self._renew(artifact for job in ours for artifact in job.scores.values())
             made = score(ours)
+            self._slices.update(made.slices)
             self.costs = added(self.costs, {"scores": made.scores})
             self.record.spend_on(made.costs)
 
@@ -921,12 +923,16 @@ class Tracked:
 
 
 class Watched:
-    """A stage that tells MLflow how far it has come; a server that fails is not told again."""
+    """A stage that tells MLflow how much is done of what it counts first.
+
+    A server that fails is not told again.
+    """
 
     def __init__(self, shown: Stage, name: str, opening: Future[tracking.Session], background: Apart) -> None:
         self._shown, self._name, self._opening, self._background = shown, name, opening, background
         self._started, self._done, self._told = time.monotonic(), 0, -TELL
         self._telling: Future[None] | None = None
+        self._first = self._what = ""
 
     @property
     def note(self) -> str:
@@ -944,10 +950,13 @@ class Watched:
     def count(self, what: str, total: int, there: int = 0) -> None:
         """Begin to count."""
         self._shown.count(what, total, there)
+        self._first, self._what = self._first or what, what
 
     def advance(self, count: int) -> None:
         """Count work that is done."""
         self._shown.advance(count)
+        if self._what != self._first:
+            return
         self._done += count
         seconds = time.monotonic() - self._started
         last = self._telling or self._opening

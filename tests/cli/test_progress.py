@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
+from types import FrameType
 
 import pytest
 from rich.console import Console
@@ -20,6 +22,8 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
+
+    perf_counter = monotonic
 
 
 @pytest.fixture
@@ -50,24 +54,70 @@ def test_a_stage_that_fails_does_not_look_done() -> None:
     assert screen.getvalue() == "fit       begins\n"
 
 
-def test_without_a_terminal_a_line_tells_what_lasts_and_then_how_far_it_is(monkeypatch) -> None:
-    for name, seconds in {"EVERY": 0.2, "LASTS": 0.05, "_LOOKS": 0.01}.items():
-        monkeypatch.setattr(progress, name, seconds)
+def test_without_a_terminal_a_line_tells_what_lasts_and_then_how_far_it_is(clock, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "_LOOKS", 0.001)
     screen = io.StringIO()
     display = Display(Console(file=screen, width=100))
+
+    def told(*lines: str) -> bool:
+        """Whether these are all the lines, once there are as many."""
+        deadline = time.monotonic() + 10
+        while screen.getvalue().count("\n") < len(lines) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return screen.getvalue().splitlines() == [f"extract   {line}" for line in lines]
+
     with display.stage("extract") as stage:
         display.doing("takes no time")
         stage.count("images", 10)
         display.doing("loads the network")
-        time.sleep(0.1)
+        clock.now += progress.LASTS
+        assert told("begins", "loads the network")
         stage.advance(3)
-        time.sleep(0.5)
+        clock.now += progress.EVERY
+        assert told("begins", "loads the network", "3 of 10 images")
+        clock.now += progress.EVERY
+        assert told("begins", "loads the network", "3 of 10 images", "3 of 10 images")
         stage.note = "done"
-    begins, loads, *counted, closes = screen.getvalue().splitlines()
-    assert (begins, loads) == ("extract   begins", "extract   loads the network")
-    assert 2 <= len(counted) <= 4
-    assert set(counted) == {"extract   3 of 10 images"}
-    assert closes.endswith("s  done")
+    assert screen.getvalue().endswith("s  done\n")
+
+
+def test_another_thread_never_reads_half_of_what_a_stage_was_told(clock) -> None:
+    stage, seen = Stage("fit"), []
+
+    def look(frame: FrameType, event: str, argument: object) -> object:
+        if frame.f_code in (Stage.count.__code__, Stage.advance.__code__):
+            seen.append(str(stage))
+            return look
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        for what in ("slices", "detectors"):
+            stage.count(what, 4)
+            for _ in range(2):
+                clock.now += 10
+                stage.advance(1)
+    finally:
+        sys.settrace(before)
+    assert list(dict.fromkeys(seen)) == [
+        "",
+        "0 of 4 slices",
+        "1 of 4 slices",
+        "2 of 4 slices, 0.1/s, 0:00:20 left",
+        "0 of 4 detectors",
+        "1 of 4 detectors",
+        "2 of 4 detectors, 0.1/s, 0:00:20 left",
+    ]
+
+
+def test_no_rate_is_shown_where_results_hardly_come(clock) -> None:
+    stage = Stage("extract")
+    stage.count("images", 10**12)
+    for _ in range(2):
+        clock.now += 10**5
+        stage.advance(1)
+    assert str(stage) == "2 of 1,000,000,000,000 images"
 
 
 def test_what_lasts_and_has_no_end_tells_its_seconds(clock) -> None:

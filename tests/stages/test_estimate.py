@@ -81,6 +81,13 @@ def test_workers_that_take_turns_on_one_core_are_measured_beside_each_other(read
     assert found.forward == {64: 150.0}
 
 
+def test_looking_for_room_for_the_index_is_no_part_of_the_start_of_a_worker(
+    engine, ready, monkeypatch
+) -> None:
+    monkeypatch.setattr(estimate.index, "require", lambda *_: time.sleep(0.3))
+    assert estimate.probe(engine, ready, [64]).opening >= 0.3
+
+
 def test_the_estimate_covers_starting_fit_and_score(engine, ready, settings, load, execute) -> None:
     products = estimate.Products(classes=0.1, features=0.2, softmax=0.3)
     probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=products, opening=1.0, start=2.0)
@@ -117,6 +124,9 @@ def test_scores_of_many_images_take_longer_to_evaluate(engine, ready) -> None:
     probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=estimate.Products(0.1, 0.2, 0.3))
     rest = 3 + 4 * (4 * 0.03 + 580 * 2e-6)
     assert estimate.times(engine, ready, probe).rest == pytest.approx(rest)
+    with opened("inline", threads=16) as wide:  # each detector is one task
+        rest = 3 + 4 * (4 * 0.03 + 580 * 2e-6 / 4)
+        assert estimate.times(wide, ready, probe).rest == pytest.approx(rest)
 
 
 def test_decoding_elsewhere_is_limited_by_the_slower_side(on_ray, ready) -> None:

@@ -314,7 +314,7 @@ def test_a_batch_that_does_not_fit_into_the_gpu_names_the_key_to_lower(
 ) -> None:
     monkeypatch.setattr(Classifier, "_trace", short_of_memory)
     with pytest.raises(UserError, match=SHORT):
-        extract.run(engine, [job], variant(plan, decode=decode), lambda _: None)
+        extract.run(engine, [job], variant(plan, decode=decode))
     assert not list(Path(job.folder).glob("part-*"))
 
 
@@ -355,7 +355,7 @@ def test_decoding_in_a_stage_of_its_own_changes_no_bit(engine, job, plan, tmp_pa
         some = unreadable(job, tmp_path, 0, 3, 89, 200)
         todo = replace(some, artifact=replace(job.artifact, folder=tmp_path / chosen.settings.decode))
         todo, chosen = with_extras(todo, variant(chosen, max_bad_fraction=1.0), MOVED, POOLED)
-        numbers = extract.run(engine, [todo], chosen, lambda _: None)
+        numbers = extract.run(engine, [todo], chosen)
         assert numbers["forward_images"] == 296
         assert numbers["perturbed_passes"] == 3 * 296
         assert "pooled_passes" not in numbers
@@ -573,7 +573,7 @@ def test_extra_columns_are_the_same_with_the_features_and_later(engine, job, pla
     later = replace(job, extras=(MOVED, POOLED))
     assert not later.complete
     parts = [part.read_bytes() for part in sorted(Path(job.folder).glob("*.parquet"))]
-    numbers = extract.run(engine, [later], asked, lambda _: None)
+    numbers = extract.run(engine, [later], asked)
     assert (numbers["forward_images"], numbers["perturbed_passes"], numbers["pooled_passes"]) == (0, 888, 296)
     assert parts == [part.read_bytes() for part in sorted(Path(job.folder).glob("*.parquet"))]
     assert later.complete and at_once.complete
@@ -630,7 +630,7 @@ def test_rows_without_features_have_no_extras(engine, job, plan, monkeypatch) ->
     """An image whose output is not finite is an error, and is left out of every column; the others stay."""
     job, plan = with_extras(job, variant(plan, max_bad_fraction=0.1), MOVED, POOLED)
     expected = elsewhere(job, "whole")
-    extract.run(engine, [expected], plan, lambda _: None)
+    extract.run(engine, [expected], plan)
     whole = Classifier.begin
 
     def broken(self: Classifier, pixels: NDArray[np.uint8], size: int) -> Any:

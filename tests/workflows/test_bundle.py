@@ -629,6 +629,9 @@ def test_thresholds_of_a_run_by_class_decide_as_in_the_run(without, tmp_path) ->
 def test_without_held_out_images_there_are_scores_alone(without, images, tmp_path) -> None:
     found = CliRunner().invoke(main.app, ["bundle", str(without.folder), "--out", str(tmp_path / "a.ood")])
     assert found.exit_code == 0, found.output
+    assert [line for line in found.output.splitlines() if line.startswith("bundle")] == [
+        f"bundle   {tmp_path / 'a.ood'}"
+    ]
     assert "no held-out ID images (role id_val)" in found.output
     assert "the weights are not in it; it needs" in found.output
     assert "None: the evaluation had no held-out ID images" in (tmp_path / "a.ood" / "README.md").read_text()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import schema
-from pipeline.stages import score
+from pipeline.stages import score, shards
+from pipeline.stages.progress import LOADS
 from pipeline.workflows import run
 from pipeline.workflows.progress import Quiet
 from pipeline.workspace import tables
@@ -35,11 +38,14 @@ class Recorded(Quiet):
     note: str = ""
     counts: list[Count] = field(default_factory=list)
     said: list[tuple[str, str]] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+    """What closed each stage."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Recorded]:
         self.name = name
         yield self
+        self.notes[name] = self.note
 
     def doing(self, text: str) -> None:
         self.said.append((self.name, text))
@@ -57,12 +63,12 @@ class Recorded(Quiet):
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[schema.Config], Recorded]:
-    """Runs up to the metrics; returns what it told. Parts of scores have 200 rows."""
+    """Runs, to the metrics if no other stage is last; returns what it told. Parts of scores have 200 rows."""
     monkeypatch.setattr(score, "SLICE", 200)
 
-    def executed(loaded: schema.Config, fresh: bool = False) -> Recorded:
+    def executed(loaded: schema.Config, last: run.StageName = "evaluate", fresh: bool = False) -> Recorded:
         display = Recorded()
-        options = run.Options(last="evaluate", engine="inline", threads=1, fresh=fresh)
+        options = run.Options(last=last, engine="inline", threads=1, fresh=fresh)
         run.execute(loaded, options, display)
         return display
 
@@ -85,7 +91,7 @@ def test_a_run_counts_all_that_it_does_and_a_resumed_one_only_what_is_still_to_d
     assert first.of("extract") == [(1080, 1080, 0)]
     assert first.of("score") == [(580, 580, 0)]
     assert [(each.what, each.total) for each in first.counts if each.stage == "fit"] == [
-        ("parts of the jigsaw pass", 2),
+        ("parts of the jigsaw pass", 1),
         ("detectors", 3),
         ("slices of a bank", 1),
     ]
@@ -97,13 +103,76 @@ def test_a_run_counts_all_that_it_does_and_a_resumed_one_only_what_is_still_to_d
     assert ("extract", "starts workers, which load the network") in first.said
     assert ("score", "loads the vectors of knn") in first.said
 
-    assert watched(loaded).counts == []
+    assert first.notes["score"] == "1,740 scores of 580 rows"
+
+    again = watched(loaded)
+    assert (again.counts, again.notes["score"]) == ([], "0 scores of 0 rows")
 
     (train,) = (tmp_path / "workspace" / "features").glob("train-*")
     lose(train, 1, 3)  # 128 and 116 of 500 rows
     assert watched(loaded).of("extract") == [(244, 244, 836)]
     (msp,) = (tmp_path / "workspace" / "scores").glob("test-*/msp-*")
     lose(msp, 1)  # 100 of 300 rows
-    assert watched(loaded).of("score") == [(100, 100, 200)]
+    resumed = watched(loaded)
+    assert (resumed.of("score"), resumed.notes["score"]) == ([(100, 100, 200)], "100 scores of 100 rows")
     fresh = watched(loaded, fresh=True)
     assert (fresh.of("extract"), fresh.of("score")) == ([(1080, 1080, 0)], [(580, 580, 0)])
+
+
+def test_an_extraction_with_all_its_parts_looks_for_them_once_and_starts_no_workers(
+    settings, load, watched, tmp_path, monkeypatch
+) -> None:
+    settings["detectors"] = ["msp"]
+    loaded = load(settings)
+    watched(loaded, "extract")
+    (train,) = (tmp_path / "workspace" / "features").glob("train-*")
+    lose(train)
+    looked, missing = [], shards.missing
+
+    def noted(job: shards.Job, plan: shards.Plan) -> list[shards.Shard]:
+        looked.append(job.dataset)
+        return missing(job, plan)
+
+    monkeypatch.setattr(shards, "missing", noted)
+    found = watched(loaded, "extract")
+    assert (looked, found.of("extract")) == (["train"], [(0, 0, 1080)])
+    assert ("extract", LOADS) not in found.said
+
+
+def test_an_ensemble_alone_is_work_on_rows_too(settings, load, watched, tmp_path) -> None:
+    settings["detectors"] = ["msp", "energy", {"ensemble": {"members": ["msp", "energy"]}}]
+    settings["thresholds"] = {"false_alarm": [0.1], "calibrate_on": "id"}
+    loaded = load(settings)
+    first = watched(loaded, "score")
+    assert [each.what for each in first.counts if each.stage == "score"] == ["rows", "rows for ensembles"]
+    assert first.notes["score"] == "1,740 scores of 580 rows"
+    for folder in (tmp_path / "workspace" / "scores").glob("*/ensemble-*"):
+        shutil.rmtree(folder)
+    found = watched(loaded, "score")
+    assert found.of("score") == [(580, 580, 0)]
+    assert found.notes["score"] == "580 scores of 580 rows"
+
+
+def test_mlflow_is_told_of_what_a_stage_counts_first(monkeypatch) -> None:
+    monkeypatch.setattr(run, "TELL", 0.0)
+    told = []
+
+    class Background:
+        """Sends at once."""
+
+        def submit(self, _: object, session: str, name: str, done: int, seconds: float) -> Future[None]:
+            told.append((session, name, done))
+            sent = Future[None]()
+            sent.set_result(None)
+            return sent
+
+    opening = Future[str]()
+    opening.set_result("session")
+    shown = Recorded()
+    stage = run.Watched(shown, "evaluate", opening, Background())
+    for what, total in (("measured", 2), ("compared", 2), ("measured", 1)):
+        stage.count(what, total)
+        for _ in range(total):
+            stage.advance(1)
+    assert told == [("session", "evaluate", done) for done in (1, 2, 3)]
+    assert [each.done for each in shown.counts] == [2, 2, 1]
