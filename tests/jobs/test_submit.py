@@ -145,7 +145,7 @@ def story(head: Head, evaluation: tuple[str, str, Path]) -> Story:
 
 def submission(done: subprocess.CompletedProcess[str]) -> str:
     """The id that a command printed."""
-    found = re.match(r"job +(small-[0-9a-f]{8})\n", done.stdout)
+    found = re.search(r"^job +(small-[0-9a-f]{8})\n", done.stdout, re.MULTILINE)
     assert found, done
     return found[1]
 
