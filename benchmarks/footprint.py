@@ -36,8 +36,9 @@ def measure(session: Session) -> Section:
         text="`ood-pipeline run` with all of the quickstart's detectors, N images as training set and the "
         f"same N as ID set, without tracking; every process sampled each {PERIOD} s. USS is what a process "
         "alone holds, the largest of its kind; RSS also counts shared libraries and every page of Ray's "
-        "object store that the process has touched. The index actor holds the training rows of KNN and "
-        "GROOD (2 x N x 128 x 4 bytes), grows with them by design, and is not judged.",
+        "object store that the process has touched. An index actor (`index.shards: 1`; without, each "
+        "score task would) holds the training rows of KNN and GROOD (2 x N x 128 x 4 bytes), grows with them "
+        "by design, and is not judged.",
         header=("MiB", *(f"USS, N = {count:,}" for count in counts), "growth", f"RSS, N = {counts[1]:,}"),
         rows=[_row(kind, few[kind], many[kind]) for kind in kinds],
         checks=[
@@ -58,7 +59,8 @@ def _settings(session: Session, count: int) -> dict[str, Any]:
     same = [
         fashion.dataset(session.images, count, folder, f"fashion-{role}", role) for role in ("train", "id")
     ]
-    return {**found, "datasets": [*same, *others], "tracking": {"enabled": False}}
+    index = {**found.get("index", {}), "shards": 1}
+    return {**found, "datasets": [*same, *others], "index": index, "tracking": {"enabled": False}}
 
 
 def _row(kind: str, few: tuple[int, int], many: tuple[int, int]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import ctypes
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -42,15 +43,15 @@ class Setting:
 def best(images: NDArray[np.uint8], batches: tuple[int, ...]) -> tuple[Setting, list[tuple[Setting, float]]]:
     """The fastest setting, and the rates of all that were tried.
 
-    Every batch size with one process of two threads and with two processes of one; then, for the
-    fastest, the other memory layout and the other behaviour of the allocator.
+    Every batch size with one process of two threads and with two processes of one, each with both ways of
+    the allocator, which change what batch is best; then, for the fastest, the other memory layout.
     """
     tried: dict[Setting, float] = {}
-    for setting in [Setting(*mode, batch) for mode in ((1, 2), (2, 1)) for batch in batches]:
+    for mode, batch, keeps in product(((1, 2), (2, 1)), batches, (False, True)):
+        setting = Setting(*mode, batch, keep_memory=keeps)
         tried[setting] = rate(images, setting)
-    for change in ({"channels_last": True}, {"keep_memory": True}):
-        setting = replace(max(tried, key=tried.__getitem__), **change)
-        tried[setting] = rate(images, setting)
+    setting = replace(max(tried, key=tried.__getitem__), channels_last=True)
+    tried[setting] = rate(images, setting)
     return max(tried, key=tried.__getitem__), list(tried.items())
 
 
