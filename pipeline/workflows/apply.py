@@ -32,7 +32,7 @@ from pipeline.stages import bundle, decisions, ensembles, identity, index, shard
 from pipeline.stages.bundle import Bundle
 from pipeline.stages.calibration import Calibrated
 from pipeline.stages.progress import SILENT
-from pipeline.stages.score import ScoreJob, Scoring, assemble, score_artifact
+from pipeline.stages.score import Made, ScoreJob, Scoring, assemble, score_artifact
 from pipeline.stages.score import run as run_scores
 from pipeline.workflows.engines import engine_for
 from pipeline.workflows.progress import Display, Stage
@@ -316,14 +316,15 @@ class Application:
     def _score(self) -> ScoreJob:
         """Scores of every row."""
         job = self._score_job()
-        rows = 0 if job.complete else job.features.rows
+        slices = set[tuple[str, int, int]]()  # each counts once, whichever detectors scored it
         with self.display.stage("score") as shown:
             self.claims.share(
                 lambda: set(job.lacking_names()),
-                lambda names: self._score_ours(job.only(names), shown),
+                lambda names: slices.update(self._score_ours(job.only(names), shown).slices),
             )
-            shown.note = f"{rows:,} rows"
-            return self._combined(job, shown)
+            job = self._combined(job, shown, slices)
+            shown.note = f"{sum(stop - start for _, start, stop in slices):,} rows"
+            return job
 
     def _score_job(self) -> ScoreJob:
         """Where the scores of the detectors of rows are kept."""
@@ -335,8 +336,8 @@ class Application:
             scores[label] = self._artifact(label, {**known.scoring(label)[1], **own})
         return ScoreJob(self.ready.dataset.name, features, scores)
 
-    def _combined(self, job: ScoreJob, shown: Stage) -> ScoreJob:
-        """The same with the scores of detectors that combine others."""
+    def _combined(self, job: ScoreJob, shown: Stage, slices: set[tuple[str, int, int]]) -> ScoreJob:
+        """The same with the scores of detectors that combine others; adds what they scored to the slices."""
         known, combined = self.ready.bundle, self.ready.bundle.combined
         if combined is None:
             return job
@@ -346,7 +347,8 @@ class Application:
 
         def make(names: set[str]) -> None:
             ours = other.only(names)
-            run_scores(self.engine, [ours], combined.only(ours.scores), shown, ensembles.ROWS)
+            made = run_scores(self.engine, [ours], combined.only(ours.scores), shown, ensembles.ROWS)
+            slices.update(made.slices)
 
         (other,) = ensembles.jobs([job], known.combinations, {}, place)
         self.claims.share(lambda: set(other.lacking_names()), make)
@@ -359,7 +361,7 @@ class Application:
         detector, scoring = ready.bundle.detectors[label], ready.bundle.scoring(label)[0]
         return score_artifact(ready.workspace, ready.job, detector, scoring, made_of)
 
-    def _score_ours(self, job: ScoreJob, shown: Stage) -> None:
+    def _score_ours(self, job: ScoreJob, shown: Stage) -> Made:
         """Scores that nobody else makes."""
         known, lacking = self.ready.bundle, set(job.lacking())
         banks = {label: bank for label, bank in known.banks.items() if label in lacking}
@@ -370,7 +372,8 @@ class Application:
         )
         try:
             folders = {label: bank.folder for label, bank in banks.items()}
-            run_scores(self.engine, [job], Scoring(known.scorers, known.columns, folders, searched), shown)
+            scoring = Scoring(known.scorers, known.columns, folders, searched)
+            return run_scores(self.engine, [job], scoring, shown)
         finally:
             if searched is not None:
                 searched.stop()

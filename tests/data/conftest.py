@@ -7,6 +7,7 @@ import io
 import shutil
 import struct
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,22 @@ from pipeline.data.fetch import fetch
 from pipeline.data.manifest import Manifest, compile_manifest
 
 Compile = Callable[..., Manifest]
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, float], None]:
+    """Has a function of one argument, of a module, wait so many seconds at each call, as for a server."""
+
+    def slow(module: Any, name: str, seconds: float) -> None:
+        near = getattr(module, name)
+
+        def waiting(place: str) -> Any:
+            time.sleep(seconds)
+            return near(place)
+
+        monkeypatch.setattr(module, name, waiting)
+
+    return slow
 
 
 @pytest.fixture

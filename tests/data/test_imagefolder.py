@@ -221,20 +221,12 @@ def test_hidden_files_and_folders_are_no_part_of_the_dataset(compiled, tmp_path)
     assert [(row["key"], row["label"]) for row in found] == [("a/1.png", 0), ("b/2.png", 1)]
 
 
-def test_folders_beside_each_other_are_listed_at_once_and_come_in_their_order(
-    compiled, tmp_path, monkeypatch
-):
+def test_folders_beside_each_other_are_listed_at_once_and_come_in_their_order(compiled, tmp_path, far):
     """As over a network, where each takes an answer of a server."""
     for number in range(32):
         save(tmp_path / "set" / f"{number:02d}" / "deep" / "1.png", number)
     alone = compiled("imagefolder", tmp_path / "set")
-    listed = folders.listing
-
-    def far(folder):
-        time.sleep(0.05)
-        return listed(folder)
-
-    monkeypatch.setattr(folders, "listing", far)
+    far(folders, "listing", 0.05)
     began = time.perf_counter()
     assert compiled("imagefolder", tmp_path / "set") == alone
     assert time.perf_counter() - began < 65 * 0.05 * 0.8

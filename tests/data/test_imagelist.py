@@ -145,7 +145,7 @@ def test_a_changed_image_changes_the_digest(listed, root, png):
 
 
 def test_files_of_a_slow_disk_are_looked_at_many_at_once_and_come_in_the_order_of_the_list(
-    compiled, tmp_path, png, monkeypatch
+    compiled, tmp_path, png, far
 ):
     """As over a network, where each takes an answer of a server."""
     lines = [f"{number % 7}/{number}.png {number}\n" for number in range(256)]
@@ -154,13 +154,7 @@ def test_files_of_a_slow_disk_are_looked_at_many_at_once_and_come_in_the_order_o
         (tmp_path / f"{number % 7}/{number}.png").write_bytes(png(number))
     (tmp_path / "list.txt").write_text("".join(lines))
     alone = compiled("imagelist", tmp_path / "list.txt", role="id")
-    identity = storage.local_identity
-
-    def far(path):
-        time.sleep(0.004)
-        return identity(path)
-
-    monkeypatch.setattr(storage, "local_identity", far)
+    far(storage, "local_identity", 0.004)
     began = time.perf_counter()
     assert compiled("imagelist", tmp_path / "list.txt", role="id") == alone
     assert time.perf_counter() - began < 256 * 0.004 * 0.6
