@@ -19,6 +19,8 @@ from pipeline.learned.statistics import Head, Part, Statistic, Statistics, norma
 
 _CHUNK = 1024
 """Training rows per matrix product, so that scoring needs little memory beside the draw itself."""
+_AT_ONCE = 256
+"""Rows whose probabilities are computed at once, in float64."""
 
 
 class Relation(Detector):
@@ -111,6 +113,8 @@ class Lowest(Part):
     among the lowest of all.
     """
 
+    merging: ClassVar[int] = 2
+
     size: NDArray[np.int64]
     """() how many are kept at most."""
     hashed: NDArray[np.uint64]
@@ -120,10 +124,31 @@ class Lowest(Part):
         """The lowest of both; among equal hashes the earlier rows."""
         kept = np.argsort(np.concatenate([self.hashed, other.hashed]), kind="stable")[: int(self.size)]
         rows = {name: value for name, value in self.arrays().items() if name != "size"}
-        return replace(
-            self,
-            **{name: np.concatenate([value, getattr(other, name)])[kept] for name, value in rows.items()},
-        )
+        joined = partial(_joined, kept=kept, most=int(self.size))
+        return replace(self, **{name: joined(value, getattr(other, name)) for name, value in rows.items()})
+
+
+def _joined(first: NDArray[Any], then: NDArray[Any], kept: NDArray[np.int64], most: int) -> NDArray[Any]:
+    """Some rows of two arrays one after the other, those of each in their order; large ones are not copied.
+
+    They stay in the memory of the first array where that begins one with room for them, as ours do: it
+    doubles up to `most` rows, of which the system gives no more than are written.
+    """
+    room, count = first.base, len(first)
+    if not (
+        isinstance(room, np.ndarray)
+        and room.flags.writeable
+        and (room.dtype, room.shape[1:], room.ctypes.data)
+        == (first.dtype, first.shape[1:], first.ctypes.data)
+        and len(room) >= len(kept)
+    ):
+        room = np.empty((min(most, 2 * len(kept)), *first.shape[1:]), first.dtype)
+        room[:count] = first[: len(room)]
+    for place in range(len(kept) - 1, -1, -1):  # no row moves to an earlier place: none is lost
+        row = kept[place]
+        if row != place or row >= count:
+            room[place] = room[row] if row < count else then[row - count]
+    return room[: len(kept)]
 
 
 @dataclass(frozen=True)
@@ -183,11 +208,15 @@ class Draw(Statistic[Drawn]):
         hashed = hashes(batch[FEATURE], self.seed)
         order = np.argsort(hashed, kind="stable")[: self.size]
         kept = order[hashed[order] <= highest]
+        likely = np.empty((len(kept), batch[LOGITS].shape[1]), np.float32)
+        for start in range(0, len(kept), _AT_ONCE):
+            rows = slice(start, start + _AT_ONCE)
+            likely[rows] = softmax(batch[LOGITS][kept[rows]])
         return Drawn(
             size=np.asarray(self.size),
             hashed=hashed[kept],
             feature=normalize(batch[FEATURE][kept]).astype(np.float32),
-            probability=softmax(batch[LOGITS][kept]).astype(np.float32),
+            probability=likely,
         )
 
 

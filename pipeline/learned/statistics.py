@@ -35,9 +35,19 @@ class Head:
 class Part:
     """What a statistic holds of some rows: numeric arrays, or numbers as () arrays."""
 
+    merging: ClassVar[int] = 3
+    """Times its bytes that merging takes: two parts and what it gives."""
+
     def merge(self, other: Self) -> Self:
-        """What it holds of both sets of rows together; here the sum of every array."""
+        """What it holds of both sets of rows together; here the sum of every array.
+
+        It may be in the memory of this part, which is not to be used any more then.
+        """
         return type(self)(**{name: value + getattr(other, name) for name, value in self.arrays().items()})
+
+    def roomy(self) -> Self:
+        """The same in memory that `merge` may write to, where it does: then nothing large is allocated."""
+        return self
 
     def whole(self) -> Part:
         """What is kept of all rows; of some rows it may hold less than that."""
@@ -164,7 +174,12 @@ def unit_rows(batch: Batch) -> Float:
 
 @dataclass(frozen=True)
 class Occurring(Part):
-    """Sums over rows of the classes that they are of: of many classes some rows have few."""
+    """Sums over rows of the classes that they are of: of many classes some rows have few.
+
+    Merged, it has room for all classes; what is stored are those that occur.
+    """
+
+    merging: ClassVar[int] = 2
 
     classes: NDArray[np.int64]
     """(K,) ascending."""
@@ -196,22 +211,28 @@ class Occurring(Part):
 
     def merge(self, other: Self) -> Self:
         """Sums of both sets of rows."""
-        classes = np.union1d(self.classes, other.classes)
-        own, theirs = (np.searchsorted(classes, part.classes) for part in (self, other))
-        count, total = np.zeros(len(classes), np.int64), np.zeros((len(classes), self.total.shape[1]))
-        count[own], total[own] = self.count, self.total
-        count[theirs] += other.count
-        for place, more in zip(theirs, other.total, strict=True):  # a copy of all of them would be large
-            total[place] += more
-        return replace(self, classes=classes, count=count, total=total)
+        both = self if len(self.classes) == self.known else self.roomy()
+        both.count[other.classes] += other.count
+        for place, more in zip(other.classes, other.total, strict=True):  # a copy of all would be large
+            both.total[place] += more
+        return both
+
+    def roomy(self) -> Self:
+        """With all classes."""
+        count, total = np.zeros(self.known, np.int64), np.zeros((self.known, self.total.shape[1]))
+        count[self.classes], total[self.classes] = self.count, self.total
+        return replace(self, classes=np.arange(len(count)), count=count, total=total)
 
     def dense(self) -> tuple[NDArray[np.int64], Float]:
         """Count (C,) and sum (C, W) of the rows of every class."""
-        if len(self.classes) == self.known:
-            return self.count, self.total
-        count, total = np.zeros(self.known, np.int64), np.zeros((self.known, self.total.shape[1]))
-        count[self.classes], total[self.classes] = self.count, self.total
-        return count, total
+        full = self if len(self.classes) == self.known else self.roomy()
+        return full.count, full.total
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Its arrays, of the classes that occur."""
+        there = self.count > 0
+        rows = {} if there.all() else {"classes": self.classes, "count": self.count, "total": self.total}
+        return super().arrays() | {name: value[there] for name, value in rows.items()}
 
 
 @dataclass(frozen=True)

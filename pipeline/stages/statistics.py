@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from safetensors.numpy import load_file
-
 from pipeline import imports
 from pipeline.cluster.engine import Engine, Shared
 from pipeline.columns import FEATURE, LABEL, LOGITS, PREDICTION, Batch
@@ -19,7 +17,17 @@ from pipeline.learned.statistics import Head, Part, Statistic, Statistics
 from pipeline.stages import memory
 from pipeline.stages.progress import SILENT, Stage
 from pipeline.workspace import tables
-from pipeline.workspace.artifacts import ARRAYS, Artifact, File, Kept, Store, opened, saved, write_part
+from pipeline.workspace.artifacts import (
+    ARRAYS,
+    Artifact,
+    File,
+    Kept,
+    Store,
+    mapped,
+    opened,
+    saved,
+    write_part,
+)
 
 SLICE = 8192
 """Rows that are measured at once, fewer where they are wide (`_slice`).
@@ -184,7 +192,7 @@ def _sweep(
     ]
 
     def merged(statistic: Statistic[Any], _: Artifact, pieces: Mapping[str, File]) -> int:
-        return _merged(pieces, _sum_bytes(rows.tables[0], statistic, head))
+        return _merged(statistic, pieces, _sum_bytes(rows.tables[0], statistic, head))
 
     made_whole = engine.in_order(_whole, sums, merged)
     whole |= {each: file for (each, *_), file in zip(sums, made_whole, strict=True)}
@@ -237,13 +245,19 @@ def _held(cut: tuple[tables.Table, int, int], wanted: Sequence[Statistic[Any]], 
     table, start, stop = cut
     columns = {column for statistic in wanted for column in statistic.columns}
     sums = [_sum_bytes(table, statistic, head) for statistic in wanted]
-    return memory.of_rows(table, columns, stop - start, _TIMES) + sum(sums) + 2 * max(sums)
+    merging = max((_piece(each).merging - 1) * own for each, own in zip(wanted, sums, strict=True))
+    return memory.of_rows(table, columns, stop - start, _TIMES) + sum(sums) + merging
 
 
-def _merged(pieces: Mapping[str, File], most: int) -> int:
-    """Bytes that a task may hold: the sum so far, the next piece, and their sum."""
+def _merged(statistic: Statistic[Any], pieces: Mapping[str, File], most: int) -> int:
+    """Bytes that a task may hold: the sum so far, the next piece, and their sum if that is another."""
     sizes = [piece.size for piece in pieces.values()]
-    return memory.PROCESS + 3 * max(*sizes, min(sum(sizes), most))
+    return memory.PROCESS + _piece(statistic).merging * max(*sizes, min(sum(sizes), most))
+
+
+def _piece(statistic: Statistic[Any]) -> type[Part]:
+    """What it gives of some rows."""
+    return statistic.piece or statistic.part
 
 
 def _sums(
@@ -254,15 +268,22 @@ def _sums(
     """Write sums of a piece of the rows, merged slice by slice in order."""
     columns = sorted({column for statistic, _, _ in wanted for column in statistic.columns})
     sums: dict[Statistic[Any], Part] = {}
-    for table, start, stop in slices:
+
+    def add(table: tables.Table, start: int, stop: int) -> None:  # what it reads and measures ends with it
         batch = table.read(start, stop, columns)
         for statistic, measure, _ in wanted:
             part = measure.get()(batch)
             sums[statistic] = sums[statistic].merge(part) if statistic in sums else part
-    return [
-        write_part(artifact.folder / name, saved((part.whole() if name == ARRAYS else part).arrays()))
-        for (_, _, artifact), part in zip(wanted, sums.values(), strict=True)
-    ]
+
+    for cut in slices:
+        add(*cut)
+    written = []
+    for statistic, _, artifact in wanted:
+        total = sums.pop(statistic)
+        if name == ARRAYS:
+            total = total.whole()
+        written.append(write_part(artifact.folder / name, saved(total.arrays())))
+    return written
 
 
 def _whole(statistic: Statistic[Any], artifact: Artifact, pieces: Mapping[str, File]) -> File:
@@ -270,7 +291,8 @@ def _whole(statistic: Statistic[Any], artifact: Artifact, pieces: Mapping[str, F
     total: Part | None = None
     for name, piece in pieces.items():
         with opened(artifact.folder / name, piece.sha256) as file:
-            part = (statistic.piece or statistic.part)(**load_file(file))
-        total = part if total is None else total.merge(part)
+            part = _piece(statistic)(**mapped(file))
+        total = part.roomy() if total is None else total.merge(part)
     assert total is not None
-    return write_part(artifact.folder / ARRAYS, saved(total.whole().arrays()))
+    total = total.whole()
+    return write_part(artifact.folder / ARRAYS, saved(total.arrays()))

@@ -308,6 +308,19 @@ def saved(arrays: Arrays) -> Callable[[Path], object]:
     return fill
 
 
+def mapped(path: Path) -> dict[str, NDArray[Any]]:
+    """Arrays of a file that `saved` wrote, to be read only: they are pages of the file, not memory."""
+    with path.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(start - 8))
+
+    def pages(dtype: str, shape: list[int], data_offsets: list[int]) -> NDArray[Any]:
+        kind = "?" if dtype == "BOOL" else f"{dtype[0].lower()}{int(dtype[1:]) // 8}"  # of F64, f8
+        return np.memmap(path, kind, "r", start + data_offsets[0], tuple(shape)).view(np.ndarray)
+
+    return {name: pages(**each) for name, each in header.items()}
+
+
 def write(path: Place, fill: Callable[[Path], object], **facts: Any) -> File:
     """Write a file; it appears when it is complete.
 

@@ -108,6 +108,23 @@ def test_class_sums_are_added_in_the_order_of_the_parts(batch) -> None:
     np.testing.assert_array_equal(total.whole().class_sum, expected)
 
 
+@pytest.mark.parametrize("wanted", [Classes(), Classes(column=LOGITS, correct=True), Softmax()])
+def test_sums_added_in_place_have_the_bits_of_sums_added_class_by_class(batch, wanted) -> None:
+    pieces = [wanted.measure(HEAD, Statistics())(each) for each in cut(batch, 3)]
+    slow: dict[int, tuple[int, np.ndarray]] = {}
+    for piece in pieces:
+        for label, count, total in zip(piece.classes.tolist(), piece.count, piece.total.copy(), strict=True):
+            before = slow.get(label, (0, np.zeros(piece.total.shape[1])))
+            slow[label] = before[0] + count, before[1] + total
+    for total in (pieces[0], pieces[0].roomy()):
+        for piece in pieces[1:]:
+            total = total.merge(piece)
+        stored = total.arrays()
+        assert stored["classes"].tolist() == sorted(slow)
+        np.testing.assert_array_equal(stored["count"], [slow[label][0] for label in sorted(slow)])
+        np.testing.assert_array_equal(stored["total"], np.stack([slow[label][1] for label in sorted(slow)]))
+
+
 def test_the_mean_is_that_of_all_rows_and_class_means_leave_out_classes_without_rows(batch) -> None:
     found = statistics.of(batch, [Classes()], HEAD)[Classes()]
     rows = batch["feature"].astype(np.float64)

@@ -111,7 +111,9 @@ def test_what_is_asked_follows_from_rows_widths_and_neighbours(engine: Engine, t
     for some, asked in sums:
         row = sum(widths[name] for name in {name for statistic, *_ in some for name in statistic.columns})
         own = [8 * (sum(widths[name] for name in each.columns) // 4) ** 2 for each, *_ in some]
-        assert asked == memory.PROCESS + 3000 * 10 * row + sum(own) + 2 * max(own)
+        more = [1 if isinstance(each, Classes) else 2 for each, *_ in some]  # these are merged in place
+        merging = max(times * size for times, size in zip(more, own, strict=True))
+        assert asked == memory.PROCESS + 3000 * 10 * row + sum(own) + merging
     assert noted.asked("_write_bank") == [memory.PROCESS + 3000 * 6 * whole]
     found = 3 * 16 * 1024 * 5 * 2  # batches under way, bytes, rows, neighbours, shards
     assert noted.asked("score_part") == [memory.PROCESS + 18 * 1024 * whole + found]
