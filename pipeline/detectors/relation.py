@@ -132,7 +132,7 @@ def _joined(first: NDArray[Any], then: NDArray[Any], kept: NDArray[np.int64], mo
     """Some rows of two arrays one after the other, those of each in their order; large ones are not copied.
 
     They stay in the memory of the first array where that begins one with room for them, as ours do: it
-    doubles up to `most` rows, of which the system gives no more than are written.
+    doubles up to half of `most` rows and then has all, of which the system gives no more than are written.
     """
     room, count = first.base, len(first)
     if not (
@@ -142,7 +142,8 @@ def _joined(first: NDArray[Any], then: NDArray[Any], kept: NDArray[np.int64], mo
         == (first.dtype, first.shape[1:], first.ctypes.data)
         and len(room) >= len(kept)
     ):
-        room = np.empty((min(most, 2 * len(kept)), *first.shape[1:]), first.dtype)
+        rows = 2 * len(kept) if 4 * len(kept) <= most else most
+        room = np.empty((rows, *first.shape[1:]), first.dtype)
         room[:count] = first[: len(room)]
     for place in range(len(kept) - 1, -1, -1):  # no row moves to an earlier place: none is lost
         row = kept[place]
