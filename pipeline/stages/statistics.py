@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline import imports
 from pipeline.cluster.engine import Engine, Shared
 from pipeline.columns import FEATURE, LABEL, LOGITS, PREDICTION, Batch
@@ -271,6 +273,7 @@ def _sums(
 
     def add(table: tables.Table, start: int, stop: int) -> None:  # what it reads and measures ends with it
         batch = table.read(start, stop, columns)
+        pa.default_memory_pool().release_unused()  # it keeps some times the bytes of wide rows
         for statistic, measure, _ in wanted:
             part = measure.get()(batch)
             sums[statistic] = sums[statistic].merge(part) if statistic in sums else part
