@@ -42,8 +42,8 @@ _SCORER, _ARRAYS = "scorer.json", "arrays.safetensors"
 _REFUSED, _UNKEPT = "refused.json", "not-plain.json"
 """Files with the reason why a detector does not apply, and why its scorer cannot be kept."""
 
-_TIMES = 10
-"""What fitting a detector takes over the bytes of what it learned, at most."""
+_TIMES = 12
+"""What fitting a detector takes over the bytes of what it learned: at most 10.1."""
 
 _log = logging.getLogger(__name__)
 
