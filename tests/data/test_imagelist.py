@@ -154,7 +154,7 @@ def test_files_of_a_slow_disk_are_looked_at_many_at_once_and_come_in_the_order_o
         (tmp_path / f"{number % 7}/{number}.png").write_bytes(png(number))
     (tmp_path / "list.txt").write_text("".join(lines))
     alone = compiled("imagelist", tmp_path / "list.txt", role="id")
-    far(storage, "local_identity", 0.004)
+    far(storage, "local_identities", 0.004 * 32)
     began = time.perf_counter()
     assert compiled("imagelist", tmp_path / "list.txt", role="id") == alone
     assert time.perf_counter() - began < 256 * 0.004 * 0.6

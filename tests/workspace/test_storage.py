@@ -36,8 +36,11 @@ def test_a_local_folder_is_listed_and_read_by_path_or_uri(folder: Path, uri: boo
     with storage.open_input(text.uri) as file:
         assert file.read() == b"0123456789"
     assert storage.find(text.uri) == text
-    assert [storage.local_identity(entry.uri) for entry in found] == [entry.identity for entry in found]
-    assert storage.local_identity(text.uri + "x") == storage.local_identity("a\0b") == storage.MISSING
+    for times in (1, 2):  # of several files beside each other the folder is looked up once
+        uris = [entry.uri for entry in found for _ in range(times)]
+        assert storage.local_identities(uris) == [entry.identity for entry in found for _ in range(times)]
+        nowhere = [text.uri + "x", "a\0b", "/no/x", "/no/y", "a\0/x", "a\0/y", "x", "y"]
+        assert storage.local_identities(nowhere * times) == [storage.MISSING] * 8 * times
     assert storage.find(text.uri + "x") is None
     with pytest.raises(EOFError, match="2 bytes too early"):
         storage.read(text.uri, 8, 4)

@@ -120,7 +120,7 @@ def _table(text: io.TextIOWrapper, where: str) -> Iterator[tuple[int, str, str]]
 
 def _looked_at(piece: Columns) -> Columns:
     """Some lines with the identity of each file."""
-    return piece | {"identity": list(map(storage.local_identity, piece["uri"]))}
+    return piece | {"identity": storage.local_identities(piece["uri"])}
 
 
 def _listed(pieces: Iterator[Columns]) -> Iterator[Columns]:
