@@ -34,26 +34,28 @@ TARGET = 10.0
 LINKS = 60_000
 """Names that a file is given; ext4 allows 65,000."""
 
-_LISTS = """\
+_TIMED = """\
 import os, resource, sys
 from pathlib import Path
-from pipeline.config.schema import Dataset
-from pipeline.data.manifest import compile_manifest
-
+{imports}
 name, path, root, out = sys.argv[1:]
-dataset = Dataset(name="set", role="train", format=name, path=path, root=root or None)
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, os.times()
-rows = compile_manifest(dataset, Path(out)).rows
+{lists}
 end, peak = os.times(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 cpu = end.user - start.user + end.system - start.system
 print(rows, end.elapsed - start.elapsed, cpu, (peak - before) / 1024)
 """
 
-_PLAIN = """\
-import os, resource, sys
+_LISTS = _TIMED.format(
+    imports="from pipeline.config.schema import Dataset\nfrom pipeline.data.manifest import compile_manifest",
+    lists="""\
+dataset = Dataset(name="set", role="train", format=name, path=path, root=root or None)
+rows = compile_manifest(dataset, Path(out)).rows""",
+)
 
-name, path, root, out = sys.argv[1:]
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, os.times()
+_PLAIN = _TIMED.format(
+    imports="",
+    lists="""\
 if name == "imagefolder":
     rows = 0
     for folder in sorted(os.listdir(path)):
@@ -61,11 +63,8 @@ if name == "imagefolder":
             rows += sum(entry.stat().st_size >= 0 for entry in entries)
 else:
     with open(path) as lines:
-        rows = sum(os.stat(os.path.join(root, line.split()[0])).st_size >= 0 for line in lines)
-end, peak = os.times(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-cpu = end.user - start.user + end.system - start.system
-print(rows, end.elapsed - start.elapsed, cpu, (peak - before) / 1024)
-"""
+        rows = sum(os.stat(os.path.join(root, line.split()[0])).st_size >= 0 for line in lines)""",
+)
 """The least that it takes in one thread of Python: the system is asked for every file, nothing is kept."""
 
 
