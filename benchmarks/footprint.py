@@ -18,7 +18,7 @@ INDEX = "index actor"
 
 
 def measure(session: Session) -> Section:
-    """USS and RSS of every kind of process."""
+    """Anonymous memory and RSS of every kind of process."""
     counts = (session.size(10_000, 1000), session.size(60_000, 4000))
     peaks = []
     for count in counts:
@@ -34,12 +34,17 @@ def measure(session: Session) -> Section:
     return Section(
         title="(e) Peak memory",
         text="`ood-pipeline run` with all of the quickstart's detectors, N images as training set and the "
-        f"same N as ID set, without tracking; every process sampled each {PERIOD} s. USS is what a process "
-        "alone holds, the largest of its kind; RSS also counts shared libraries and every page of Ray's "
-        "object store that the process has touched. An index actor (`index.shards: 1`; without, each "
-        "score task would) holds the training rows of KNN and GROOD (2 x N x 128 x 4 bytes), grows with them "
-        "by design, and is not judged.",
-        header=("MiB", *(f"USS, N = {count:,}" for count in counts), "growth", f"RSS, N = {counts[1]:,}"),
+        f"same N as ID set, without tracking; every process sampled each {PERIOD} s. Anonymous "
+        "is what a process has asked the system for, the largest of its kind; RSS also counts pages of files "
+        "and of Ray's object store, which is shared, that it has touched. An index actor "
+        "(`index.shards: 1`; without, each score task would) holds the training rows of KNN and GROOD "
+        "(2 x N x 128 x 4 bytes), grows with them by design, and is not judged.",
+        header=(
+            "MiB",
+            *(f"anonymous, N = {count:,}" for count in counts),
+            "growth",
+            f"RSS, N = {counts[1]:,}",
+        ),
         rows=[_row(kind, few[kind], many[kind]) for kind in kinds],
         checks=[
             Check(

@@ -66,7 +66,7 @@ class Stage:
     driver: float = 0.0
     """Seconds of the driver alone."""
     peaks: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Bytes: peak USS and RSS of a process, by kind."""
+    """Bytes: peak anonymous memory and RSS of a process, by kind."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Found:
 
     @property
     def driver(self) -> int:
-        """Bytes: peak USS of the driver."""
+        """Bytes: peak anonymous memory of the driver."""
         return max(stage.peaks[DRIVER][0] for stage in self.stages.values())
 
     @property
@@ -107,8 +107,8 @@ class Network:
         self.head = Head(0.02 * centred, np.zeros(classes, np.float32), tuple(STAGES.values()))
 
     def rows(self, rng: np.random.Generator, start: int, count: int, extras: Mapping[str, int]) -> Columns:
-        """Columns as extraction makes them."""
-        label = rng.integers(0, len(self.means), count, np.int32)
+        """Columns as extraction makes them; classes in turn, so that all occur in the fewest rows."""
+        label = np.arange(start, start + count, dtype=np.int32) % np.int32(len(self.means))
         feature = np.maximum(self.means[label] + 1.5 * rng.standard_normal((count, WIDTH), np.float32), 0)
         logits = feature @ self.head.weight.T
         return {
@@ -276,10 +276,10 @@ def sections(found: Found, rows: int, scored: int, classes: int) -> Iterator[Sec
     )
     yield Section(
         title=f"Peak memory with {rows:,} rows",
-        text="The largest process of each kind in a stage. USS is what it alone holds; RSS also counts "
-        "libraries and the pages of Ray's object store that it has touched. A process between two tasks "
-        "counts as the kind of the last.",
-        header=("MiB", "USS", "RSS"),
+        text="The largest process of each kind in a stage. Anonymous is what it has asked the system for; "
+        "RSS also counts pages of files and of Ray's object store, which is shared, that it has touched. "
+        "A process between two tasks counts as the kind of the last.",
+        header=("MiB", "anonymous", "RSS"),
         rows=[
             (f"{label}: {kind}", *(f"{size / 2**20:,.0f}" for size in peak))
             for label, stage in found.stages.items()

@@ -1,7 +1,7 @@
 """Peak memory of a process and of everything it starts, sampled from /proc (Linux).
 
-USS is what a process alone holds. RSS also counts pages it shares: libraries, and every page of Ray's object
-store that it has touched, so it says little about Ray workers.
+Anonymous is what a process has asked the system for. RSS also counts pages of files, which the system takes
+back when it needs room, and of Ray's object store, which is shared: each that the process has touched.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Watch:
         self.cpu = 0.0
         """Seconds that sampling took of this process, once the block has ended."""
         self.peaks: dict[str, tuple[int, int]] = {}
-        """Kind of process -> largest USS and RSS in bytes of any one process of that kind."""
+        """Kind of process -> largest anonymous memory and RSS in bytes of any one process of that kind."""
         self._kind: dict[int, str] = {pid: DRIVER}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -69,9 +69,9 @@ class Watch:
                 if re.search(pattern, title):
                     self._kind[pid] = shown
         if kind := self._kind.get(pid):  # a worker between two tasks keeps the kind of the last
-            uss, rss = usage(pid)
+            anonymous, rss = usage(pid)
             peak = self.peaks.get(kind, (0, 0))
-            self.peaks[kind] = (max(peak[0], uss), max(peak[1], rss))
+            self.peaks[kind] = (max(peak[0], anonymous), max(peak[1], rss))
 
 
 def family(pid: int) -> Iterator[int]:
@@ -93,11 +93,10 @@ def family(pid: int) -> Iterator[int]:
 
 
 def usage(pid: int) -> tuple[int, int]:
-    """USS and RSS in bytes."""
-    found = dict.fromkeys(("Private_Clean", "Private_Dirty", "Private_Hugetlb", "Rss"), 0)
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+    """Anonymous memory and RSS in bytes."""
+    found = {"RssAnon": 0, "VmRSS": 0}  # of a process that has ended there is neither
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name in found:
             found[name] = int(value.split()[0]) * 1024
-    rss = found.pop("Rss")
-    return sum(found.values()), rss
+    return found["RssAnon"], found["VmRSS"]

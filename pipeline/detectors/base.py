@@ -232,7 +232,7 @@ class Samples(Pass):
 
 @dataclass(frozen=True)
 class Training:
-    """All a detector may learn from."""
+    """All a detector may learn from; its arrays are shared with other detectors and not to be written to."""
 
     weight: NDArray[np.float32]
     """(C, D) weight of the classifier's last linear layer."""

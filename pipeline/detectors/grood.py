@@ -146,6 +146,9 @@ def _log_odds(batch: Batch, ood: Float, classes: Float) -> tuple[Float, Float]:
 _VANISHING = 1e-19
 """Lengths of gradients whose squares float32 rounds to 0."""
 
+_AT_ONCE = 256
+"""Class means whose distances to all others are held at once."""
+
 
 class Grood(OodPrototype, Detector):
     """Distance of the gradient to its nearest training gradient.
@@ -183,7 +186,9 @@ class Grood(OodPrototype, Detector):
     def notices(self, train: Training) -> tuple[str, ...]:
         """Whether features are so long that the gradients of ID images vanish in float32."""
         found = self.prototypes(train)
-        surest = float(found.log_odds({FEATURE: found.classes + found.ood}).max())
+        starts = range(0, len(found.classes), _AT_ONCE)
+        means = (found.classes[start : start + _AT_ONCE] + found.ood for start in starts)
+        surest = max(float(found.log_odds({FEATURE: each}).max()) for each in means)
         if surest > np.log(_VANISHING):
             return ()
         return (

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cluster.engine import Engine
+from pipeline.cluster.engine import Engine, Shared
 from pipeline.columns import FEATURE, KEY, LABEL, LOGITS, PREDICTION
 from pipeline.detectors.base import Bank
 from pipeline.stages import memory
@@ -61,8 +61,9 @@ def build_bank(
         done = artifact.begin()
         pieces = {f"bank-{number:05d}.npy": cut for number, cut in enumerate(table.slices(SLICE))}
         todo = {name: cut for name, cut in pieces.items() if name not in done}
+        shared = engine.share(bank)  # with all that the detector has learned
         arguments = [
-            (bank, table, columns, start, stop, str(artifact.folder / name))
+            (shared, table, columns, start, stop, str(artifact.folder / name))
             for name, (start, stop) in todo.items()
         ]
         stage.count("slices of a bank", len(todo), len(done))
@@ -75,16 +76,19 @@ def build_bank(
     return BankFiles.of(artifact, record)
 
 
-def _held(_: Bank, table: tables.Table, columns: Sequence[str], start: int, stop: int, __: str) -> int:
+def _held(
+    _: Shared[Bank], table: tables.Table, columns: Sequence[str], start: int, stop: int, __: str
+) -> int:
     """Bytes that a task may hold."""
     first, last = memory.cuts(table, columns, start, stop)[0]
     return memory.of_rows(table, columns, last - first, _TIMES)
 
 
 def _write_bank(
-    bank: Bank, table: tables.Table, columns: Sequence[str], start: int, stop: int, path: str
+    shared: Shared[Bank], table: tables.Table, columns: Sequence[str], start: int, stop: int, path: str
 ) -> File:
     """One piece of a bank."""
+    bank = shared.get()
     pieces = [
         bank.embed(batch)[:count][bank.keep(batch)[:count]]
         for cut in memory.cuts(table, columns, start, stop)

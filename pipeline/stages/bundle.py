@@ -186,7 +186,7 @@ class Bundle:
             if entry["fit"] is None:
                 continue
             artifact, record = self._fit(entry["fit"])
-            scorer = read_scorer(artifact, record, self.detectors[label], read)
+            scorer = read_scorer(artifact, record, self.detectors[label], read, load_file)
             assert not isinstance(scorer, UserError)
             found[label] = scorer
         return found

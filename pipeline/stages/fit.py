@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping, 
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from pipeline import imports
 from pipeline.cluster.engine import Engine, Shared
@@ -26,7 +27,19 @@ from pipeline.stages.index import BankFiles, trained
 from pipeline.stages.progress import SILENT, Stage
 from pipeline.stages.statistics import size_of
 from pipeline.workspace import files, tables
-from pipeline.workspace.artifacts import Artifact, Damaged, File, Kept, Record, Store, opened, saved, write
+from pipeline.workspace.artifacts import (
+    Arrays,
+    Artifact,
+    Damaged,
+    File,
+    Kept,
+    Record,
+    Store,
+    mapped,
+    opened,
+    saved,
+    write,
+)
 from pipeline.workspace.patience import Unavailable
 
 FORMAT = "detector 1"
@@ -225,16 +238,27 @@ def _fitted(
 
 def _content(values: NDArray[Any]) -> str:
     """What two arrays have in common that are the same."""
-    return f"{values.dtype} {values.shape} {sha256(values.tobytes()).hexdigest()}"
+    stored = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    return f"{values.dtype} {values.shape} {sha256(stored).hexdigest()}"
 
 
 def read_scorer(
-    artifact: Artifact, record: Record, detector: Detector, read: dict[str, NDArray[Any]]
+    artifact: Artifact,
+    record: Record,
+    detector: Detector,
+    read: dict[str, NDArray[Any]],
+    arrays_of: Callable[[Path], Arrays] = mapped,
 ) -> Scorer | UserError:
     """The scorer that is kept, or why there is none.
 
     It is always read back, so that the first run computes with what later ones read.
-    Arrays of other detectors with the same bytes are the same objects: see `columns.once`.
+
+    Args:
+        artifact: where.
+        record: of it.
+        detector: that was fitted.
+        read: arrays by content, to which its own are added: equal ones are the same object (`columns.once`).
+        arrays_of: reads the arrays of a file.
     """
 
     def file(name: str) -> Any:
@@ -246,7 +270,7 @@ def read_scorer(
     with file(_SCORER) as path:
         document = json.loads(path.read_text(encoding="utf-8"))
     with file(_ARRAYS) as path:
-        arrays = {name: read.setdefault(_content(value), value) for name, value in load_file(path).items()}
+        arrays = {name: read.setdefault(_content(value), value) for name, value in arrays_of(path).items()}
     theirs = [type(part).__module__ for part in detector.parts() if imports.is_foreign(type(part))]
     scorer: Scorer = plain.decode(document, arrays, (*plain.OURS, *theirs))
     return scorer

@@ -132,7 +132,7 @@ class Stored(Mapping[Statistic[Any], Part]):
 
     def __getitem__(self, wanted: Statistic[Any]) -> Part:
         if wanted not in self.read:
-            self.read[wanted] = wanted.part(**self.found[wanted].arrays())
+            self.read[wanted] = wanted.part(**self.found[wanted].pages())
         return self.read[wanted]
 
     def __iter__(self) -> Iterator[Statistic[Any]]:

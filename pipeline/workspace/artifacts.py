@@ -194,14 +194,20 @@ class Artifact:
                 if not entry.folder:
                     files.at(entry.uri).unlink(missing_ok=True)
 
-    def arrays(self, record: Record) -> dict[str, NDArray[Any]]:
+    def arrays(
+        self, record: Record, arrays_of: Callable[[Path], dict[str, NDArray[Any]]] = load_file
+    ) -> dict[str, NDArray[Any]]:
         """The arrays of one that holds arrays.
+
+        Args:
+            record: of it.
+            arrays_of: reads the arrays of a file: `load_file` or `mapped`.
 
         Raises:
             Damaged: other bytes than were written.
         """
         with opened(self.folder / ARRAYS, record.files[ARRAYS].sha256) as file:
-            return load_file(file)
+            return arrays_of(file)
 
     def keep(self, arrays: Arrays, **facts: Any) -> Record:
         """Make it of arrays."""
@@ -232,6 +238,14 @@ class Kept:
             Damaged: other bytes than were written.
         """
         return self.artifact.arrays(self.record)
+
+    def pages(self) -> dict[str, NDArray[Any]]:
+        """What it holds, as `mapped`.
+
+        Raises:
+            Damaged: other bytes than were written.
+        """
+        return self.artifact.arrays(self.record, mapped)
 
 
 def _listed(folder: Place) -> dict[str, storage.Entry]:
@@ -309,7 +323,10 @@ def saved(arrays: Arrays) -> Callable[[Path], object]:
 
 
 def mapped(path: Path) -> dict[str, NDArray[Any]]:
-    """Arrays of a file that `saved` wrote, to be read only: they are pages of the file, not memory."""
+    """Arrays of a file that `saved` wrote, to be read only: they are pages of the file, not memory.
+
+    Whoever writes into the file afterwards changes them: it is for large arrays that are soon read.
+    """
     with path.open("rb") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(start - 8))

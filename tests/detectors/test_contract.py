@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import tracemalloc
 from dataclasses import replace
 from itertools import combinations
 
@@ -53,6 +54,21 @@ def test_scores_are_one_finite_float64_per_row(detector, rows):
 
 def test_separated_ood_rows_score_higher(detector, blobs):
     assert roc_auc_score(blobs.is_ood, blobs.score(detector)) >= 0.95
+
+
+def test_learning_takes_no_number_for_every_pair_of_classes(detector, make_rows):
+    classes = 3000
+    rows = make_rows(rows=2 * classes, classes=classes, dim=8)
+    rows = replace(rows, train={**rows.train, LABEL: np.arange(2 * classes, dtype=np.int32) % classes})
+    if detector.table(classes, 8, rows.stages) >= classes**2:
+        return  # says so, and is refused where there are too many
+    training = rows.training(detector)
+    tracemalloc.start()
+    detector.fit(training)
+    detector.notices(training)
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 8 * classes**2
 
 
 def test_a_split_batch_scores_like_the_whole_batch(detector, rows):
