@@ -34,17 +34,12 @@ def measure(session: Session) -> Section:
     return Section(
         title="(e) Peak memory",
         text="`ood-pipeline run` with all of the quickstart's detectors, N images as training set and the "
-        f"same N as ID set, without tracking; every process sampled each {PERIOD} s. Anonymous "
-        "is what a process has asked the system for, the largest of its kind; RSS also counts pages of files "
-        "and of Ray's object store, which is shared, that it has touched. An index actor "
-        "(`index.shards: 1`; without, each score task would) holds the training rows of KNN and GROOD "
-        "(2 x N x 128 x 4 bytes), grows with them by design, and is not judged.",
-        header=(
-            "MiB",
-            *(f"anonymous, N = {count:,}" for count in counts),
-            "growth",
-            f"RSS, N = {counts[1]:,}",
-        ),
+        f"same N as ID set, without tracking; every process sampled each {PERIOD} s. Numbers "
+        "are anonymous memory, which a process has asked the system for, of the largest of its kind; RSS "
+        "also counts pages of files and of Ray's object store, which is shared, that it has touched. An "
+        "index actor (`index.shards: 1`; without, each score task would) holds the training rows of KNN and "
+        "GROOD (2 x N x 128 x 4 bytes), grows with them by design, and is not judged.",
+        header=("MiB", *(f"N = {count:,}" for count in counts), "growth", f"RSS, N = {counts[1]:,}"),
         rows=[_row(kind, few[kind], many[kind]) for kind in kinds],
         checks=[
             Check(

@@ -28,7 +28,7 @@ def measure(session: Session) -> Section:
         title="(h) Extraction of many images",
         text="`ood-pipeline extract` of synthetic 28 x 28 images (IDX) through the quickstart's ResNet-10 on "
         "2 actors, in an empty workspace. Memory is as in (e); compiling the manifest is part of it.",
-        header=("images", "images/s, steady", "seconds in all", "driver, MiB anonymous", "model actor"),
+        header=("images", "images/s, steady", "seconds in all", "driver, MiB", "model actor"),
         rows=[
             (
                 f"{count:,}",
