@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pipeline.cluster.engine import Actor, Engine, Pending, Shared
 from pipeline.columns import Float, Mask
 from pipeline.config import schema
+from pipeline.detectors.base import Detector
 from pipeline.errors import UserError
 from pipeline.stages import memory
 from pipeline.workspace import files, storage
@@ -60,6 +61,9 @@ Trained ones were 1.0 with `IVF16,Flat`, 0.5 with `SQfp16`, 0.25 with `IVF16,SQ8
 
 _COPIED = 2
 """The same of a bank in one piece: the vectors and the file they are read from; measured 1.9 to 2."""
+
+_MOST_ON_GPU = 2048
+"""Neighbours of a query that FAISS finds on a GPU; builds with cuVS find more."""
 
 _SCORING = 120
 """Operations that all detectors take for a row besides, over D²; measured with D = 2048 and C = 1000."""
@@ -226,6 +230,20 @@ def _require_installed() -> None:
         raise UserError(
             "FAISS is not installed. Install exactly one build of it: pip install 'ood-pipeline[cpu]' or, on "
             "a machine with a GPU, 'ood-pipeline[gpu]'."
+        )
+
+
+def check_k(label: str, detector: Detector, settings: schema.Index) -> None:
+    """Whether FAISS looks up as many neighbours as a detector reads.
+
+    Raises:
+        UserError: if a GPU is to look up more than FAISS can there.
+    """
+    k = getattr(detector, "k", 0)
+    if detector.neighbours and k > _MOST_ON_GPU and device(settings) == "cuda":
+        raise UserError(
+            f"detectors.{label}.k is {k:,}, but FAISS looks up {_MOST_ON_GPU:,} neighbours at most on a GPU. "
+            "Lower k, or search on CPUs: set index.device to cpu and index.gpus_per_shard to 0."
         )
 
 

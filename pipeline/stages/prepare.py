@@ -230,6 +230,7 @@ def prepare(
     known = network.description
     _check_precision(settings.extract, network)
     selection.keep(lambda label, detector: check_applies(label, detector, network))
+    selection.keep(lambda label, detector: index.check_k(label, detector, settings.index))
     if any(detector.neighbours for detector in selection.detectors.values()):
         index.check(settings.index.kind, known.head[0].shape[1])
     network.note()

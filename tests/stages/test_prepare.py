@@ -103,6 +103,14 @@ def test_a_model_without_blocks_says_which_detectors_do_not_apply(flat, load) ->
     prepare.prepare(load(flat))
 
 
+def test_more_neighbours_than_faiss_finds_on_a_gpu_are_refused_before_images_are_listed(flat, load) -> None:
+    flat["detectors"] = [{"knn": {"k": 2049}}]
+    with pytest.raises(UserError, match=r"^detectors\.knn\.k is 2049 but there are \d+ training images"):
+        prepare.prepare(load(flat))
+    with pytest.raises(UserError, match=r"^detectors\.knn\.k is 2,049, but FAISS looks up 2,048 .* on a GPU"):
+        prepare.prepare(load(flat | {"index": {"gpus_per_shard": 1}}))
+
+
 def test_configs_of_one_command_share_one_table_of_metadata(flat, load, tmp_path: Path) -> None:
     (tmp_path / "cameras.csv").write_text("key,camera\n0,left\n")
     flat["report"] = {"metadata": "cameras.csv"}
