@@ -1,7 +1,7 @@
 """Fit and score at the width of ImageNet networks (D = 2048, C = 1000): what stages cost, beside plain calls.
 
     python benchmarks/imagenet_shape.py --rows 50000 200000 --output benchmarks/imagenet_shape.md
-    python benchmarks/imagenet_shape.py --rows 12288 --scored 256 --classes 21843      # ImageNet-21K
+    python benchmarks/imagenet_shape.py --rows 32768 --scored 256 --classes 21843    # ImageNet-21K
 
 Made-up feature tables, with the columns that extraction writes, go through the stages of a run with every
 detector: nothing is forwarded. Linux only. CPU seconds are those of all processes of the stage; of wall
