@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +27,8 @@ from pipeline.stages import decoding, extract, shards
 from pipeline.workspace import tables
 
 TARGET = 0.95
+LOADING = 15
+"""Seconds in which a process has loaded the network."""
 
 
 def measure(session: Session) -> Section:
@@ -41,8 +44,11 @@ def measure(session: Session) -> Section:
         rows.append((f"turn {turn}", f"{loop:,.0f}", f"{ours:,.0f}", f"{ratios[-1]:.3f}"))
         print(f"  turn {turn}: plain loop {loop:,.0f}, pipeline {ours:,.0f} images/s", flush=True)
     rows += [(f"tried: {setting}", f"{rate:,.0f}", "", "") for setting, rate in tried]
-    profile = fresh(_profile, pixels[: session.size(8192, 1024)], session.scratch)
+    some = pixels[: session.size(8192, 1024)]
+    profile = fresh(_profile, some, session.scratch)
     rows += [(f"one actor alone: {part}", "", f"{rate:,.0f}", "") for part, rate in profile.items()]
+    for part, rate in _at_once(some, session).items():
+        rows.append((f"two at once, without Ray: {part}", "", f"{rate:,.0f}", ""))
     return Section(
         title="(a) Extraction against a plain PyTorch loop",
         text=_text(count, setting),
@@ -54,6 +60,38 @@ def measure(session: Session) -> Section:
 
 def _profile(pixels: NDArray[np.uint8], scratch: Path) -> dict[str, float]:
     """Images per second of one thread for more and more of what a model actor does, the best of three."""
+    parts = _parts(pixels, scratch)
+    return {part: len(pixels) / min(_seconds(call) for _ in range(3)) for part, call in parts.items()}
+
+
+def _at_once(pixels: NDArray[np.uint8], session: Session) -> dict[str, float]:
+    """Images per second of two processes that each do the first and the last part, at the same time."""
+    begins, lasts = time.time() + LOADING, session.size(8, 1)
+    folders = [session.scratch / f"beside-{number}" for number in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda folder: fresh(_beside, pixels, folder, begins, lasts), folders))
+    return {part: sum(each[part] for each in found) for part in found[0]}
+
+
+def _beside(pixels: NDArray[np.uint8], folder: Path, begins: float, lasts: float) -> dict[str, float]:
+    """Images per second of the first and of the last part, each for some seconds from a point in time."""
+    folder.mkdir()
+    first, *_, last = _parts(pixels, folder).values()
+    found = {}
+    for number, (part, call) in enumerate({"network": first, "all of it": last}.items()):
+        call()
+        starts = begins + number * (lasts + LOADING)
+        time.sleep(starts - time.time())
+        calls = 0
+        while time.time() < starts + lasts:
+            call()
+            calls += 1
+        found[part] = calls * len(pixels) / (time.time() - starts)
+    return found
+
+
+def _parts(pixels: NDArray[np.uint8], scratch: Path) -> dict[str, Callable[[], Any]]:
+    """More and more of what a model actor does, each as a function that does it for all images."""
     settings = loading.load("quickstart")
     model = load(settings.model, settings.seed)
     plan = shards.Plan(
@@ -72,7 +110,7 @@ def _profile(pixels: NDArray[np.uint8], scratch: Path) -> dict[str, float]:
     def cut() -> Iterator[decoding.Decoded]:
         return (decoding.decode_rows(table.slice(start, size), plan) for start in range(0, len(table), size))
 
-    parts: dict[str, Callable[[], Any]] = {
+    return {
         "network": lambda: [
             classifier.forward(batch.pixels, blocks=False) for batch in decoded.batches(size)
         ],
@@ -87,7 +125,6 @@ def _profile(pixels: NDArray[np.uint8], scratch: Path) -> dict[str, float]:
             scratch / "profile.parquet", extract.extract_rows(classifier, cut(), plan.settings)[0]
         ),
     }
-    return {part: len(pixels) / min(_seconds(call) for _ in range(3)) for part, call in parts.items()}
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -127,5 +164,6 @@ def _text(count: int, setting: plain.Setting) -> str:
         "Ray and loading the model are not. Plain loop: images in memory, normalise, forward, feature and "
         f"logits kept in memory; warmed up; its best setting ({setting}), found on fewer images. "
         "The two sides took turns; the ratio is the median over the turns. Last rows: the work of a model "
-        "actor, added up part by part, in one process of one thread with nothing beside it."
+        "actor, added up part by part, in one process of one thread with nothing beside it; and in two such "
+        "processes at the same time, with no Ray."
     )

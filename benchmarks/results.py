@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 REASONS: dict[str, str] = {
     "extraction, steady state, against a plain loop": (
-        "the profile is in the last rows of (a). Everything that an actor does beyond the network "
-        "(FeatureNorm of four blocks, checks, tables, decoding, Parquet) costs the difference between the "
-        "first and the last of them; twice the last is what two actors would reach if they did not "
-        "disturb each other. What is missing from there to the pipeline's turns is lost between processes "
-        "on two cores: shared cache and memory, and Ray's own processes. The plain loop has both cores to "
-        "itself, and channels-last tensors and a batch size that were searched for; in PyTorch's defaults "
-        "it is slower than the pipeline."
+        "the profile is in the last rows of (a). What an actor does beyond the network (FeatureNorm of four "
+        "blocks, checks, tables, decoding, Parquet) is the difference between two at once with the network "
+        "alone and with all of it, which is also the bound of the pipeline here. From there to its turns is "
+        "what the driver and Ray's own processes take of the two cores, which an actor keeps busy each: of "
+        "sixteen cores it would be an eighth of that. The plain loop has both cores to itself, and "
+        "channels-last tensors and a batch size that were searched for; in PyTorch's defaults it is slower "
+        "than the pipeline."
     ),
     "evaluation, all detectors, each further image, against a plain forward pass": (
         "the profile is the last column of (b). What is not extraction is mostly the exact neighbour "
@@ -44,13 +44,13 @@ REASONS: dict[str, str] = {
         "the machine."
     ),
     "gradient of GROOD against per-sample autograd": (
-        "the closed form takes 82 to 86 µs an image in all runs, most of it one product of the features with "
-        "1,000 prototypes in float64. What varies is autograd: between 6.7 and 9.0 ms an image on the same "
-        "machine on the same day, so the ratio lies between 80 and 105."
+        "the closed form is little else than one product of the features with 1,000 prototypes, in float64, "
+        "which takes a tenth of a millisecond of one core. What varies is autograd: between 6.7 and 12.7 ms "
+        "an image on the same machine, so the ratio lies between 79 and 117."
     ),
     "growth of peak memory from 10,000 to 60,000 images": (
         "the kind of process that grows most is named. A fit task holds one slice of 8,192 rows at a time, "
-        "of two one after the other at 10,000 images and of eight at 60,000; private memory rises until the "
+        "of two one after the other at 10,000 images and of eight at 60,000; memory rises until the "
         "second or third (what the allocator keeps) and stays there. "
         "The evaluate task sorts one detector's scores of all datasets at once, some hundred bytes per "
         "image, because exact metrics need them together. A model actor of the extra passes works on as many "

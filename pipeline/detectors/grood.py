@@ -135,7 +135,8 @@ def _log_odds(batch: Batch, ood: Float, classes: Float) -> tuple[Float, Float]:
     """
     offset = batch[FEATURE] - ood
     to_ood = np.sqrt(np.einsum("nd,nd->n", offset, offset))
-    closer = offset @ (2 * classes.T)
+    closer = offset @ classes.T
+    closer *= 2
     closer -= np.einsum("kd,kd->k", classes, classes)  # d_o² - d_c²
     to_class = np.sqrt(np.maximum(to_ood[:, None] ** 2 - closer, 0))
     to_class += to_ood[:, None]
