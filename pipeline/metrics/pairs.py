@@ -95,21 +95,22 @@ def sample(
     inside = checked(id_scores, "the ID data")
     known = None if right is None else np.asarray(right, dtype=np.bool_)
     metrics = [each for each in against_ood(level) if known is not None or not each.needs_labels]
-    drawn_inside = _Draw(len(inside), (seed, 0))
+    drawn_inside, ranks = _Draw(len(inside), (seed, 0)), _ranks(inside)
     found, added_inside, added_outside = {}, {}, {}
     for number, (name, given) in enumerate(ood_scores.items(), start=1):
         outside = checked(given, repr(name))
         drawn_outside = _Draw(len(outside), (seed, number))
         rows = counted(inside, outside, known)
         above, below = _placements(rows)
-        added_inside[name] = drawn_inside.sums(above[_ranks(inside)] / len(inside))
+        added_inside[name] = drawn_inside.sums(above[ranks] / len(inside))
         added_outside[name] = drawn_outside.sums(below[_ranks(outside)] / len(outside))
         added = np.concatenate([added_inside[name], added_outside[name]])
         edges = _edges([inside, outside])
+        places = edges.searchsorted(inside)
         resampled = Counted(
-            drawn_inside.counts(edges.searchsorted(inside), len(edges)),
+            drawn_inside.counts(places, len(edges)),
             drawn_outside.counts(edges.searchsorted(outside), len(edges)),
-            _right(drawn_inside, inside, edges, known),
+            np.empty(0, np.int64) if known is None else drawn_inside.counts(places, len(edges), known),
         )
         found[name] = _sample(name, metrics, rows, resampled, added, min(len(inside), len(outside)))
     means = []
@@ -144,8 +145,9 @@ def sample_failures(dataset: str, scores: ArrayLike, right: ArrayLike, seed: int
     """
     inside, known = checked(scores, repr(dataset)), np.asarray(right, dtype=np.bool_)
     drawn, edges = _Draw(len(inside), (seed, 0)), _edges([inside])
-    counts = drawn.counts(edges.searchsorted(inside), len(edges))
-    resampled = Counted(counts, right=_right(drawn, inside, edges, known))
+    places = edges.searchsorted(inside)
+    counts = drawn.counts(places, len(edges))
+    resampled = Counted(counts, right=drawn.counts(places, len(edges), known))
     rows = counted(inside, right=known)
     return _sample(dataset, FAILURES, rows, resampled, np.empty(0), len(inside))
 
@@ -164,13 +166,6 @@ def _placements(rows: Counted) -> tuple[Float, Float]:
     below = rows.below
     value = (rows.outside * below).sum() / rows.n_outside
     return rows.above[rows.inside > 0] - value, below[rows.outside > 0] - value
-
-
-def _right(drawn: _Draw, inside: Float, edges: Float, known: Mask | None) -> Counts:
-    """(R, B) rows of every resample in each bin that the classifier has right."""
-    if known is None:
-        return np.empty(0, np.int64)
-    return drawn.counts(edges.searchsorted(inside), len(edges), known)
 
 
 def differences(samples: Mapping[str, Sequence[Sample]]) -> Iterator[Difference]:
