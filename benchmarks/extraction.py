@@ -81,7 +81,7 @@ def _beside(pixels: NDArray[np.uint8], folder: Path, begins: float, lasts: float
     for number, (part, call) in enumerate({"network": first, "all of it": last}.items()):
         call()
         starts = begins + number * (lasts + LOADING)
-        time.sleep(starts - time.time())
+        time.sleep(max(starts - time.time(), 0))
         calls = 0
         while time.time() < starts + lasts:
             call()

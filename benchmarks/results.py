@@ -17,9 +17,10 @@ REASONS: dict[str, str] = {
     ),
     "evaluation, all detectors, each further image, against a plain forward pass": (
         "the profile is the last column of (b). What is not extraction is mostly the exact neighbour "
-        "search of KNN and GROOD (compare the rows of (f) with and without it): two matrix products with "
-        "the bank per image, on the same two cores, against a network so small that it costs about as "
-        "much. The ratio falls with the size of the network; no detector makes another forward pass."
+        "search of KNN and GROOD (compare the rows of (f) with and without it), two matrix products with the "
+        "bank per image, and intervals and comparisons of nine detectors: what costs little beside most "
+        "networks, but this one takes a sixth of a millisecond of two cores for an image. The ratio falls "
+        "with the size of the network; no detector makes another forward pass."
     ),
     "whole command, inline": (
         "the table below tells where the seconds go. Nine tenths of extraction are the network's forward "
@@ -53,8 +54,9 @@ REASONS: dict[str, str] = {
         "of two one after the other at 10,000 images and of eight at 60,000; memory rises until the "
         "second or third (what the allocator keeps) and stays there. "
         "The evaluate task sorts one detector's scores of all datasets at once, some hundred bytes per "
-        "image, because exact metrics need them together. A model actor of the extra passes works on as many "
-        "images and batches at both sizes; from one run of this command to another its growth changes by as "
+        "image, because exact metrics need them together; its workers go on as the duplicates task, with "
+        "what the allocator keeps. A model actor of the extra passes works on as many images and batches at "
+        "both sizes; from one run of this command to another its growth changes by as "
         "much as it is."
     ),
     "scoring with neighbours: growth of peak memory from 80,000 to 240,000 rows": (

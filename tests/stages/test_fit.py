@@ -295,11 +295,12 @@ def test_sums_of_pieces_are_merged_without_reading_rows_again(engine, tmp_path, 
 
 def test_a_bank_that_was_interrupted_keeps_its_pieces(engine, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(banks, "SLICE", 30)
-    table, written = feature_table(tmp_path / "table", 100, []), []
+    table, written, sent = feature_table(tmp_path / "table", 100, []), [], []
     write = banks._write_bank
 
     def dying(*arguments):
         written.append(Path(arguments[-1]).name)
+        sent.append(arguments[0])
         if len(written) == 3:
             raise Killed
         return write(*arguments)
@@ -310,6 +311,7 @@ def test_a_bank_that_was_interrupted_keeps_its_pieces(engine, tmp_path, monkeypa
         banks.build_bank(engine, Store(tmp_path / "fits"), bank, table, {}, {})
     found = banks.build_bank(engine, Store(tmp_path / "fits"), bank, table, {}, {})
     assert [name[5:10] for name in written] == ["00000", "00001", "00002", "00002", "00003"]
+    assert len(set(map(id, sent))) == 2, "what the detector learned is sent once for all pieces"
     assert found.rows == 100
 
 
