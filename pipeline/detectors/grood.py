@@ -189,7 +189,7 @@ class Grood(OodPrototype, Detector):
         found = self.prototypes(train)
         starts = range(0, len(found.classes), _AT_ONCE)
         means = (found.classes[start : start + _AT_ONCE] + found.ood for start in starts)
-        surest = max(float(found.log_odds({FEATURE: each}).max()) for each in means)
+        surest = np.max([found.log_odds({FEATURE: each}).max() for each in means])
         if surest > np.log(_VANISHING):
             return ()
         return (

@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.learned.statistics import Statistic
 from pipeline.stages import memory
 from pipeline.stages.banks import build_bank
-from pipeline.stages.index import BankFiles, trained
+from pipeline.stages.index import BankFiles, check_k, trained
 from pipeline.stages.progress import SILENT, Stage
 from pipeline.stages.statistics import size_of
 from pipeline.workspace import files, tables
@@ -133,6 +133,7 @@ def fit_detectors(
                     label, f"k is {bank.k} but only {bank_files.rows} training rows enter the bank; lower k."
                 )
                 continue
+            check_k(label, bank.k, bank_files.rows, searched)
             fitted.banks[label] = bank_files
             contents |= {bank_files.name: bank_files.content}
         fitted.scorers[label], fitted.contents[label] = scorer, contents

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from pipeline.cluster.engine import Actor, Engine, Pending, Shared
 from pipeline.columns import Float, Mask
 from pipeline.config import schema
-from pipeline.detectors.base import Detector
 from pipeline.errors import UserError
 from pipeline.stages import memory
 from pipeline.workspace import files, storage
@@ -63,7 +62,7 @@ _COPIED = 2
 """The same of a bank in one piece: the vectors and the file they are read from; measured 1.9 to 2."""
 
 _MOST_ON_GPU = 2048
-"""Neighbours of a query that FAISS finds on a GPU; builds with cuVS find more."""
+"""Neighbours of a query that FAISS finds on a GPU; those with cuVS find more, which is not relied on."""
 
 _SCORING = 120
 """Operations that all detectors take for a row besides, over D²; measured with D = 2048 and C = 1000."""
@@ -233,14 +232,14 @@ def _require_installed() -> None:
         )
 
 
-def check_k(label: str, detector: Detector, settings: schema.Index) -> None:
-    """Whether FAISS looks up as many neighbours as a detector reads.
+def check_k(label: str, k: int, rows: int, settings: schema.Index) -> None:
+    """Whether a shard of a bank of so many vectors can look up k neighbours of a query.
 
     Raises:
         UserError: if a GPU is to look up more than FAISS can there.
     """
-    k = getattr(detector, "k", 0)
-    if detector.neighbours and k > _MOST_ON_GPU and device(settings) == "cuda":
+    shards = 1 if settings.shards == "auto" else settings.shards
+    if device(settings) == "cuda" and min(k, -(-rows // shards)) > _MOST_ON_GPU:
         raise UserError(
             f"detectors.{label}.k is {k:,}, but FAISS looks up {_MOST_ON_GPU:,} neighbours at most on a GPU. "
             "Lower k, or search on CPUs: set index.device to cpu and index.gpus_per_shard to 0."

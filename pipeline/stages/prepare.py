@@ -15,7 +15,7 @@ import numpy as np
 from pipeline import detectors
 from pipeline.columns import BLOCK_NORM, LABEL
 from pipeline.config import published
-from pipeline.config.schema import Config, Dataset, Extract
+from pipeline.config.schema import Config, Dataset, Extract, Index
 from pipeline.data import filters, metadata
 from pipeline.data.manifest import Manifest, compile_manifest
 from pipeline.data.metadata import Metadata
@@ -230,7 +230,6 @@ def prepare(
     known = network.description
     _check_precision(settings.extract, network)
     selection.keep(lambda label, detector: check_applies(label, detector, network))
-    selection.keep(lambda label, detector: index.check_k(label, detector, settings.index))
     if any(detector.neighbours for detector in selection.detectors.values()):
         index.check(settings.index.kind, known.head[0].shape[1])
     network.note()
@@ -247,6 +246,7 @@ def prepare(
     selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
     train = [manifests[dataset.name] for dataset in settings.of_role("train")]
     selection.keep(lambda label, detector: check_rows(label, detector, train, known))
+    selection.keep(lambda label, detector: _check_k(label, detector, train, settings.index))
     if any(detector.neighbours for detector in selection.detectors.values()):
         index.check_rows(settings.index, known.head[0].shape[1], sum(manifest.rows for manifest in train))
     require_members(selection.detectors, selection.not_applicable)
@@ -579,6 +579,13 @@ def check_rows(label: str, detector: Detector, train: Sequence[Manifest], known:
                 part.check_rows(known.head[0].shape[1], known.taps.stages, rows, manifest.class_count)
         except UserError as error:
             raise UserError(f"detectors.{label}: {error}") from None
+
+
+def _check_k(label: str, detector: Detector, train: Sequence[Manifest], settings: Index) -> None:
+    """Whether so many neighbours can be looked up, as far as the parameters say how many."""
+    if detector.neighbours:
+        rows = sum(manifest.rows for manifest in train)
+        index.check_k(label, getattr(detector, "k", 0), rows, settings)
 
 
 def _check_grid(where: str, grid: int, crop: int) -> None:

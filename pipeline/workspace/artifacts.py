@@ -30,6 +30,9 @@ RECORD, ARRAYS = "_manifest.json", "arrays.safetensors"
 
 Arrays = Mapping[str, NDArray[Any]]
 
+_LARGE = 2**26
+"""Bytes from which an array is left in its file where that does."""
+
 _SEAL = "sha256 of the rest"
 _INPUTS = "_inputs.json"
 _log = logging.getLogger(__name__)
@@ -323,19 +326,24 @@ def saved(arrays: Arrays) -> Callable[[Path], object]:
 
 
 def mapped(path: Path) -> dict[str, NDArray[Any]]:
-    """Arrays of a file that `saved` wrote, to be read only: they are pages of the file, not memory.
+    """Arrays of a file that `saved` wrote, to be read only; large ones are pages of the file, not memory.
 
-    Whoever writes into the file afterwards changes them: it is for large arrays that are soon read.
+    They hold the file open, and need it: on NFS, a process ends with a bus error that reads a page for the
+    first time after another client has deleted the file.
     """
     with path.open("rb") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(start - 8))
+    whole = np.memmap(path, np.uint8, "r")
 
-    def pages(dtype: str, shape: list[int], data_offsets: list[int]) -> NDArray[Any]:
+    def array(dtype: str, shape: list[int], data_offsets: list[int]) -> NDArray[Any]:
         kind = "?" if dtype == "BOOL" else f"{dtype[0].lower()}{int(dtype[1:]) // 8}"  # of F64, f8
-        return np.memmap(path, kind, "r", start + data_offsets[0], tuple(shape)).view(np.ndarray)
+        found = np.ndarray(shape, kind, whole, start + data_offsets[0])
+        found = found if found.nbytes >= _LARGE else found.copy()
+        found.flags.writeable = False
+        return found
 
-    return {name: pages(**each) for name, each in header.items()}
+    return {name: array(**each) for name, each in header.items()}
 
 
 def write(path: Place, fill: Callable[[Path], object], **facts: Any) -> File:

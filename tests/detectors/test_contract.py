@@ -64,10 +64,12 @@ def test_learning_takes_no_number_for_every_pair_of_classes(detector, make_rows)
         return  # says so, and is refused where there are too many
     training = rows.training(detector)
     tracemalloc.start()
-    detector.fit(training)
-    detector.notices(training)
-    held = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    try:
+        detector.fit(training)
+        detector.notices(training)
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     assert held < 8 * classes**2
 
 

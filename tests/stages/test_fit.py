@@ -166,6 +166,18 @@ def test_detectors_that_learn_from_the_same_are_fitted_by_one_task(
     assert list(fitted.scorers) == list(chosen)
 
 
+def test_large_arrays_of_what_was_learned_are_pages_of_their_files(engine, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(artifacts, "_LARGE", 200)
+    table, store = feature_table(tmp_path / "table", 60, []), Store(tmp_path / "fits")
+    (wanted,) = She().statistics()
+    known = Statistics(fitted(engine, store, table, [wanted]))
+    training, sums = Training(HEAD.weight, HEAD.bias, train=known), known[wanted]
+    found = fit.fit_detectors(engine, {"she": She()}, training, store, None, made_of, FLAT)
+    large = sums.class_sum, found.scorers["she"].patterns  # (5, 6) float64
+    assert [each.flags.owndata for each in (*large, sums.class_count)] == [False, False, True]
+    assert not any(each.flags.writeable for each in (*large, sums.class_count))
+
+
 def test_what_fails_where_statistics_are_read_is_no_refusal_of_a_detector(
     engine, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from pipeline import detectors
 from pipeline.config.schema import Dataset, DetectorEntry
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.stages import memory, prepare
+from pipeline.stages import index, memory, prepare
 from pipeline.workspace.patience import Unavailable
 
 NET = """
@@ -103,12 +103,16 @@ def test_a_model_without_blocks_says_which_detectors_do_not_apply(flat, load) ->
     prepare.prepare(load(flat))
 
 
-def test_more_neighbours_than_faiss_finds_on_a_gpu_are_refused_before_images_are_listed(flat, load) -> None:
-    flat["detectors"] = [{"knn": {"k": 2049}}]
-    with pytest.raises(UserError, match=r"^detectors\.knn\.k is 2049 but there are \d+ training images"):
-        prepare.prepare(load(flat))
-    with pytest.raises(UserError, match=r"^detectors\.knn\.k is 2,049, but FAISS looks up 2,048 .* on a GPU"):
+def test_more_neighbours_than_faiss_finds_on_a_gpu_are_refused_before_any_work(
+    flat, load, monkeypatch
+) -> None:
+    monkeypatch.setattr(index, "_MOST_ON_GPU", 11)
+    flat["datasets"][0]["limit_per_class"] = 2  # 20 images
+    flat["detectors"] = [{"knn": {"k": 12}}]
+    prepare.prepare(load(flat))
+    with pytest.raises(UserError, match=r"^detectors\.knn\.k is 12, but FAISS looks up 11 .* on a GPU"):
         prepare.prepare(load(flat | {"index": {"gpus_per_shard": 1}}))
+    prepare.prepare(load(flat | {"index": {"gpus_per_shard": 1, "shards": 2}}))
 
 
 def test_configs_of_one_command_share_one_table_of_metadata(flat, load, tmp_path: Path) -> None:
