@@ -81,7 +81,9 @@ def _beside(pixels: NDArray[np.uint8], folder: Path, begins: float, lasts: float
     for number, (part, call) in enumerate({"network": first, "all of it": last}.items()):
         call()
         starts = begins + number * (lasts + LOADING)
-        time.sleep(max(starts - time.time(), 0))
+        if time.time() > starts:
+            raise RuntimeError(f"the network was not loaded after {LOADING} s: the two would not be at once")
+        time.sleep(starts - time.time())
         calls = 0
         while time.time() < starts + lasts:
             call()

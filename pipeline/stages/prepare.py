@@ -296,6 +296,7 @@ def obstacles(found: Mapping[str, Detector], settings: Config) -> dict[str, str]
     selection.keep(lambda label, detector: check_training_labels(label, detector, settings, manifests))
     selection.keep(lambda label, detector: check_calibration(label, detector, held_out))
     selection.keep(lambda label, detector: check_rows(label, detector, train, network.description))
+    selection.keep(lambda label, detector: _check_k(label, detector, train, settings.index))
     return selection.not_applicable
 
 
@@ -583,9 +584,9 @@ def check_rows(label: str, detector: Detector, train: Sequence[Manifest], known:
 
 def _check_k(label: str, detector: Detector, train: Sequence[Manifest], settings: Index) -> None:
     """Whether so many neighbours can be looked up, as far as the parameters say how many."""
-    if detector.neighbours:
-        rows = sum(manifest.rows for manifest in train)
-        index.check_k(label, getattr(detector, "k", 0), rows, settings)
+    k = getattr(detector, "k", None)
+    if detector.neighbours and isinstance(k, int):
+        index.check_k(label, k, sum(manifest.rows for manifest in train), settings)
 
 
 def _check_grid(where: str, grid: int, crop: int) -> None:

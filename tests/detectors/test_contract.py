@@ -70,7 +70,7 @@ def test_learning_takes_no_number_for_every_pair_of_classes(detector, make_rows)
         held = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert held < 8 * classes**2
+    assert held < 4 * classes**2
 
 
 def test_a_split_batch_scores_like_the_whole_batch(detector, rows):
