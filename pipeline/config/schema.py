@@ -327,7 +327,12 @@ class Index(Frozen):
         description="auto = as many as there is work and room for, of an approximate kind one for every 8 "
         "GiB of vectors; a flat index of at most 64 MiB lies in each process that scores instead",
     )
-    cpus_per_shard: float = Field(default=1, gt=0)
+    cpus_per_shard: float = Field(
+        default=0.5,
+        gt=0,
+        description="what each reserves; it computes with as many threads, at least one. Half a CPU, as "
+        "those that score wait for it while it searches",
+    )
     gpus_per_shard: float = Field(default=0, ge=0)
     resources: Resources = Field(
         default={}, description="resources of the cluster's own that each shard needs, e.g. {highmem: 1}"

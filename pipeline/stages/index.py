@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -332,7 +333,8 @@ def shards_of(engine: Engine, sizes: Sizes, settings: schema.Index) -> int:
     room = busy = engine.capacity(settings.needs, "index", spare=1)
     if device(settings) == "cpu":  # score tasks get their share of the CPUs
         besides = _SCORING * max(width for _, width in sizes) ** 2
-        busy = int(room * 2 * numbers / (2 * numbers + besides))
+        searching = engine.cpus() * 2 * numbers / (2 * numbers + besides)
+        busy = ceil(searching / engine.threads(settings.needs))
     return min(room, max(least, min(-(-2 * numbers // AUTO_SHARD_OPERATIONS), busy, AUTO_SHARDS)))
 
 

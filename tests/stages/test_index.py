@@ -370,7 +370,7 @@ def test_banks_that_are_not_searched_now_count_where_small_ones_are_told(
 
 @pytest.mark.parametrize(
     ("threads", "operations", "expected"),
-    [(8, 10**8, 1), (8, 50_000, 4), (8, 1000, 7), (64, 1000, 16), (1, 1000, 1)],
+    [(8, 10**8, 1), (8, 50_000, 4), (8, 1000, 8), (64, 1000, 16), (1, 1000, 1)],
 )
 def test_flat_shards_are_as_many_as_there_is_work_and_cpus(
     monkeypatch, threads, operations, expected
@@ -383,13 +383,19 @@ def test_flat_shards_are_as_many_as_there_is_work_and_cpus(
 
 
 class Room:
-    """An engine with room for so many shards."""
+    """An engine with room for so many shards of half a CPU, and a CPU beside them."""
 
     def __init__(self, count: int) -> None:
         self.count = count
 
     def capacity(self, *_: object, spare: int) -> int:
         return self.count
+
+    def cpus(self) -> float:
+        return 1 + self.count / 2
+
+    def threads(self, _: object) -> int:
+        return 1
 
     def holds(self, _: object, count: int, spare: int) -> bool:
         return count <= self.count
@@ -405,7 +411,7 @@ IMAGENET_1K, IMAGENET_21K = [(1_281_167, 2048)] * 2, [(14_197_122, 2048)] * 2
     ("sizes", "gpus", "room", "expected"),
     [
         *((IMAGENET_1K, 1, room, count) for room, count in ((1, 1), (2, 2), (8, 8), (64, 16))),
-        *((IMAGENET_1K, 0, room, count) for room, count in ((1, 1), (2, 2), (8, 7), (64, 16))),
+        *((IMAGENET_1K, 0, room, count) for room, count in ((1, 1), (2, 2), (8, 5), (64, 16))),
         *((IMAGENET_21K, 1, room, count) for room, count in ((1, 1), (8, 8), (64, 28))),
     ],
 )
@@ -417,7 +423,7 @@ def test_flat_shards_of_any_size_are_no_more_than_there_is_room_for(sizes, gpus,
 
 def test_an_index_that_finds_no_room_is_refused_before_there_are_banks(caplog) -> None:
     message = (
-        r"index\.shards: 3 shards of 1 CPU and 1 GPU each find no room .*room for 2\. Set index\.shards to"
+        r"index\.shards: 3 shards of 0\.5 CPU and 1 GPU each find no room .*room for 2\. Set index\.shards to"
     )
     with pytest.raises(UserError, match=message):
         index.require(Room(2), IMAGENET_1K, schema.Index(gpus_per_shard=1, shards=3))
@@ -476,7 +482,7 @@ def test_flat_vectors_that_are_too_many_for_the_shards_there_is_room_for_are_sea
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shards": 3}, "3 shards of 1 CPU and 0 GPU each find no room beside a CPU for scoring"),
+        ({"shards": 3}, "3 shards of 0.5 CPU and 0 GPU each find no room beside a CPU for scoring"),
         ({"shards": 1000}, "smallest bank has 450 rows"),
         (
             {"gpus_per_shard": 3, "device": "cpu"},

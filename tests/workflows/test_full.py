@@ -118,9 +118,9 @@ def test_a_full_folder_for_temporary_files_is_told_at_every_stage_and_the_run_go
         if folder.name == "manifests":
             fill(folder / "rows.parquet", made / "rows.parquet")
 
-    def fill_page(*given: Any) -> str:
+    def fill_page(*given: Any, **named: Any) -> str:
         fill(workspace / "runs" / "index.html", drafts[-1] / "new" / "index.html")
-        return written(*given)
+        return written(*given, **named)
 
     written = page._page
     monkeypatch.setattr(page, "_page", fill_page)
