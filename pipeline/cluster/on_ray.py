@@ -357,9 +357,12 @@ class OnRay:
             wanted = {name: amount for name, amount in needs.items() if amount}
             beside = f" beside {spare} CPU for tasks" if spare else ""
             offers = "; ".join(sorted({_amounts(node, {**needs, "GPU": 0}) for node in have}))
+            lower = "Lower the resources in the config"
+            if wanted.get("GPU") and not any(node.get("GPU") for node in have):
+                lower += " (with `hardware: cpu` it needs no GPU)"
             raise UserError(
                 f"{what}: one actor needs {_amounts(wanted, wanted)} on one node{beside}; the cluster's "
-                f"nodes have {offers}. Lower the resources in the config or add nodes."
+                f"nodes have {offers}. {lower} or add nodes."
             )
         return fits
 

@@ -219,6 +219,22 @@ def test_a_cpu_that_is_left_over_is_one_of_a_single_node(
     assert OnRay(None)._fits({"CPU": each, "GPU": 0}, spare=1) == expected
 
 
+def test_who_asks_for_gpus_where_no_node_has_one_is_told_how_to_do_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there: dict[str, Any] = {"head": {"resources": {"CPU": 8.0}}}
+    monkeypatch.setattr(on_ray, "connect", lambda: None)
+    monkeypatch.setattr(on_ray, "nodes", lambda: there)
+    message = r"extract: one actor needs 1 CPU and 1 GPU .* nodes have 8 CPU and 0 GPU\. Lower the resources "
+    cure = r"\(with `hardware: cpu` it needs no GPU\) "
+    with pytest.raises(UserError, match=message + "in the config " + cure + "or add nodes"):
+        OnRay(None).capacity({"CPU": 1, "GPU": 1}, "extract")
+    there["other"] = {"resources": {"CPU": 0.5, "GPU": 1.0}}
+    with pytest.raises(UserError, match=message.split(" nodes")[0]) as refused:
+        OnRay(None).capacity({"CPU": 1, "GPU": 1}, "extract")
+    assert "hardware" not in str(refused.value)
+
+
 def test_a_gang_that_finds_no_room_steps_back_so_that_the_tasks_of_another_go_on(
     on_ray: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

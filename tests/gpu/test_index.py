@@ -85,6 +85,15 @@ def test_an_approximate_index_finds_what_it_finds_on_the_cpu(
     assert same.mean() > 0.99
 
 
+def test_vectors_of_16_bits_find_almost_all_that_the_exact_index_finds(
+    files: BankFiles, queries: NDArray[np.float32]
+) -> None:
+    exact = search(shards(files, 1), queries, 10).row
+    found = search(shards(files, 2, kind="SQfp16", device="cuda"), queries, 10).row
+    common = [len(set(one) & set(other)) for one, other in zip(exact.tolist(), found.tolist(), strict=True)]
+    assert np.mean(common) > 9.5
+
+
 def test_a_kind_that_gpus_do_not_have_is_a_clear_error(files: BankFiles) -> None:
     with pytest.raises(UserError, match=r"index\.kind: FAISS has no 'HNSW8,Flat' on GPUs"):
         shards(files, 1, kind="HNSW8,Flat", device="cuda")

@@ -486,7 +486,7 @@ def test_flat_vectors_that_are_too_many_for_the_shards_there_is_room_for_are_sea
         ({"shards": 1000}, "smallest bank has 450 rows"),
         (
             {"gpus_per_shard": 3, "device": "cpu"},
-            "one actor needs 1 CPU and 3 GPU on one node beside 1 CPU for tasks; the cluster's nodes",
+            "one actor needs 0.5 CPU and 3 GPU on one node beside 1 CPU for tasks; the cluster's nodes",
         ),
     ],
 )
