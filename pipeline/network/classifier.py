@@ -6,6 +6,7 @@ Whatever builds it, from here on a classifier is pixels in, penultimate feature,
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -37,6 +38,10 @@ _FLAGS: tuple[tuple[Any, str, bool], ...] = (
     (torch.backends.cudnn, "benchmark", False),
 )
 """With these a GPU multiplies float32 as such, and always by the same algorithm: the bits can be repeated."""
+
+
+_FULL = re.compile("out of memory|ALLOC(ATION)?_FAILED")
+"""In what torch, CUDA and its libraries (cuBLAS, cuDNN, cuSOLVER) say of a GPU without room."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,11 @@ class Classifier(Description):
             return self._begin(self.images(pixels, size), blocks)
 
     def forward_images(self, images: Tensor, blocks: bool = True) -> dict[str, NDArray[np.float32]]:
-        """The same as `forward` for normalised images (N, channels, H, W)."""
+        """The same as `forward` for normalised images (N, channels, H, W); not `fitting` by itself."""
         return self._begin(images, blocks)()
 
     def _begin(self, images: Tensor, blocks: bool) -> Callable[[], dict[str, NDArray[np.float32]]]:
-        with fitting(len(images)), torch.inference_mode():
+        with torch.inference_mode():
             return fetching(self.columns(images, blocks))
 
     def columns(self, images: Tensor, blocks: bool = True) -> dict[str, Tensor]:
@@ -144,7 +149,8 @@ class Classifier(Description):
                 nothing but extraction.
         """
         if settings.channels_last:
-            self.module.to(memory_format=torch.channels_last)
+            with fitting():
+                self.module.to(memory_format=torch.channels_last)
         tuned = replace(self, precision=settings.precision, channels_last=settings.channels_last)
         return replace(tuned, compiled=tuned._compile()) if compiled else tuned
 
@@ -203,8 +209,8 @@ def load(model: schema.Model, seed: int, device: str = "cpu") -> Classifier:
     """Build a classifier, load its weights and find its taps.
 
     Raises:
-        UserError: unknown name, weights that are missing or do not fit, taps that cannot be found, or no
-            such device.
+        UserError: unknown name, weights that are missing or do not fit, taps that cannot be found, no such
+            device, or one without room for the network.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda is not available here. Set it to cpu.")
@@ -231,16 +237,19 @@ def load(model: schema.Model, seed: int, device: str = "cpu") -> Classifier:
         ) from error
     code = repr(module).encode() + built.code + _sources(module)
     weight, bias = taps.head_weight(module.get_submodule(found.head))
-    return Classifier(
+    classifier = Classifier(
         transform,
         found,
         _digest(module),
         hashlib.sha256(code).hexdigest(),
         _answers(module, probe.shape),
         (weight.float().numpy().copy(), bias.float().numpy().copy()),
-        module.to(device),
+        module,
         device,
     )
+    with fitting():
+        module.to(device)
+    return classifier
 
 
 def _tapped(module: nn.Module, probe: Tensor, model: schema.Model) -> Taps:
@@ -332,23 +341,29 @@ def fetching(tensors: Mapping[K, Tensor]) -> Callable[[], dict[K, NDArray[np.flo
 
 
 @contextmanager
-def fitting(images: int, key: str = "extract.batch_size") -> Iterator[None]:
+def fitting(images: int = 0, key: str = "extract.batch_size") -> Iterator[None]:
     """In the block, a GPU without room for a batch of so many images is a mistake in the config.
 
     Args:
-        images: how many.
-        key: of the config, that says so.
+        images: how many; 0 = there is none yet, and the network alone does not fit.
+        key: of the config, that says how many.
 
     Raises:
-        UserError: instead of `torch.OutOfMemoryError`.
+        UserError: instead of `torch.OutOfMemoryError`, or of what CUDA and its libraries say.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(" Including")[0].rstrip(".;")
+    except RuntimeError as error:
+        if not _FULL.search(str(error)):
+            raise
+        reason = re.split(" Including|\n", str(error))[0].rstrip(".;")
+        what, cure = f"{key}: {images} images do", "Lower it"
+        if not images:
+            what = "model: the network does"
+            cure = "Take a GPU with more, end what else is on it, or set extract.device to cpu"
         raise UserError(
-            f"{key}: {images} images do not fit into the memory of the GPU ({reason}). "
-            "Lower it; where actors share a GPU, raise extract.gpus_per_actor."
+            f"{what} not fit into the memory of the GPU ({reason}). {cure}; where actors share a GPU, raise "
+            "extract.gpus_per_actor."
         ) from None
 
 

@@ -51,7 +51,7 @@ def measure(classifier: Classifier, spec: Extra, pixels: Pixels, keys: Sequence[
     key = "extract.batch_size" if spec.tapped else "extract.extras_batch_size"
     with fitting(len(pixels), key), torch.no_grad():
         found = _KINDS[type(spec)](classifier, spec, classifier.images(pixels), keys)
-    return found.float().cpu().numpy()
+        return found.float().cpu().numpy()
 
 
 def column(

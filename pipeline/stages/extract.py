@@ -38,7 +38,7 @@ from pipeline.data.fetch import fetch
 from pipeline.detectors.base import Extra
 from pipeline.errors import UserError
 from pipeline.network import extras
-from pipeline.network.classifier import Classifier, fetching, load, make_reproducible
+from pipeline.network.classifier import Classifier, fetching, fitting, load, make_reproducible
 from pipeline.network.description import same_network
 from pipeline.stages import decoding, shards
 from pipeline.stages.decoding import ACCEPTED, OTHERS, Decoded, decode_rows, decode_shard
@@ -258,7 +258,8 @@ def load_in_worker(plan: Plan, threads: int, compiled: bool = False) -> Classifi
     with _loading:  # building draws from torch's generator, which all threads of a process share
         classifier = load(plan.model, plan.seed, where)
         if classifier.module in _loaded:  # a factory that gives one network to all: each worker taps its own
-            classifier = replace(classifier, module=deepcopy(classifier.module))
+            with fitting():
+                classifier = replace(classifier, module=deepcopy(classifier.module))
         _loaded.add(classifier.module)
     if classifier.digest != plan.digest:
         raise UserError(f"model.weights: {plan.model.weights} is not what the driver loaded; it was changed.")
@@ -346,7 +347,7 @@ def _begin(
     """Begin the forward pass of a batch; what is returned waits for it."""
     if not batch.rows:
         return lambda: (batch, {}, {})
-    with extras.beside(classifier, specs) as found:
+    with fitting(size), extras.beside(classifier, specs) as found:
         forward = classifier.begin(batch.pixels, size)
     brought = fetching(found)
     return lambda: (batch, forward(), brought())

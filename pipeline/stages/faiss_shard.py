@@ -150,7 +150,8 @@ class IndexShard:
         if exact or not most or folder not in self.indexes:
             found = self._exhaustive(self.vectors[folder], asked, most)
         else:
-            rank, row = self.indexes[folder].search(asked, most)
+            with _fitting(len(self.vectors[folder]), asked.shape[1]):  # a search takes memory of its own
+                rank, row = self.indexes[folder].search(asked, most)
             found = Neighbours(np.where(row >= 0, rank, np.inf).astype(np.float32), row.astype(np.int32))
         return Neighbours(found.rank, np.where(found.row >= 0, found.row + self.offset[folder], -1))
 

@@ -26,7 +26,7 @@ from pipeline.detectors.base import Extra, Jigsaw, Mixup, Noise, Pass, Samples
 from pipeline.errors import UserError
 from pipeline.learned.logits import logsumexp
 from pipeline.network import extras, taps
-from pipeline.network.classifier import Classifier
+from pipeline.network.classifier import Classifier, fitting
 from pipeline.stages import decoding, extract
 from pipeline.stages.shards import Plan
 
@@ -133,7 +133,8 @@ class Worker:
         total, count = np.zeros(self.classifier.head[0].shape[1]), 0
         for pixels, kept in self._batches(train, np.sort(np.array(list(of_row)))):
             own_maps = padded(np.stack([maps[of_row[row]] for row in kept.tolist()]), self.size)
-            other = torch.tensor(own_maps, device=self.classifier.device)
+            with fitting(self.size):
+                other = torch.tensor(own_maps, device=self.classifier.device)
 
             def mix(_: Any, __: Any, own: torch.Tensor, other: torch.Tensor = other) -> torch.Tensor:
                 return spec.weight * own + (1 - spec.weight) * other
@@ -158,8 +159,9 @@ class Worker:
                 self._forward(pixels, blocks=False)
             members = np.array([of_row[row] for row in kept.tolist()])
             for number in np.unique(members).tolist():
-                mine = torch.from_numpy(np.flatnonzero(members == number)).to(seen[0].device)
-                totals[number] = totals[number] + seen[0][mine].double().sum(dim=0).cpu().numpy()
+                with fitting(self.size):
+                    mine = torch.from_numpy(np.flatnonzero(members == number)).to(seen[0].device)
+                    totals[number] = totals[number] + seen[0][mine].double().sum(dim=0).cpu().numpy()
                 counts[number] += len(mine)
         if len(missing := np.flatnonzero(counts == 0)):
             rows = groups[missing[0]]
@@ -189,8 +191,9 @@ class Worker:
         images = rng.random((self.size, transform.channels, transform.crop, transform.crop), dtype=np.float32)
         for image, sigma in zip(images, rng.uniform(0.2, 5, self.size), strict=True):
             gaussian_filter(image, sigma, axes=(1, 2), radius=(3, 2), mode="mirror", output=image)
-        pixels = torch.from_numpy(images).to(self.classifier.device)
-        output = self.classifier.forward_images(self.classifier.normalise(pixels), blocks=False)
+        with fitting(self.size):
+            pixels = torch.from_numpy(images).to(self.classifier.device)
+            output = self.classifier.forward_images(self.classifier.normalise(pixels), blocks=False)
         return output[FEATURE][:count], logsumexp(output[LOGITS][:count])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from pipeline import quickstart
 from pipeline.columns import BLOCK_NORM, FEATURE, LOGITS
-from pipeline.config.schema import Model, Transform
+from pipeline.config.schema import Extract, Model, Transform
 from pipeline.errors import UserError
 from pipeline.network import taps
 from pipeline.network.classifier import Classifier, feature_norm, load
@@ -416,3 +417,28 @@ class Net(ResNet10):
     assert (one.digest, one.architecture) == (two.digest, two.architecture)
     assert not same_network(one.probe, two.probe)
     assert one.digest != three.digest
+
+
+SHORT = (
+    "CUDA out of memory. Tried to allocate 9.00 GiB. Including non-PyTorch memory, this process has 70 GiB",
+    "CUDA error: out of memory\nCUDA kernel errors might be reported at some other API call",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+)
+
+
+@pytest.mark.parametrize("reason", [*SHORT, "CUDA error: device-side assert triggered"])
+def test_a_network_that_does_not_fit_into_the_gpu_names_the_settings(monkeypatch, reason) -> None:
+    def short_of_memory(*_: Any, **__: Any) -> None:
+        raise (torch.OutOfMemoryError if reason.startswith("CUDA out") else RuntimeError)(reason)
+
+    known = load(model(), seed=0)
+    monkeypatch.setattr(torch.nn.Module, "to", short_of_memory)
+    text = re.split(r" Including|\n", reason)[0].rstrip(".")
+    told = f"model: the network does not fit into the memory of the GPU ({text}). Take a GPU with more, "
+    error, message = (UserError, told) if reason in SHORT else (RuntimeError, reason)
+    for put in (
+        lambda: load(model(), seed=0),
+        lambda: known.tuned(Extract(channels_last=True)),
+    ):
+        with pytest.raises(error, match=re.escape(message)):
+            put()

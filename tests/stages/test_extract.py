@@ -30,6 +30,7 @@ from pipeline.network.classifier import load as load_classifier
 from pipeline.network.known import settings_kept
 from pipeline.stages import decoding, extract, identity, shards
 from pipeline.workspace import artifacts, files, tables
+from tests.full import each_line
 
 
 @pytest.fixture
@@ -316,6 +317,28 @@ def test_a_batch_that_does_not_fit_into_the_gpu_names_the_key_to_lower(
     with pytest.raises(UserError, match=SHORT):
         extract.run(engine, [job], variant(plan, decode=decode))
     assert not list(Path(job.folder).glob("part-*"))
+
+
+def test_a_shard_that_does_not_fit_into_the_gpu_says_so_wherever_it_asks_for_room(job, plan) -> None:
+    specs = MOVED, POOLED, RankReduced(block="early"), ParameterGradient(layers=("layer4", "fc"))
+    changes = {"batch_size": 4, "extras_batch_size": 2, "shard_rows": 4, "channels_last": True}
+    job, plan = with_extras(job, variant(plan, **changes), *specs)
+    extractor, shard = extract.Extractor(plan, 1), asdict(shards.missing(job, plan)[0])
+    assert extractor.classifier
+    message = r"^extract\.(batch_size: 4|extras_batch_size: 2) images do not fit into the memory of the GPU"
+    lines = each_line(lambda: extractor(shard)(), message)
+    assert {Path(file).name for file, _ in lines} >= {"classifier.py", "extras.py", "gradients.py", "taps.py"}
+
+
+def test_a_copy_of_a_network_for_another_worker_that_does_not_fit_says_so(
+    plan, classifier, monkeypatch
+) -> None:
+    monkeypatch.setattr(extract, "load", lambda *_: classifier)
+    monkeypatch.setattr(extract, "deepcopy", short_of_memory)
+    with settings_kept():
+        assert extract.load_in_worker(plan, 1).module is classifier.module
+        with pytest.raises(UserError, match=r"^model: the network does not fit into the memory of the GPU"):
+            extract.load_in_worker(plan, 1)
 
 
 def test_gradients_that_do_not_fit_into_the_gpu_name_the_key_to_lower(job, plan, monkeypatch) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import faiss
 import numpy as np
@@ -234,6 +235,7 @@ class Gpu:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, full: bool = False) -> None:
         self.full = full
+        """Whether what it is asked for finds no room."""
         self.added: list[int] = []
         """Vectors that came to the GPU by each call."""
         for name in ("StandardGpuResources", "GpuIndexFlatConfig"):
@@ -250,25 +252,43 @@ class Gpu:
             index.add(vectors)
 
         assert settings.device == 0
-        return SimpleNamespace(add=add, search=index.search)
+        return SimpleNamespace(add=add, search=self.searching(index))
 
     def cloned(self, _: object, device: int, index: faiss.Index) -> faiss.Index:
         assert device == 0
         self.take(index.ntotal)
-        return index
+        return SimpleNamespace(search=self.searching(index))
+
+    def searching(self, index: faiss.Index) -> Callable[..., Any]:
+        def search(*given: Any) -> Any:
+            self.require_room()
+            return index.search(*given)
+
+        return search
 
     def take(self, count: int) -> None:
+        self.require_room()
+        self.added.append(count)
+
+    def require_room(self) -> None:
         if self.full:
             raise RuntimeError("StandardGpuResources: alloc fail (cudaMalloc error out of memory [2])")
-        self.added.append(count)
 
 
 @pytest.mark.parametrize("kind", ["flat", "SQfp16"])
-def test_vectors_that_do_not_fit_into_a_gpu_are_a_clear_error(tmp_path, vectors, monkeypatch, kind) -> None:
-    Gpu(monkeypatch, full=True)
+def test_vectors_that_do_not_fit_into_a_gpu_are_a_clear_error(
+    tmp_path, vectors, queries, monkeypatch, kind
+) -> None:
+    """Also where the vectors fit, but not what a search takes beside them."""
+    files, gpu = bank(tmp_path, vectors), Gpu(monkeypatch, full=True)
     message = r"index\.shards: 450 vectors of 24 numbers do not fit into the memory of the GPU"
     with pytest.raises(UserError, match=message):
-        shards(bank(tmp_path, vectors), 1, device="cuda", kind=kind)
+        shards(files, 1, device="cuda", kind=kind)
+    gpu.full = False
+    found = shards(files, 1, device="cuda", kind=kind)
+    gpu.full = True
+    with pytest.raises(UserError, match=message):
+        search(found, queries, 9)
 
 
 @pytest.mark.parametrize("kind", ["flat", "SQfp16"])

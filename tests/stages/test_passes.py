@@ -14,13 +14,14 @@ import torch
 from pipeline.columns import FEATURE
 from pipeline.config import schema
 from pipeline.data import decode, manifest
-from pipeline.detectors.base import Jigsaw, Mixup, Noise, Perturbed, Samples
+from pipeline.detectors.base import Jigsaw, Mixup, Noise, Perturbed, Pooled, Samples
 from pipeline.errors import UserError
 from pipeline.network import extras
 from pipeline.network.classifier import Classifier
 from pipeline.network.classifier import load as load_classifier
 from pipeline.stages import passes
 from pipeline.stages.shards import Plan
+from tests.full import each_line
 
 SAMPLES = 40
 
@@ -371,11 +372,18 @@ def test_stratified_draws_every_class_in_turns_without_replacement() -> None:
     assert len(passes.stratified(labels, 1000, np.random.default_rng(0))) == 155
 
 
-def test_a_pass_that_does_not_fit_into_the_gpu_names_the_key_to_lower(runner, monkeypatch) -> None:
-    def short_of_memory(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
-
-    monkeypatch.setattr(Classifier, "_trace", short_of_memory)
-    for spec in (Jigsaw(samples=20, grid=2), Mixup(samples=20), Noise(samples=20)):
-        with pytest.raises(UserError, match=r"^extract\.batch_size: 16 images do not fit into the memory of"):
-            runner.run(spec)
+def test_a_pass_that_does_not_fit_into_the_gpu_names_the_key_to_lower(plan, train) -> None:
+    """Wherever it asks torch for something, also outside the network."""
+    worker, rows = passes.Worker(plan, 1), np.arange(20)
+    assert worker.classifier
+    groups, extra = [passes.Group(rows[:9], rows), passes.Group(rows[9:], rows + 20)], Pooled()
+    for work, own in (
+        (lambda: worker.norm_ratios(train, rows, 2), 0),
+        (lambda: worker.runners_up(train, rows, np.arange(10)), 0),
+        (lambda: worker.mixed_sum(train, groups, Mixup(samples=20, block="layer1.0")), 5),
+        (lambda: worker.features_and(train, rows, extra), 0),
+        (lambda: worker.noise(0, 9), 1),
+    ):
+        lines = each_line(work, r"^extract\.batch_size: 16 images do not fit into the memory of the GPU")
+        assert sum(file == passes.__file__ for file, _ in lines) == own
+        assert len(lines) >= 10
