@@ -191,7 +191,7 @@ class _Clock(Quiet):
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str, total: int = 0) -> Iterator[Stage]:
+    def stage(self, name: str, doing: str) -> Iterator[Stage]:
         """A stage whose CPU seconds are kept."""
         begun = time.process_time()
         yield self

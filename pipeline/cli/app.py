@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -15,7 +16,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
-    from pipeline.workflows.progress import Display
+    from pipeline.workflows.progress import Display, Stage
 
 
 class Commands(TyperGroup):
@@ -95,6 +96,19 @@ def display(quiet: bool) -> Display:
     from pipeline.workflows.progress import Quiet
 
     return Quiet() if quiet else progress.Display(console)
+
+
+@contextmanager
+def aside(name: str, doing: str, quiet: bool) -> Iterator[Stage]:
+    """Tell on standard error what a command does in the block that has no stages, if it takes a while.
+
+    Nothing else may be printed there meanwhile.
+    """
+    from pipeline.cli import progress
+
+    shown = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=quiet)
+    with progress.Display(shown).aside(name, doing) as stage:
+        yield stage
 
 
 def apart(json: bool) -> None:

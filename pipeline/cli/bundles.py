@@ -68,7 +68,7 @@ def bundle(
     from pipeline.workflows import bundle as work
 
     shown = display(quiet)
-    with shown.stage("write") as stage:
+    with shown.stage("write", "opens the run") as stage:
         options = work.Options(_labels(detectors), weights, false_alarm, code, export)
         made = work.make(run, out, options, stage)
         stage.note = f"{len(made.labels)} detectors"
@@ -89,8 +89,7 @@ def bundle(
             soft_wrap=True,
         )
     if log_model or register:
-        with shown.stage("track") as stage:
-            stage.doing("logs the model to MLflow")
+        with shown.stage("track", "logs the model to MLflow"):
             uri = work.log_model(made, run, register or None)
         console.print(f"model    {uri}", markup=False, soft_wrap=True)
 

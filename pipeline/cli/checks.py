@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from pipeline.cli.app import Json, Quietly, apart, app, console, display, document
+from pipeline.cli.app import Json, Quietly, apart, app, aside, console, display, document
 
 _MARKS = {True: "[green]ok[/green]  ", False: "[red]bad[/red] "}
 
@@ -18,6 +18,7 @@ def doctor(
     uri: Annotated[
         str, typer.Option("--mlflow", help="Also ask this MLflow server whether it is there.")
     ] = "",
+    quiet: Quietly = False,
     as_json: Json = False,
 ) -> None:
     """Versions, what torch and FAISS see of the machine, and free disk; exit status 1 if something is wrong.
@@ -27,10 +28,10 @@ def doctor(
     from pipeline.cli.doctor import examine
 
     apart(as_json)
-    found = []
-    for finding in examine(uri):
+    with aside("doctor", "looks at what is installed", quiet) as stage:
+        found = list(examine(uri, stage))
+    for finding in found:
         console.print(f"{_MARKS[finding.good]} {finding.what:<12} {escape(finding.text)}")
-        found.append(finding)
     if as_json:
         document(list(map(asdict, found)))
     if not all(finding.good for finding in found):
@@ -55,11 +56,10 @@ def verify(
     from pipeline.workspace.runs import located
 
     apart(as_json)
-    place = located(folder)
-    from pipeline.results import verify as recount
+    place, found = located(folder), []
+    with display(quiet).stage("verify", "reads the record") as stage:
+        from pipeline.results import verify as recount
 
-    found = []
-    with display(quiet).stage("verify") as stage:
         stage.count("rows", recount.rows(place))
         for finding in recount.examine(place, stage.advance):
             found.append(finding)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.app import app, console, document
+from pipeline.cli.app import Quietly, app, aside, console, document
 
 _Sets = Annotated[list[str], typer.Option(metavar="DATA", help="May be repeated.")]
 
@@ -28,6 +28,7 @@ def init(
     far_ood: _Sets = [],  # noqa: B006
     id_val: _Sets = [],  # noqa: B006
     unlabelled: _Sets = [],  # noqa: B006
+    quiet: Quietly = False,
 ) -> None:
     """Write a first config, with comments, for a model and data: folders of images, tar, Parquet, .npz files.
 
@@ -49,11 +50,12 @@ def init(
         "far_ood": far_ood,
         "unlabelled": unlabelled,
     }
-    datasets = [
-        {"role": role, "format": guessed(path, f"--{role.replace('_', '-')}"), "path": _absolute(path)}
-        for role, paths in roles.items()
-        for path in paths
-    ]
+    with aside("init", "looks at the data", quiet):
+        datasets = [
+            {"role": role, "format": guessed(path, f"--{role.replace('_', '-')}"), "path": _absolute(path)}
+            for role, paths in roles.items()
+            for path in paths
+        ]
     files.write_text(file, beginning.text(file, _absolute(model), _absolute(weights) or None, datasets))
     try:
         loading.load(str(file))

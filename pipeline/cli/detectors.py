@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.cli.app import Json, apart, app, console, document
+from pipeline.cli.app import Json, Quietly, apart, app, aside, console, document
 
 if TYPE_CHECKING:
     from pipeline.detectors.base import Detector
@@ -24,6 +24,7 @@ def detectors(
         str,
         typer.Option("--config", metavar="CONFIG", help="Also tell which ones apply to this model and data."),
     ] = "",
+    quiet: Quietly = False,
     as_json: Json = False,
 ) -> None:
     """List the detectors, or explain one: formula, needs, parameters with defaults, paper.
@@ -42,7 +43,10 @@ def detectors(
     found = {
         method: known.get(method)() for method in [*known.names(), *known.combining(), *known.installed()]
     }
-    obstacles = _obstacles(applying, found) if applying else None
+    obstacles = None
+    if applying:
+        with aside("detectors", "opens the network", quiet):
+            obstacles = _obstacles(applying, found)
     if as_json:
         document([_row(label, detector, obstacles) for label, detector in found.items()])
     else:

@@ -15,6 +15,7 @@ from urllib.error import URLError
 
 from pipeline import __version__
 from pipeline.errors import UserError
+from pipeline.stages.progress import SILENT, Stage
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,23 @@ class Finding:
     good: bool = True
 
 
-def examine(mlflow_uri: str = "") -> Iterator[Finding]:
-    """All findings."""
+def examine(mlflow_uri: str = "", stage: Stage = SILENT) -> Iterator[Finding]:
+    """All findings; the stage is told who is asked."""
     yield Finding("python", platform.python_version())
     yield Finding("ood-pipeline", __version__)
     for name in ("ray", "torch", "torchvision", "pyarrow", "mlflow"):
         yield _version(name)
+    stage.doing("loads PyTorch")
     yield _torch()
+    stage.doing("loads FAISS")
     yield _faiss()
     yield Finding("cpus", str(os.cpu_count()))
+    stage.doing("asks the Ray cluster")
     yield _ray()
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     yield Finding("disk", f"{free:,.1f} GiB free here", free > 1)
     if mlflow_uri:
+        stage.doing(f"asks {mlflow_uri}")
         yield _mlflow(mlflow_uri)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.app import Json, Quietly, apart, app, console, display, document
+from pipeline.cli.app import Json, Quietly, apart, app, aside, console, display, document
 
 if TYPE_CHECKING:
     from pipeline.workflows.explain import Explained, Said
@@ -49,7 +49,9 @@ def explain(
     if page:
         from pipeline.workspace import files
 
-        files.write_text(files.at(page), _page(found, work.pictures(run, found)))
+        with aside("explain", "reads the pictures", quiet):
+            pictures = work.pictures(run, found)
+        files.write_text(files.at(page), _page(found, pictures))
         console.print(f"page     {page}", markup=False, soft_wrap=True)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.app import app, console, warn
+from pipeline.cli.app import Quietly, app, aside, console, warn
 
 
 @app.command()
@@ -23,6 +23,7 @@ def fiftyone(
         ),
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace a dataset of that name.")] = False,
+    quiet: Quietly = False,
 ) -> None:
     """Make a dataset of FiftyOne of the images that a finished run has most wrong and most right.
 
@@ -30,9 +31,10 @@ def fiftyone(
 
     Example: `ood-pipeline fiftyone workspace/runs/quickstart --files pictures`
     """
-    from pipeline.results import fiftyone as work
+    with aside("fiftyone", "reads the run", quiet) as stage:
+        from pipeline.results import fiftyone as work
 
-    made = work.export(run, name, images, files, force)
+        made = work.export(run, name, images, files, force, stage)
     console.print(f"dataset  {made.name}, {made.samples:,} images", markup=False, soft_wrap=True)
     console.print(f"show it  fiftyone app launch {made.name}", markup=False, soft_wrap=True)
     if made.inside:

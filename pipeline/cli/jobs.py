@@ -11,10 +11,12 @@ from pipeline.cli.app import (
     Address,
     Json,
     Overrides,
+    Quietly,
     Verbose,
     Workspace,
     apart,
     app,
+    aside,
     changes,
     console,
     document,
@@ -62,6 +64,7 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be sent; send nothing.")
     ] = False,
+    quiet: Quietly = False,
     verbose: Verbose = 0,
 ) -> None:
     """Run an evaluation, or another long command, on a Ray cluster, and wait for its end.
@@ -70,7 +73,8 @@ def submit(
 
     Example: `ood-pipeline submit quickstart --address http://head:8265 --workspace /shared/ood --env 'AWS_*'`
     """
-    from pipeline.cluster.remote import submit as jobs
+    with aside("submit", "loads Ray", quiet):
+        from pipeline.cluster.remote import submit as jobs
 
     ours = [*(rest or ()), *["--fresh"] * fresh, *["-v"] * (verbose if _takes(name, "verbose") else 0)]
     if name not in OF_CONFIGS:
@@ -83,7 +87,8 @@ def submit(
     if dry_run:
         jobs.show(order, console, bool(verbose))
     else:
-        raise typer.Exit(jobs.submit(order, address, console, follow, wait=not no_wait))
+        sending = aside("submit", "sends code and files to the cluster", quiet)
+        raise typer.Exit(jobs.submit(order, address, console, follow, not no_wait, sending))
 
 
 def _check(line: list[str]) -> None:
@@ -137,6 +142,7 @@ def status(
     follow: Annotated[
         bool, typer.Option("--follow", help="Show its log until it ends; the exit status is the job's.")
     ] = False,
+    quiet: Quietly = False,
     as_json: Json = False,
 ) -> None:
     """List the jobs of a cluster, or show one.
@@ -144,12 +150,14 @@ def status(
     Example: `ood-pipeline status quickstart-1a2b3c4d --address http://head:8265 --follow`
     """
     apart(as_json)
-    from pipeline.cluster.remote import submit as jobs
+    with aside("status", "asks the cluster", quiet):
+        from pipeline.cluster.remote import submit as jobs
 
-    cluster = jobs.Cluster(address)
+        cluster = jobs.Cluster(address)
     ending = jobs.watch(cluster, job, console, follow=True) if job and follow else None
     if as_json or ending is None:
-        found = [cluster.info(job)] if job else cluster.jobs()
+        with aside("status", "asks the cluster", quiet):
+            found = [cluster.info(job)] if job else cluster.jobs()
         if as_json:
             described = list(map(jobs.described, found))
             document(described[0] if job else described)
@@ -162,11 +170,15 @@ def status(
 
 
 @app.command()
-def stop(job: Annotated[str, typer.Argument(help="The job.")], address: Address) -> None:
+def stop(
+    job: Annotated[str, typer.Argument(help="The job.")], address: Address, quiet: Quietly = False
+) -> None:
     """Stop a job of a cluster and wait until it gave its workspace back; submitting again resumes it.
 
     Example: `ood-pipeline stop quickstart-1a2b3c4d --address http://head:8265`
     """
-    from pipeline.cluster.remote import submit as jobs
+    with aside("stop", "asks the cluster", quiet):
+        from pipeline.cluster.remote import submit as jobs
 
-    jobs.stop(jobs.Cluster(address), job, console)
+        cluster = jobs.Cluster(address)
+    jobs.stop(cluster, job, console)

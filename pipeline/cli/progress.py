@@ -19,7 +19,7 @@ EVERY = 10.0
 """Seconds between two lines about the same where there is no terminal."""
 
 LASTS = 1.0
-"""Seconds after which a line tells what a stage does; there is none of what takes less."""
+"""Seconds after the last line until one tells what else is done; what was over by then has none."""
 
 _LOOKS = 0.25
 """Seconds between two looks at a stage."""
@@ -58,9 +58,9 @@ class Stage:
     What is told of it is read by another thread, so it is replaced as a whole.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, doing: str = "") -> None:
         self.name, self.note = name, ""
-        self._state = _State(time.monotonic())
+        self._state = _State(time.monotonic(), doing)
 
     @property
     def since(self) -> float:
@@ -141,13 +141,24 @@ class Display:
         self._stage.doing(text)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
+    def stage(self, name: str, doing: str) -> Iterator[Stage]:
         """Show a stage for the time of the block and close it with its time and note."""
         started = time.perf_counter()
-        self._stage = stage = Stage(name)
-        with self._bar(stage) if self.console.is_terminal else self._lines(stage):
+        with self._shown(Stage(name, doing), at_once=True) as stage:
             yield stage
         self.console.print(f"{name:<9} {time.perf_counter() - started:6.1f} s  {stage.note}".rstrip())
+
+    @contextmanager
+    def aside(self, name: str, doing: str) -> Iterator[Stage]:
+        """Show what a command does in the block that has no stages; nothing of what takes no time."""
+        with self._shown(Stage(name, doing), at_once=False) as stage:
+            yield stage
+
+    @contextmanager
+    def _shown(self, stage: Stage, at_once: bool) -> Iterator[Stage]:
+        self._stage = stage
+        with self._bar(stage) if self.console.is_terminal else self._lines(stage, at_once):
+            yield stage
 
     @contextmanager
     def _bar(self, stage: Stage) -> Iterator[None]:
@@ -159,20 +170,20 @@ class Display:
             yield
 
     @contextmanager
-    def _lines(self, stage: Stage) -> Iterator[None]:
-        """A line when a stage begins, one for each thing that it does for longer, and how far it is."""
-        over = Event()
+    def _lines(self, stage: Stage, at_once: bool) -> Iterator[None]:
+        """A line of what a stage does first, if `at_once`, one of whatever else, and how far it is."""
+        over, first = Event(), stage.since
 
         def tell() -> None:
-            told, last = 0.0, time.monotonic()
+            told, last = first if at_once else None, first
             while not over.wait(_LOOKS):
                 now, since = time.monotonic(), stage.since
-                begun = since != told and now - since >= LASTS
-                if (begun or now - last >= EVERY) and (text := str(stage)):
+                if now - last >= (EVERY if since == told else LASTS) and (text := str(stage)):
                     told, last = since, now
                     self.say(f"{stage.name:<9} {text}")
 
-        self.say(f"{stage.name:<9} begins")
+        if at_once:
+            self.say(f"{stage.name:<9} {stage}")
         teller = Thread(target=tell, daemon=True)
         teller.start()
         try:

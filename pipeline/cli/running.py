@@ -23,6 +23,7 @@ from pipeline.cli.app import (
     Workspace,
     apart,
     app,
+    aside,
     console,
     display,
     document,
@@ -138,7 +139,7 @@ def run(
         if as_json:
             document(documented([*map(_described, done)], several))
         elif len(done) > 1:
-            _show_together(done, configs[0])
+            _show_together(done, configs[0], quiet)
         end(several)
 
 
@@ -159,12 +160,14 @@ def _run(several: Several, options: Options, quiet: bool) -> list[Outcome]:
         return several.run(execute, ready)
 
 
-def _show_together(done: Sequence[Outcome], settings: Config) -> None:
+def _show_together(done: Sequence[Outcome], settings: Config, quiet: bool) -> None:
     from pipeline.results.comparing import compared
     from pipeline.results.evaluation import opened
 
     metric = "auroc" if settings.of_role("near_ood", "far_ood") else "aurc"
-    show_comparison(compared([opened(outcome.folder) for outcome in done], [metric]))
+    with aside("compare", "compares the runs", quiet):
+        found = compared([opened(outcome.folder) for outcome in done], [metric])
+    show_comparison(found)
 
 
 def _repeats(seeds: str, weights: list[str]) -> list[list[str]]:

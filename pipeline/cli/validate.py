@@ -199,7 +199,7 @@ def _probed(engine: Asked, batch_sizes: bool, shown: Display, ready: Prepared) -
     sizes = sorted({settings.batch_size, *(estimate.BATCH_SIZES if batch_sizes else ())})
     name = chosen(engine, ready.images, ready.plain)
     begins = "starts Ray" if name == "ray" else "loads PyTorch"
-    with shown.stage("probe") as stage, opened(name, before=lambda: stage.doing(begins)) as working:
+    with shown.stage("probe", begins) as stage, opened(name) as working:
         found = estimate.probe(working, ready, sizes, stage)
         about, (_, actors) = estimate.times(working, ready, found), estimate.forwarding(working, ready, found)
     console.print(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.app import Json, apart, app, console, document
+from pipeline.cli.app import Json, Quietly, apart, app, aside, console, document
 
 if TYPE_CHECKING:
     from pipeline.results.comparing import Comparing
@@ -21,15 +21,16 @@ Folder = Annotated[str, typer.Option("--workspace", help="Folder or URI of the w
 
 
 @app.command()
-def runs(workspace: Folder = "workspace", as_json: Json = False) -> None:
+def runs(workspace: Folder = "workspace", quiet: Quietly = False, as_json: Json = False) -> None:
     """List the runs of a workspace: when, what, the best detectors, and how each went.
 
     Example: `ood-pipeline runs --workspace /shared/ood`
     """
-    from pipeline.results import history
-
     apart(as_json)
-    found = list(history.listed(_place(workspace)))
+    with aside("runs", "looks for runs", quiet) as stage:
+        from pipeline.results import history
+
+        found = history.listed(_place(workspace), stage)
     if as_json:
         document(list(map(asdict, found)))
         return
@@ -82,24 +83,28 @@ def compare(
     ] = "table",
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     out: Annotated[str, typer.Option(metavar="FILE", help="Write it there; default: the terminal.")] = "",
+    quiet: Quietly = False,
 ) -> None:
     """Compare detectors of several runs, of any workspaces: values, ranks, tests on the same images, cost.
 
     Example: `ood-pipeline compare ./workspace/runs/quickstart --metric auroc --metric aurc --format markdown`
     """
     from pipeline.errors import UserError
-    from pipeline.results.evaluation import opened
 
     if format == "openood" and (metric or dataset):
         raise UserError("--format openood: has its own metrics and groups. Leave out --metric and --dataset.")
-    evaluations = [opened(folder) for folder in folders]
-    from pipeline.results.comparing import compared
-    from pipeline.results.report import leaderboards
+    with aside("compare", "reads the runs", quiet) as stage:
+        from pipeline.results.evaluation import opened
 
+        evaluations = [opened(folder) for folder in folders]
+        stage.doing("compares them")
+        from pipeline.results.comparing import compared
+        from pipeline.results.report import leaderboards
+
+        found = compared(evaluations, metric or ["auroc"], dataset, group)
+        if not other_data:
+            found.require_same_data()
     format = "json" if as_json else format
-    found = compared(evaluations, metric or ["auroc"], dataset, group)
-    if not other_data:
-        found.require_same_data()
     if format == "table" and not out:
         show_comparison(found)
         return
@@ -129,6 +134,7 @@ def clean(
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete them; without it they are only listed.")
     ] = False,
+    quiet: Quietly = False,
 ) -> None:
     """List, or delete, what no run of a workspace refers to: features of other weights, old statistics.
 
@@ -143,10 +149,11 @@ def clean(
     place = _place(workspace)
     with opened(place) as claims:
         claims.require_idle()  # what a run makes right now, none refers to yet
-        try:
-            found = sorted(leftovers.unreferred(place), key=lambda leftover: leftover.name)
-        except ValueError as error:
-            raise UserError(f"{error}.") from None
+        with aside("clean", "looks for what no run refers to", quiet):
+            try:
+                found = sorted(leftovers.unreferred(place), key=lambda leftover: leftover.name)
+            except ValueError as error:
+                raise UserError(f"{error}.") from None
         for leftover in found:
             console.print(f"{leftover.size / 2**20:10,.1f} MiB  {leftover.name}", markup=False)
             if delete:

@@ -25,6 +25,7 @@ from pipeline.results import calibrated
 from pipeline.results.evaluation import opened
 from pipeline.results.report.review import Review, Shown, chosen, listed
 from pipeline.results.report.tables import Results
+from pipeline.stages.progress import SILENT, Stage
 from pipeline.workspace import files, storage
 
 
@@ -41,7 +42,14 @@ class Exported:
     """Dataset and key of images left out that can be read no more."""
 
 
-def export(run: str, name: str = "", images: int = 100, folder: str = "", force: bool = False) -> Exported:
+def export(
+    run: str,
+    name: str = "",
+    images: int = 100,
+    folder: str = "",
+    force: bool = False,
+    stage: Stage = SILENT,
+) -> Exported:
     """Make a dataset of FiftyOne, which it keeps, of the images that `chosen` finds.
 
     A sample has the dataset, its role and why it was chosen as tags, `ground_truth` (where the class is
@@ -55,6 +63,7 @@ def export(run: str, name: str = "", images: int = 100, folder: str = "", force:
         images: how many of each kind and dataset.
         folder: where images that are no files of their own on this machine are written; "" = left out.
         force: replace a dataset of that name.
+        stage: is told what is done, and of every image.
 
     Raises:
         UserError: no such run, no FiftyOne, its database does not answer, a dataset of that name, detectors
@@ -62,13 +71,15 @@ def export(run: str, name: str = "", images: int = 100, folder: str = "", force:
             a folder that is remote or cannot be written to, or no image is left.
     """
     results = Results.read(opened(run).folder)
+    stage.doing("starts FiftyOne")
     voxel = _package()
+    stage.doing("chooses images")
     exported = Exported(name or f"{results.manifest['name']}-{results.folder.name}")
     _require_free(voxel, exported.name, force)
     place = _local(folder) if folder else None
     made = voxel.Dataset()
     try:
-        _fill(made, voxel, results, chosen(results, images), place, exported)
+        _fill(made, voxel, results, chosen(results, images), place, exported, stage)
         if not exported.samples:
             raise UserError(
                 f"{run}: no image is left to show: {exported.inside:,} are no files of their own on this "
@@ -82,10 +93,17 @@ def export(run: str, name: str = "", images: int = 100, folder: str = "", force:
 
 
 def _fill(
-    made: Any, voxel: ModuleType, results: Results, found: Review, folder: Path | None, exported: Exported
+    made: Any,
+    voxel: ModuleType,
+    results: Results,
+    found: Review,
+    folder: Path | None,
+    exported: Exported,
+    stage: Stage,
 ) -> None:
     """Add the samples to a dataset, one of the run after the other."""
     made.info = {"run": str(results.folder), "detector": found.detector}
+    stage.count("images", len(found.images))
     for dataset, images in groupby(found.images, attrgetter("dataset")):
         shown: dict[str, list[Shown]] = {}
         for image in images:
@@ -97,6 +115,7 @@ def _fill(
             [_sample(voxel, file, role, shown[key], said[key]) for key, file in paths.items()], progress=False
         )
         exported.samples += len(paths)
+        stage.advance(sum(map(len, shown.values())))
 
 
 def _local(folder: str) -> Path:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.stages.progress import SILENT, Stage
 from pipeline.workspace import files, runs, storage
 from pipeline.workspace.files import Place
 from pipeline.workspace.patience import Unavailable
@@ -31,11 +31,15 @@ class Summary:
     """For near-OOD and far-OOD: the detector with the best mean AUROC in [0, 1], and that; or "" and NaN."""
 
 
-def listed(workspace: Place) -> Iterator[Summary]:
-    """All runs of a workspace, name by name and the oldest first."""
-    found = [(folder, _summary(folder)) for folder in runs.all_of(workspace)]
-    known = [summary for _, summary in found if summary is not None]
-    yield from sorted(known, key=lambda summary: (summary.name, summary.finished))
+def listed(workspace: Place, stage: Stage = SILENT) -> list[Summary]:
+    """All runs of a workspace, name by name and the oldest first; the stage is told of each that is read."""
+    folders, known = list(runs.all_of(workspace)), []
+    stage.count("runs", len(folders))
+    for folder in folders:
+        if (summary := _summary(folder)) is not None:
+            known.append(summary)
+        stage.advance(1)
+    return sorted(known, key=lambda summary: (summary.name, summary.finished))
 
 
 def _summary(folder: Place) -> Summary | None:

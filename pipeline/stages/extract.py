@@ -43,7 +43,7 @@ from pipeline.network.description import same_network
 from pipeline.stages import decoding, shards
 from pipeline.stages.decoding import ACCEPTED, OTHERS, Decoded, decode_rows, decode_shard
 from pipeline.stages.identity import device
-from pipeline.stages.progress import LOADS, SILENT, Stage
+from pipeline.stages.progress import LOADS, LOOKS, SILENT, Stage
 from pipeline.stages.shards import Job, Plan, Shard
 from pipeline.workspace import files, tables
 from pipeline.workspace.artifacts import Damaged, write_part
@@ -403,7 +403,7 @@ def run(
     Raises:
         UserError: too many unreadable images.
     """
-    stage.doing("looks for what is there")
+    stage.doing(LOOKS)
     unfinished = [job for job in jobs if not job.complete]
     todo = [shard for job in unfinished for shard in shards.missing(job, plan)]
     images = sum(job.manifest.rows for job in jobs)

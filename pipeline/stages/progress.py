@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+FIRST = "checks the config, and that the data are there"
+"""What is done before a network is opened."""
+
+LOOKS = "looks for what is there"
+"""What a stage does first whose results are kept."""
+
 LOADS = "starts workers, which load the network"
 """What an extraction, or the first extra pass, does before its first images are done."""
 

@@ -31,7 +31,7 @@ from pipeline.results.applied import Output, Tally
 from pipeline.stages import bundle, decisions, ensembles, identity, index, shards
 from pipeline.stages.bundle import Bundle
 from pipeline.stages.calibration import Calibrated
-from pipeline.stages.progress import SILENT
+from pipeline.stages.progress import LOOKS, SILENT
 from pipeline.stages.score import Made, ScoreJob, Scoring, assemble, score_artifact
 from pipeline.stages.score import run as run_scores
 from pipeline.workflows.engines import engine_for
@@ -105,7 +105,7 @@ def execute(path: str, data: str, out: str, options: Options, display: Display) 
     Raises:
         UserError: anything the user can mend; nothing is at `out` then.
     """
-    with display.stage("prepare") as stage:
+    with display.stage("prepare", "opens the bundle") as stage:
         ready = prepare(path, data, out, options, stage)
         stage.note = f"{ready.manifest.rows:,} images, {len(ready.bundle.labels)} detectors"
     for note in ready.manifest.notes:
@@ -165,7 +165,6 @@ def prepare(path: str, data: str, out: str, options: Options, stage: Stage = SIL
     Raises:
         UserError: the first thing found wrong.
     """
-    stage.doing("opens the bundle")
     whole = bundle.opened(path, options.trust_code)
     known = whole.only(options.detectors or whole.labels)
     known = replace(known, document=_changed(known.document, options.overrides))
@@ -296,7 +295,7 @@ class Application:
     def _extract(self) -> None:
         """Features of every image."""
         ready, job = self.ready, self.ready.job
-        with self.display.stage("extract") as shown:
+        with self.display.stage("extract", LOOKS) as shown:
 
             def make(_: set[str]) -> None:
                 from pipeline.stages import extract
@@ -317,7 +316,7 @@ class Application:
         """Scores of every row."""
         job = self._score_job()
         slices = set[tuple[str, int, int]]()  # each counts once, whichever detectors scored it
-        with self.display.stage("score") as shown:
+        with self.display.stage("score", LOOKS) as shown:
             self.claims.share(
                 lambda: set(job.lacking_names()),
                 lambda names: slices.update(self._score_ours(job.only(names), shown).slices),
@@ -382,8 +381,7 @@ class Application:
         """The table with p-values and flags, and the summary of it."""
         ready, labels = self.ready, self.ready.bundle.labels
         folder = ready.workspace / "scores" / ready.table
-        with self.display.stage("decide") as shown:
-            shown.doing("puts the table together")
+        with self.display.stage("decide", "puts the table together") as shown:
             judge = None
             if ready.calibrated is not None and job.features.rows:
                 judge = decisions.judge(self.engine, ready.calibrated, job, "unlabelled")

@@ -21,7 +21,7 @@ from pipeline.results.report.tables import Results
 from pipeline.stages import memory
 from pipeline.stages.fit import read_scorer
 from pipeline.workflows.bundle import config_of, detectors_of, fit_of
-from pipeline.workflows.progress import Display, Quiet
+from pipeline.workflows.progress import Display, Quiet, Stage
 from pipeline.workspace import artifacts, tables
 from pipeline.workspace.artifacts import Artifact
 from pipeline.workspace.runs import workspace_of
@@ -85,22 +85,23 @@ def explain(
         key: of the image, as the tables of scores have it.
         dataset: that it is in; None = whichever has the key.
         count: training images to find for each detector; 0 = none.
-        display: shows how many training images are read.
+        display: shows what is read, and how many training images.
 
     Raises:
         UserError: no such run, dataset or key; a key of several datasets; features that are gone.
     """
     evaluation = opened(run)
-    results = Results.read(evaluation.folder)
-    where, row = _found(evaluation, key, dataset)
-    own = _score_row(evaluation, where, row)
-    table = _features(evaluation, where)
-    blocks = evaluation.record["model"]["blocks"]
-    columns = [KEY, LABEL, PREDICTION, FEATURE, LOGITS, *([BLOCK_NORM] if blocks else [])]
-    image = table.read(row, row + 1, columns)
-    norms = dict(zip(blocks, image[BLOCK_NORM][0].tolist(), strict=True)) if BLOCK_NORM in image else {}
-    nearest = _nearest(evaluation, image, columns, count, display or Quiet()) if count else {}
-    said = [_said(results, own, label) for label in results.detectors]
+    with (display or Quiet()).stage("explain", "looks for the image") as stage:
+        results = Results.read(evaluation.folder)
+        where, row = _found(evaluation, key, dataset)
+        own = _score_row(evaluation, where, row)
+        table = _features(evaluation, where)
+        blocks = evaluation.record["model"]["blocks"]
+        columns = [KEY, LABEL, PREDICTION, FEATURE, LOGITS, *([BLOCK_NORM] if blocks else [])]
+        image = table.read(row, row + 1, columns)
+        norms = dict(zip(blocks, image[BLOCK_NORM][0].tolist(), strict=True)) if BLOCK_NORM in image else {}
+        nearest = _nearest(evaluation, image, columns, count, stage) if count else {}
+        said = [_said(results, own, label) for label in results.detectors]
     return Explained(where, key, own[LABEL], own[PREDICTION], said, norms, nearest)
 
 
@@ -190,7 +191,7 @@ def _features(evaluation: Evaluation, dataset: str) -> tables.Table:
 
 
 def _nearest(
-    evaluation: Evaluation, image: Batch, columns: Sequence[str], count: int, display: Display
+    evaluation: Evaluation, image: Batch, columns: Sequence[str], count: int, stage: Stage
 ) -> dict[str, list[Neighbour]]:
     """The closest training images by each detector that looks for neighbours, and by direction."""
     datasets = [name for name, entry in evaluation.record["datasets"].items() if entry["role"] == "train"]
@@ -200,15 +201,14 @@ def _nearest(
     banks = dict(_banks(evaluation))
     queries = {label: bank.queries(image)[0] for label, bank in banks.items()}
     found: dict[str, list[tuple[float, Neighbour]]] = {label: [] for label in banks}
-    with display.stage("explain") as stage:
-        stage.count("training images", sum(table.rows for table in sources.values()))
-        for name, table in sources.items():
-            for start, stop in memory.cuts(table, columns, 0, table.rows):
-                batch = table.read(start, stop, columns)
-                for label, bank in banks.items():
-                    close = _closest(batch, bank, queries[label], name, count)
-                    found[label] = sorted([*found[label], *close], key=lambda each: each[0])[:count]
-                stage.advance(stop - start)
+    stage.count("training images", sum(table.rows for table in sources.values()))
+    for name, table in sources.items():
+        for start, stop in memory.cuts(table, columns, 0, table.rows):
+            batch = table.read(start, stop, columns)
+            for label, bank in banks.items():
+                close = _closest(batch, bank, queries[label], name, count)
+                found[label] = sorted([*found[label], *close], key=lambda each: each[0])[:count]
+            stage.advance(stop - start)
     return {label: [neighbour for _, neighbour in each] for label, each in found.items()}
 
 

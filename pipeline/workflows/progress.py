@@ -13,8 +13,8 @@ from pipeline.stages.progress import Stage as Stage
 class Display(Protocol):
     """Shows stages."""
 
-    def stage(self, name: str) -> AbstractContextManager[Stage]:
-        """A stage for the time of the block."""
+    def stage(self, name: str, doing: str) -> AbstractContextManager[Stage]:
+        """A stage for the time of the block, and what it does first."""
 
     def doing(self, text: str) -> None:
         """Say what the stage under way does until its work advances."""
@@ -27,7 +27,7 @@ class Quiet(Silent):
     """Shows nothing; also the one stage that it gives."""
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
+    def stage(self, name: str, doing: str) -> Iterator[Stage]:
         """A stage that nobody sees."""
         yield self
 

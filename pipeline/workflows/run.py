@@ -38,7 +38,7 @@ from pipeline.stages import calibration, decisions, duplicates, ensembles, evalu
 from pipeline.stages.calibration import Calibrated
 from pipeline.stages.fit import Fitted, fit_detectors
 from pipeline.stages.prepare import Prepared, prepare, require_members, tracking_uri
-from pipeline.stages.progress import LOADS
+from pipeline.stages.progress import FIRST, LOADS, LOOKS
 from pipeline.stages.score import (
     Made,
     ScoreJob,
@@ -138,7 +138,7 @@ def _execute(
 ) -> Outcome:
     """The same, with MLflow in the background."""
     tracked = settings.tracking.enabled and options.last == "report" and options.publish != "never"
-    with display.stage("prepare") as stage:
+    with display.stage("prepare", FIRST) as stage:
         found = prepared or prepare(settings, background.start if tracked else lambda: None, stage=stage)
         ready = replace(found, fresh=options.fresh)
         stage.note = f"{len(ready.jobs)} datasets, {ready.images:,} images, {len(ready.detectors)} detectors"
@@ -309,12 +309,12 @@ class Run:
                 artifact.discard()
 
     @contextmanager
-    def stage(self, name: StageName, counted: bool = False) -> Iterator[Stage]:
+    def stage(self, name: StageName, doing: str, counted: bool = False) -> Iterator[Stage]:
         """Show a stage and record what it took; of one that is `counted` MLflow is told how far it is."""
         if self.may_work(name):
             self.begin()
         started, self.costs, self.worked = time.perf_counter(), {}, False
-        with self.display.stage(name) as shown, usage.collect() as used:
+        with self.display.stage(name, doing) as shown, usage.collect() as used:
             yield self.tracking.watched(name, shown, self.background) if counted else shown
         if self.may_work(name):
             seconds = round(time.perf_counter() - started, 3)
@@ -366,7 +366,7 @@ class Run:
         """Features of every image of every dataset."""
         jobs = list(self.ready.jobs.values())
         unfinished = self._unfinished("extract", jobs)
-        with self.stage("extract", counted=bool(unfinished)) as shown:
+        with self.stage("extract", LOOKS, counted=bool(unfinished)) as shown:
             self.costs = shards.nothing(jobs)
 
             def make(names: set[str]) -> None:
@@ -459,7 +459,7 @@ class Run:
 
     def fit(self) -> None:
         """Statistics, extra passes and banks; nothing is fitted that no detector needs."""
-        with self.stage("fit") as shown:
+        with self.stage("fit", LOOKS) as shown:
             training = self._fit(shown, self.ready.config.optional)
             assert self.fitted is not None
             self.record.leave_out(self.fitted.not_applicable)
@@ -606,7 +606,7 @@ class Run:
         self.scored = jobs = self._score_jobs(fitted)
         self._unfinished("score", jobs)
         self._slices.clear()
-        with self.stage("score", counted=True) as shown:
+        with self.stage("score", LOOKS, counted=True) as shown:
             self.record.content["unscored"] = self._score(jobs, fitted, shown)
             if self._combinations:
                 self.scored = jobs = self._combined(jobs, shown)
@@ -709,7 +709,6 @@ class Run:
 
     def _score_ours(self, jobs: list[ScoreJob], fitted: Fitted, shown: Stage) -> Made:
         """Scores that nobody else makes."""
-        shown.doing("looks for what is there")
         lacking = {label for job in jobs for label in job.lacking()}
         banks = {label: bank for label, bank in fitted.banks.items() if label in lacking}
         settings = self.ready.config.index
@@ -798,7 +797,7 @@ class Run:
         done = results.checked()
         if done is None and not self.may_work("evaluate"):
             raise UserError("evaluate: not done for this run. Run `ood-pipeline evaluate` first.")
-        with self.stage("evaluate", counted=done is None) as shown:
+        with self.stage("evaluate", "reads the scores", counted=done is None) as shown:
             if done is None:
                 self.worked = True
                 jobs = {job.dataset: job for job in self.scored}
@@ -875,8 +874,7 @@ class Run:
         if self.record.worked:  # it shows other numbers, should the new one not be finished
             page.unlink(missing_ok=True)
         self.record.close("finished")
-        with self.stage("report") as shown:
-            shown.doing("draws the page")
+        with self.stage("report", "draws the page") as shown:
             if self.record.worked or self.options.first == "report" or not page.is_file():
                 report.write(self.ready.folder, self.ready.config.report.images, self.ready.metadata)
             shown.note = str(page)
@@ -896,8 +894,7 @@ class Tracked:
         if self.opening is None:
             return "" if self.complete is None else tracking.link(self.complete), ""
         try:
-            with display.stage("track") as shown:
-                shown.doing("sends the results to MLflow")
+            with display.stage("track", "sends the results to MLflow"):
                 session = self.opening.result()
                 background.submit(tracking.publish, session).result()
             return tracking.link(session), ""

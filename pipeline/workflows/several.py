@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.stages.prepare import Prepared, Seen, prepare
+from pipeline.stages.progress import FIRST
 from pipeline.workflows.progress import Display, Quiet
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Several:
         Raises:
             UserError: a mistake in a repeat, in every model of a sweep, or two repeats that are one run.
         """
-        with (display or Quiet()).stage("prepare") as stage:
+        with (display or Quiet()).stage("prepare", FIRST) as stage:
             opened = partial(prepare, seen=Seen(), stage=stage)
             ready = self._each(opened, [(config, config) for config in self.configs])
             if not ready and not any(failure.traceback for failure in self.failed):

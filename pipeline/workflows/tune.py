@@ -30,6 +30,7 @@ from pipeline.results.mlflow.apart import Apart
 from pipeline.results.unscored import sentences
 from pipeline.stages import evaluate, index, shards
 from pipeline.stages.prepare import Prepared, prepare
+from pipeline.stages.progress import FIRST, LOOKS
 from pipeline.workflows.progress import Display, Stage
 from pipeline.workflows.run import Options, Run, working
 from pipeline.workspace import files, tables
@@ -116,7 +117,7 @@ def execute(settings: Config, output: Place, display: Display, options: Options 
     """
     grids = settings.points()
     wanted = _checked(settings, grids)
-    with display.stage("prepare") as stage:
+    with display.stage("prepare", FIRST) as stage:
         ready = _prepared(settings, grids, stage)
         stage.note = f"{len(ready.detectors)} points of {len(grids)} detectors"
     with (
@@ -211,7 +212,7 @@ class Search(Run):
         """
         used = self.ready.of_role("train", *_DECIDING)
         self._require_features(used)
-        with self.display.stage("fit") as shown:
+        with self.display.stage("fit", LOOKS) as shown:
             self.features = {job.dataset: job.table() for job in used}
             self._fit(shown)
             fitted = self.fitted
@@ -220,7 +221,7 @@ class Search(Run):
             shown.note = f"{len(fitted.scorers)} points, {len(banks)} banks"
         jobs = {job.dataset: job for job in self._score_jobs(fitted)}
         rows = sum(job.features.rows for job in jobs.values() if not job.complete)
-        with self.display.stage("score") as shown:
+        with self.display.stage("score", LOOKS) as shown:
             unscored = self._score(list(jobs.values()), fitted, shown)
             shown.note = f"{rows:,} rows"
         datasets = {
@@ -228,7 +229,7 @@ class Search(Run):
             for dataset in self.ready.config.of_role(*_DECIDING)
         }
         self.unscored = list(sentences(unscored, datasets, [[role] for role in _DECIDING]).values())
-        with self.display.stage("evaluate") as shown:
+        with self.display.stage("evaluate", "reads the scores") as shown:
             inside, outside = (
                 [jobs[dataset.name] for dataset in self.ready.config.of_role(role)] for role in _DECIDING
             )

@@ -658,12 +658,10 @@ def test_a_plan_as_json_holds_what_is_shown(case, command):
     assert found["detectors"]["msp"] == {"method": "MSP (2017)", "needs": [], "uses_ood": False}
     assert found["actors"] >= 1
     assert "forward   90 images" in outcome.err
-    assert [line for line in outcome.err.splitlines() if line.endswith("begins")] == [
-        "prepare   begins",
-        "probe     begins",
-    ]
+    lines = outcome.err.splitlines()
+    assert {"prepare   checks the config, and that the data are there", "probe     loads PyTorch"} <= {*lines}
     quiet = command("validate", case.config(), "--no-probe", "-q", "--json")
-    assert (json.loads(quiet.out)["classes"], "begins" in quiet.err) == (3, False)
+    assert (json.loads(quiet.out)["classes"], "prepare" in quiet.err) == (3, False)
 
 
 def test_an_unknown_detector_is_refused_with_the_closest_one(command):

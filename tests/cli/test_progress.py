@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from dataclasses import dataclass
 from types import FrameType
 
 import pytest
@@ -37,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_a_stage_closes_with_its_name_time_and_note(terminal: bool) -> None:
     screen = io.StringIO()
     with Display(Console(file=screen, force_terminal=terminal, width=100, color_system=None)).stage(
-        "extract"
+        "extract", "looks for what is there"
     ) as stage:
         stage.count("images", 10)
         stage.advance(4)
@@ -49,36 +50,77 @@ def test_a_stage_closes_with_its_name_time_and_note(terminal: bool) -> None:
 
 def test_a_stage_that_fails_does_not_look_done() -> None:
     screen = io.StringIO()
-    with pytest.raises(RuntimeError), Display(Console(file=screen)).stage("fit"):
+    with pytest.raises(RuntimeError), Display(Console(file=screen)).stage("fit", "reads"):
         raise RuntimeError
-    assert screen.getvalue() == "fit       begins\n"
+    assert screen.getvalue() == "fit       reads\n"
 
 
-def test_without_a_terminal_a_line_tells_what_lasts_and_then_how_far_it_is(clock, monkeypatch) -> None:
-    monkeypatch.setattr(progress, "_LOOKS", 0.001)
-    screen = io.StringIO()
-    display = Display(Console(file=screen, width=100))
+@dataclass
+class Shown:
+    """A display without a terminal, and what it has said."""
 
-    def told(*lines: str) -> bool:
+    display: Display
+    screen: io.StringIO
+
+    def told(self, *lines: str) -> bool:
         """Whether these are all the lines, once there are as many."""
         deadline = time.monotonic() + 10
-        while screen.getvalue().count("\n") < len(lines) and time.monotonic() < deadline:
+        while self.screen.getvalue().count("\n") < len(lines) and time.monotonic() < deadline:
             time.sleep(0.001)
-        return screen.getvalue().splitlines() == [f"extract   {line}" for line in lines]
+        time.sleep(0.01)  # and no more come
+        return self.screen.getvalue().splitlines() == [f"extract   {line}" for line in lines]
 
-    with display.stage("extract") as stage:
-        display.doing("takes no time")
+
+@pytest.fixture
+def shown(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """Looks at its stage all the time."""
+    monkeypatch.setattr(progress, "_LOOKS", 0.001)
+    screen = io.StringIO()
+    return Shown(Display(Console(file=screen, width=100)), screen)
+
+
+def test_without_a_terminal_a_line_tells_what_lasts_and_then_how_far_it_is(clock, shown) -> None:
+    with shown.display.stage("extract", "looks") as stage:
+        assert shown.told("looks")
+        clock.now += 0.1
+        shown.display.doing("takes no time")
         stage.count("images", 10)
-        display.doing("loads the network")
+        shown.display.doing("loads the network")
         clock.now += progress.LASTS
-        assert told("begins", "loads the network")
+        assert shown.told("looks", "loads the network")
         stage.advance(3)
         clock.now += progress.EVERY
-        assert told("begins", "loads the network", "3 of 10 images")
+        assert shown.told("looks", "loads the network", "3 of 10 images")
         clock.now += progress.EVERY
-        assert told("begins", "loads the network", "3 of 10 images", "3 of 10 images")
+        assert shown.told("looks", "loads the network", "3 of 10 images", "3 of 10 images")
         stage.note = "done"
-    assert screen.getvalue().endswith("s  done\n")
+    assert shown.screen.getvalue().endswith("s  done\n")
+
+
+def test_nothing_new_is_done_for_longer_than_a_second_in_silence(clock, shown) -> None:
+    """Many short steps, none of which lasts, were silent for as long as they took together."""
+    step, said = progress.LASTS / 4, ["opens"]
+    with shown.display.stage("extract", "opens"):
+        for number in range(1, 13):
+            clock.now += step
+            shown.display.doing(f"lists {number}")
+            if number % 4 == 0:
+                said.append(f"lists {number}")
+            assert shown.told(*said)
+
+
+def test_an_aside_tells_only_what_lasts_and_has_no_end_of_its_own(clock, shown) -> None:
+    with shown.display.aside("extract", "looks"):
+        clock.now += progress.LASTS / 2
+    assert shown.told()
+    with shown.display.aside("extract", "looks") as stage:
+        clock.now += progress.LASTS
+        assert shown.told("looks")
+        stage.count("runs", 5)
+        stage.advance(2)
+        clock.now += progress.LASTS
+        assert shown.told("looks", "2 of 5 runs")
+    assert shown.told("looks", "2 of 5 runs")
 
 
 def test_another_thread_never_reads_half_of_what_a_stage_was_told(clock) -> None:

@@ -32,7 +32,7 @@ SHIPPED = "package://pipeline.quickstart/resnet.safetensors"
 def command(*arguments: str) -> str:
     found = CliRunner().invoke(main.app, list(arguments), catch_exceptions=False, env={"COLUMNS": "200"})
     assert found.exit_code == 0
-    return found.output
+    return found.stdout
 
 
 @pytest.fixture(scope="module")

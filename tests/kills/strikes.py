@@ -132,7 +132,7 @@ class Display:
             yield
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Display]:
+    def stage(self, name: str, doing: str) -> Iterator[Display]:
         self.name = name
         _place.set((self.plan, name, DRIVER))
         yield self

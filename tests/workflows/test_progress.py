@@ -42,8 +42,9 @@ class Recorded(Quiet):
     """What closed each stage."""
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Recorded]:
+    def stage(self, name: str, doing: str) -> Iterator[Recorded]:
         self.name = name
+        self.doing(doing)
         yield self
         self.notes[name] = self.note
 

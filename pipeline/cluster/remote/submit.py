@@ -12,7 +12,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -237,8 +237,23 @@ def show(order: Order, console: Console, each: bool) -> None:
         console.print(f"packages  {', '.join(packages)}", markup=False, soft_wrap=True)
 
 
-def submit(order: Order, address: str, console: Console, follow: bool, wait: bool) -> int:
+def submit(
+    order: Order,
+    address: str,
+    console: Console,
+    follow: bool,
+    wait: bool,
+    sending: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - holds nothing
+) -> int:
     """Send an evaluation to a cluster; what it does there goes on without this process.
+
+    Args:
+        order: what is run.
+        address: of the cluster.
+        console: for the job, its states and its log.
+        follow: whether to show its log.
+        wait: whether to wait for its end.
+        sending: tells for the time of the block that files are sent.
 
     Returns:
         The exit status of the job if it was waited for, 130 if waiting was interrupted, else 0.
@@ -251,8 +266,7 @@ def submit(order: Order, address: str, console: Console, follow: bool, wait: boo
         raise UserError(
             "--follow: shows the log while the command waits, but --no-wait is set. Leave one out."
         )
-    console.print("sends     code and files to the cluster")
-    with order.packed() as (folder, name):
+    with sending, order.packed() as (folder, name):
         cluster = Cluster(address)
         job = f"{name}-{secrets.token_hex(4)}"
         cluster.submit(job, entrypoint, folder, packages)
