@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from pipeline.cli import progress
@@ -207,3 +211,42 @@ def test_slow_work_has_a_rate_too(clock) -> None:
     assert str(stage) == "3 of 5 parts of the mixup pass, 0.1/s, 0:00:20 left"
     stage.count("detectors", 2)
     assert str(stage) == "0 of 2 detectors"
+
+
+SLOW = """
+import time
+from pipeline.quickstart import resnet
+
+def build():
+    time.sleep(8)
+    return resnet.build()
+"""
+"""A network that takes long to be opened."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["run", "--engine", "inline"], ["detectors", "--config"]])
+def test_a_command_without_a_terminal_tells_what_lasts_long_before_it_is_over(
+    settings: dict[str, Any], tmp_path: Path, command: list[str]
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    settings["model"] |= {"name": f"{tmp_path / 'slow.py'}:build", "weights": "random"}
+    settings |= {"workspace": str(tmp_path / "workspace"), "detectors": ["msp"]}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    begun, lines = time.monotonic(), dict[str, float]()
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *command, str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.setdefault(line.rstrip(), time.monotonic() - begun)
+    assert process.returncode == 0, lines
+    (told,) = (at for line, at in lines.items() if line.endswith("opens the network"))
+    over = next(at for at in lines.values() if at > told)
+    assert over - told > 4, lines  # of 8 seconds, with machines that are slow in mind
+    if command[0] == "run":
+        assert min(lines.values()) < told, "what comes before that is told at once"
