@@ -117,9 +117,11 @@ def metric_rows(setup, scores):
 
 def differences(setup):
     """Every detector differs from every other, by AUROC on near-OOD, but for those that are level."""
-    row = {"dataset": "near_ood", "group": "near_ood", "metric": "auroc", "difference": 0.0}
+    row = {"dataset": "near_ood", "group": "near_ood", "metric": "auroc"}
     return [
-        row | {"detector": a, "other": b, "p_holm": 0.3 if {a, b} <= set(setup.level) else 0.01}
+        row
+        | {"detector": a, "other": b, "p_holm": 0.3 if {a, b} <= set(setup.level) else 0.01}
+        | {"difference": 0.01 * (setup.shift.get(a, 2.0) - setup.shift.get(b, 2.0))}
         for a, b in combinations(setup.detectors, 2)
     ]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline.results.report.tables import Results
-from pipeline.results.report.verdict import verdict
+from pipeline.results.report.verdict import _beside, _compared, verdict
 from tests.results.test_report import Setup, make_run
 
 THREE = ("grood", "knn", "featurenorm")
@@ -46,6 +48,48 @@ def test_detectors_that_cannot_be_told_from_it_are_named_and_what_it_searches(tm
     assert sentences[0].startswith("knn, KNN (2025), ranks best")
     assert sentences[1] == "On the same images its lead over grood may be chance; take what costs least."
     assert sentences[-1] == "For every image it searches 1,950 vectors of training images."
+
+
+@pytest.mark.parametrize(
+    ("tests", "said"),
+    [
+        ({"near_ood": {"knn": 1}, "far_ood": {"knn": 1}}, ["lead over every other is more than chance"]),
+        ({"near_ood": {"knn": 0}, "far_ood": {"knn": 0}}, ["lead over knn may be chance; take what costs"]),
+        (
+            {"near_ood": {"knn": -1}, "far_ood": {"knn": 1}},
+            ["On Near-OOD knn is better, by more than chance"],
+        ),
+        ({"near_ood": {"knn": 0}, "far_ood": {"knn": 1}}, ["On Near-OOD its difference from knn may be"]),
+        (
+            {"near_ood": {"knn": -1, "msp": 0}, "far_ood": {"knn": -1, "msp": 0}},
+            ["its lead over msp may be chance", "On Near-OOD knn is better", "On Far-OOD knn is better"],
+        ),
+        ({}, []),
+    ],
+)
+def test_who_is_better_or_level_on_a_group_is_named(
+    tests: dict[str, dict[str, int]], said: list[str]
+) -> None:
+    found = list(_beside(tests))
+    assert len(found) == len(said)
+    assert all(text in sentence for text, sentence in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("difference", "p", "expected"), [(0.1, 0.01, 1), (-0.1, 0.01, -1), (-0.1, 0.2, 0)])
+def test_whose_auroc_is_larger_does_not_depend_on_who_is_named_first(
+    tmp_path: Path, first: bool, difference: float, p: float, expected: int
+) -> None:
+    results, _ = told(tmp_path, detectors=THREE, shift=BETTER)
+    pair = ("grood", "knn") if first else ("knn", "grood")
+    row = {
+        **dict.fromkeys(results.differences.column_names),
+        **{"detector": pair[0], "other": pair[1], "metric": "auroc", "p_holm": p},
+        **{"group": "near_ood", "dataset": "near_ood", "difference": difference if first else -difference},
+    }
+    made = replace(results, differences=pa.Table.from_pylist([row]))
+    assert _compared(made, "grood", ["knn"]) == {"near_ood": {"knn": expected}}
+    assert _compared(made, "grood", []) == {}
 
 
 def test_what_has_seen_ood_images_is_proposed_only_where_there_is_nothing_else(tmp_path: Path) -> None:

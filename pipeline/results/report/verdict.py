@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pipeline.metrics.pairs import LEVEL_OF_TESTS
-from pipeline.results.report.tables import GROUPS, OOD, Cell, Results, Row, leaderboard
+from pipeline.results.report.tables import GROUPS, OOD, Cell, Results, leaderboard
 
 POOR = 0.75
 """AUROC below which nobody should rely on a detector alone."""
@@ -28,14 +28,7 @@ def verdict(results: Results) -> list[str]:
     ]
     values = " and ".join(f"{_interval(chosen.cells[number])} on {GROUPS[group]}" for number, group in groups)
     found = [f"{chosen.detector}, {entries[chosen.detector]['title']}, ranks best: AUROC {values}."]
-    apart = {other.detector: _told_apart(results, chosen, other) for other in others}
-    level = [label for label, told in apart.items() if told is False]
-    if level:
-        found.append(
-            f"On the same images its lead over {_listed(level)} may be chance; take what costs least."
-        )
-    elif apart and all(apart.values()):
-        found.append("On the same images its lead over every other is more than chance.")
+    found += _beside(_compared(results, chosen.detector, [other.detector for other in others]))
     found += _missed(results, chosen.detector)
     found += _needs(results, chosen.detector)
     if all(chosen.cells[number].value < POOR for number, _ in groups):
@@ -47,18 +40,35 @@ def _interval(cell: Cell) -> str:
     return f"{cell.value:.3f} ({cell.low:.3f}–{cell.high:.3f})"
 
 
-def _told_apart(results: Results, chosen: Row, other: Row) -> bool | None:
-    """Whether a test on the same images tells two detectors apart by a group's AUROC; None without any."""
-    pair = {chosen.detector, other.detector}
-    tests = [
-        row["p_holm"] < LEVEL_OF_TESTS
-        for row in results.differences.to_pylist()
-        if {row["detector"], row["other"]} == pair
-        and row["metric"] == "auroc"
-        and row["dataset"] == row["group"]
-        and row["group"] in OOD
-    ]
-    return any(tests) if tests else None
+def _compared(results: Results, chosen: str, others: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Whether the chosen detector is ahead of others (1), behind (-1) or level (0), by each group's AUROC."""
+    found: dict[str, dict[str, int]] = {}
+    for row in results.differences.to_pylist():
+        pair = {row["detector"], row["other"]}
+        of_group = row["dataset"] == row["group"] and row["group"] in OOD and row["metric"] == "auroc"
+        if of_group and chosen in pair and pair <= {chosen, *others}:
+            (other,) = pair - {chosen}
+            ahead = (row["difference"] > 0) == (row["detector"] == chosen)
+            told = row["p_holm"] < LEVEL_OF_TESTS
+            found.setdefault(row["group"], {})[other] = (1 if ahead else -1) if told else 0
+    return found
+
+
+def _beside(groups: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """Whom the chosen detector cannot be told from, and who is better; or that its lead is no chance."""
+    others = list(dict.fromkeys(other for found in groups.values() for other in found))
+    level = [other for other in others if not any(found.get(other) for found in groups.values())]
+    if level:
+        yield f"On the same images its lead over {_listed(level)} may be chance; take what costs least."
+    for group, found in groups.items():
+        better, alike = ([other for other in found if found[other] == told] for told in (-1, 0))
+        if better:
+            are = "is" if len(better) == 1 else "are"
+            yield f"On {GROUPS[group]} {_listed(better)} {are} better, by more than chance."
+        if alike := [other for other in alike if other not in level]:
+            yield f"On {GROUPS[group]} its difference from {_listed(alike)} may be chance."
+    if others and all(told > 0 for found in groups.values() for told in found.values()):
+        yield "On the same images its lead over every other is more than chance."
 
 
 def _missed(results: Results, detector: str) -> Iterator[str]:
