@@ -195,14 +195,19 @@ def fit_of(evaluation: Evaluation, label: str, detector: Detector) -> Fit:
         scores = artifacts.read_record(workspace / "scores" / table.identity["scores"][label])
         made_of = {name: each for name, each in scores.inputs.items() if name.startswith(f"{bundle.FITS}/")}
         records = {name: artifacts.read_record(workspace / name) for name in made_of}
+        remade = [name for name, content in made_of.items() if records[name].content != content]
+        if scores.content != table.inputs[label]:
+            remade.append(f"scores/{table.identity['scores'][label]}")
     except (FileNotFoundError, Damaged) as error:
         raise UserError(
             f"detectors.{label}: what it was fitted to is not in the workspace any more ({error}). Run the "
             "evaluation again."
         ) from None
-    for name, content in made_of.items():
-        if records[name].content != content:
-            raise UserError(f"{workspace / name}: it was made again since. Run the evaluation again.")
+    if remade:
+        raise UserError(
+            f"{workspace / remade[0]}: it was made again since, of other data; the run's numbers are of what "
+            "was there before. Run the evaluation again."
+        )
     scoring = {name: each for name, each in scores.identity.items() if name != "features"}
     if isinstance(detector, Combination):
         return Fit(scoring, {}, None, None, None)

@@ -25,3 +25,12 @@ def test_a_system_that_does_not_tell_the_peak_of_a_process_costs_nothing_else(
 ) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_: "Name: python")
     assert usage.peak_memory() > 2**22
+
+
+def test_blocks_that_overlap_as_those_of_two_threads_end_each_by_itself() -> None:
+    first, second = usage.collect(), usage.collect()
+    one, other = first.__enter__(), second.__enter__()
+    second.__exit__(None, None, None)
+    usage.report({"cpu_seconds": 1.0})
+    first.__exit__(None, None, None)
+    assert (one.tasks, other.tasks) == (1, 0)

@@ -368,6 +368,10 @@ CASES: dict[str, tuple[Damage, str]] = {
         copied(scores("test"), scores("old")),
         r"scores +folders: .*old is not of this run",
     ),
+    "scores made again of other data": (
+        record(of_run("scores/test/_manifest.json"), "inputs", "msp", value="0" * 64),
+        r"artifacts +scores: expected those that the run's tables .* exceptions: 1 \(msp on test\)",
+    ),
     "flag changed": (
         cell(scores("production"), "is_ood.msp", 2, lambda flags: not flags[2]),
         r"scores/production +flags: .* exceptions: 1 \(production_x/0*2\)",
@@ -475,6 +479,7 @@ TOGETHER = (
     ("key renamed", "feature part of another network", "identity edited", "image list edited"),
     ("feature narrower", "truncated features", "key twice in the image list", "score row lost"),
     ("null label", "feature part lost", "score column too many", "scores of another run"),
+    ("scores made again of other data",),
     ("features lost", "scores lost", "flag changed", "metric lost", "comparison lost"),
     ("image list lost", "score NaN", "scores in another order", "interval beside the value"),
     ("count edited", "metric edited", "metric counts edited"),

@@ -817,6 +817,22 @@ def test_a_bundle_is_not_written_over_anything_nor_of_other_weights(without, tmp
     assert not (tmp_path / "b.ood").exists()
 
 
+def test_what_was_made_again_since_of_other_data_is_not_bundled_with_the_numbers_of_before(
+    without, tmp_path
+) -> None:
+    seen = next(name for name, entry in without.record["datasets"].items() if entry["role"] == "id")
+    record = without.folder / "scores" / seen / "_manifest.json"
+    before = record.read_bytes()
+    content = json.loads(before)
+    del content["sha256 of the rest"]
+    artifacts._seal(record, content | {"inputs": content["inputs"] | {"msp": "0" * 64}})
+    try:
+        with pytest.raises(UserError, match=r"scores/\S+: it was made again since, of other data"):
+            bundle.make(str(without.folder), tmp_path / "a.ood")
+    finally:
+        record.write_bytes(before)
+
+
 def test_published_weights_keep_their_transform_in_a_file() -> None:
     from pipeline.config.schema import Model
     from pipeline.network import kept

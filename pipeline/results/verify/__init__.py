@@ -9,6 +9,7 @@ table of checks that every row passes through: one more is one function there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from pipeline.config import loading
@@ -113,6 +114,15 @@ def _kept(run: Run) -> Iterator[Finding]:
         except Unreadable as error:
             wrong.add([error])
     yield wrong.finding("bytes", f"the recorded SHA-256 of every file of {len(places)} folders")
+    remade = Tally()
+    for name in run.scored:
+        with reading(run.scores(name) / artifacts.RECORD):
+            table = artifacts.read_record(run.scores(name))
+            for label, folder in table.identity["scores"].items():
+                with suppress(FileNotFoundError, artifacts.Damaged):  # which is told above
+                    content = artifacts.read_record(run.workspace / "scores" / folder).content
+                    remade.add([f"{label} on {name}"] if content != table.inputs[label] else [])
+    yield remade.finding("scores", "those that the run's tables were put together of; none made again since")
 
 
 def _run(run: Run) -> Iterator[Finding]:
