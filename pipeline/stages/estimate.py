@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
-from threadpoolctl import threadpool_limits
 
 from pipeline.cluster.engine import Engine
-from pipeline.columns import FEATURE, LOGITS, padded
+from pipeline.columns import BLOCK_NORM, FEATURE, KEY, LABEL, LOGITS, PREDICTION, padded
 from pipeline.errors import UserError
-from pipeline.learned import statistics
-from pipeline.learned.logits import softmax
-from pipeline.learned.statistics import Scatter
+from pipeline.learned.statistics import Head
 from pipeline.metrics.numbering import Numbering, suspicious
 from pipeline.network.classifier import Classifier
 from pipeline.stages import decoding, extract, index, shards
+from pipeline.stages.computing import Computing, Products
 from pipeline.stages.prepare import Prepared
 from pipeline.stages.progress import SILENT, Stage
 
@@ -33,9 +30,6 @@ BATCH_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 _SECONDS = 1.0
 """Least time over which the forward pass is measured."""
-
-_SPECTRUM = 0.007
-"""A spectrum of D dimensions over D times a product of `Products.ROWS` rows with a (D, D) matrix."""
 
 _STARTS = 2.4, 1.8, 0.3
 """What the start of extraction, of extra passes and of an index takes over that of one actor."""
@@ -123,36 +117,6 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Products:
-    """Seconds of one CPU for `ROWS` rows of features (D) and logits (C)."""
-
-    ROWS: ClassVar[int] = 1024
-
-    classes: float
-    """A product with a matrix (D, C) in float64."""
-    features: float
-    """A product with a matrix (D, D) in float64."""
-    softmax: float
-    """Of the logits."""
-
-    @classmethod
-    def measured(cls, width: int, classes: int) -> Products:
-        """Of made-up rows."""
-        rng = np.random.default_rng(0)
-        feature, logits = (rng.normal(size=(cls.ROWS, each)) for each in (width, classes))
-        weight, square = (rng.normal(size=(width, each)) for each in (classes, width))
-        work = (lambda: feature @ weight, lambda: feature @ square, lambda: softmax(logits))
-        with threadpool_limits(limits=1):
-            return cls(*(min(_seconds(each) for _ in range(3)) for each in work))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-@dataclass(frozen=True)
 class Times:
     """About how many seconds a run takes, by what it does."""
 
@@ -183,44 +147,63 @@ def borrowed(ready: Prepared) -> list[str]:
 
 
 def times(engine: Engine, ready: Prepared, found: Probe) -> Times:
-    """About how long a run takes, features that are cached left out; of fits and scores it is all of them.
+    """About how long a run takes, features that are cached left out.
 
-    Products and softmaxes stand for what detectors do: one of each that a detector reads the input of.
+    Of extra passes, fits and scores it is all of them.
     """
     assert found.products is not None
-    per, cpus, width = found.products, max(engine.cpus(), 1), ready.network.head[0].shape[1]
+    chosen, cpus = ready.detectors.values(), max(int(engine.cpus()), 1)
+    work = _computing(ready, found.products, cpus)
     forward, _ = forwarding(engine, ready, found)
-    chosen = ready.detectors.values()
-    train = sum(job.manifest.rows for job in ready.of_role("train"))
-    scored = sum(job.manifest.rows for job in ready.jobs.values()) - train
-    learned = {each for detector in chosen for each in (*detector.statistics(), *detector.calibration())}
-    passed = [each for group in statistics.in_passes(learned) for each in group]
-    sweeps = sum(
-        per.features * (FEATURE in each.columns) + per.softmax * (LOGITS in each.columns) for each in passed
+    rows = {dataset.name: ready.jobs[dataset.name].manifest.rows for dataset in ready.config.datasets}
+    train, held_out, ood = (
+        sum(rows[dataset.name] for dataset in ready.config.of_role(role))
+        for role in ("train", "id_val", "ood_val")
     )
-    banks = sum(detector.neighbours for detector in chosen)
-    spectra = sum(any(isinstance(each, Scatter) for each in detector.statistics()) for detector in chosen)
-    columns = [name for detector in chosen for name in detector.columns]
-    scores = per.classes * columns.count(FEATURE) + per.softmax * columns.count(LOGITS)
-    begun = [Cost.of(ready).images > 0, any(detector.passes() for detector in chosen), banks > 0]
+    scored = [rows[dataset.name] for dataset in ready.config.datasets if dataset.role != "train"]
+    learned = [each for detector in chosen for each in detector.statistics()]
+    calibrating = [each for detector in chosen for each in detector.calibration()]
+    begun = [
+        Cost.of(ready).images > 0,
+        any(detector.passes() for detector in chosen),
+        any(detector.neighbours for detector in chosen),
+    ]
     return Times(
         start=_PROGRAM
         + found.opening * any(begun)
         + found.start * sum(share for share, there in zip(_STARTS, begun, strict=True) if there),
         forward=forward,
-        fit=train * (sweeps + banks * per.features) / Products.ROWS / cpus
-        + spectra * _SPECTRUM * width * per.features,
-        score=scored * scores / Products.ROWS / cpus + _searching(engine, ready, per, train, scored),
-        rest=_REST + _DRAWN * len(chosen) * len(ready.jobs) + _SORTED * scored * max(len(chosen) / cpus, 1),
+        fit=work.sums(learned + ([] if held_out else calibrating), train)
+        + work.sums(calibrating, held_out)
+        + work.sums((each for detector in chosen for each in detector.ood_statistics()), ood)
+        + work.fits()
+        + work.banks(train),
+        score=work.scores(scored) + _searching(engine, ready, work, train, sum(scored)),
+        rest=_REST
+        + _DRAWN * len(chosen) * len(ready.jobs)
+        + _SORTED * sum(scored) * max(len(chosen) / cpus, 1),
     )
 
 
-def _searching(engine: Engine, ready: Prepared, per: Products, train: int, scored: int) -> float:
+def _computing(ready: Prepared, products: Products, cpus: int) -> Computing:
+    """What the detectors of a run do to rows."""
+    network = ready.network
+    weight, bias = network.head
+    narrow = {KEY: 1, LABEL: 1, PREDICTION: 1, BLOCK_NORM: len(network.taps.blocks)}
+    extras = {extra.column: extra for detector in ready.detectors.values() for extra in detector.extras()}
+    wide = {FEATURE: weight.shape[1], LOGITS: weight.shape[0]}
+    wide |= {name: network.width(extra) for name, extra in extras.items()}
+    head = Head(weight, bias, tuple(network.taps.stages.values()))
+    return Computing(ready.detectors.values(), head, narrow | wide, products, cpus)
+
+
+def _searching(engine: Engine, ready: Prepared, work: Computing, train: int, scored: int) -> float:
     """About how many seconds all exact searches take, among so many training rows for so many scored ones."""
     width, settings = int(ready.network.head[0].shape[1]), ready.config.index
     pairs = len(ready.banks) * train * scored
     if not pairs or index.device(settings) == "cpu":
-        return per.features / (2 * width) * pairs / Products.ROWS / max(engine.cpus(), 1)  # in float32
+        shards = index.AUTO_SHARDS if settings.shards == "auto" else settings.shards
+        return work.search(pairs, min(shards * engine.threads(settings.needs), engine.cpus()))
     gpus = min(index.shards_of(engine, ready.banks, settings), max(engine.gpus(), 1))
     return (2 * width * pairs / _SEARCHED + 4 * width * len(ready.banks) * train / _LOADED) / gpus
 

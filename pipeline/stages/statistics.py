@@ -32,7 +32,7 @@ from pipeline.workspace.artifacts import (
 )
 
 SLICE = 8192
-"""Rows that are measured at once, fewer where they are wide (`_slice`).
+"""Rows that are measured at once, fewer where they are wide (`slice_of`).
 
 Fixed, so that sums are added in the same order however the rows lie in parts.
 """
@@ -50,6 +50,9 @@ _WIDEST = 2**28
 _TIMES = 10
 """What measuring a slice takes over the bytes of its columns: at most 9.1, with all detectors."""
 
+Width = Callable[[Iterable[str]], int]
+"""How many values a row of some columns has."""
+
 FORMAT = "statistic 2"
 """Kind and version: the number goes up when sums are merged in another order; each statistic has its own."""
 
@@ -60,6 +63,10 @@ class Rows:
 
     tables: Sequence[tables.Table]
     names: Sequence[str]
+
+    def width(self, columns: Iterable[str]) -> int:
+        """Values of 4 bytes that a row of some columns has."""
+        return self.tables[0].row_bytes(columns) // 4
 
     def contents(self, columns: Iterable[str]) -> dict[str, str]:
         """Content digests of the artifacts that some columns lie in."""
@@ -160,15 +167,14 @@ def _sweep(
     """Make some statistics in one pass over the rows: sums of pieces, and of each the sum of these."""
     done = {each: artifact.begin() for each, artifact in wanted.items()}
     measures = {each: engine.share(each.measure(head, known)) for each in wanted}
-    groups = [
-        (together, _pieces(rows, _slice(together[0], head))) for together in _together(wanted, rows, head)
-    ]
-    names = {each: list(pieces) for together, pieces in groups for each in together}
+    width = rows.width
+    groups = [(some, _pieces(rows, slice_of(some[0], head))) for some in together(wanted, head, width)]
+    names = {each: list(pieces) for some, pieces in groups for each in some}
     todo = [
         (name, piece, lacking)
-        for together, pieces in groups
+        for some, pieces in groups
         for name, piece in pieces.items()
-        if (lacking := [each for each in together if not {name, ARRAYS} & done[each].keys()])
+        if (lacking := [each for each in some if not {name, ARRAYS} & done[each].keys()])
     ]
     arguments = (
         (piece, [(each, measures[each], wanted[each]) for each in lacking], name)
@@ -194,7 +200,7 @@ def _sweep(
     ]
 
     def merged(statistic: Statistic[Any], _: Artifact, pieces: Mapping[str, File]) -> int:
-        return _merged(statistic, pieces, _sum_bytes(rows.tables[0], statistic, head))
+        return _merged(statistic, pieces, _sum_bytes(statistic, head, width))
 
     made_whole = engine.in_order(_whole, sums, merged)
     whole |= {each: file for (each, *_), file in zip(sums, made_whole, strict=True)}
@@ -202,7 +208,7 @@ def _sweep(
         artifact.finish({ARRAYS: whole[each]})
 
 
-def _slice(statistic: Statistic[Any], head: Head) -> int:
+def slice_of(statistic: Statistic[Any], head: Head) -> int:
     """Rows that it measures at once; of its columns these two alone can be too wide for `SLICE`."""
     widths = {FEATURE: head.weight.shape[1], LOGITS: len(head.bias)}
     width = sum(width for column, width in widths.items() if column in statistic.columns)
@@ -211,7 +217,7 @@ def _slice(statistic: Statistic[Any], head: Head) -> int:
 
 def _cut(statistic: Statistic[Any], head: Head) -> dict[str, int]:
     """What its bits depend on if it measures fewer rows at once than others."""
-    rows = _slice(statistic, head)
+    rows = slice_of(statistic, head)
     return {} if rows == SLICE else {"slice": rows}
 
 
@@ -224,19 +230,19 @@ def _pieces(rows: Rows, size: int) -> dict[str, list[tuple[tables.Table, int, in
     return {f"piece-{number:05d}.safetensors": piece for number, piece in enumerate(pieces)}
 
 
-def _sum_bytes(table: tables.Table, statistic: Statistic[Any], head: Head) -> int:
+def _sum_bytes(statistic: Statistic[Any], head: Head, width: Width) -> int:
     """Bytes of the sums of a statistic, at most."""
-    return 8 * statistic.numbers(table.row_bytes(statistic.columns) // 4, len(head.bias))
+    return 8 * statistic.numbers(width(statistic.columns), len(head.bias))
 
 
-def _together(wanted: Iterable[Statistic[Any]], rows: Rows, head: Head) -> list[list[Statistic[Any]]]:
+def together(wanted: Iterable[Statistic[Any]], head: Head, width: Width) -> list[list[Statistic[Any]]]:
     """Statistics that read the same wide columns, as many as may sum at once: a task does no others."""
     found: dict[frozenset[str], list[Statistic[Any]]] = {}
     for each in wanted:
         found.setdefault(frozenset(each.columns) - {LABEL, PREDICTION}, []).append(each)
     groups = []
     for some in found.values():
-        most = max(_sum_bytes(rows.tables[0], each, head) for each in some)
+        most = max(_sum_bytes(each, head, width) for each in some)
         count = max(memory.MOST // 4 // max(most, 1), 1)
         groups += [some[first : first + count] for first in range(0, len(some), count)]
     return groups
@@ -246,7 +252,7 @@ def _held(cut: tuple[tables.Table, int, int], wanted: Sequence[Statistic[Any]], 
     """Bytes that a task may hold."""
     table, start, stop = cut
     columns = {column for statistic in wanted for column in statistic.columns}
-    sums = [_sum_bytes(table, statistic, head) for statistic in wanted]
+    sums = [_sum_bytes(each, head, lambda some: table.row_bytes(some) // 4) for each in wanted]
     merging = max((_piece(each).merging - 1) * own for each, own in zip(wanted, sums, strict=True))
     return memory.of_rows(table, columns, stop - start, _TIMES) + sum(sums) + merging
 

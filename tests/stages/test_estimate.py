@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -91,14 +92,19 @@ def test_looking_for_room_for_the_index_is_no_part_of_the_start_of_a_worker(
 def test_the_estimate_covers_starting_fit_and_score(engine, ready, settings, load, execute) -> None:
     products = estimate.Products(classes=0.1, features=0.2, softmax=0.3)
     probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=products, opening=1.0, start=2.0)
-    found, cpus = estimate.times(engine, ready, probe), engine.cpus()
+    found = estimate.times(engine, ready, probe)
     train = ready.jobs["train"].manifest.rows
     scored = sum(job.manifest.rows for job in ready.jobs.values()) - train
     assert found.start == pytest.approx(4 + 1 + 2 * (2.4 + 1.8 + 0.3))
     assert found.forward == estimate.forwarding(engine, ready, probe)[0]
-    assert found.fit == pytest.approx(train * (0.2 + 2 * 0.2) / 1024 / cpus)  # class sums and two banks
-    neighbours = 2 * train * 0.2 / (2 * 128)
-    assert found.score == pytest.approx(scored * (2 * 0.1 + 0.3 + neighbours) / 1024 / cpus)
+    passes = 10 * 0.3 / 10 / 1024  # of a value
+    kept = 5 * 0.2 * 10 / 1024  # class sums and four detectors
+    banks = 2 * train * passes * (128 + 10)
+    assert found.fit == pytest.approx(train * passes * (128 + 1) + kept + banks)
+    row = passes * (3 + 4 + 128 + 10) + (2 * 0.1 + 0.1 * 4 / 128 + 0.3) / 1024
+    batches = 1024 * (len(ready.jobs) - 1)
+    neighbours = 1.2 * 2 * train * scored * 0.2 / (2 * 128) / 1024
+    assert found.score == pytest.approx(batches * row + neighbours)
     assert found.total == found.start + found.forward + found.fit + found.score + found.rest
     settings["detectors"] = ["msp"]
     execute(load(settings), last="extract")
@@ -118,6 +124,34 @@ def test_a_search_on_gpus_is_counted_at_their_rate_and_says_whose_it_is(engine, 
     searched = 2 * (2 * 128 * train * scored / 4.6e13 + 4 * 128 * train / 6e8)
     assert estimate.times(engine, on_gpu, probe).score == pytest.approx(searched)
     assert estimate.times(engine, ready, probe).score > 100 * searched
+
+
+def test_as_many_threads_search_as_the_shards_have(ready) -> None:
+    probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=estimate.Products(0.0, 0.2, 0.0))
+
+    def score(shards: int | str) -> float:
+        index = ready.config.index.model_copy(update={"shards": shards})
+        placed = replace(ready, config=ready.config.model_copy(update={"index": index}))
+        with opened("inline", threads=64) as wide:
+            return estimate.times(wide, placed, probe).score
+
+    assert score(1) == pytest.approx(4 * score(4)) == pytest.approx(16 * score("auto"))
+    assert score(99) == pytest.approx(score(1) / 64)
+
+
+def test_held_out_and_ood_images_are_learned_from(engine, settings, load) -> None:
+    probe = estimate.Probe(100, [], 1000.0, {64: 100.0}, products=estimate.Products(0.1, 0.2, 0.3))
+
+    def fit(role: str, detector: Any) -> float:
+        more = settings["datasets"][1] | {"name": "more", "role": role}
+        chosen = settings | {"datasets": [*settings["datasets"], more], "detectors": [detector]}
+        return estimate.times(engine, prepare.prepare(load(chosen)), probe).fit
+
+    mean, ood = ({"grood": {"prototype": name}} for name in ("proto_mean", "ood_val"))
+    assert fit("ood_val", ood) > 1.1 * fit("ood_val", mean)
+    assert fit("id_val", "tempscale") < 0.9 * fit(
+        "id", "tempscale"
+    )  # of fewer images than there are to train
 
 
 def test_scores_of_many_images_take_longer_to_evaluate(engine, ready) -> None:
@@ -197,7 +231,8 @@ def test_a_configured_number_of_actors_that_does_not_fit_is_refused(on_ray, read
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["inline", "ray"])
 def test_the_quickstart_takes_about_as_long_as_estimated(name, tmp_path, capsys) -> None:
-    """Within a factor of 1.5 on a machine with nothing else to do; of 3 here, as machines are shared."""
+    """Within a factor of 1.5 where nothing else runs; of 3 where others do, who come and go meanwhile."""
+    others = os.getloadavg()[0]
     command = [str(Path(sys.executable).parent / "ood-pipeline")]
     options = ["quickstart", "--workspace", str(tmp_path), "--engine", name, "-q"]
     told = subprocess.run([*command, "validate", *options, "--json"], capture_output=True, check=True)
@@ -206,5 +241,8 @@ def test_the_quickstart_takes_about_as_long_as_estimated(name, tmp_path, capsys)
     subprocess.run([*command, "run", *options], capture_output=True, check=True)
     took = time.perf_counter() - started
     with capsys.disabled():
-        sys.stdout.write(f"\n{name}: estimated {estimated:.1f} s, took {took:.1f} s\n")
-    assert 1 / 3 < took / estimated < 3
+        sys.stdout.write(
+            f"\n{name}: estimated {estimated:.1f} s, took {took:.1f} s, beside {others:.1f} others\n"
+        )
+    factor = 1.5 if others < 0.5 else 3
+    assert 1 / factor < took / estimated < factor
