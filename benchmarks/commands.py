@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -67,6 +68,18 @@ def run(
     assert prepare is not None
     record = located(str(folder / "workspace" / "runs" / settings["name"])) / "manifest.json"
     return Done(seconds, float(prepare[1]), files.read_json(record), peaks)
+
+
+def estimated(settings: dict[str, Any], folder: Path, options: Sequence[str] = ON_RAY) -> float:
+    """Seconds that a run of a config in an empty folder will take, as `validate` says before it."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    arguments = ["validate", "config.yaml", "--workspace", str(folder / "workspace"), *options]
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    told = subprocess.run(
+        [*PROGRAM, *arguments, "-q", "--json"], cwd=folder, env=environment, capture_output=True, check=True
+    )
+    return sum(json.loads(told.stdout)["seconds"].values())
 
 
 def called(

@@ -34,7 +34,12 @@ def measure(session: Session) -> Section:
     small = session.quickstart
     rates.append(plain.rate(pixels, setting))
     print(f"  quickstart with {count:,} ID images", flush=True)
-    large = commands.run("run", _enlarged(session, count), session.scratch / "enlarged")
+    enlarged = _enlarged(session, count)
+    estimates = [
+        commands.estimated(config, session.scratch / f"estimated-{number}")
+        for number, config in enumerate((fashion.quickstart(), enlarged))
+    ]
+    large = commands.run("run", enlarged, session.scratch / "enlarged")
     rates.append(plain.rate(pixels, setting))
     few, many = (int(done.stages["extract"]["forward_images"]) for done in (small, large))
     forward = (many - few) / median(rates)
@@ -49,6 +54,7 @@ def measure(session: Session) -> Section:
         rows=[
             ("images", f"{few:,}", f"{many:,}", f"{many - few:,}"),
             *(_row(name, before[name], after[name]) for name in before),
+            _row("the same, as `validate` estimates it before", *estimates),
             _row("one plain forward pass", own, own + forward),
         ],
         checks=[
