@@ -79,7 +79,8 @@ def estimated(settings: dict[str, Any], folder: Path, options: Sequence[str] = O
     told = subprocess.run(
         [*PROGRAM, *arguments, "-q", "--json"], cwd=folder, env=environment, capture_output=True, check=True
     )
-    return sum(json.loads(told.stdout)["seconds"].values())
+    seconds: dict[str, float] = json.loads(told.stdout)["seconds"]
+    return sum(seconds.values())
 
 
 def called(

@@ -202,8 +202,8 @@ def _searching(engine: Engine, ready: Prepared, work: Computing, train: int, sco
     width, settings = int(ready.network.head[0].shape[1]), ready.config.index
     pairs = len(ready.banks) * train * scored
     if not pairs or index.device(settings) == "cpu":
-        shards = index.AUTO_SHARDS if settings.shards == "auto" else settings.shards
-        return work.search(pairs, min(shards * engine.threads(settings.needs), engine.cpus()))
+        count = index.AUTO_SHARDS if settings.shards == "auto" else settings.shards
+        return work.search(pairs, min(count * engine.threads(settings.needs), engine.cpus()))
     gpus = min(index.shards_of(engine, ready.banks, settings), max(engine.gpus(), 1))
     return (2 * width * pairs / _SEARCHED + 4 * width * len(ready.banks) * train / _LOADED) / gpus
 
