@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @app.command()
 def explain(
     run: Annotated[
-        str, typer.Argument(metavar="RUN", help="Run folder, path or URI: <workspace>/runs/<name>[/<id>].")
+        str, typer.Argument(metavar="RUN", help="Run folder, path or URI: `<workspace>/runs/<name>[/<id>]`.")
     ],
     key: Annotated[
         str, typer.Argument(help="Of the image, as tables of scores and report/review.csv have it.")

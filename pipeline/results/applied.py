@@ -250,12 +250,13 @@ def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
     """The summary for the terminal, a line for each detector."""
     images = summary["images"]
     yield (
-        f"{images['listed']:,} images, {images['features']:,} scored, {images['errors']:,} could not be read"
+        f"{images['listed']:,} images, {images['features']:,} read, {images['errors']:,} could not be read"
     )
     for label, entry in summary["detectors"].items():
         if "share" not in entry:
             why = "no calibration images to flag by" if entry["scored"] else "nothing to flag"
-            yield f"{label}: {entry['scored']:,} scores; {why}"
+            lost = f", {entry['unscored']:,} images have none" if entry["unscored"] else ""
+            yield f"{label}: {entry['scored']:,} scores{lost}; {why}"
             continue
         interval = f"{entry['ci_low']:.2%} to {entry['ci_high']:.2%}"
         scores = entry["scores"]
@@ -265,6 +266,8 @@ def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
         )
         if scores["ks_p_value"] is not None:
             line += f" (p = {scores['ks_p_value']:.2g})"
+        if entry["unscored"]:
+            line += f"; {entry['unscored']:,} images have no score and no flag"
         if "dates" in entry:
             signals = sum(point["signals"] for point in entry["dates"])
             line += f"; {signals} of {len(entry['dates'])} dates out of control"

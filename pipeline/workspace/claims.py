@@ -223,7 +223,13 @@ class _Locks:
     def _lock(self, length: int, start: int) -> bool:
         """Lock some bytes, unless another process has one of them."""
         if self.folder not in _files:
-            _files[self.folder] = os.open(self.folder / "locks", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                _files[self.folder] = os.open(self.folder / "locks", os.O_RDWR | os.O_CREAT, 0o666)
+            except PermissionError as error:
+                raise UserError(
+                    f"{self.folder}: cannot be written ({error.strerror}), but what works in a workspace "
+                    "says so there. Have it writable for this user."
+                ) from None
         try:
             fcntl.lockf(_files[self.folder], fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
         except (BlockingIOError, PermissionError):

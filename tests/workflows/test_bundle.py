@@ -561,7 +561,7 @@ def test_an_alarm_that_was_asked_for_is_exit_status_3(kept, tmp_path) -> None:
         found = CliRunner().invoke(main.app, [*command, "--alarm-above", above])
         assert found.exit_code == status, found.output
         assert ("alarm    knn flags" in found.output) == (status == 3)
-    assert "150 images, 150 scored, 0 could not be read" in found.output
+    assert "150 images, 150 read, 0 could not be read" in found.output
     told = CliRunner().invoke(main.app, [*command, "--json", "-q"])
     assert json.loads(told.stdout)["detectors"]["knn"]["scored"] == 150
 

@@ -174,3 +174,15 @@ def test_of_two_that_take_over_at_once_one_has_it(bucket: str, monkeypatch: pyte
 def test_a_store_without_conditional_writes_is_refused() -> None:
     with pytest.raises(UserError, match=r"workspace: runs cannot share mock://"):
         claims._store(files.Remote("mock://host/folder"))
+
+
+def test_a_folder_that_may_not_be_written_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    with claims.opened(tmp_path) as opened:
+        monkeypatch.setattr("pipeline.workspace.claims.os.open", refused)
+        with pytest.raises(UserError, match=r"\.claims: cannot be written \(Permission denied\)"):
+            opened.require_idle()
