@@ -158,6 +158,7 @@ class Tally:
         self.labels, self.calibrated, self._dates = labels, calibrated, dates
         self.rows = 0
         self._dated = 0
+        self._lost = Counter[str]()
         self._of = {
             label: _Counts(drift.Ranks(calibrated.scores[label]) if calibrated else None) for label in labels
         }
@@ -186,6 +187,17 @@ class Tally:
                 counts.flagged += int(np.sum(table[IS_OOD + label].fill_null(False).to_numpy()))
                 hits = table[P_VALUE + label].to_numpy() <= self.calibrated.settings.false_alarm[0]
                 _add(counts.alarms, dates[hits])
+
+    def lose(self, dates: Sequence[str]) -> None:
+        """Count images that could not be read, by their dates."""
+        _add(self._lost, np.array(dates, dtype=str))
+
+    def dated(self) -> dict[str, Any]:
+        """What the summary says of dates; nothing where no image has one."""
+        there = {date for counts in self._of.values() for date in counts.images}
+        if not (self._dated or self._lost):
+            return {}
+        return {"undated": self.rows - self._dated, "dates_lost": sorted(self._lost.keys() - there)}
 
     def detectors(self) -> dict[str, dict[str, Any]]:
         """What the summary says of each detector."""
@@ -225,15 +237,21 @@ def _add(counter: Counter[str], dates: Any) -> None:
     counter.update(dict(zip(*np.unique(dates[dates != ""], return_counts=True), strict=True)))
 
 
-def alarms(detectors: Mapping[str, Mapping[str, Any]], above: float | None, over_time: bool) -> list[str]:
+def alarms(
+    detectors: Mapping[str, Mapping[str, Any]],
+    above: float | None,
+    over_time: bool,
+    lost: Sequence[str] = (),
+) -> list[str]:
     """Which of the alarms that were asked for are raised, in sentences; one of no scores whichever it was.
 
     Args:
         detectors: what the summary says of each.
         above: share of flagged images that is too large.
-        over_time: whether dates that are out of control count.
+        over_time: whether dates that are out of control count, and those that are lost.
+        lost: dates of which no image has a score.
     """
-    found = []
+    found = [f"no image of {_listed(lost)} could be read"] if over_time and lost else []
     for label, entry in detectors.items():
         if not entry["scored"] and (above is not None or over_time):
             found.append(f"{label} has a score of none of the images")
@@ -241,9 +259,12 @@ def alarms(detectors: Mapping[str, Mapping[str, Any]], above: float | None, over
             found.append(f"{label} flags {entry['share']:.2%} of the images, more than {above:.2%}")
         signals = [point["date"] for point in entry.get("dates", ()) if point["signals"]]
         if over_time and signals:
-            more = f" and {len(signals) - 1} dates more" if len(signals) > 1 else ""
-            found.append(f"{label} is out of control on {signals[0]}{more}")
+            found.append(f"{label} is out of control on {_listed(signals)}")
     return found
+
+
+def _listed(dates: Sequence[str]) -> str:
+    return dates[0] + (f" and {len(dates) - 1} dates more" if len(dates) > 1 else "")
 
 
 def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -252,6 +273,10 @@ def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{images['listed']:,} images, {images['features']:,} read, {images['errors']:,} could not be read"
     )
+    if lost := images.get("dates_lost"):
+        yield f"no image of {_listed(lost)} could be read: it is on no chart"
+    if images.get("undated"):
+        yield f"{images['undated']:,} images have no date and are on no chart"
     for label, entry in summary["detectors"].items():
         if "share" not in entry:
             why = "no calibration images to flag by" if entry["scored"] else "nothing to flag"

@@ -194,12 +194,14 @@ def prepare(path: str, data: str, out: str, options: Options, stage: Stage = SIL
     manifest = _listed(dataset, workspace, known.extract.max_image_bytes)
     made_of["data"] = manifest.digest
     output.require_free(made_of)
-    _dates(manifest, options.time)
-    if options.alarm_drift and options.time is None and not _is_dated(manifest):
-        raise UserError(
-            f"--alarm-drift: no image of {data} lies in a folder or archive with a date in its name, as "
-            "2025-01-31."
+    dates = _dates(manifest, options.time)
+    if options.alarm_drift and not _is_dated(manifest, dates):
+        where = (
+            "lies in a folder or archive with a date in its name"
+            if options.time is None
+            else f"has a date in the column {options.time}"
         )
+        raise UserError(f"--alarm-drift: no image of {data} {where}, as 2025-01-31.")
     parts = identity.identity(network.description, manifest, known.extract)
     probe = network.description.probe
     job = shards.job(dataset, manifest, parts, workspace, probe, known.extras.values())
@@ -260,11 +262,11 @@ def _dates(manifest: Manifest, column: str | None) -> Dates:
     return of_folders if column is None else of_column(manifest, column)
 
 
-def _is_dated(manifest: Manifest) -> bool:
-    """Whether the key of an image has a date."""
+def _is_dated(manifest: Manifest, dates: Dates) -> bool:
+    """Whether an image has a date."""
     with tables.parquet(manifest.path) as file:
         batches = file.iter_batches(tables.ROW_GROUP, columns=[KEY])
-        return any(any(of_folders(batch[KEY].to_pylist())) for batch in batches)
+        return any(any(dates(batch[KEY].to_pylist())) for batch in batches)
 
 
 @dataclass
@@ -391,7 +393,9 @@ class Application:
             tally = Tally(labels, ready.calibrated, _dates(ready.manifest, self.options.time))
             files.write_json(ready.output.summary, {"made_of": dict(ready.made_of)})  # whose the table is
             with tables.parquet(ready.job.artifact.folder / shards.ERRORS_FILE) as file:
-                ready.output.write_errors(file.read())
+                errors = file.read()
+            ready.output.write_errors(errors)
+            tally.lose(_dates(ready.manifest, self.options.time)(errors[KEY].to_pylist()))
             ready.output.write(tally.counting(tables.Table.open(folder).columns(names)), labels)
             summary = self._summary(tally)
             files.write_json(ready.output.summary, summary)
@@ -400,7 +404,7 @@ class Application:
 
     def _summary(self, tally: Tally) -> dict[str, Any]:
         ready, record = self.ready, self.ready.job.artifact.require()
-        detectors = tally.detectors()
+        detectors, dated = tally.detectors(), tally.dated()
         errors = record.facts["errors"]
         return {
             "made_of": dict(ready.made_of),
@@ -414,7 +418,13 @@ class Application:
                 "errors": errors,
                 "first_errors": shards.first_errors(ready.job) if errors else [],
                 "left_out": list(ready.manifest.notes),
+                **dated,
             },
             "detectors": detectors,
-            "alarms": applied.alarms(detectors, self.options.alarm_above, self.options.alarm_drift),
+            "alarms": applied.alarms(
+                detectors,
+                self.options.alarm_above,
+                self.options.alarm_drift,
+                dated.get("dates_lost", ()),
+            ),
         }

@@ -608,6 +608,8 @@ class Run:
         self._slices.clear()
         with self.stage("score", LOOKS, counted=True) as shown:
             self.record.content["unscored"] = self._score(jobs, fitted, shown)
+            for label, bank in fitted.banks.items():  # scores that were there were searched, too
+                self.record.content["index"].setdefault(label, self._bank(bank))
             if self._combinations:
                 self.scored = jobs = self._combined(jobs, shown)
                 limit = self.ready.config.score.max_unscored_fraction
@@ -734,23 +736,22 @@ class Run:
 
         Written at once: a run that is killed later, when the scores are there, does not search again.
         """
-        kind = self.ready.config.index.kind
         rows = self._tables("id")[0].read(0, _RECALL_QUERIES, self._columns())
         for label, bank_files in banks.items():
             bank = bank_of(scorers[label])
             assert bank is not None
-            exact = kind == "flat"
-            self.record.content["index"][label] = {
-                "rows": bank_files.rows,
-                "dim": bank_files.width,
-                "kind": kind,
-                "shards": len(searched.shards),
-                "recall_at_1": 1.0
-                if exact
-                else index.recall(searched, bank_files.folder, bank.queries(rows)),
-            }
+            self.record.content["index"][label] = entry = self._bank(bank_files)
+            entry["shards"] = len(searched.shards)
+            if "recall_at_1" not in entry:
+                entry["recall_at_1"] = index.recall(searched, bank_files.folder, bank.queries(rows))
         self._refer()
         self.record.write()
+
+    def _bank(self, bank: index.BankFiles) -> dict[str, Any]:
+        """What is known of a bank without a search."""
+        kind = self.ready.config.index.kind
+        entry = {"rows": bank.rows, "dim": bank.width, "kind": kind}
+        return entry | ({"recall_at_1": 1.0} if kind == "flat" else {})
 
     def _columns(self) -> tuple[str, ...]:
         norms = (BLOCK_NORM,) if self.ready.network.taps.blocks else ()

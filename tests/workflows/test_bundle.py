@@ -455,6 +455,33 @@ def test_a_column_of_times_is_charted(kept, tmp_path) -> None:
     assert outcome.alarms == ["knn is out of control on 2025-01-02"]
 
 
+def test_a_date_that_is_lost_is_an_alarm_and_images_without_a_date_are_counted(kept, tmp_path) -> None:
+    pixels = kept.pixels("test")[:12]
+    for number, each in enumerate(pixels):
+        folder = tmp_path / "images" / ("2025-01-01", "2025-01-02", "undated")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(each).save(folder / f"{number}.png")
+    for lost in (tmp_path / "images" / "2025-01-02").iterdir():
+        lost.write_bytes(b"no image")
+    chosen: dict[str, Any] = {"images": None, "detectors": ["knn"], "alarm_drift": True}
+    outcome = applied(kept, tmp_path / "images", tmp_path / "out", **chosen)
+    assert outcome.alarms[0] == "no image of 2025-01-02 could be read"
+    images = outcome.summary["images"]
+    assert (images["undated"], images["dates_lost"]) == (4, ["2025-01-02"])
+    said = list(results.sentences(outcome.summary))
+    assert "no image of 2025-01-02 could be read: it is on no chart" in said
+    assert "4 images have no date and are on no chart" in said
+
+
+def test_a_column_without_a_date_is_refused_where_drift_is_an_alarm(kept, tmp_path) -> None:
+    content = io.BytesIO()
+    Image.fromarray(kept.pixels("test")[0]).save(content, "png")
+    pq.write_table(pa.table({"image": [content.getvalue()], "taken": ["noon"]}), tmp_path / "images.parquet")
+    chosen: dict[str, Any] = {"images": None, "detectors": ["knn"], "alarm_drift": True, "time": "taken"}
+    with pytest.raises(UserError, match=r"--alarm-drift: no image of .* has a date in the column taken"):
+        applied(kept, tmp_path / "images.parquet", tmp_path / "out", **chosen)
+
+
 def test_images_none_of_which_can_be_read_give_an_empty_table(kept, tmp_path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "bad.png").write_bytes(b"no image")
@@ -571,7 +598,8 @@ def test_images_of_which_none_can_be_read_are_an_alarm(kept, tmp_path, asked) ->
     path = tmp_path / "2025-01-31" / "bad.png"
     path.parent.mkdir()
     path.write_bytes(b"no image")
-    for changes, expected in ((asked, ["msp has a score of none of the images"]), ({}, [])):
+    told = ["no image of 2025-01-31 could be read"] if "alarm_drift" in asked else []
+    for changes, expected in ((asked, [*told, "msp has a score of none of the images"]), ({}, [])):
         given = {"images": None, "detectors": ["msp"], **changes}
         assert applied(kept, tmp_path, tmp_path.with_suffix(".out"), **given).alarms == expected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -156,6 +157,17 @@ def test_an_index_that_cannot_be_searched_is_refused_before_images_are_read(
     assert list(tmp_path.glob("workspace/features/*/part-*")) == []
     execute(load(settings), last="extract")
     assert list(tmp_path.glob("workspace/features/*/part-*"))
+
+
+def test_the_index_is_told_where_another_run_has_made_the_scores(settings, load, execute) -> None:
+    settings["index"], records = {"kind": "HNSW4"}, []
+    for chosen in ([{"knn": {"k": 5}}], ["msp", {"knn": {"k": 5}}]):
+        settings["detectors"] = chosen
+        record = json.loads((execute(load(settings)).folder / "manifest.json").read_text())
+        records.append(record["index"]["knn"])
+    measured, found = records
+    assert found == {name: measured[name] for name in ("rows", "dim", "kind")}
+    assert (found["kind"], measured.keys() - found.keys()) == ("HNSW4", {"shards", "recall_at_1"})
 
 
 def test_gpus_that_are_left_idle_are_told(settings, load, monkeypatch, tmp_path) -> None:

@@ -30,7 +30,10 @@ from pipeline.results.mlflow import apart
 apart.serve({:d})
 """
 
-_KEPT = "Nothing on disk is lost; `ood-pipeline report CONFIG --track` sends the results."
+_KEPT = (
+    "Nothing on disk is lost; `ood-pipeline report CONFIG --track`, with the run's own `--set` and "
+    "`--workspace`, sends the results."
+)
 
 
 class Apart:

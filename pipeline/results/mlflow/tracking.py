@@ -284,7 +284,8 @@ def sending(uri: str, what: str) -> Iterator[None]:
         text = redact(" ".join(str(error).split()))[:400]
         raise TrackingError(
             f"{redact(uri)}: MLflow did not {what}, got {type(error).__name__}: {text}. Nothing on disk is"
-            " lost; once MLflow can be reached, `ood-pipeline report CONFIG --track` sends the results."
+            " lost; once MLflow can be reached, `ood-pipeline report CONFIG --track`, with the run's own "
+            "`--set` and `--workspace`, sends the results."
         ) from None
 
 
