@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -13,7 +14,9 @@ import pyarrow.parquet as pq
 
 from pipeline.columns import KEY
 from pipeline.data.formats import _files
+from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
+from pipeline.workspace import tables
 
 DATASET = "dataset"
 """Column that tells datasets apart in which keys are the same."""
@@ -35,12 +38,37 @@ class Metadata:
         """Names of what is known, in the order of the table."""
         return [name for name in self.table.column_names if name not in (KEY, DATASET)]
 
-    def of(self, dataset: str, keys: pa.Array, column: str) -> list[str | None]:
-        """(N,) values of a column for images of a dataset by their keys; None where it has none."""
+    def require_of(self, manifests: Mapping[str, Manifest]) -> None:
+        """Refuse a table in which no image of some datasets has a row.
+
+        Raises:
+            UserError: names a key of either.
+        """
+        listed = None
+        for dataset, manifest in manifests.items():
+            with tables.parquet(manifest.path) as file:
+                for batch in file.iter_batches(tables.ROW_GROUP, columns=[KEY]):
+                    if pc.any(self._rows(dataset, batch[KEY])[1].is_valid()).as_py():
+                        return
+                    listed = listed or batch[KEY][0].as_py()
+        if listed is not None:
+            there = self.table[KEY][0] if len(self.table) else None
+            raise UserError(
+                f"{WHERE}: no image of {', '.join(manifests)} is in the table: an image is {listed!r}, the "
+                f"first row {there}. Write {KEY} as tables of scores have it"
+                + (f", and {DATASET} as the config." if DATASET in self.table.column_names else ".")
+            )
+
+    def _rows(self, dataset: str, keys: pa.Array) -> tuple[pa.Table, pa.Array]:
+        """The rows of a dataset, and where in them keys are; null where they are not."""
         table = self.table
         if DATASET in table.column_names:
             table = table.filter(pc.equal(table[DATASET], dataset))
-        row = pc.index_in(keys, value_set=table[KEY].combine_chunks())
+        return table, pc.index_in(keys, value_set=table[KEY].combine_chunks())
+
+    def of(self, dataset: str, keys: pa.Array, column: str) -> list[str | None]:
+        """(N,) values of a column for images of a dataset by their keys; None where it has none."""
+        table, row = self._rows(dataset, keys)
         found: list[str | None] = table[column].combine_chunks().take(row).to_pylist()
         return found
 

@@ -234,6 +234,7 @@ def prepare(
         index.check(settings.index.kind, known.head[0].shape[1])
     network.note()
     manifests = _listed(settings, seen, stage)
+    _check_metadata(settings, told_apart, manifests)
     stage.doing("checks labels and detectors")
     calibration.check(settings, _calibrating(settings, manifests))
     for dataset in settings.datasets:
@@ -267,6 +268,12 @@ def prepare(
         network.name,
         metadata=told_apart,
     )
+
+
+def _check_metadata(settings: Config, told_apart: Metadata | None, manifests: Mapping[str, Manifest]) -> None:
+    names = [dataset.name for dataset in settings.of_role("id", "near_ood", "far_ood")]
+    if told_apart is not None:
+        told_apart.require_of({name: manifests[name] for name in names})
 
 
 def _listed(settings: Config, seen: Seen, stage: Stage) -> dict[str, Manifest]:

@@ -615,6 +615,7 @@ class Run:
                 limit = self.ready.config.score.max_unscored_fraction
                 self.record.content["unscored"] = require_few_unscored(jobs, limit)
             shown.doing("puts the tables of scores together")
+            self._require_kept(jobs)
             self.calibrated = self._calibrated(jobs)
             for job in jobs if self.may_work("score") else ():
                 self._assemble(job, self._flagging(job.dataset))
@@ -665,6 +666,24 @@ class Run:
         if calibration.Split.of(self.ready.config) is None:
             return {}
         return {name: ~rows for name, rows in self.calibrating.items()}
+
+    def _require_kept(self, jobs: Iterable[ScoreJob]) -> None:
+        """Refuse to put other scores in the place of those that a finished run has its numbers of.
+
+        Raises:
+            UserError: some were made again, of other data, by another run.
+        """
+        for job in jobs if self.record.earlier.get("status") == "finished" else ():
+            with suppress(FileNotFoundError, Damaged):
+                there, found = artifacts.read_record(self._scores(job.dataset)), job.tables()
+                for label, name in there.identity["scores"].items():
+                    same = label in found and name == job.scores[label].name
+                    if same and found[label].content != there.inputs[label]:
+                        raise UserError(
+                            f"{self.ready.folder}: is finished, but its scores of {job.dataset} by {label} "
+                            "were made again since, of other data. `--fresh` makes a new run beside it; this "
+                            "one is kept."
+                        )
 
     def _assemble(self, job: ScoreJob, flagging: Mapping[str, float]) -> None:
         """Put the table of scores of a dataset together."""

@@ -116,12 +116,22 @@ def test_more_neighbours_than_faiss_finds_on_a_gpu_are_refused_before_any_work(
 
 
 def test_configs_of_one_command_share_one_table_of_metadata(flat, load, tmp_path: Path) -> None:
-    (tmp_path / "cameras.csv").write_text("key,camera\n0,left\n")
+    (tmp_path / "cameras.csv").write_text("key,camera\ntest_x/00000000,left\n")
     flat["report"] = {"metadata": "cameras.csv"}
     seen = prepare.Seen()
     first, second = (prepare.prepare(load(flat | {"seed": seed}), seen=seen) for seed in (0, 1))
     assert first.metadata is not None
     assert first.metadata is second.metadata
+
+
+def test_metadata_of_other_images_is_told_before_any_work(settings, load, tmp_path: Path) -> None:
+    settings["report"] = {"metadata": str(tmp_path / "cameras.csv")}
+    (tmp_path / "cameras.csv").write_text("key,camera\nsomewhere/else.png,a\n")
+    message = (
+        r"^report\.metadata: no image of .*test.* is in the table: an image is '.+', the first row somewh"
+    )
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(load(settings))
 
 
 def test_metadata_that_is_not_there_is_told_before_any_work(settings, load, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from pipeline.stages import passes, prepare, shards
 from pipeline.workflows import run
 from pipeline.workflows.progress import Quiet
 from pipeline.workflows.run import Outcome, Run
-from pipeline.workspace import files
+from pipeline.workspace import artifacts, files
 from tests.conftest import everything
 from tests.stored import newest
 
@@ -168,6 +168,19 @@ def test_the_index_is_told_where_another_run_has_made_the_scores(settings, load,
     measured, found = records
     assert found == {name: measured[name] for name in ("rows", "dim", "kind")}
     assert (found["kind"], measured.keys() - found.keys()) == ("HNSW4", {"shards", "recall_at_1"})
+
+
+def test_scores_of_a_finished_run_are_not_replaced_by_those_of_other_data(settings, load, execute) -> None:
+    settings["detectors"] = ["msp"]
+    folder = execute(load(settings)).folder
+    record = folder / "scores" / "test" / artifacts.RECORD
+    content = json.loads(record.read_text())
+    del content["sha256 of the rest"]
+    artifacts._seal(record, content | {"inputs": content["inputs"] | {"msp": "0" * 64}})
+    with pytest.raises(UserError, match=r"is finished, but its scores of test by msp were made again since"):
+        execute(load(settings))
+    assert json.loads(record.read_text())["inputs"]["msp"] == "0" * 64
+    assert execute(load(settings), fresh=True).folder.name == f"{folder.name}-2"
 
 
 def test_gpus_that_are_left_idle_are_told(settings, load, monkeypatch, tmp_path) -> None:
