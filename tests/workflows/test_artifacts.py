@@ -259,7 +259,8 @@ def test_scores_are_made_again_when_an_index_was_trained_to_other_bytes(
     other.add(vectors)
     artifact = Artifact(folder, record.kind, record.identity, record.inputs)
     artifact.finish({FILE: write(folder / FILE, lambda path: faiss.write_index(other, str(path)))})
-    execute(loaded)
+    with pytest.raises(UserError, match=r"is finished, but its scores of .* were made again since"):
+        execute(loaded)
     after = kept(workspace)
     changed = [name for name in before if after[name] != before[name] and name.startswith("scores/")]
     assert changed
