@@ -116,12 +116,11 @@ def _kept(run: Run) -> Iterator[Finding]:
     yield wrong.finding("bytes", f"the recorded SHA-256 of every file of {len(places)} folders")
     remade = Tally()
     for name in run.scored:
-        with reading(run.scores(name) / artifacts.RECORD):
+        with suppress(FileNotFoundError, artifacts.Damaged):  # what is missing is told elsewhere
             table = artifacts.read_record(run.scores(name))
             for label, folder in table.identity["scores"].items():
-                with suppress(FileNotFoundError, artifacts.Damaged):  # which is told above
-                    content = artifacts.read_record(run.workspace / "scores" / folder).content
-                    remade.add([f"{label} on {name}"] if content != table.inputs[label] else [])
+                content = artifacts.read_record(run.workspace / "scores" / folder).content
+                remade.add([f"{label} on {name}"] if content != table.inputs[label] else [])
     yield remade.finding("scores", "those that the run's tables were put together of; none made again since")
 
 
