@@ -23,7 +23,7 @@ REASONS: dict[str, str] = {
         "with the size of the network; no detector makes another forward pass."
     ),
     "whole command, inline": (
-        "the table below tells where the seconds go. Nine tenths of extraction are the network's forward "
+        "the table below tells where the seconds go. Most of extraction is the network's forward "
         "pass; preparing is the import of torch; evaluation has an interval for every metric and a test for "
         "every pair of detectors; a third of the report is the import of matplotlib. Run again, everything "
         "is found in the workspace."
