@@ -157,8 +157,7 @@ class Tally:
     ) -> None:
         self.labels, self.calibrated, self._dates = labels, calibrated, dates
         self.rows = 0
-        self._dated = 0
-        self._lost = Counter[str]()
+        self._read, self._lost = Counter[str](), Counter[str]()
         self._of = {
             label: _Counts(drift.Ranks(calibrated.scores[label]) if calibrated else None) for label in labels
         }
@@ -176,7 +175,7 @@ class Tally:
     def _count(self, table: pa.Table) -> None:
         dates = np.array(self._dates(table[KEY].to_pylist()), dtype=str)
         self.rows += len(table)
-        self._dated += int((dates != "").sum())
+        _add(self._read, dates)
         for label, counts in self._of.items():
             scores = table[label].to_numpy()
             there = np.isfinite(scores)
@@ -194,10 +193,10 @@ class Tally:
 
     def dated(self) -> dict[str, Any]:
         """What the summary says of dates; nothing where no image has one."""
-        there = {date for counts in self._of.values() for date in counts.images}
-        if not (self._dated or self._lost):
+        if not (self._read or self._lost):
             return {}
-        return {"undated": self.rows - self._dated, "dates_lost": sorted(self._lost.keys() - there)}
+        lost = sorted(self._lost.keys() - self._read.keys())
+        return {"undated": self.rows - int(self._read.total()), "dates_lost": lost}
 
     def detectors(self) -> dict[str, dict[str, Any]]:
         """What the summary says of each detector."""
@@ -217,7 +216,7 @@ class Tally:
             "ks_p_value": p_value,
             "above_calibration_median": counts.ranks.above(),
         }
-        if self._dated:
+        if self._read:
             found["dates"] = [
                 asdict(point) | {"signals": point.signals} for point in self._chart(counts, label)
             ]
@@ -249,7 +248,7 @@ def alarms(
         detectors: what the summary says of each.
         above: share of flagged images that is too large.
         over_time: whether dates that are out of control count, and those that are lost.
-        lost: dates of which no image has a score.
+        lost: dates of which no image could be read.
     """
     found = [f"no image of {_listed(lost)} could be read"] if over_time and lost else []
     for label, entry in detectors.items():

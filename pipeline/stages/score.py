@@ -125,6 +125,16 @@ class ScoreJob:
             for label, artifact in self.scores.items()
         }
 
+    def remade(self, table: Record) -> list[str]:
+        """Labels of detectors whose scores were made again of other data since a table was put together.
+
+        Raises:
+            Damaged: a file that is not what was written.
+        """
+        names = table.identity["scores"]
+        same = [label for label, artifact in self.scores.items() if artifact.name == names.get(label)]
+        return [label for label in same if self.records[label].content != table.inputs[label]]
+
     def unscored(self) -> dict[str, dict[str, Any]]:
         """Rows without a score of each detector that lacks some, by label.
 

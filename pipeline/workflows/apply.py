@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from pipeline.cluster import engine
@@ -262,6 +264,16 @@ def _dates(manifest: Manifest, column: str | None) -> Dates:
     return of_folders if column is None else of_column(manifest, column)
 
 
+def _listed_of(manifest: Manifest, keys: pa.ChunkedArray) -> list[str]:
+    """The same keys in the order in which they are listed."""
+    known = keys.combine_chunks()
+    with tables.parquet(manifest.path) as file:
+        batches = file.iter_batches(tables.ROW_GROUP, columns=[KEY]) if len(keys) else ()
+        return [
+            key for batch in batches for key in batch[KEY].filter(pc.is_in(batch[KEY], known)).to_pylist()
+        ]
+
+
 def _is_dated(manifest: Manifest, dates: Dates) -> bool:
     """Whether an image has a date."""
     with tables.parquet(manifest.path) as file:
@@ -395,7 +407,8 @@ class Application:
             with tables.parquet(ready.job.artifact.folder / shards.ERRORS_FILE) as file:
                 errors = file.read()
             ready.output.write_errors(errors)
-            tally.lose(_dates(ready.manifest, self.options.time)(errors[KEY].to_pylist()))
+            lost = _listed_of(ready.manifest, errors[KEY])
+            tally.lose(_dates(ready.manifest, self.options.time)(lost))
             ready.output.write(tally.counting(tables.Table.open(folder).columns(names)), labels)
             summary = self._summary(tally)
             files.write_json(ready.output.summary, summary)

@@ -674,16 +674,16 @@ class Run:
             UserError: some were made again, of other data, by another run.
         """
         for job in jobs if self.record.earlier.get("status") == "finished" else ():
-            with suppress(FileNotFoundError, Damaged):
-                there, found = artifacts.read_record(self._scores(job.dataset)), job.tables()
-                for label, name in there.identity["scores"].items():
-                    same = label in found and name == job.scores[label].name
-                    if same and found[label].content != there.inputs[label]:
-                        raise UserError(
-                            f"{self.ready.folder}: is finished, but its scores of {job.dataset} by {label} "
-                            "were made again since, of other data. `--fresh` makes a new run beside it; this "
-                            "one is kept."
-                        )
+            try:
+                table = artifacts.read_record(self._scores(job.dataset))
+            except (FileNotFoundError, Damaged):
+                continue
+            if other := job.remade(table):
+                self.record.worked = False  # what it says of the run stays as it is, too
+                raise UserError(
+                    f"{self.ready.folder}: is finished, but its scores of {job.dataset} by {other[0]} were "
+                    "made again since, of other data. `--fresh` makes a new run beside it; this one is kept."
+                )
 
     def _assemble(self, job: ScoreJob, flagging: Mapping[str, float]) -> None:
         """Put the table of scores of a dataset together."""

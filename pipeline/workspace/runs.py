@@ -67,13 +67,13 @@ def located(run: str) -> Place:
     try:
         if above.name == "runs" and (folder / LATEST).is_file():
             newest = folder / (folder / LATEST).read_text("utf-8").strip()
-            there = sorted(entry.name for entry in _entries(folder))
-            if newest.name not in there:
-                raise UserError(
-                    f"{run}: the newest run, {newest.name}, is gone. Name one that is there "
-                    f"({', '.join(there)}), or run the evaluation again."
-                )
-            return newest
+            if newest.is_dir():
+                return newest
+            there = ", ".join(sorted(entry.name for entry in _entries(folder)))
+            raise UserError(
+                f"{run}: the newest run, {newest.name}, is gone. Name one that is there ({there}), or run "
+                "the evaluation again."
+            )
         found = any((folder / name).is_file() for name in (MANIFEST, "config.yaml"))
     except OSError as error:
         raise UserError(

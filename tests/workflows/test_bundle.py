@@ -34,6 +34,7 @@ from typer.testing import CliRunner
 import pipeline
 from pipeline.cli import main
 from pipeline.config import loading, schema
+from pipeline.data.manifest import compile_manifest
 from pipeline.errors import UserError
 from pipeline.metrics import drift
 from pipeline.network import graph
@@ -471,6 +472,17 @@ def test_a_date_that_is_lost_is_an_alarm_and_images_without_a_date_are_counted(k
     said = list(results.sentences(outcome.summary))
     assert "no image of 2025-01-02 could be read: it is on no chart" in said
     assert "4 images have no date and are on no chart" in said
+
+
+def test_images_that_could_not_be_read_have_their_dates_in_whatever_order_they_are_told(tmp_path) -> None:
+    taken = [datetime(2025, 1, 1 + day) for day in range(4)]
+    pq.write_table(pa.table({"image": [b"no image"] * 4, "taken": taken}), tmp_path / "images.parquet")
+    given = {"name": "a", "role": "unlabelled", "format": "parquet", "path": str(tmp_path / "images.parquet")}
+    manifest = compile_manifest(schema.Dataset(**given), tmp_path / "manifests")
+    keys = manifest.read(0, 4)["key"].to_pylist()
+    listed = apply._listed_of(manifest, pa.chunked_array([[keys[3]], [keys[1]]]))
+    assert apply._dates(manifest, "taken")(listed) == ["2025-01-02", "2025-01-04"]
+    assert apply._listed_of(manifest, pa.chunked_array([], pa.string())) == []
 
 
 def test_a_column_without_a_date_is_refused_where_drift_is_an_alarm(kept, tmp_path) -> None:

@@ -171,15 +171,19 @@ def test_the_index_is_told_where_another_run_has_made_the_scores(settings, load,
 
 
 def test_scores_of_a_finished_run_are_not_replaced_by_those_of_other_data(settings, load, execute) -> None:
-    settings["detectors"] = ["msp"]
+    settings["detectors"] = ["dice"]
     folder = execute(load(settings)).folder
     record = folder / "scores" / "test" / artifacts.RECORD
     content = json.loads(record.read_text())
     del content["sha256 of the rest"]
-    artifacts._seal(record, content | {"inputs": content["inputs"] | {"msp": "0" * 64}})
-    with pytest.raises(UserError, match=r"is finished, but its scores of test by msp were made again since"):
-        execute(load(settings))
-    assert json.loads(record.read_text())["inputs"]["msp"] == "0" * 64
+    artifacts._seal(record, content | {"inputs": content["inputs"] | {"dice": "0" * 64}})
+    for _ in range(2):  # what is fitted anew before does not make it an unfinished one
+        shutil.rmtree(folder.parents[2] / "fits")
+        message = r"is finished, but its scores of test by dice were made again since"
+        with pytest.raises(UserError, match=message):
+            execute(load(settings))
+    assert json.loads(record.read_text())["inputs"]["dice"] == "0" * 64
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "finished"
     assert execute(load(settings), fresh=True).folder.name == f"{folder.name}-2"
 
 
