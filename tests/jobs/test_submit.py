@@ -134,7 +134,7 @@ def story(head: Head, evaluation: tuple[str, str, Path]) -> Story:
     with claims.opened(workspace) as ours:
         after_stop["busy"] = ours.kind.busy()
     last = head.command(*arguments, "--no-wait", **fast)
-    resumed = head.command("status", submission(last), "--follow")
+    resumed = head.command("status", submission(last), "--follow", "--quiet")
     undisturbed = workspace.with_name("undisturbed")
     here = ("run", source, "--workspace", str(undisturbed), "--engine", "inline", "--threads", "1")
     done = head.command(*here, "--set", "tracking.enabled=false", OOD_TEST_HERE="yes", **fast)
@@ -296,7 +296,7 @@ def files(folder: Path) -> set[Path]:
     ],
 )
 def test_what_the_cluster_refuses_is_one_clear_error(head, arguments, variables, expected):
-    done = head.command(*arguments, **variables)
+    done = head.command(*arguments, "--quiet", **variables)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.match(rf"error: (--address {head.address}: )?{expected}", done.stderr), done.stderr
     assert len(done.stderr.splitlines()) == 1
