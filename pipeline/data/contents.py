@@ -1,7 +1,7 @@
 """Images known by their bytes: a copy of a dataset is then the same dataset.
 
 Listing such a dataset reads every image, once: what was found is kept in the workspace, and what has the same
-place, size and time stamp the next time is not read again.
+place and size, and was not touched, the next time is not read again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.data.fetch import CONTENT, fetch
-from pipeline.workspace import files, tables
+from pipeline.workspace import files, storage, tables
 from pipeline.workspace.files import Place
 
 PIECE = 2**16
@@ -60,7 +60,7 @@ class Contents:
         """The same rows of a manifest, identified by their bytes; what cannot be read stays as it is."""
         for table in batches:
             listed = table.filter(table["uri"].is_valid())
-            places = listed.select(_PLACE).to_pylist()
+            places = _places(listed)
             digests = self._known([_seen(place) for place in places])
             lacking = [number for number, digest in enumerate(digests) if digest is None]
             read = fetch(listed.take(pa.array(lacking, pa.int64())), self.limit) if lacking else ()
@@ -107,14 +107,22 @@ def _identified(table: pa.Table, digests: list[bytes | None]) -> pa.Table:
     return table.set_column(column, table.schema.field(column), pa.array(identities, pa.string()))
 
 
+def _places(listed: pa.Table) -> list[dict[str, Any]]:
+    """Where images lie, and what their files are like."""
+    places: list[dict[str, Any]] = listed.select(_PLACE).to_pylist()
+    touched = {uri: storage.touched(uri) for uri in {place["uri"] for place in places}}
+    return [place | {"touched": touched[place["uri"]]} for place in places]
+
+
 def _seen(place: Mapping[str, Any]) -> bytes:
-    return hashlib.sha256("\0".join(str(place[name]) for name in _PLACE).encode()).digest()[:16]
+    return hashlib.sha256("\0".join(map(str, place.values())).encode()).digest()[:16]
 
 
 def _is_settled(place: Mapping[str, Any]) -> bool:
     """Whether a file would have another time stamp, were it changed now: some stores count whole seconds."""
     stamp = place["identity"].partition("#")[0].rpartition("-")[2]
-    return stamp.isdecimal() and int(stamp) / 1e9 < time.time() - SETTLED
+    latest: int = max(int(stamp), place["touched"]) if stamp.isdecimal() else 0
+    return 0 < latest / 1e9 < time.time() - SETTLED
 
 
 def _read(path: Place) -> pa.Table | None:

@@ -142,7 +142,7 @@ class Network:
         return found
 
     def _read(self, opened: set[str], started: float, imported: set[str]) -> dict[str, str] | None:
-        """The files that decide what the network is, with size and time stamp; None if nobody knows them all.
+        """The files that decide what the network is, with their states; None if nobody knows them all.
 
         Among them are folders that were looked through, and those of Python and of installed packages: their
         time stamps change when something is added, installed or upgraded.
@@ -164,16 +164,17 @@ class Network:
         for path, entry in entries.items():
             if entry is not None and entry.modified > (_PROCESS if path in imported else started):
                 return None
-        return {path: "" if entry is None else entry.identity for path, entry in entries.items()}
+        return {path: _state(path, entry) for path, entry in entries.items()}
 
 
 def _same(record: Record) -> bool:
     """Whether all files of a note are as they were."""
-    for path, identity in record.facts["files"].items():
-        entry = storage.find(path)
-        if ("" if entry is None else entry.identity) != identity:
-            return False
-    return True
+    return all(_state(path, storage.find(path)) == state for path, state in record.facts["files"].items())
+
+
+def _state(path: str, entry: storage.Entry | None) -> str:
+    """What changes with a file, also where another took its place with its size and time stamp."""
+    return "" if entry is None else f"{entry.identity}-{storage.touched(path)}"
 
 
 def _versions() -> dict[str, str]:

@@ -122,6 +122,21 @@ def find(path: str) -> Entry | None:
 
 
 @patient
+def touched(path: str) -> int:
+    """When anything of a local file changed last, in nanoseconds since 1970.
+
+    It tells of another file that took its place with its time stamp, and cannot be set; a copy has another.
+    0 in a store, and where there is no file.
+
+    Raises:
+        UserError: a URI that names no usable storage.
+    """
+    system, place = located(path)
+    found = status(Path(place)) if system is None else None
+    return 0 if found is None else found.st_ctime_ns
+
+
+@patient
 def entries(folder: str) -> list[Entry]:
     """What lies in a folder, in the order of the names; links are followed.
 

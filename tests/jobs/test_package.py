@@ -207,7 +207,7 @@ def test_an_installed_package_sends_the_same_as_a_checkout_and_a_dry_run_says_wh
     sent = dict(package.contents(folder))  # running it leaves bytecode there
     shown = python(
         *(folder, tmp_path, "-m", "pipeline.cli", "submit", str(tmp_path / "laptop" / "small.yaml")),
-        *("--address", "http://127.0.0.1:1", "--dry-run", "--env", "PATH", "--command", "extract", "-v"),
+        *("--address", "http://127.0.0.1:1", "--dry-run", "--env", "PATH", "--command", "extract", "-vq"),
     )
     found = re.findall(r"^file +([\d,]+)  (.*)$", shown, re.MULTILINE)
     listed = {name: int(size.replace(",", "")) for size, name in found}

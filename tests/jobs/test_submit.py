@@ -593,5 +593,5 @@ def test_the_status_of_jobs_as_json(monkeypatch):
     failed = {"job": "a-0", "state": "FAILED", "exit": 2, "ended": "2023-11-14 22:14:20+00:00"}
     assert listed[0] == {**running, "exit": None, "message": "the reason"}
     assert failed.items() <= listed[1].items()
-    one = shown(["status", "a-0", "--address", "http://a", "--json", "--follow"])
+    one = shown(["status", "a-0", "--address", "http://a", "--json", "--follow", "-q"])
     assert (one.exit_code, json.loads(one.stdout), one.stderr) == (2, listed[1], "a line\nstate     FAILED\n")
