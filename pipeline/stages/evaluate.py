@@ -213,56 +213,60 @@ def spectra(shifted: bool) -> dict[str, tuple[str, ...]]:
     return {"": ("id",), "fs_": LABELLED_ROLES} if shifted else {"": ("id",)}
 
 
-def _spectra(scores: Scores) -> Iterator[_Spectrum]:
-    """ID against OOD data, and the full spectrum."""
+def _spectra(scores: Scores, known: Mapping[str, tuple[Float, Mask]]) -> Iterator[_Spectrum]:
+    """ID against OOD data, and the full spectrum; `known` are the datasets of ID images."""
     for prefix, roles in spectra(bool(scores.of("shifted_id"))).items():
         members = {prefix + role: list(scores.of(role)) for role in _OOD_GROUPS if scores.of(role)}
         if members:
             outside = {name: _scored(found)[0] for name, found in scores.of(*_OOD_GROUPS).items()}
-            inside = [_classified(scores, name, found) for name, found in scores.of(*roles).items()]
+            inside = (known[name] for name in scores.of(*roles))
             values, right = (np.concatenate(each) for each in zip(*inside, strict=True))
             yield _Spectrum(values, right if scores.features else None, outside, members)
 
 
 def _evaluate(scores: Scores, label: str, level: float) -> tuple[list[dict[str, Any]], float]:
     """All metric rows of one detector, and its threshold."""
+    inside = _inside(scores)
     rows = [
         {"detector": label, "group": spectrum.group_of[result.dataset], **asdict(result)}
-        for spectrum in _spectra(scores)
+        for spectrum in _spectra(scores, inside)
         for result in comparisons.compare(
             spectrum.inside, spectrum.outside, spectrum.members, spectrum.right, level
         )
     ]
     for role in LABELLED_ROLES if scores.features else ():
-        for name, found in scores.of(role).items():
-            results = comparisons.failures(name, *_classified(scores, name, found))
+        for name in scores.of(role):
+            results = comparisons.failures(name, *inside[name])
             rows += [{"detector": label, "group": role, **asdict(result)} for result in results]
-    inside = [_scored(found, scores.tested.get(name))[0] for name, found in scores.of("id").items()]
-    return rows, metrics.threshold(np.concatenate([np.empty(0), *inside]))
+    of_id = (inside[name][0] for name in scores.of("id"))
+    return rows, metrics.threshold(np.concatenate([np.empty(0), *of_id]))
 
 
 def _sample(scores: Scores, seed: int, level: float) -> list[tuple[list[pairs.Sample], dict[str, str]]]:
     """One detector's samples on every spectrum and dataset of ID images, and the group of each dataset."""
-    samples = []
-    for spectrum in _spectra(scores):
+    samples, inside = [], _inside(scores)
+    for spectrum in _spectra(scores, inside):
         rows = spectrum.inside, spectrum.outside, spectrum.members
         samples.append((pairs.sample(*rows, seed, spectrum.right, level), spectrum.group_of))
     for role in LABELLED_ROLES:
-        for name, found in scores.of(role).items():
-            failing = pairs.sample_failures(name, *_classified(scores, name, found), seed)
+        for name in scores.of(role):
+            failing = pairs.sample_failures(name, *inside[name], seed)
             samples.append(([failing], {name: role}))
     return samples
 
 
-def _classified(scores: Scores, dataset: str, found: Sequence[tables.Table]) -> tuple[Float, Mask]:
-    """One detector's scores of a dataset of ID images, and which of these rows the classifier has right.
+def _inside(scores: Scores) -> dict[str, tuple[Float, Mask]]:
+    """One detector's scores of every dataset of ID images, and which of these rows the classifier has right.
 
     None are right where labels are not read.
     """
-    values, there = _scored(found, scores.tested.get(dataset))
-    features = scores.features.get(dataset)
-    right = np.zeros(len(there), np.bool_) if features is None else _right(features)
-    return values, right[there]
+    inside = {}
+    for name, found in scores.of(*LABELLED_ROLES).items():
+        values, there = _scored(found, scores.tested.get(name))
+        features = scores.features.get(name)
+        right = np.zeros(len(there), np.bool_) if features is None else _right(features)
+        inside[name] = values, right[there]
+    return inside
 
 
 def _scored(found: Sequence[tables.Table], tested: Mask | None = None) -> tuple[Float, Mask]:
