@@ -6,7 +6,8 @@ classifier again. None has zero width: equal or separated scores of a few rows l
 * Averages over rows and pairs (AUROC, average precision): the variance of DeLong et al. 1988 ("Comparing the
   areas under two or more correlated receiver operating characteristic curves", Biometrics 44) from what each
   row adds to the value, on the logit scale, with a quantile of Student's t whose degrees of freedom come from
-  the fourth moments: few rows decide near 0 and 1. Never wider than what is possible for so many rows: the
+  the fourth moments, for few rows decide near 0 and 1; and are Welch's at most, for few rows have hardly any
+  fourth moments. Never wider than what is possible for so many rows: the
   variance of an AUROC is at most value (1 - value) / (rows of the smaller set), so Wilson's interval of it.
 * A rate at a quantile of the other set (FPR95): Wilson's interval of the rate, and the rates at the limits of
   the quantile by order statistics, joined by squares (Zou and Donner 2008, "Construction of confidence limits
@@ -34,7 +35,7 @@ from pipeline.metrics.base import Counted, Counts, Estimate
 
 LEVEL = 0.95
 """Of all intervals."""
-_TAIL = (1 - LEVEL) / 2
+TAIL = (1 - LEVEL) / 2
 Z = 1.959963984540054
 """Standard errors on either side of an estimate in a 95 % interval."""
 
@@ -69,6 +70,21 @@ class Moments:
             second += float(weighted.sum())
             fourth += float((weighted * squares).sum())
         return cls(rows, second, fourth)
+
+    @property
+    def variance(self) -> float:
+        """Of the value, by the draw of these rows; there must be two or more."""
+        return self.second / (self.rows * (self.rows - 1))
+
+    @property
+    def spread(self) -> float:
+        """Variance of that variance: by the fourth powers, but not less than of normal rows.
+
+        The fourth powers of a few rows are hardly larger than the squares of their squares: of two rows they
+        would say that the variance is certain.
+        """
+        by_fourth = (self.fourth - self.second**2 / self.rows) / self.rows**4
+        return max(by_fourth, 2 * self.variance**2 / (self.rows - 1))
 
     def scaled(self, factor: float) -> Moments:
         """Where every row adds so many times as much."""
@@ -198,14 +214,14 @@ class Minimum:
 
 def _on_logit_scale(value: float, added: Sequence[Moments], low: float, high: float) -> Estimate:
     """The interval of a sum over independent sets of rows, within limits."""
-    variance = sum(each.second / each.rows**2 for each in added)
-    spread = sum((each.fourth - each.second**2 / each.rows) / each.rows**4 for each in added)
+    few = min(each.rows for each in added) < 2
+    variance = 0.0 if few else sum(each.variance for each in added)
     rounding = 1e-24
-    if min(each.rows for each in added) > 1 and variance > rounding and 0 < value < 1:
+    if variance > rounding and 0 < value < 1:
         from scipy.special import stdtrit
 
-        freedom = max(2 * variance**2 / spread, 2.0) if spread > 0 else 2.0
-        step = float(stdtrit(freedom, 1 - _TAIL)) * sqrt(variance) / (value * (1 - value))
+        freedom = max(2 * variance**2 / sum(each.spread for each in added), 2.0)
+        step = float(stdtrit(freedom, 1 - TAIL)) * sqrt(variance) / (value * (1 - value))
         odds = log(value / (1 - value))
         low, high = max(low, _share(odds - step)), min(high, _share(odds + step))
     return _estimate(value, low, high)
@@ -248,7 +264,7 @@ def quantile_ranks(rows: int, share: float) -> tuple[float, float]:
             below, above = (middle, above) if at > probability else (below, middle)
         return (below + above) / 2
 
-    return rank(1 - _TAIL), rank(_TAIL)
+    return rank(1 - TAIL), rank(TAIL)
 
 
 def _share(odds: float) -> float:

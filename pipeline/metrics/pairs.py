@@ -1,8 +1,9 @@
 """Whether one detector is better than another on the same images.
 
 Differences of the AUROC are tested as DeLong et al. 1988 do, those of other metrics by a paired bootstrap:
-one draw of the images serves all detectors. Of all pairs of detectors on a dataset, p-values of a metric are
-corrected by Holm 1979 ("A simple sequentially rejective multiple test procedure").
+one draw of the images serves all detectors. Both errors are judged by Student's t. Of all pairs of detectors
+on a dataset, p-values of a metric are corrected by Holm 1979 ("A simple sequentially rejective multiple test
+procedure").
 
 Rows are cut at random into at most 1024 groups, which stand for the rows: sums over groups vary as sums over
 rows do, and a sample has one size whatever the number of rows. Where there are fewer rows, each is a group.
@@ -20,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline.columns import Float, Mask
 from pipeline.metrics.base import Counted, Counts, Metric
-from pipeline.metrics.intervals import Z
+from pipeline.metrics.intervals import TAIL, Z
 from pipeline.metrics.metrics import FAILURES, LEVEL, against_ood, checked, counted
 
 GROUPS = 1024
@@ -179,15 +180,15 @@ def differences(samples: Mapping[str, Sequence[Sample]]) -> Iterator[Difference]
             pairs = list(combinations(range(len(together)), 2))
             tested = [_test(together[first], together[second], column) for first, second in pairs]
             corrected = holm([p for _, _, p in tested])
-            for (first, second), (difference, error, p), p_holm in zip(pairs, tested, corrected, strict=True):
+            for (first, second), (difference, slack, p), p_holm in zip(pairs, tested, corrected, strict=True):
                 yield Difference(
                     list(samples)[first],
                     list(samples)[second],
                     together[0].dataset,
                     metric,
                     difference,
-                    difference - Z * error,
-                    difference + Z * error,
+                    max(difference - slack, -1.0),
+                    min(difference + slack, 1.0),
                     p,
                     p_holm,
                 )
@@ -203,10 +204,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _test(one: Sample, other: Sample, column: int) -> tuple[float, float, float]:
-    """Difference of a metric, its standard error, and the p-value of no difference."""
-    from scipy.special import ndtr
+    """Difference of a metric, half of its interval, and the p-value of no difference.
 
-    difference = float(one.values[column] - other.values[column])
+    By Student's t with the degrees of freedom of the smallest set, which may decide alone: Welch's are these at
+    least. A single row has none; it does not tell how rows vary.
+    """
+    from scipy.special import stdtr, stdtrit
+
+    difference, freedom = float(one.values[column] - other.values[column]), one.rows - 1
     if one.metrics[column] == "auroc":
         error = float(np.sqrt(((one.added - other.added) ** 2).sum()))
     else:
@@ -215,7 +220,10 @@ def _test(one: Sample, other: Sample, column: int) -> tuple[float, float, float]
         if abs(difference) < 1e-12:
             return difference, 0.0, 1.0
         error = Z / 2 / (one.rows + Z**2)  # half of Wilson's interval of as many rows that all agree
-    return difference, error, float(2 * ndtr(-abs(difference) / error))
+    if not freedom:
+        return difference, 2.0, 1.0  # no difference is larger
+    slack = float(stdtrit(freedom, 1 - TAIL)) * error
+    return difference, slack, float(2 * stdtr(freedom, -abs(difference) / error))
 
 
 @lru_cache(32)  # detectors are measured on the same draws

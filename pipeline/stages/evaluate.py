@@ -41,7 +41,7 @@ PAIRS = pa.schema(
 )
 """Of `comparisons.parquet`: all pairs of detectors on the same images."""
 
-FORMAT = "results 3"
+FORMAT = "results 4"
 """Kind and version: the number goes up when metrics of the same scores change."""
 
 CLASSIFIER = "classifier"

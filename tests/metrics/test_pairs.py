@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import t
 
 from pipeline.metrics import pairs
 from pipeline.metrics.pairs import differences, holm, sample
@@ -37,8 +37,8 @@ def test_the_error_of_an_auroc_difference_is_delongs() -> None:
     error = np.sqrt((of_id - other_id).var(ddof=1) / 300 + (of_ood - other_ood).var(ddof=1) / 200)
     found = compared(scores)["auroc"]
     assert found.difference == pytest.approx(of_id.mean() - other_id.mean(), abs=1e-12)
-    assert (found.ci_high - found.ci_low) / 2 == pytest.approx(1.959963984540054 * error, rel=1e-9)
-    assert found.p_value == pytest.approx(2 * norm.sf(abs(found.difference) / error), rel=1e-9)
+    assert (found.ci_high - found.ci_low) / 2 == pytest.approx(t(199).ppf(0.975) * error, rel=1e-9)
+    assert found.p_value == pytest.approx(2 * t(199).sf(abs(found.difference) / error), rel=1e-9)
     assert found.p_holm == found.p_value
 
 
@@ -84,7 +84,8 @@ def test_a_detector_is_not_told_from_itself_and_a_guess_is_from_a_perfect_one() 
             assert (each.difference, each.p_value, each.p_holm) == (0, 1, 1)
         else:
             assert each.p_holm < 1e-6, each
-            assert each.ci_low < each.difference < each.ci_high
+            assert -1 <= each.ci_low <= each.difference <= each.ci_high <= 1
+            assert each.ci_high - each.ci_low > 0.01
 
 
 def test_two_images_tell_nothing() -> None:
@@ -92,6 +93,20 @@ def test_two_images_tell_nothing() -> None:
         name: sample([0.0, 1.0], {"ood": ood}, {}) for name, ood in {"a": [2.0, 3.0], "b": [0.0, 1.0]}.items()
     }
     assert min(each.p_value for each in differences(found) if each.metric == "auroc") > 0.01
+
+
+def test_equal_detectors_are_told_apart_in_few_draws_of_two_images_against_many() -> None:
+    rng = np.random.default_rng(5)
+    draws = [compared(related(rng, 2, 100, better=0.0))["auroc"].p_value for _ in range(40)]
+    assert np.mean(np.array(draws) < 0.05) < 0.1
+
+
+def test_a_single_image_tells_nothing_however_many_others_there_are() -> None:
+    many = np.linspace(0, 1, 300)
+    found = {name: sample([at], {"ood": many}, {}) for name, at in {"a": 0.1, "b": 0.9}.items()}
+    for each in differences(found):
+        assert each.p_value == each.p_holm == 1, each
+        assert (each.ci_low, each.ci_high) == (-1, 1) or each.difference == 0, each
 
 
 def test_a_group_shares_the_id_rows_and_its_error_is_that_of_the_mean() -> None:
@@ -106,7 +121,7 @@ def test_a_group_shares_the_id_rows_and_its_error_is_that_of_the_mean() -> None:
         deviations.append([np.mean([p for p, _ in placed], axis=0), *(q for _, q in placed)])
     id_part, *ood_parts = (a - b for a, b in zip(*deviations, strict=True))
     variance = id_part.var(ddof=1) / 200 + sum(part.var(ddof=1) / len(part) / 4 for part in ood_parts)
-    assert (group.ci_high - group.ci_low) / 3.919928 == pytest.approx(np.sqrt(variance), rel=1e-6)
+    assert (group.ci_high - group.ci_low) / 2 == pytest.approx(t(149).ppf(0.975) * variance**0.5, rel=1e-6)
 
 
 def test_holm_multiplies_by_the_hypotheses_that_are_left_and_never_lowers() -> None:

@@ -308,7 +308,7 @@ def newer(broken: Path) -> None:
 
 
 def a_run(broken: Path) -> None:
-    sealed(broken, "results 3")
+    sealed(broken, "results 4")
 
 
 def other_weights(broken: Path) -> None:
