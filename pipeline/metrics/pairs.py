@@ -206,8 +206,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _test(one: Sample, other: Sample, column: int) -> tuple[float, float, float]:
     """Difference of a metric, half of its interval, and the p-value of no difference.
 
-    By Student's t with the degrees of freedom of the smallest set, which may decide alone: Welch's are these at
-    least. A single row has none; it does not tell how rows vary.
+    By Student's t with the degrees of freedom of the smallest set, which may decide alone: Welch's are no
+    fewer. A single row has none; it does not tell how rows vary.
     """
     from scipy.special import stdtr, stdtrit
 
