@@ -28,4 +28,5 @@ class DetectionError(Metric):
         n_id, n_ood = int(rows.n_inside), int(rows.n_outside)
         best = int((rows.outside_upto * n_id - rows.inside_upto * n_ood).argmin())
         accepted, kept = float(rows.outside_upto[best] / n_ood), float(rows.inside_upto[best] / n_id)
-        return Minimum(value, accepted, n_ood, 1 - kept, n_id)
+        tied = float(rows.outside[best] / n_ood + rows.inside[best] / n_id) / 2
+        return Minimum(value, accepted, n_ood, 1 - kept, n_id, tied)

@@ -13,7 +13,7 @@ classifier again. None has zero width: equal or separated scores of a few rows l
   the quantile by order statistics, joined by squares (Zou and Donner 2008, "Construction of confidence limits
   about effect measures", Statistics in Medicine 27).
 * A smallest mean of two rates (detection error): Wilson's intervals of both, joined likewise, moved by the
-  bias of a minimum.
+  bias of a minimum, as far as scores are not tied.
 * Areas under risk-coverage curves (AURC, AUGRC): the variance of what each ID row adds (the projection of a
   U-statistic, or the influence function), on the logit scale as above. Never wider than the best and the
   worst ranking give at the limits of Wilson's interval of the error rate.
@@ -196,20 +196,24 @@ class Minimum:
     n_outside: int
     inside: float
     n_inside: int
+    tied: float
+    """Share of the rows whose score is that of the threshold; both sets weigh the same."""
 
     @classmethod
     def mean(cls, parts: Sequence[Self]) -> Estimate:
         """The mean over OOD sets.
 
         The upper limit is moved by the bias of a minimum, the lower one by half of it: at hundreds of rows
-        the bias is smaller than in the limit.
+        the bias is smaller than in the limit. Where many rows have one score few thresholds compete, and
+        there may be no bias: the lower limit is moved by less.
         """
         value = float(np.mean([part.value for part in parts]))
         outside = np.array([np.subtract(wilson(p.outside, p.n_outside), p.outside) for p in parts])
         inside = np.array([np.subtract(wilson(p.inside, p.n_inside), p.inside) for p in parts])
         below, above = np.hypot(np.sqrt((outside**2).sum(axis=0)) / len(parts), inside.mean(axis=0)) / 2
-        bias = float(np.mean([_bias(part) for part in parts]))
-        return _estimate(value, value - below + bias / 2, value + above + bias)
+        most = np.array([_bias(part) for part in parts])
+        least = np.maximum(most - [part.tied for part in parts], 0)
+        return _estimate(value, value - below + least.mean() / 2, value + above + most.mean())
 
 
 def _on_logit_scale(value: float, added: Sequence[Moments], low: float, high: float) -> Estimate:

@@ -23,6 +23,15 @@ def test_few_images_against_many_leave_the_auroc_open(sizes: tuple[int, int]) ->
     assert held[UNLABELLED.index("auroc")] > (0.8 if 2 in sizes else 0.88)
 
 
+def test_the_detection_error_of_scores_of_few_values_is_held_from_below() -> None:
+    rng, above = np.random.default_rng(7), 0
+    for _ in range(200):
+        inside, outside = rng.random(60) < 0.3, rng.random(1000) < 0.6
+        found = by_dataset(compare(inside, {"ood": outside}, {}))["ood"]["detection_error"]
+        above += found.ci_low > (0.3 + 1 - 0.6) / 2
+    assert above < 12  # 5 are meant to be
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("auroc", AUROCS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
