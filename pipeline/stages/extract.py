@@ -307,11 +307,16 @@ def extract_rows(
         if not batch.rows:
             continue
         output = {name: values[: len(batch.rows)] for name, values in forward.items()}
-        output[FEATURE] = output[FEATURE].astype(settings.feature_dtype)
         forwarded += len(batch.rows)
         finite = np.all([np.isfinite(values).all(axis=1) for values in output.values()], axis=0)
         keys = np.array([row[KEY] for row in batch.rows], dtype=object)
         errors += [[key, "the network's output is not finite"] for key in keys[~finite]]
+        with np.errstate(over="ignore"):
+            output[FEATURE] = output[FEATURE].astype(settings.feature_dtype)
+        large = finite & ~np.isfinite(output[FEATURE]).all(axis=1)
+        why = f"a feature is too large for extract.feature_dtype {settings.feature_dtype}: say float32"
+        errors += [[key, why] for key in keys[large]]
+        finite &= ~large
         prediction = output[LOGITS].argmax(axis=1).astype(np.int32)
         labels = np.array(list(map(label_of, batch.rows, prediction.tolist())), dtype=np.int32)
         for name, values in {KEY: keys, LABEL: labels, PREDICTION: prediction, **output}.items():

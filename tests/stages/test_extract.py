@@ -111,6 +111,24 @@ def test_rows_whose_output_is_not_finite_become_errors(job, classifier, plan) ->
     assert errors[0][1] == "the network's output is not finite"
 
 
+def test_rows_whose_feature_is_too_large_for_float16_become_errors_that_say_so(
+    job, classifier, plan, monkeypatch
+) -> None:
+    whole = Classifier.begin
+
+    def large(self: Classifier, pixels: NDArray[np.uint8], size: int) -> Any:
+        output = whole(self, pixels, size)()
+        output[FEATURE][3, 0] = 7e4
+        return lambda: output
+
+    monkeypatch.setattr(Classifier, "begin", large)
+    for kind, expected in ("float32", []), ("float16", [["test_x/00000003", "a feature is too large for"]]):
+        settings = plan.settings.model_copy(update={"feature_dtype": kind})
+        found, errors, _ = extract.extract_rows(classifier, rows_of(job, 0, 20, plan, 64), settings)
+        assert [[key, text.partition(" extract.")[0]] for key, text in errors] == expected
+        assert len(found) == 20 - len(errors)
+
+
 def test_of_several_accepted_labels_the_predicted_one_counts_else_the_first(job, classifier, plan) -> None:
     def extracted(rows: pa.Table) -> pa.Table:
         return extract.extract_rows(classifier, [decoding.decode_rows(rows, plan)], plan.settings)[0]
