@@ -165,6 +165,8 @@ def apply(
     outcome = work.execute(bundle, data, out, options, display(quiet))
     lines = [("", line) for line in applied.sentences(outcome.summary)]
     lines += [("table", str(outcome.output.place)), ("summary", str(outcome.output.summary))]
+    if outcome.summary["images"]["errors"]:
+        lines.append(("errors", str(outcome.output.errors)))
     lines += [("alarm", text) for text in outcome.alarms]
     for word, text in lines:
         console.print(f"{word:<8} {text}" if word else text, markup=False, soft_wrap=True)

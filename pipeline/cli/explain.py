@@ -13,7 +13,7 @@ import typer
 from pipeline.cli.app import Json, Quietly, apart, app, aside, console, display, document
 
 if TYPE_CHECKING:
-    from pipeline.workflows.explain import Explained, Said
+    from pipeline.workflows.explain import Explained, Neighbour, Said
 
 
 @app.command()
@@ -60,10 +60,7 @@ def _show(found: Explained) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    label = f", class {found.label}" if found.label >= 0 else ""
-    console.print(
-        f"{found.key} of {found.dataset}{label}, predicted as class {found.prediction}", markup=False
-    )
+    console.print(f"{found.key} of {found.dataset}, {_classes(found)}", markup=False)
     table = Table("detector", "score", "above ID images", "p-value", "flagged", box=SIMPLE)
     for said in found.said:
         table.add_row(*map(Text, _cells(said)))
@@ -86,7 +83,8 @@ def _show(found: Explained) -> None:
 
 
 _STYLE = (
-    "body{font:14px sans-serif;margin:2em}td,th{padding:2px 1em;text-align:left}figure{display:inline-block}"
+    "body{font:14px sans-serif;margin:2em}td,th{padding:2px 1em;text-align:left}"
+    "figure{display:inline-block;margin:0 2em 1em 0}img{min-height:96px;image-rendering:pixelated}"
 )
 
 
@@ -106,17 +104,19 @@ def _page(found: Explained, pictures: Mapping[tuple[str, str], bytes]) -> str:
     parts = [
         f'<!doctype html>\n<meta charset="utf-8"><title>{escape(found.key)}</title><style>{_STYLE}</style>',
         f"<h1>{escape(found.key)} of {escape(found.dataset)}</h1>",
-        figure(found.dataset, found.key, f"class {found.label}, predicted as {found.prediction}"),
+        figure(found.dataset, found.key, _classes(found)),
         f"<table>{''.join(said)}</table>",
     ]
     for name, neighbours in found.nearest.items():
-        texts = [
-            (each, f"{each.distance:.4g}: {each.key}, class {each.label}, predicted as {each.prediction}")
-            for each in neighbours
-        ]
+        texts = [(each, f"{each.distance:.4g}: {each.key}, {_classes(each)}") for each in neighbours]
         figures = "".join(figure(each.dataset, each.key, text) for each, text in texts)
         parts.append(f"<h2>Nearest training images by {escape(name)}</h2>{figures}")
     return "\n".join(parts) + "\n"
+
+
+def _classes(image: Explained | Neighbour) -> str:
+    label = f"class {image.label}, " if image.label >= 0 else ""
+    return f"{label}predicted as class {image.prediction}"
 
 
 def _cells(said: Said) -> tuple[str, ...]:

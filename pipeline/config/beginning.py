@@ -19,7 +19,7 @@ model:
   source: {source}   # torchvision, timm, exported (torch.export) or factory (a function that returns it)
   name: {model}
   weights: {weights}   # a state dict (.safetensors, .pt), published ones (IMAGENET1K_V1), or null
-  transform: auto   # that of published weights; else {{resize: 256, crop: 224, mean: [...], std: [...]}}
+  transform: auto   # {transform} {{resize: 256, crop: 224, mean: [...], std: [...]}}
 
 # Roles: train, id (test images of the model's classes), near_ood, far_ood, shifted_id, id_val (to calibrate
 # on), unlabelled (scored and flagged). Of an imagefolder of role train or id, each class is a folder.
@@ -32,7 +32,7 @@ extract: {{batch_size: 64}}
 hardware: cpu   # gpu: a GPU for each model actor and each shard of the index
 
 # p-values and flags at a false-alarm rate, see docs/metrics.md:
-# thresholds: {{false_alarm: [0.05], calibrate_on: id}}
+{thresholds}thresholds: {{false_alarm: [0.05], calibrate_on: {calibration}}}
 """
 
 
@@ -46,6 +46,7 @@ def text(file: Path, model: str, weights: str | None, datasets: Sequence[Mapping
         datasets: role, format and path of each.
     """
     source, name = _source(model)
+    held_out = any(entry["role"] == "id_val" for entry in datasets)
     names: dict[str, int] = {}
     lines = []
     for entry in datasets:
@@ -60,7 +61,10 @@ def text(file: Path, model: str, weights: str | None, datasets: Sequence[Mapping
         source=source,
         model=json.dumps(name),
         weights="null" if weights is None else json.dumps(weights),
+        transform="write it out:" if source in ("exported", "factory") else "that of published weights; else",
         datasets="\n".join(lines),
+        thresholds="" if held_out else "# ",
+        calibration="id_val" if held_out else "id",
     )
 
 

@@ -173,7 +173,10 @@ def trace(model: nn.Module, images: Tensor) -> tuple[list[Call], Tensor]:
         logits = model(images)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"model: its output is {found}; expected logits of shape (N, classes).")
+        raise UserError(
+            f"model: its output is {found}; expected logits of shape (N, classes). A network that returns "
+            "more takes a module around it whose forward returns the logits alone: docs/models.md, factory."
+        )
     return calls, logits
 
 

@@ -272,27 +272,34 @@ def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{images['listed']:,} images, {images['features']:,} read, {images['errors']:,} could not be read"
     )
+    for key, rate in (("fdr", "false-discovery rate"), ("false_alarm", "false-alarm rate")):
+        if (value := summary["made_of"][key]) is not None:
+            yield f"flagged at a {rate} of {value:g}"
+            break
     if lost := images.get("dates_lost"):
         yield f"no image of {_listed(lost)} could be read: it is on no chart"
     if images.get("undated"):
         yield f"{images['undated']:,} images have no date and are on no chart"
     for label, entry in summary["detectors"].items():
-        if "share" not in entry:
-            why = "no calibration images to flag by" if entry["scored"] else "nothing to flag"
-            lost = f", {entry['unscored']:,} images have none" if entry["unscored"] else ""
-            yield f"{label}: {entry['scored']:,} scores{lost}; {why}"
-            continue
-        interval = f"{entry['ci_low']:.2%} to {entry['ci_high']:.2%}"
-        scores = entry["scores"]
-        line = (
-            f"{label}: {entry['flagged']:,} flagged, {entry['share']:.2%} ({interval}); distance from the "
-            f"calibration scores {scores['ks_distance']:.3f}"
-        )
-        if scores["ks_p_value"] is not None:
-            line += f" (p = {scores['ks_p_value']:.2g})"
-        if entry["unscored"]:
-            line += f"; {entry['unscored']:,} images have no score and no flag"
-        if "dates" in entry:
-            signals = sum(point["signals"] for point in entry["dates"])
-            line += f"; {signals} of {len(entry['dates'])} dates out of control"
-        yield line
+        yield f"{label}: {_sentence(entry)}"
+
+
+def _sentence(entry: Mapping[str, Any]) -> str:
+    """The summary of a detector."""
+    if "share" not in entry:
+        why = "no calibration images to flag by" if entry["scored"] else "nothing to flag"
+        lost = f", {entry['unscored']:,} images have none" if entry["unscored"] else ""
+        return f"{entry['scored']:,} scores{lost}; {why}"
+    interval, scores = f"{entry['ci_low']:.2%} to {entry['ci_high']:.2%}", entry["scores"]
+    line = (
+        f"{entry['flagged']:,} flagged, {entry['share']:.2%} ({interval}); "
+        f"distance from the calibration scores {scores['ks_distance']:.3f}"
+    )
+    if scores["ks_p_value"] is not None:
+        line += f" (p = {scores['ks_p_value']:.2g})"
+    if entry["unscored"]:
+        line += f"; {entry['unscored']:,} images have no score and no flag"
+    if "dates" in entry:
+        signals = sum(point["signals"] for point in entry["dates"])
+        line += f"; {signals} of {len(entry['dates'])} dates out of control"
+    return line

@@ -42,7 +42,7 @@ class Said:
     p_value: float | None
     """Among held-out ID images; None in runs without thresholds."""
     is_ood: bool | None
-    """Whether it is flagged; None where the run flags nothing."""
+    """Whether it is flagged: as the run did, or at its first false-alarm rate; None where it has neither."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def explain(
         image = table.read(row, row + 1, columns)
         norms = dict(zip(blocks, image[BLOCK_NORM][0].tolist(), strict=True)) if BLOCK_NORM in image else {}
         nearest = _nearest(evaluation, image, columns, count, stage) if count else {}
-        said = [_said(results, own, label) for label in results.detectors]
+        thresholds = evaluation.record.get("thresholds")
+        rate = thresholds["false_alarm"][0] if thresholds else None
+        said = [_said(results, own, label, rate) for label in results.detectors]
     return Explained(where, key, own[LABEL], own[PREDICTION], said, norms, nearest)
 
 
@@ -167,11 +169,14 @@ def _plain(value: Any) -> Any:
     return None if isinstance(plain, float) and math.isnan(plain) else plain
 
 
-def _said(results: Results, own: Mapping[str, Any], label: str) -> Said:
+def _said(results: Results, own: Mapping[str, Any], label: str, rate: float | None) -> Said:
     score = own[label]
     inside = results.scores(results.datasets("id"), label)
     percentile = float((inside < score).mean()) if score is not None and len(inside) else None
-    return Said(label, score, percentile, own.get(P_VALUE + label), own.get(IS_OOD + label))
+    p_value, is_ood = own.get(P_VALUE + label), own.get(IS_OOD + label)
+    if is_ood is None and p_value is not None and rate is not None:  # only unlabelled images have the column
+        is_ood = p_value <= rate
+    return Said(label, score, percentile, p_value, is_ood)
 
 
 def _features(evaluation: Evaluation, dataset: str) -> tables.Table:

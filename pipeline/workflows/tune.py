@@ -285,8 +285,8 @@ class Search(Run):
                 kind = type(spec).__name__.lower()
                 raise UserError(
                     f"tune.grids: {label} needs a {kind} pass through the network that is not in the "
-                    "workspace, and tuning makes none. Run `ood-pipeline fit` with these parameters first, "
-                    "or take them out of the grid."
+                    "workspace, and tuning makes none. Run `ood-pipeline fit` with these parameters first "
+                    "(--set detectors.LABEL.KEY=VALUE), or take them out of the grid."
                 ) from None
         return found
 

@@ -53,6 +53,21 @@ def test_it_writes_a_config_of_what_was_named(init: Callable[..., Result], tmp_p
     assert len(found.detectors) > 30
 
 
+def test_held_out_images_calibrate_thresholds(init: Callable[..., Result]) -> None:
+    assert init("a.yaml", "--model", "resnet50", "--id", "val").exit_code == 0
+    assert loading.load("a.yaml").thresholds is None
+    assert init("b.yaml", "--model", "resnet50", "--id", "val", "--id-val", "more").exit_code == 0
+    assert loading.load("b.yaml").thresholds.calibrate_on == "id_val"
+
+
+@pytest.mark.parametrize("model", ["net.pt2", "./net.py:build"])
+def test_a_model_without_a_preset_is_told_to_have_its_transform_written_out(
+    init: Callable[..., Result], tmp_path: Path, model: str
+) -> None:
+    assert init("a.yaml", "--model", model, "--id", "val").exit_code == 0
+    assert "transform: auto   # write it out: {resize" in (tmp_path / "a.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("model", "source", "name"),
     [

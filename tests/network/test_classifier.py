@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.network import taps
 from pipeline.network.classifier import Classifier, feature_norm, load
 from pipeline.network.description import same_network
+from pipeline.network.sources import _weights
 from pipeline.quickstart.resnet import build
 
 FOLDER = Path(quickstart.__file__).parent
@@ -179,16 +180,33 @@ def test_block_norms_are_the_feature_norms_of_the_blocks_in_their_order(classifi
     np.testing.assert_allclose(found, np.stack(expected, axis=1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "pt with state_dict"])
-def test_weights_load_from_every_format(tmp_path, kind):
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "state_dict", "model_state_dict", "model"])
+def test_weights_load_from_every_format(tmp_path, kind, prefix):
     state = random_state()
     path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
+    saved = {prefix + name: tensor for name, tensor in state.items()}
     if kind == "safetensors":
-        save_file(state, path)
+        save_file(saved, path)
     else:
-        torch.save(state if kind == "pt" else {"state_dict": state, "epoch": 3}, path)
+        torch.save(saved if kind == "pt" else {kind: saved, "epoch": 3}, path)
     loaded = load(model(weights=str(path)), seed=0)
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.module.state_dict().items())
+
+
+def test_weights_of_a_network_fit_a_module_around_it(tmp_path):
+    around = torch.nn.ModuleDict({"net": torch.nn.ModuleDict({"own": torch.nn.Linear(3, 2)})})
+    state = torch.nn.Linear(3, 2).state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    _weights.load(around, str(tmp_path / "w.pt"))
+    assert torch.equal(around["net"]["own"].weight, state["weight"])
+
+
+def test_a_prefix_is_not_taken_off_weights_that_have_more_than_the_network(tmp_path):
+    saved = {f"module.{name}": tensor for name, tensor in random_state().items()}
+    torch.save({**saved, "teacher.fc.bias": torch.zeros(10)}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"w\.pt does not fit the model: .*unexpected .*module\."):
+        load(model(weights=str(tmp_path / "w.pt")), seed=0)
 
 
 def test_random_weights_depend_on_the_seed_alone():

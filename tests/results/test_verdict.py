@@ -95,8 +95,10 @@ def test_whose_auroc_is_larger_does_not_depend_on_who_is_named_first(
 def test_what_has_seen_ood_images_is_proposed_only_where_there_is_nothing_else(tmp_path: Path) -> None:
     _, sentences = told(tmp_path / "a", detectors=THREE, shift=BETTER, uses_ood=("grood",))
     assert sentences[0].startswith("knn, ")
+    assert sentences[1] == "Not ranked with it, as they have seen OOD images: grood."
     _, sentences = told(tmp_path / "b", detectors=THREE, shift=BETTER, uses_ood=THREE)
     assert sentences[0].startswith("grood, ")
+    assert not any("Not ranked" in sentence for sentence in sentences)
 
 
 def test_what_separates_little_is_told(tmp_path: Path) -> None:

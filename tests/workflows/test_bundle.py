@@ -600,7 +600,8 @@ def test_an_alarm_that_was_asked_for_is_exit_status_3(kept, tmp_path) -> None:
         found = CliRunner().invoke(main.app, [*command, "--alarm-above", above])
         assert found.exit_code == status, found.output
         assert ("alarm    knn flags" in found.output) == (status == 3)
-    assert "150 images, 150 read, 0 could not be read" in found.output
+    assert "150 images, 150 read, 0 could not be read\nflagged at a false-alarm rate of 0." in found.output
+    assert "\nerrors" not in found.output
     told = CliRunner().invoke(main.app, [*command, "--json", "-q"])
     assert json.loads(told.stdout)["detectors"]["knn"]["scored"] == 150
 
@@ -614,6 +615,15 @@ def test_images_of_which_none_can_be_read_are_an_alarm(kept, tmp_path, asked) ->
     for changes, expected in ((asked, [*told, "msp has a score of none of the images"]), ({}, [])):
         given = {"images": None, "detectors": ["msp"], **changes}
         assert applied(kept, tmp_path, tmp_path.with_suffix(".out"), **given).alarms == expected
+
+
+def test_the_table_of_images_that_could_not_be_read_is_named(kept, tmp_path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "bad.png").write_bytes(b"no image")
+    command = ["apply", str(kept.bundle), str(tmp_path / "new"), "--out", str(tmp_path / "out.csv"), "-q"]
+    command += ["--detectors", "msp", "--workspace", str(tmp_path / "state"), "--engine", "inline"]
+    found = CliRunner().invoke(main.app, command)
+    assert f"\nerrors   {tmp_path / 'out.csv.errors.csv'}\n" in found.output
 
 
 def test_charts_by_class_begin_at_what_the_least_known_threshold_may_flag() -> None:

@@ -78,7 +78,7 @@ def test_what_detectors_say_is_what_the_run_has(run: str) -> None:
     assert knn.percentile == (inside < row["knn"]).mean()
     assert found.prediction == row["prediction"]
     assert list(found.norms) == evaluation.record["model"]["blocks"]
-    assert explain(run, "test_x/00000003", count=0).said[0].is_ood is None, "nothing is flagged there"
+    assert all(each.is_ood == (each.p_value <= 0.1) for each in explain(run, "test_x/00000003", count=0).said)
 
 
 def test_the_closest_training_images_are_those_that_detectors_found(run: str) -> None:
@@ -129,6 +129,7 @@ def test_a_page_shows_the_image_and_its_neighbours(run: str, tmp_path: Path) -> 
     assert shown.exit_code == 0
     assert shown.output.endswith(f"page     {page}\n")
     text, found = page.read_text(), explain(run, "production_x/00000001", count=2)
+    assert f"<figcaption>predicted as class {found.prediction}<" in text, "it has no class of its own"
     assert text.count("<figure><img") == 1 + sum(map(len, found.nearest.values()))
     assert all(f"<td>{said.detector}</td><td>{said.score:.4g}</td>" in text for said in found.said)
     with np.load(next(iter(places_of(run)))) as arrays:

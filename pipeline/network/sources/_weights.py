@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 
 from pipeline.config import loading
 from pipeline.errors import UserError
+
+WRAPPED = ("state_dict", "model_state_dict", "model")
+"""Where training checkpoints keep the state dict, beside that of the optimiser and the like."""
 
 RANDOM = "random"
 """Value of `model.weights` that keeps the seeded initialisation; for tests."""
@@ -53,7 +58,9 @@ def load(module: nn.Module, weights: str) -> None:
             ) from None
         raise UserError(f"model.weights: {path} cannot be read: {error}. Check the file.") from error
     try:
-        missing, unexpected = module.load_state_dict(state, strict=False)
+        missing, unexpected = module.load_state_dict(
+            _renamed(state, module.state_dict().keys()), strict=False
+        )
     except Exception as error:
         raise UserError(
             f"model.weights: {path} does not fit the model: {error}. Check model.name and the file; another "
@@ -72,4 +79,21 @@ def _read(path: Path) -> dict[str, Tensor]:
 
         return load_file(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state)  # type: ignore[no-any-return]
+    return next((state[key] for key in WRAPPED if isinstance(state.get(key), dict)), state)
+
+
+def _renamed(state: dict[str, Tensor], names: Set[str]) -> dict[str, Tensor]:
+    """Entries by the network's own names, where only the module differs that all of them lie in.
+
+    DataParallel (`module.`), torch.compile (`_orig_mod.`) and Lightning (`model.`) save them below one more,
+    and a module around a network has it below one. Only what makes every entry fit is done.
+    """
+    own, other = _shared(names), _shared(state)
+    found = {own + name.removeprefix(other): tensor for name, tensor in state.items()}
+    return found if found.keys() == names else state
+
+
+def _shared(names: Iterable[str]) -> str:
+    """The modules that all entries lie in, with a dot at the end."""
+    letters = os.path.commonprefix(list(names))  # noqa: RUF071, up to the last dot of which there are modules
+    return "".join(letters.rpartition(".")[:2])

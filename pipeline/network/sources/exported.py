@@ -34,7 +34,10 @@ def build(model: schema.Model) -> Built:
     if model.weights is not None or model.options:
         raise UserError("model.weights, model.options: an exported program has its own; leave them out.")
     if not isinstance(model.transform, Transform):
-        raise UserError("model.transform: an exported program has no preset; give crop, mean and std.")
+        raise UserError(
+            "model.transform: an exported program has no preset; give crop, mean and std. {crop: 224, "
+            "mean: [0, 0, 0], std: [1, 1, 1]} hands it pixels from 0 to 1, as for one that normalises them."
+        )
     path = loading.resolve(model.name)
     if not path.is_file():
         raise UserError(f"model.name: no such file: {path}")

@@ -28,6 +28,8 @@ def verdict(results: Results) -> list[str]:
     ]
     values = " and ".join(f"{_interval(chosen.cells[number])} on {GROUPS[group]}" for number, group in groups)
     found = [f"{chosen.detector}, {entries[chosen.detector]['title']}, ranks best: AUROC {values}."]
+    if seen := [row.detector for row in board.rows if row not in (chosen, *others)]:
+        found.append(f"Not ranked with it, as they have seen OOD images: {_listed(seen)}.")
     found += _beside(_compared(results, chosen.detector, [other.detector for other in others]))
     found += _missed(results, chosen.detector)
     found += _needs(results, chosen.detector)
