@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,6 +31,11 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             text = "interrupted; what was finished is kept, and the same command goes on from there"
             Console(stderr=True).print(text)
+            from pipeline.cluster.inline import THREADS
+
+            if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
+                sys.stdout.flush()
+                os._exit(130)  # interrupted again: Python would wait for them at its end, too
             raise typer.Exit(130) from None
         finally:
             console.stderr = False

@@ -25,6 +25,9 @@ from pipeline.cluster.logs import MERGED, Handler, Logs, attached
 
 T = TypeVar("T")
 
+THREADS = "inline"
+"""What the names of its threads begin with."""
+
 
 @contextmanager
 def session(logs: Logs | None, threads: int | None) -> Iterator[Inline]:
@@ -38,7 +41,7 @@ def session(logs: Logs | None, threads: int | None) -> Iterator[Inline]:
         _logging(logs),
         warnings.catch_warnings(),  # decoders of several threads change the filters in turns
         controller.limit(limits=1),
-        ThreadPoolExecutor(count, "inline", begin) as pool,
+        ThreadPoolExecutor(count, THREADS, begin) as pool,
     ):
         yield Inline(count, pool)
 

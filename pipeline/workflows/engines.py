@@ -64,7 +64,14 @@ def engine_for(
         engine.opened(name, workspace, logs, asked.threads, load, read) as chosen,
     ):
         chosen.carry(type(part) for detector in detectors for part in detector.parts())
-        yield chosen
+        try:
+            yield chosen
+        except KeyboardInterrupt:
+            if name == "inline" and asked.threads != 1:
+                display.say(
+                    "interrupted; what threads have begun is finished first, another Ctrl-C leaves it"
+                )
+            raise
 
 
 def connected(asked: engine.Asked, several: Iterable[Prepared]) -> AbstractContextManager[None]:

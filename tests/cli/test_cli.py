@@ -32,6 +32,8 @@ from typer.testing import CliRunner
 
 from pipeline import __version__, detectors, imports
 from pipeline.cli import doctor, main
+from pipeline.cli.app import Commands
+from pipeline.cluster import inline
 from pipeline.config import loading
 from pipeline.stages.prepare import prepare
 from pipeline.workflows import tune
@@ -834,6 +836,28 @@ def test_a_command_that_is_interrupted_has_status_130_and_says_how_to_go_on(case
         "interrupted; what was finished is kept, and the same command goes on from there\n",
     )
     assert running.returncode == 130
+
+
+@pytest.mark.parametrize("working", [True, False])
+def test_a_command_that_is_interrupted_again_waits_for_no_thread(monkeypatch, working):
+    ended, done = [], threading.Event()
+    monkeypatch.setattr(os, "_exit", ended.append)
+    commands = typer.Typer(cls=Commands)
+
+    @commands.callback()
+    def several() -> None: ...
+
+    @commands.command()
+    def work() -> None:
+        if working:
+            threading.Thread(target=done.wait, name=f"{inline.THREADS}_0").start()
+        raise KeyboardInterrupt
+
+    try:
+        assert CliRunner().invoke(commands, ["work"]).exit_code == 130
+    finally:
+        done.set()
+    assert ended == [130] * working
 
 
 def test_an_evaluation_that_is_under_way_is_refused(case, command):
