@@ -10,7 +10,7 @@ FIRST = "checks the config, and that the data are there"
 LOOKS = "looks for what is there"
 """What a stage does first whose results are kept."""
 
-LOADS = "starts workers, which load the network"
+LOADS = "starts workers, which load the network and take the first images"
 """What an extraction, or the first extra pass, does before its first images are done."""
 
 

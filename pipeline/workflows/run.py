@@ -65,6 +65,9 @@ STAGES: tuple[StageName, ...] = ("extract", "fit", "score", "evaluate", "report"
 
 J = TypeVar("J", shards.Job, ScoreJob)
 
+INTERRUPTED = (KeyboardInterrupt, SystemExit)
+"""Ends of a run that are nobody's mistake."""
+
 _RECALL_QUERIES = 1024
 
 TELL = 10.0
@@ -156,7 +159,7 @@ def _execute(
             run.all()
         except BaseException as error:
             with suppress(UserError, OSError):  # what came first is told
-                run.record.close("failed")
+                run.record.close("interrupted" if isinstance(error, INTERRUPTED) else "failed")
             run.tracking.fail(error, background)
             raise
         if options.last != "report":
@@ -930,10 +933,7 @@ class Tracked:
         if self.opening is None:
             return
         try:
-            killed, text = (
-                isinstance(error, KeyboardInterrupt | SystemExit),
-                f"{type(error).__name__}: {error}",
-            )
+            killed, text = isinstance(error, INTERRUPTED), f"{type(error).__name__}: {error}"
             background.submit(tracking.fail, self.opening.result(), text, killed).result()
         except (tracking.TrackingError, UserError):
             return

@@ -101,7 +101,7 @@ def test_a_run_counts_all_that_it_does_and_a_resumed_one_only_what_is_still_to_d
         "detectors compared",
     ]
     assert all(each.done == each.total for each in first.counts)
-    assert ("extract", "starts workers, which load the network") in first.said
+    assert ("extract", "starts workers, which load the network and take the first images") in first.said
     assert ("score", "loads the vectors of knn") in first.said
 
     assert first.notes["score"] == "1,740 scores of 580 rows"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -576,6 +577,14 @@ def test_an_unlabelled_dataset_of_which_no_image_can_be_read_leaves_the_report_a
     assert told.startswith("camera: 2 of 2 images could not be used, first: 0/a.png (not a readable image")
     assert "2 of 2 images could not be used" in (outcome.folder / "report" / "index.html").read_text()
     assert len(Evaluation(outcome.folder).scores("camera")) == 0
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_a_run_that_is_interrupted_says_so(settings, load, execute, tmp_path, monkeypatch, end) -> None:
+    with monkeypatch.context() as patch, pytest.raises(end):
+        patch.setattr(Run, "fit", Mock(side_effect=end))
+        execute(load(settings))
+    assert files.read_json(newest(tmp_path / "workspace") / "manifest.json")["status"] == "interrupted"
 
 
 def test_too_many_bad_images_stop_the_run_and_name_some(strange, settings, load, execute, tmp_path) -> None:
