@@ -177,10 +177,10 @@ def test_a_workspace_in_use_is_refused_by_the_job_with_the_owners_name(story):
     assert "state     FAILED\nexit      2\nmessage   Job entrypoint" in story.refused.stdout
 
 
-def test_a_job_that_is_stopped_gives_its_workspace_back_and_marks_its_run_as_failed(story, head):
+def test_a_job_that_is_stopped_gives_its_workspace_back_and_marks_its_run_as_interrupted(story, head):
     assert story.stopped.returncode == 0
     assert "state     STOPPED" in story.stopped.stdout
-    assert (story.after_stop["status"], story.after_stop["busy"]) == ("failed", False)
+    assert (story.after_stop["status"], story.after_stop["busy"]) == ("interrupted", False)
     told = head.command("status", story.first)
     assert told.returncode == 0
     assert re.search(r"state +STOPPED\nstarted +20.*\nended +20.*\nexit +1\nmessage +Job was", told.stdout)
