@@ -38,20 +38,22 @@ def explain(
 
     Example: `ood-pipeline explain ./workspace/runs/quickstart ood_animals_x/00000007 --nearest 3`
     """
-    apart(as_json)
+    apart(True)
     from pipeline.workflows import explain as work
 
     found = work.explain(run, key, dataset or None, nearest, display(quiet))
-    if as_json:
-        document(asdict(found))
-    else:
-        _show(found)
-    if page:
+    if page:  # first: who reads standard output may stop before its end
         from pipeline.workspace import files
 
         with aside("explain", "reads the pictures", quiet):
             pictures = work.pictures(run, found)
         files.write_text(files.at(page), _page(found, pictures))
+    apart(as_json)
+    if as_json:
+        document(asdict(found))
+    else:
+        _show(found)
+    if page:
         console.print(f"page     {page}", markup=False, soft_wrap=True)
 
 
@@ -60,7 +62,7 @@ def _show(found: Explained) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console.print(f"{found.key} of {found.dataset}, {_classes(found)}", markup=False)
+    console.print(f"{found.key} of {found.dataset}, {_classes(found, found)}", markup=False)
     table = Table("detector", "score", "above ID images", "p-value", "flagged", box=SIMPLE)
     for said in found.said:
         table.add_row(*map(Text, _cells(said)))
@@ -76,8 +78,8 @@ def _show(found: Explained) -> None:
             near.add_row(
                 f"{each.distance:.4g}",
                 Text(f"{each.dataset}/{each.key}"),
-                str(each.label),
-                str(each.prediction),
+                Text(found.shown(each.label)),
+                Text(found.shown(each.prediction)),
             )
         console.print(near)
 
@@ -104,19 +106,19 @@ def _page(found: Explained, pictures: Mapping[tuple[str, str], bytes]) -> str:
     parts = [
         f'<!doctype html>\n<meta charset="utf-8"><title>{escape(found.key)}</title><style>{_STYLE}</style>',
         f"<h1>{escape(found.key)} of {escape(found.dataset)}</h1>",
-        figure(found.dataset, found.key, _classes(found)),
+        figure(found.dataset, found.key, _classes(found, found)),
         f"<table>{''.join(said)}</table>",
     ]
     for name, neighbours in found.nearest.items():
-        texts = [(each, f"{each.distance:.4g}: {each.key}, {_classes(each)}") for each in neighbours]
+        texts = [(each, f"{each.distance:.4g}: {each.key}, {_classes(found, each)}") for each in neighbours]
         figures = "".join(figure(each.dataset, each.key, text) for each, text in texts)
         parts.append(f"<h2>Nearest training images by {escape(name)}</h2>{figures}")
     return "\n".join(parts) + "\n"
 
 
-def _classes(image: Explained | Neighbour) -> str:
-    label = f"class {image.label}, " if image.label >= 0 else ""
-    return f"{label}predicted as class {image.prediction}"
+def _classes(found: Explained, image: Explained | Neighbour) -> str:
+    label = f"class {found.shown(image.label)}, " if image.label >= 0 else ""
+    return f"{label}predicted as class {found.shown(image.prediction)}"
 
 
 def _cells(said: Said) -> tuple[str, ...]:

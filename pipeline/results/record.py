@@ -14,6 +14,7 @@ from typing import Any
 from pipeline import __version__
 from pipeline.config import schema
 from pipeline.detectors._combination import Combination
+from pipeline.results.class_names import class_names
 from pipeline.stages.prepare import Prepared
 from pipeline.workspace import files
 from pipeline.workspace.runs import MANIFEST
@@ -53,6 +54,7 @@ class Record:
                 "head": network.taps.head,
                 "blocks": list(network.taps.blocks),
             },
+            "class_names": class_names(settings, len(network.head[1])),
             "datasets": {dataset.name: _dataset(ready, dataset) for dataset in settings.datasets},
             "detectors": {label: _detector(ready, label) for label in ready.detectors},
             "not_applicable": dict(ready.not_applicable),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +21,13 @@ from safetensors.numpy import load_file
 from pipeline import beside, detectors, imports
 from pipeline.columns import PREDICTION
 from pipeline.config import schema
-from pipeline.data import formats
 from pipeline.detectors._combination import Combination
 from pipeline.detectors.base import Detector
 from pipeline.errors import UserError, unknown
 from pipeline.network.description import Description
 from pipeline.network.known import Network
 from pipeline.results import card
+from pipeline.results.class_names import class_names
 from pipeline.results.evaluation import Evaluation
 from pipeline.results.evaluation import opened as open_run
 from pipeline.stages import bundle, detect
@@ -390,7 +389,7 @@ def _document(
         "model": settings.model.model_dump(mode="json"),
         "holds_weights": False,
         "network": network.document(),
-        "classes": _classes(settings, len(network.head[1])),
+        "classes": record.get("class_names") or class_names(settings, len(network.head[1])),
         "extract": settings.extract.model_dump(mode="json"),
         "index": index.model_dump(mode="json"),
         "detectors": {
@@ -423,15 +422,3 @@ def _document(
             "is_ood.<detector>": "bool: whether the p-value is at most the false-alarm rate",
         },
     }
-
-
-def _classes(settings: schema.Config, count: int) -> list[str] | None:
-    """Names of the classes by index, where class folders or a file of names tell them."""
-    for dataset in settings.of_role("id", "train", "id_val"):
-        module = formats.get(dataset.format)
-        with suppress(UserError, OSError):
-            index = module.classes(dataset).index if hasattr(module, "classes") else None
-            names = {number: name for name, number in reversed((index or {}).items())}
-            if sorted(names) == list(range(count)):
-                return [names[number] for number in range(count)]
-    return None

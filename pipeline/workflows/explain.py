@@ -15,6 +15,7 @@ from pipeline.columns import BLOCK_NORM, FEATURE, IS_OOD, KEY, LABEL, LOGITS, P_
 from pipeline.detectors.base import Bank, Scorer, bank_of
 from pipeline.detectors.knn import KnnScorer
 from pipeline.errors import UserError, unknown
+from pipeline.results import class_names
 from pipeline.results.evaluation import Evaluation, opened
 from pipeline.results.report import review
 from pipeline.results.report.tables import Results
@@ -71,6 +72,12 @@ class Explained:
     """FeatureNorm of each block."""
     nearest: Mapping[str, Sequence[Neighbour]]
     """The closest training images, by the label of each detector that looks for some, and by `FEATURES`."""
+    classes: Mapping[int, str]
+    """Names of the classes above, by index; none where the run knows none."""
+
+    def shown(self, index: int) -> str:
+        """A class with its name, if it has one."""
+        return class_names.shown(index, self.classes)
 
 
 def explain(
@@ -104,7 +111,11 @@ def explain(
         thresholds = evaluation.record.get("thresholds")
         rate = thresholds["false_alarm"][0] if thresholds else None
         said = [_said(results, own, label, rate) for label in results.detectors]
-    return Explained(where, key, own[LABEL], own[PREDICTION], said, norms, nearest)
+    images = [(own[LABEL], own[PREDICTION])]
+    images += [(each.label, each.prediction) for found in nearest.values() for each in found]
+    names = class_names.known(evaluation.record)
+    classes = {index: names[index] for image in images for index in image if index in names}
+    return Explained(where, key, own[LABEL], own[PREDICTION], said, norms, nearest, classes)
 
 
 def pictures(run: str, found: Explained) -> dict[tuple[str, str], bytes]:

@@ -837,16 +837,6 @@ def test_code_in_a_bundle_brings_the_modules_beside_it_and_modules_of_packages_s
     assert np.isfinite(float(told))
 
 
-def test_class_folders_name_the_classes(settings, load, tmp_path) -> None:
-    for name in ("cat", "dog"):
-        (tmp_path / "val" / name).mkdir(parents=True)
-    settings["datasets"] = [
-        {"name": "val", "role": "id", "format": "imagefolder", "path": str(tmp_path / "val")}
-    ]
-    assert bundle._classes(load(settings), 2) == ["cat", "dog"]
-    assert bundle._classes(load(settings), 3) is None
-
-
 def test_a_bundle_is_not_written_over_anything_nor_of_other_weights(without, tmp_path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match=r"--out: .*there exists already"):

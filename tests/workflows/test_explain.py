@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import replace
@@ -139,6 +142,17 @@ def test_a_page_shows_the_image_and_its_neighbours(run: str, tmp_path: Path) -> 
         for data in re.findall(r"base64,([^\"]+)", text)
     ]
     assert all(abs(one - other).mean() < 12 for one, other in zip(drawn, expected, strict=True))
+
+
+def test_the_page_is_written_though_nobody_reads_the_output(run: str, tmp_path: Path) -> None:
+    page = tmp_path / "one.html"
+    arguments = ["explain", run, "production_x/00000001", "--html", str(page)]
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    read, write = os.pipe()
+    os.close(read)
+    subprocess.run(command, stdout=write, stderr=subprocess.DEVNULL, check=False)
+    os.close(write)
+    assert page.is_file()
 
 
 def places_of(run: str) -> set[str]:

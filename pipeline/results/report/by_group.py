@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from pipeline.columns import KEY, PREDICTION, Float
 from pipeline.data.metadata import Metadata, name_of
 from pipeline.metrics.auroc import AUROC
 from pipeline.metrics.metrics import counted
-from pipeline.results import calibrated
+from pipeline.results import calibrated, class_names
 from pipeline.results.report.tables import OOD, Results
 
 SHOWN = 10
@@ -55,6 +55,8 @@ class ByGroup:
     """What that is: `CLASS`, or a column of metadata."""
     detector: str
     groups: tuple[Group, ...]
+    names: Mapping[int, str]
+    """Of the classes, by index, as far as they are known."""
 
     @property
     def name(self) -> str:
@@ -62,10 +64,17 @@ class ByGroup:
         return "classes" if self.by == CLASS else f"by-{name_of(self.by)}"
 
     def table(self) -> pa.Table:
-        """One row per group."""
+        """One row per group, of named classes with their name."""
         names = list(Group.__dataclass_fields__)
         rows = [asdict(each) for each in self.groups]
-        return pa.table({name: [row[name] for row in rows] for name in names})
+        columns = {name: [row[name] for row in rows] for name in names}
+        if self.by == CLASS and self.names:
+            columns["name"] = [self.names.get(int(each.value), "") for each in self.groups]
+        return pa.table(columns)
+
+    def shown(self, group: Group) -> str:
+        """What the reader knows a group by."""
+        return class_names.shown(int(group.value), self.names) if self.by == CLASS else group.value
 
 
 _Values = Callable[[str, pa.Table], Sequence[str | None]]
@@ -86,11 +95,12 @@ def by_group(results: Results, metadata: Metadata | None = None) -> list[ByGroup
     groupings: dict[str, _Values] = {CLASS: _predicted}
     if metadata is not None:
         groupings |= {column: partial(_known, metadata, column) for column in metadata.columns}
-    found = []
+    found, names = [], class_names.known(results.manifest)
     for by, values in groupings.items():
         one, other = (_grouped(side, values, detector) for side in both)
         groups = _groups(one, other, results.thresholds[detector])
-        found.append(ByGroup(by, detector, tuple(sorted(groups, key=lambda each: (-each.wrong, each.value)))))
+        ranked = sorted(groups, key=lambda each: (-each.wrong, each.value))
+        found.append(ByGroup(by, detector, tuple(ranked), names))
     return found
 
 

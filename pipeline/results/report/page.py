@@ -19,7 +19,7 @@ from markupsafe import Markup
 from pipeline.config import published
 from pipeline.data.metadata import Metadata
 from pipeline.metrics.metrics import FAILURES, named
-from pipeline.results import calibrated, unreadable
+from pipeline.results import calibrated, class_names, unreadable
 from pipeline.results.report import charts, plots
 from pipeline.results.report.by_group import SHOWN, by_group
 from pipeline.results.report.compare import comparisons, deviations
@@ -210,6 +210,7 @@ def _page(results: Results, pictures: Mapping[str, list[Picture]], reviewed: Rev
             groups_shown=SHOWN,
             uplot={name: _vendored(name) for name in ("LICENSE", "uPlot.iife.min.js", "uPlot.min.css")},
             review=reviewed,
+            class_names=class_names.known(manifest),
             detectors=results.detectors,
             thresholds=results.thresholds,
             unlabelled=unlabelled,
@@ -241,7 +242,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"plain": _plain, "parameters": _parameters, "percent": calibrated.percent}
+    environment.filters |= {
+        "plain": _plain,
+        "parameters": _parameters,
+        "percent": calibrated.percent,
+        "class": class_names.shown,
+    }
     return environment
 
 
