@@ -96,7 +96,7 @@ def compare(
     with aside("compare", "reads the runs", quiet) as stage:
         from pipeline.results.evaluation import opened
 
-        evaluations = [opened(folder) for folder in folders]
+        evaluations = list(dict.fromkeys(map(opened, folders)))  # a run that is named twice is one
         stage.doing("compares them")
         from pipeline.results.comparing import compared
         from pipeline.results.report import leaderboards

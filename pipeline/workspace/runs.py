@@ -58,6 +58,8 @@ def mark_latest(folder: Place) -> None:
 def located(run: str) -> Place:
     """The run folder at a path or URI, `<workspace>/runs/<name>/<id>`; without the id, the newest.
 
+    The file that names the newest, which `<name>/*` of a shell has among the folders, means it, too.
+
     Raises:
         UserError: if there is none.
     """
@@ -65,6 +67,8 @@ def located(run: str) -> Place:
     folder = files.at(f"{base.rstrip('/')}{mark}{query}")
     above = files.at(storage.parent(str(folder)))
     try:
+        if folder.name == LATEST and folder.is_file():
+            folder, above = above, files.at(storage.parent(str(above)))
         if above.name == "runs" and (folder / LATEST).is_file():
             newest = folder / (folder / LATEST).read_text("utf-8").strip()
             if newest.is_dir():

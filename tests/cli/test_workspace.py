@@ -189,6 +189,18 @@ def test_the_example_of_compare_runs_and_two_parameters_are_two_columns(
     assert all(f"{float(row['value']):.4f}" in table for row in rows)
 
 
+def test_all_that_a_shell_finds_below_a_name_is_compared_each_run_once(
+    runs: tuple[Path, list[Path]],
+) -> None:
+    _, (first, second, _) = runs
+    found = sorted(map(str, first.parent.glob("*")))
+    assert found == sorted([str(first), str(second), str(first.parent / "latest")])
+    columns = json.loads(command("compare", *found, str(second), "--json"))["cells"]
+    assert {(cell["column"], cell["runs"]) for cell in columns} == {
+        (f"small/{folder.name}", 1) for folder in (first, second)
+    }
+
+
 def test_runs_on_other_data_are_compared_only_if_asked(
     runs: tuple[Path, list[Path]], load, execute, settings
 ):
