@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import PurePosixPath
 
 NAMED = 5
 """Endings that are named, the most frequent ones."""
+
+NO_IMAGES = {
+    "hidden",
+    ".csv",
+    ".html",
+    ".ini",
+    ".json",
+    ".md",
+    ".pdf",
+    ".py",
+    ".txt",
+    ".xml",
+    ".yaml",
+    ".yml",
+}
+"""Kinds of files that nobody would miss among images."""
 
 _KEPT = 1000
 """Endings that are counted apart, so that names made up by the thousand take no memory."""
@@ -51,6 +68,12 @@ class Seen:
         named = ", ".join(f"{kind} {number:,}" for kind, number in ranked[:NAMED])
         more = f", {len(ranked) - NAMED} more" if len(ranked) > NAMED else ""
         return f"{count:,} of {self.total:,} {self.what} not read: {named}{more} (first: {self.first})"
+
+
+def harmless(sentence: str) -> bool:
+    """Whether a sentence of `Seen` counts nothing but files that nobody would miss."""
+    counts = re.search(r" not read: (.*?) \(first: ", sentence)
+    return counts is not None and {each.rpartition(" ")[0] for each in counts[1].split(", ")} <= NO_IMAGES
 
 
 class Notes:

@@ -33,6 +33,7 @@ FAR = {"mnist": "far_ood", "svhn": "far_ood", "textures": "far_ood"}
 DETECTORS = ("grood", "knn", "featurenorm")
 SMALL = {"tin": "near_ood", "svhn": "far_ood"}
 NOTE = "1 of 2 files not read: .heic 1 (first: b.heic)"
+HARMLESS = "1 of 9 files not read: hidden 1 (first: .DS_Store)"
 METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id", "fpr95_ood", "detection_error", "oscr")
 
 
@@ -266,7 +267,9 @@ def page_of(run: Path) -> Page:
 def finished(tmp_path_factory):
     return make_run(
         tmp_path_factory.mktemp("runs"),
-        Setup(NEAR | FAR, DETECTORS, uses_ood=("knn",), errors={"svhn": 3}, notes={"mnist": [NOTE]}),
+        Setup(
+            NEAR | FAR, DETECTORS, uses_ood=("knn",), errors={"svhn": 3}, notes={"mnist": [NOTE, HARMLESS]}
+        ),
     )
 
 
@@ -350,8 +353,11 @@ def test_every_dataset_has_every_metric_on_the_page(finished, page):
             assert value + interval in page.cells[section]
 
 
-def test_what_was_left_out_of_a_dataset_stands_at_the_top(page):
+def test_what_was_left_out_of_a_dataset_stands_at_the_top_in_red_unless_nobody_misses_it(finished, page):
     assert f"mnist: {NOTE}." in page.text
+    source = (finished / "report" / "index.html").read_text()
+    assert f'<p class="alert"><strong>mnist:</strong> {NOTE}.' in source
+    assert f'<p class="note"><strong>mnist:</strong> {HARMLESS}.' in source
 
 
 def test_the_page_asks_for_nothing_from_outside(finished, page):

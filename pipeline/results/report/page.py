@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from pipeline.config import published
 from pipeline.data.metadata import Metadata
+from pipeline.data.notes import harmless
 from pipeline.metrics.metrics import FAILURES, named
 from pipeline.results import calibrated, class_names, unreadable
 from pipeline.results.report import charts, plots
@@ -248,6 +249,7 @@ def _environment() -> Environment:
         "percent": calibrated.percent,
         "class": class_names.shown,
     }
+    environment.tests["harmless"] = harmless
     return environment
 
 
