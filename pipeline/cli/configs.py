@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -50,13 +51,14 @@ def init(
         "far_ood": far_ood,
         "unlabelled": unlabelled,
     }
+    written = partial(_written, file.absolute().parent)
     with aside("init", "looks at the data", quiet):
         datasets = [
-            {"role": role, "format": guessed(path, f"--{role.replace('_', '-')}"), "path": _absolute(path)}
+            {"role": role, "format": guessed(path, f"--{role.replace('_', '-')}"), "path": written(path)}
             for role, paths in roles.items()
             for path in paths
         ]
-    files.write_text(file, beginning.text(file, _absolute(model), _absolute(weights) or None, datasets))
+    files.write_text(file, beginning.text(file, written(model), written(weights) or None, datasets))
     try:
         loading.load(str(file))
     except UserError:
@@ -65,11 +67,17 @@ def init(
     console.print(f"config   {file}\nnext     ood-pipeline validate {file}", markup=False, soft_wrap=True)
 
 
-def _absolute(given: str) -> str:
-    """A path of something that is there as an absolute one, also of `file.py:function`; other words stay."""
+def _written(folder: Path, given: str) -> str:
+    """A path of something that is there, also of `file.py:function`, as a config in a folder has it.
+
+    Below the folder it is relative, so that both can be moved, elsewhere absolute. Other words stay.
+    """
     place, mark, rest = given.partition(":")
-    there = bool(place) and not rest.startswith("//") and Path(place).exists()
-    return f"{Path(place).absolute()}{mark}{rest}" if there else given
+    if not place or rest.startswith("//") or not Path(place).exists():
+        return given
+    path = Path(place).absolute()
+    own = f"./{path.relative_to(folder).as_posix()}" if path.is_relative_to(folder) else path
+    return f"{own}{mark}{rest}"
 
 
 @app.command()

@@ -53,6 +53,17 @@ def test_it_writes_a_config_of_what_was_named(init: Callable[..., Result], tmp_p
     assert len(found.detectors) > 30
 
 
+def test_what_lies_below_the_config_moves_with_it(init: Callable[..., Result], tmp_path: Path) -> None:
+    model = ("--model", "more/net.py:build", "--weights", "more/weights")
+    (tmp_path / "net.py").rename(tmp_path / "more" / "net.py")
+    (tmp_path / "more" / "weights").touch()
+    assert init("more/a.yaml", *model, "--id", "more/val", "--far-ood", "val").exit_code == 0
+    moved = (tmp_path / "more").rename(tmp_path / "moved")
+    found = loading.load(str(moved / "a.yaml"))
+    assert (found.model.name, found.model.weights) == (f"{moved}/net.py:build", f"{moved}/weights")
+    assert [each.path for each in found.datasets] == [str(moved / "val"), str(tmp_path / "val")]
+
+
 def test_held_out_images_calibrate_thresholds(init: Callable[..., Result]) -> None:
     assert init("a.yaml", "--model", "resnet50", "--id", "val").exit_code == 0
     assert loading.load("a.yaml").thresholds is None
