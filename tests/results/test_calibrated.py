@@ -141,6 +141,8 @@ def test_shares_and_intervals_of_many_datasets_are_whole_on_80_columns(run: Eval
         for cell in (f"{100 * each['share']:.2f}%", f"{100 * each['ci_low']:.1f}–{100 * each['ci_high']:.1f}")
     }
     assert [cell for cell in whole if cell not in text] == []
+    heads = [line.split()[:2] for line in text.splitlines() if "Detector" in line]
+    assert len(heads) > 1 and set(map(tuple, heads)) == {("Detector", "Threshold")}
 
 
 def rows_at_first(rows: list[dict[str, Any]]) -> dict[str, Any]:

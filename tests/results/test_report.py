@@ -7,7 +7,7 @@ from base64 import b64decode
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from io import BytesIO, StringIO
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -323,6 +323,24 @@ def test_detectors_that_the_same_images_cannot_tell_from_the_best_are_marked_whe
     value = means(run)[second, "near_ood", "auroc"]["value"]
     assert f"={value:.4f}" in console.export_text()
     assert "level with the best" in report.write(run).read_text()
+
+
+def test_rows_of_the_terminal_are_a_line_of_80_columns_each(tmp_path):
+    names = ("temperature_knn_1", "grood", "knn")
+    run = make_run(tmp_path, Setup(SMALL, names, level=names, passes=False))
+    places = product(("near_ood", "far_ood"), ("auroc", "fpr95_id", "fpr95_ood"))
+    rows = pq.read_table(run / "comparisons.parquet").to_pylist()
+    level = [
+        {**row, "dataset": group, "group": group, "metric": metric, "p_holm": 0.3}
+        for group, metric in places
+        for row in rows
+    ]
+    pq.write_table(pa.Table.from_pylist(level, PAIRS), run / "comparisons.parquet")
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(report.console_table(run))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert sorted(line[0] for line in lines if len(line) == 7) == sorted(2 * names)
+    assert sum("=" in "".join(line[1:]) for line in lines if len(line) == 7) == 6
 
 
 def test_what_must_be_known_first_stands_above_every_number(tmp_path):

@@ -30,11 +30,8 @@ def console_table(run: Place) -> Table:
     """
     results = Results.read(run)
     board = leaderboard(results.metrics, results.differences)
-    table = Table(
-        title=Text(results.manifest["name"]),
-        caption="Means over the datasets, with 95% intervals. = level with the best. * uses OOD data",
-        box=SIMPLE,
-    )
+    caption = "Means over datasets, 95% intervals. = level with the best. * uses OOD data"
+    table = _table(results.manifest["name"], caption)
     table.add_column("Detector", overflow="fold")
     for metric in summary(results.metrics).values():
         table.add_column(f"{metric.label} {metric.arrow}", justify="right")
@@ -59,26 +56,36 @@ def decisions_table(run: Place) -> Table | None:
         return None
     rate = results.manifest["thresholds"]["false_alarm"][0]
     rows = results.decided()[rate]
-    table = Table(
-        title=f"Flagged as OOD at a false-alarm rate of {percent(rate)}",
-        caption=Text(sentence(results.manifest, results.decisions)),
-        box=SIMPLE,
-    )
-    table.add_column("Detector", overflow="fold")
-    table.add_column("Threshold", justify="right", no_wrap=True)
+    title = f"Flagged as OOD at a false-alarm rate of {percent(rate)}"
+    table = _table(title, sentence(results.manifest, results.decisions))
+    table.show_header = False  # each section has its own
     first = next(iter(rows.values()))
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", no_wrap=True)
     for _ in first[:_ABREAST]:
         table.add_column(justify="right", overflow="fold", min_width=_INTERVAL)
     for start in range(0, len(first), _ABREAST):
         shown = slice(start, start + _ABREAST)
         table.add_section()
         titles = (Text(f"{cell['dataset']} ({cell['role']})", "bold") for cell in first[shown])
-        table.add_row("", "", *titles)
+        table.add_row(Text("Detector", "bold"), Text("Threshold", "bold"), *titles)
         for detector, cells in rows.items():
             threshold = cells[0]["threshold"]
             told = "by class" if threshold is None else f"{threshold:.5g}"
             table.add_row(Text(detector), told, *map(_share, cells[shown]))
     return table
+
+
+def _table(title: str, caption: str) -> Table:
+    """One without margins, so that a line of 80 columns holds its rows."""
+    return Table(
+        title=Text(title),
+        caption=Text(caption),
+        box=SIMPLE,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
 
 
 def _share(cell: Mapping[str, Any]) -> Text:
