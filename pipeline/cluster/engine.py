@@ -75,6 +75,10 @@ class Pool(Protocol):
 class Engine(Protocol):
     """Runs the work of stages; nothing is started before something is asked of it."""
 
+    @property
+    def here(self) -> bool:
+        """Whether work is done in this process, where it can call what it is given."""
+
     def carry(self, kinds: Iterable[type]) -> None:
         """Take along the code of classes that are not of this package."""
 

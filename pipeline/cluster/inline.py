@@ -126,6 +126,7 @@ class Inline:
     count: int
     """Threads."""
     executor: ThreadPoolExecutor
+    here = True
 
     def carry(self, kinds: Iterable[type]) -> None:
         """All classes are here."""

@@ -307,6 +307,7 @@ class OnRay:
     """The workspace still to be looked for on all nodes, as soon as there is a connection."""
     unread: list[Path] = field(default_factory=list)
     """The same for folders that are not written to."""
+    here = False
 
     def connect(self) -> None:
         """Connect, and look whether all nodes see the folders.

@@ -71,8 +71,9 @@ def machine(settings: schema.Extract) -> str:
 class Extractor:
     """Model worker: takes shards, writes parts, gives receipts."""
 
-    def __init__(self, plan: Plan, threads: int) -> None:
-        self.plan, self.threads = plan, threads
+    def __init__(self, plan: Plan, threads: int, tell: Callable[[int], None] = lambda count: None) -> None:
+        """With what all shards share; `tell` hears how many images of a batch are done, or unreadable."""
+        self.plan, self.threads, self.tell = plan, threads, tell
 
     @cached_property
     def classifier(self) -> Classifier:
@@ -105,6 +106,7 @@ class Extractor:
         torch.set_num_threads(self.threads)  # counted by thread, and each call may come in another
         started = time.time()
         batches = decoded.batches(settings.batch_size) if decoded else self._decode(shard, attempt)
+        batches = self._told(batches)
         specs = [self.plan.extras[name] for name in shard.extras.split() if name != shards.DIGESTS]
         others = Others(classifier, specs)
         part, errors, forwarded = None, 0, 0
@@ -150,6 +152,12 @@ class Extractor:
             path = shards.beside(files.at(shard.part), column)
             write_part(path, tables.written(values), rows=rows, keys=digest)
         return receipt | {"seconds": time.time() - receipt["started"]}
+
+    def _told(self, batches: Iterator[Decoded]) -> Iterator[Decoded]:
+        """The batches; each is told of when the next is asked for."""
+        for batch in batches:
+            yield batch
+            self.tell(len(batch.rows) + len(batch.errors))
 
     def _decode(self, shard: Shard, attempt: Attempt = FIRST) -> Iterator[Decoded]:
         table, size = shard.images(), self.plan.settings.batch_size
@@ -398,7 +406,8 @@ def run(
         engine: does the work.
         jobs: what is extracted; those that are not complete must be claimed.
         plan: the model and the settings.
-        stage: is told how many images are to be done, and of every shard that is.
+        stage: is told how many images are to be done, and of every batch that is; where workers are other
+            processes, of every shard.
         there: images of other datasets of the run, whose features are there.
 
     Returns:
@@ -472,14 +481,21 @@ def actor_count(engine: Engine, plan: Plan) -> int:
 def _execute(engine: Engine, todo: list[Shard], plan: Plan, stage: Stage) -> Iterator[dict[str, Any]]:
     """Stream receipts out of the model workers."""
     stage.doing(LOADS)
-    settings = plan.settings
+    settings, telling = plan.settings, Lock()
+
+    def tell(count: int) -> None:
+        with telling:
+            stage.advance(count)
+
+    shared = (plan, engine.threads(settings.needs))
     receipts = engine.stream(
         [asdict(shard) for shard in todo],
         decode=(decode_shard, (plan,), decoding.memory(plan, plan.shard_rows)) if plan.separate else None,
-        worker=(Extractor, (plan, engine.threads(settings.needs))),
+        worker=(Extractor, (*shared, tell) if engine.here else shared),
         needs=actor_needs(engine, plan),
         count=min(actor_count(engine, plan), len(todo)),
     )
     for receipt in receipts:
-        stage.advance(receipt["rows"])
+        if not engine.here:
+            stage.advance(receipt["rows"])
         yield receipt

@@ -29,6 +29,7 @@ from pipeline.network.classifier import Classifier
 from pipeline.network.classifier import load as load_classifier
 from pipeline.network.known import settings_kept
 from pipeline.stages import decoding, extract, identity, shards
+from pipeline.stages.progress import Silent
 from pipeline.workspace import artifacts, files, tables
 from tests.full import each_line
 
@@ -407,6 +408,40 @@ def test_decoding_in_a_stage_of_its_own_changes_no_bit(engine, job, plan, tmp_pa
     assert found[0][1].num_rows == 4
     assert found[0][1].equals(found[1][1])
     assert all(one.equals(other) for one, other in zip(found[0][0], found[1][0], strict=True))
+
+
+class Counted(Silent):
+    """A stage that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.totals, self.told = list[tuple[int, int]](), list[int]()
+
+    def count(self, what: str, total: int, there: int = 0) -> None:
+        self.totals.append((total, there))
+
+    def advance(self, count: int) -> None:
+        self.told.append(count)
+
+
+@pytest.mark.parametrize("mode", ["fused", "separate"])
+def test_progress_moves_by_batches_and_ends_at_the_total(engine, job, plan, tmp_path, mode) -> None:
+    """Also where images cannot be read, a part of it was there, and columns are made for features that are."""
+    plan = variant(plan, max_bad_fraction=1.0, shard_rows=300, decode=mode)
+    job = unreadable(elsewhere(job, mode), tmp_path, 0, 3, 89, 200)
+    first, second, third = Counted(), Counted(), Counted()
+    extract.run(engine, [job], plan, first)
+    assert (first.totals, sum(first.told)) == ([(300, 0)], 300)
+    assert len(first.told) == 5 and max(first.told) <= 64 + 4
+    finer, parts = variant(plan, shard_rows=90), replace(job, artifact=elsewhere(job, "parts").artifact)
+    extract.run(engine, [parts], finer)
+    (Path(parts.folder) / tables.part_name(1)).unlink()
+    (Path(parts.folder) / artifacts.RECORD).unlink()
+    extract.run(engine, [parts], finer, second)
+    assert (second.totals, sum(second.told), len(second.told)) == ([(90, 210)], 90, 2)
+    later, asked = with_extras(parts, finer, POOLED)
+    extract.run(engine, [later], asked, third)
+    assert (third.totals, sum(third.told)) == ([(300, 0)], 300)
+    assert len(third.told) > 4
 
 
 def test_only_batches_of_their_own_give_extra_columns_and_features_another_identity(
