@@ -272,10 +272,13 @@ def sentences(summary: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{images['listed']:,} images, {images['features']:,} read, {images['errors']:,} could not be read"
     )
-    for key, rate in (("fdr", "false-discovery rate"), ("false_alarm", "false-alarm rate")):
-        if (value := summary["made_of"][key]) is not None:
-            yield f"flagged at a {rate} of {value:g}"
-            break
+    alarm, fdr = summary["made_of"]["false_alarm"], summary["made_of"]["fdr"]
+    if fdr is not None:
+        charted = any("dates" in entry for entry in summary["detectors"].values())
+        charts = f"; the charts of dates count p-values of at most {alarm:g}" if charted else ""
+        yield f"flagged at a false-discovery rate of {fdr:g}{charts}"
+    elif alarm is not None:
+        yield f"flagged at a false-alarm rate of {alarm:g}"
     if lost := images.get("dates_lost"):
         yield f"no image of {_listed(lost)} could be read: it is on no chart"
     if images.get("undated"):

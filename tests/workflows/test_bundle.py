@@ -454,6 +454,12 @@ def test_a_column_of_times_is_charted(kept, tmp_path) -> None:
     assert [(each["date"], each["images"]) for each in dates] == [("2025-01-01", 19), ("2025-01-02", 20)]
     assert [each["signals"] for each in dates] == [False, True]
     assert outcome.alarms == ["knn is out of control on 2025-01-02"]
+    assert "flagged at a false-alarm rate of 0.05" in results.sentences(outcome.summary)
+    together = outcome.summary | {"made_of": {"fdr": 0.1, "false_alarm": 0.05}}
+    assert (
+        "flagged at a false-discovery rate of 0.1; the charts of dates count p-values of at most 0.05"
+        in results.sentences(together)
+    )
 
 
 def test_a_date_that_is_lost_is_an_alarm_and_images_without_a_date_are_counted(kept, tmp_path) -> None:
