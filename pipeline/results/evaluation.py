@@ -60,7 +60,10 @@ class Evaluation:
 
     @cached_property
     def thresholds(self) -> dict[str, float]:
-        """By detector: the score that 95 % of the ID images do not exceed; larger ones are flagged as OOD."""
+        """By detector: the score that 95 % of the ID images of the metrics do not exceed.
+
+        Larger ones are flagged as OOD, unless the config has `thresholds`: then those of `decisions` flag.
+        """
         return dict(files.read_json(self.folder / "thresholds.json"))
 
     @cached_property
