@@ -109,7 +109,7 @@ class Server:
 
     def __init__(self, folder: Path, link: str) -> None:
         self.folder, log = folder, folder / "server.log"
-        self.command, _ = link.split("\n")
+        self.command = link
         installed = Path(sys.executable).parent / self.command
         with log.open("w") as stream:
             self.process = subprocess.Popen(
@@ -679,11 +679,20 @@ def test_the_active_run_of_someone_else_is_left_alone(tmp_path: Path, embedded: 
         mlflow.set_tracking_uri(before)
 
 
-def test_the_link_of_a_server_orders_its_detectors(tmp_path: Path, server: Server, experiment: str) -> None:
-    session = begin(tmp_path / "quick", f"{server.uri}/", experiment)
+def test_the_link_of_a_server_orders_its_detectors_by_what_they_have(
+    tmp_path: Path, server: Server, experiment: str
+) -> None:
+    session = begin(write_run(tmp_path / "quick"), f"{server.uri}/", experiment)
     page = f"{server.uri}/#/experiments/{session.experiment_id}/runs?compareRunsMode=CHART"
     assert tracking.link(session).startswith(f"{page}&workflowType=machine_learning&")
     assert session.run_id in tracking.link(session)
+    for roles, key in (
+        (("id", "near_ood", "far_ood"), "%60auroc%2Fnear_ood%60"),
+        (("id", "far_ood"), "%60auroc%2Ffar_ood%60"),
+        (("id",), "%60threshold%60"),
+    ):
+        write_run(session.run, datasets={role: dataset(role) for role in roles})
+        assert f"&orderByKey=metrics.{key}&" in tracking.link(session)
 
 
 def test_the_command_for_a_local_store_serves_its_artifacts(

@@ -45,7 +45,7 @@ _HTTP = re.compile(r"https?://([^\s/?#@]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d+)?(/[
 _VIEW = (
     "/#/experiments/{}/runs?compareRunsMode=CHART&workflowType=machine_learning"
     "&searchFilter=tags.mlflow.parentRunId%20%3D%20%27{}%27"
-    "&orderByKey=metrics.%60auroc%2Fnear_ood%60&orderByAsc=false"
+    "&orderByKey=metrics.%60{}%60&orderByAsc=false"
 )
 """Charts of the detectors, best first; without an order the page shows only the parent and hides them."""
 _ORIGIN = {"mlflow.source.name": "ood-pipeline", "mlflow.source.type": "LOCAL"}
@@ -199,10 +199,10 @@ def session_of(run: Place) -> Session:
 
 
 def link(session: Session) -> str:
-    """URL of the charts; for a local store that no server shows also, before it, the command that does."""
+    """URL of the charts; for a local store that no server shows the command that starts one and opens them."""
     if (found := address(session)) is not None:
         return found + page(session)
-    return f"ood-pipeline ui {shlex.quote(str(session.run))}\n{local(free_port())}{page(session)}"
+    return f"ood-pipeline ui {shlex.quote(str(session.run))}"
 
 
 def address(session: Session) -> str | None:
@@ -215,7 +215,10 @@ def address(session: Session) -> str | None:
 
 def page(session: Session) -> str:
     """Path and query of the charts of an evaluation at any server of its store."""
-    return _VIEW.format(session.experiment_id, session.run_id)
+    datasets = files.read_json(session.run / "manifest.json")["datasets"].values()
+    roles = {dataset["role"] for dataset in datasets}
+    order = [f"auroc%2F{group}" for group in ("near_ood", "far_ood") if group in roles] or ["threshold"]
+    return _VIEW.format(session.experiment_id, session.run_id, order[0])
 
 
 def shows(session: Session, port: int) -> bool:
