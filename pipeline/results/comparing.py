@@ -104,6 +104,17 @@ class Comparing:
     datasets: tuple[str, ...]
     """Names of datasets and groups; none given: the groups, and the ID datasets."""
 
+    @property
+    def caption(self) -> str:
+        """What stands beside the values, of single runs and of repeats."""
+        single = [len(column.runs) == 1 for column in self.columns]
+        said = ["95% intervals."] if any(single) else []
+        said += [] if all(single) else ["± standard deviation over repeats."]
+        said.append("(rank) among all.")
+        if self._tested:
+            said.append("= not told from the best on the same images (Holm, 5%).")
+        return " ".join(said)
+
     @cached_property
     def notes(self) -> list[str]:
         """What a reader must know."""
@@ -202,10 +213,15 @@ class Comparing:
             if name not in datasets:
                 raise UserError(f"--dataset: no run has a value of {', '.join(self.metrics)} on {name}.")
 
+    @property
+    def _tested(self) -> bool:
+        """Whether all columns on the same images are single runs."""
+        return all(len(column.runs) == 1 for column in self.columns if not column.foreign)
+
     def _tests(self) -> _Tests:
         """Corrected p-values of pairs of entries, where columns are single runs on the same images."""
         ours = [column for column in self.columns if not column.foreign]
-        if any(len(column.runs) > 1 for column in ours):
+        if not self._tested:
             return {}
         names = {column.runs[0]: column.name for column in ours}
         return {

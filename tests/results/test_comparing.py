@@ -71,6 +71,7 @@ def test_values_and_ranks_are_those_of_the_runs(both: Comparing, evaluations: di
 
 
 def test_equal_scores_on_the_same_images_are_level_with_the_best(both: Comparing) -> None:
+    assert both.caption.startswith("95% intervals. (rank) among all. = not told from the best")
     knn = [cell for cell in both.cells if (cell.detector, cell.dataset) == ("knn", "near_ood")]
     assert knn[0].value == knn[1].value
     assert knn[0].rank == knn[1].rank
@@ -110,7 +111,9 @@ def test_repeats_become_their_mean_and_standard_deviation(evaluations: dict[str,
     values = [of_metric(each, "grood", "tin") for each in pair]
     assert (cell.value, cell.std, cell.n) == (mean(values), stdev(values), 2)
     assert (cell.ci_low, cell.level) == (None, None)
-    assert f"{mean(values):.4f} ± {stdev(values):.4f}" in leaderboards.FORMATS["markdown"](found)
+    text = leaderboards.FORMATS["markdown"](found)
+    assert f"{mean(values):.4f} ± {stdev(values):.4f}" in text
+    assert "\n± standard deviation over repeats. (rank) among all.\n" in text
 
 
 def test_repeats_may_have_other_images_and_the_first_column_is_never_foreign(

@@ -16,8 +16,6 @@ from rich.text import Text
 from pipeline.results.comparing import Cell, Comparing, shown
 from pipeline.results.report.tables import GROUPS, ID_GROUPS
 
-CAPTION = "95% intervals. (rank) among all. = not told from the best on the same images (Holm, 5%)."
-
 
 @dataclass(frozen=True)
 class Section:
@@ -69,7 +67,7 @@ def text_of(cell: Cell | None) -> str:
 
 def console_table(found: Comparing) -> Table:
     """For the terminal; the best of each section in green."""
-    table = Table(caption=CAPTION, box=SIMPLE)
+    table = Table(caption=found.caption, box=SIMPLE)
     table.add_column("Detector", overflow="fold")
     for column in found.columns:
         table.add_column(Text(column.name), justify="right", overflow="fold")
@@ -111,7 +109,7 @@ def _markdown(found: Comparing) -> str:
         "\n".join([f"### {title}", "", row(head), "|---" * len(head) + "|", *map(row, rows)])
         for title, rows in _lines(found)
     ]
-    return "\n\n".join([*parts, CAPTION, *found.notes]) + "\n"
+    return "\n\n".join([*parts, found.caption, *found.notes]) + "\n"
 
 
 _TEX = str.maketrans(
@@ -146,7 +144,7 @@ def _latex(found: Comparing) -> str:
             rf"\multicolumn{{{width}}}{{l}}{{\textbf{{{title.translate(_TEX)}}}}} \\",
             *map(row, rows),
         ]
-    notes = [f"% {note}" for note in (CAPTION, *found.notes)]
+    notes = [f"% {note}" for note in (found.caption, *found.notes)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes]) + "\n"
 
 
@@ -159,7 +157,7 @@ def _html(found: Comparing) -> str:
         "\n".join([f"<h3>{html.escape(title)}</h3>", "<table>", head, *map(row, rows), "</table>"])
         for title, rows in _lines(found)
     ]
-    notes = [f"<p>{html.escape(note)}</p>" for note in (CAPTION, *found.notes)]
+    notes = [f"<p>{html.escape(note)}</p>" for note in (found.caption, *found.notes)]
     return "\n".join(['<!doctype html>\n<meta charset="utf-8">', *parts, *notes]) + "\n"
 
 
