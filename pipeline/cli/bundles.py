@@ -69,12 +69,19 @@ def bundle(
 
     shown = display(quiet)
     with shown.stage("write", "opens the run") as stage:
-        options = work.Options(_labels(detectors), weights, false_alarm, code, export)
+        asked = _labels(detectors)
+        options = work.Options(asked, weights, false_alarm, code, export)
         made = work.make(run, out, options, stage)
         stage.note = f"{len(made.labels)} detectors"
     console.print(f"bundle   {made.name}", markup=False, soft_wrap=True)
     for path in export:
         console.print(f"graph    {path}", markup=False, soft_wrap=True)
+    if members := [label for label in made.labels if asked and label not in asked]:
+        console.print(
+            f"notice   also in it, as members of those asked for: {', '.join(members)}",
+            markup=False,
+            soft_wrap=True,
+        )
     if not made.false_alarm:
         console.print(
             "notice   the run has no held-out ID images (role id_val): the bundle gives scores, but no "

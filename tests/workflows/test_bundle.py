@@ -682,6 +682,20 @@ def test_thresholds_of_a_run_by_class_decide_as_in_the_run(without, tmp_path) ->
         detect([b""], false_alarm=0.01)
 
 
+def test_members_that_were_not_asked_for_are_named(without, tmp_path) -> None:
+    folder = without.folder.parent.parent.parent.parent
+    raw = yaml.safe_load((folder / "config.yaml").read_text())
+    raw["name"], raw["thresholds"] = "combined", {"false_alarm": [0.25], "calibrate_on": "id"}
+    raw["detectors"] = ["msp", "energy", "entropy", {"ensemble": {"members": ["msp", "energy", "entropy"]}}]
+    run = evaluated(raw, folder).folder
+    asked = ["bundle", str(run), "--detectors", "ensemble,msp", "--out", str(tmp_path / "a.ood")]
+    found = CliRunner().invoke(main.app, asked)
+    assert "notice   also in it, as members of those asked for: energy, entropy" in found.output.splitlines()
+    assert bundles.opened(tmp_path / "a.ood").labels == ["ensemble", "msp", "energy", "entropy"]
+    everything = CliRunner().invoke(main.app, ["bundle", str(run), "--out", str(tmp_path / "b.ood")])
+    assert everything.exit_code == 0 and "also in it" not in everything.output
+
+
 def test_without_held_out_images_there_are_scores_alone(without, images, tmp_path) -> None:
     found = CliRunner().invoke(main.app, ["bundle", str(without.folder), "--out", str(tmp_path / "a.ood")])
     assert found.exit_code == 0, found.output
