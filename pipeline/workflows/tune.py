@@ -261,19 +261,20 @@ class Search(Run):
 
     def _require_features(self, jobs: list[shards.Job]) -> None:
         """All columns of the datasets must be there; here no image goes through the network."""
-        lacking = [extra for job in jobs if job.featured for extra in job.lacking()]
-        for label, detector in self.ready.detectors.items():
-            if set(lacking) & set(detector.extras()):
-                raise UserError(
-                    f"tune.grids: {label} needs a column that takes passes through the network and is not in "
-                    "the workspace, and tuning makes none. Run `ood-pipeline extract` with these parameters "
-                    "first, or take them out of the grid."
-                )
+        lacking = {extra for job in jobs if job.featured for extra in job.lacking()}
+        detectors = self.ready.detectors.items()
+        needy = [label for label, detector in detectors if lacking & set(detector.extras())]
+        if needy:
+            raise UserError(
+                f"tune.grids: {_listed(needy)} columns that take passes through the network and are not in "
+                "the workspace, and tuning makes none. Run `ood-pipeline extract` with these parameters "
+                "first, or take them out of the grid."
+            )
         self._unfinished("extract", jobs)
 
     def _passes(self, specs: list[Pass], store: Store, shown: Stage) -> dict[Pass, Kept]:
         """Results of extra passes, read back; here none goes through the network."""
-        found: dict[Pass, Kept] = {}
+        found, lacking = dict[Pass, Kept](), list[str]()
         for spec in specs:
             try:
                 found |= super()._passes([spec], replace(store, mode="frozen"), shown)
@@ -282,18 +283,23 @@ class Search(Run):
             except UserError:
                 detectors = self.ready.detectors.items()
                 label = next(label for label, detector in detectors if spec in detector.passes())
-                kind = type(spec).__name__.lower()
-                raise UserError(
-                    f"tune.grids: {label} needs a {kind} pass through the network that is not in the "
-                    "workspace, and tuning makes none. Run `ood-pipeline fit` with these parameters first "
-                    "(--set detectors.LABEL.KEY=VALUE), or take them out of the grid."
-                ) from None
+                lacking.append(f"{label} ({type(spec).__name__.lower()})")
+        if lacking:
+            raise UserError(
+                f"tune.grids: {_listed(lacking)} passes through the network that are not in the workspace, "
+                "and tuning makes none. Run `ood-pipeline fit` with these parameters first "
+                "(--set detectors.LABEL.KEY=VALUE), or take them out of the grid."
+            )
         return found
 
     def _describe_index(
         self, searched: index.Index, scorers: Mapping[str, Scorer], banks: Mapping[str, index.BankFiles]
     ) -> None:
         """Not for the record of a run."""
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return f"{', '.join(labels)} need{'s' if len(labels) == 1 else ''}"
 
 
 def _chosen(grids: Grids, table: pa.Table, metric: str) -> tuple[Point, ...]:

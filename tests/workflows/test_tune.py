@@ -272,10 +272,14 @@ REFUSED = {
         another_set,
         r"extract: not done for textures_val\. Run `ood-pipeline extract` first",
     ),
-    "pass missing": (a_pass, r"tune\.grids: grood\[samples=50\] needs a noise pass .*Run `ood-pipeline fit`"),
-    "column missing": (
+    "passes missing": (
+        a_pass,
+        r"tune\.grids: grood\[samples=50\] \(noise\), grood\[samples=60\] \(noise\) need passes .*"
+        "Run `ood-pipeline fit`",
+    ),
+    "columns missing": (
         a_column,
-        r"tune\.grids: odin\[noise=0\.001\] needs a column .*Run `ood-pipeline extract`",
+        r"tune\.grids: odin\[noise=0\.001\], odin\[noise=0\.002\] need columns .*Run `ood-pipeline extract`",
     ),
     "a test set": (test_set, r"datasets\.textures_val: 300 of its images are also in test \(role 'id'\)"),
 }
