@@ -425,7 +425,7 @@ class Counted(Silent):
 
 @pytest.mark.parametrize("mode", ["fused", "separate"])
 def test_progress_moves_by_batches_and_ends_at_the_total(engine, job, plan, tmp_path, mode) -> None:
-    """Also where images cannot be read, a part of it was there, and columns are made for features that are."""
+    """Also where images cannot be read, a part was there, and columns are made for features that are."""
     plan = variant(plan, max_bad_fraction=1.0, shard_rows=300, decode=mode)
     job = unreadable(elsewhere(job, mode), tmp_path, 0, 3, 89, 200)
     first, second, third = Counted(), Counted(), Counted()

@@ -199,7 +199,7 @@ def session_of(run: Place) -> Session:
 
 
 def link(session: Session) -> str:
-    """URL of the charts; for a local store that no server shows the command that starts one and opens them."""
+    """URL of the charts; for a local store that no server shows the command that starts one."""
     if (found := address(session)) is not None:
         return found + page(session)
     return f"ood-pipeline ui {shlex.quote(str(session.run))}"
