@@ -115,6 +115,10 @@ class Metric(ABC):
     def value(self, rows: Counted) -> Float:
         """(...) float64."""
 
+    def varies(self, rows: Counted) -> bool:
+        """Whether resamples of (T,) rows tell how the value varies with the draw of the rows."""
+        return True
+
     @abstractmethod
     def uncertain(self, value: float, rows: Counted) -> Any:
         """A value on (T,) rows with what its interval is made of.

@@ -80,6 +80,14 @@ class FPR(Metric):
             at = _corners(ranked.inside, ranked.outside, np.asarray(at))
         return np.asarray(np.take_along_axis(alarms, at[..., None], -1)[..., 0] / alarms[..., -1])
 
+    def varies(self, rows: Counted) -> bool:
+        """Not where the threshold is the last of its rows, as that of fewer than 20 is at 95 %.
+
+        An extreme of resamples varies otherwise than one of draws: Bickel and Freedman, Some asymptotic
+        theory for the bootstrap, Annals of Statistics 1981, section 6.
+        """
+        return int(self._ranked(rows).n_inside) * (1 - self._share) >= 1
+
     def uncertain(self, value: float, rows: Counted) -> Rate:
         """The rate at the limits of the quantile."""
         return Rate.at(value, self.level, self._ranked(rows), shared=self.positive == "id")

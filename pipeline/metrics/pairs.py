@@ -49,6 +49,8 @@ class Sample:
     """(G,) what every group of rows adds to the AUROC; with mean 0 over those of a set."""
     replicates: Float
     """(R, M) of resamples, the same ones for every detector."""
+    varies: tuple[bool, ...]
+    """(M,) whether these tell how a value varies."""
     rows: int
     """Of the smallest set."""
 
@@ -126,6 +128,7 @@ def sample(
                 np.mean([member.values for member in members], axis=0),
                 np.concatenate([shared, *apart]),
                 np.mean([member.replicates for member in members], axis=0),
+                tuple(map(all, zip(*(member.varies for member in members), strict=True))),
                 min(member.rows for member in members),
             )
         )
@@ -159,7 +162,8 @@ def _sample(
     values, replicates = (
         np.stack([metric.value(each) for metric in metrics], axis=-1) for each in (rows, resampled)
     )
-    return Sample(dataset, tuple(metric.name for metric in metrics), values, added, replicates, smallest)
+    names, varies = zip(*((metric.name, metric.varies(rows)) for metric in metrics), strict=True)
+    return Sample(dataset, names, values, added, replicates, varies, smallest)
 
 
 def _placements(rows: Counted) -> tuple[Float, Float]:
@@ -207,7 +211,7 @@ def _test(one: Sample, other: Sample, column: int) -> tuple[float, float, float]
     """Difference of a metric, half of its interval, and the p-value of no difference.
 
     By Student's t with the degrees of freedom of the smallest set, which may decide alone: Welch's are no
-    fewer. A single row has none; it does not tell how rows vary.
+    fewer. A single row has none; it does not tell how rows vary, nor do resamples how an extreme does.
     """
     from scipy.special import stdtr, stdtrit
 
@@ -220,7 +224,7 @@ def _test(one: Sample, other: Sample, column: int) -> tuple[float, float, float]
         if abs(difference) < 1e-12:
             return difference, 0.0, 1.0
         error = Z / 2 / (one.rows + Z**2)  # half of Wilson's interval of as many rows that all agree
-    if not freedom:
+    if not (freedom and one.varies[column]):
         return difference, 2.0, 1.0  # no difference is larger
     slack = float(stdtrit(freedom, 1 - TAIL)) * error
     return difference, slack, float(2 * stdtr(freedom, -abs(difference) / error))

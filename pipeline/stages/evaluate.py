@@ -41,7 +41,7 @@ PAIRS = pa.schema(
 )
 """Of `comparisons.parquet`: all pairs of detectors on the same images."""
 
-FORMAT = "results 4"
+FORMAT = "results 5"
 """Kind and version: the number goes up when metrics of the same scores change."""
 
 CLASSIFIER = "classifier"

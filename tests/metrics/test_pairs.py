@@ -109,6 +109,24 @@ def test_a_single_image_tells_nothing_however_many_others_there_are() -> None:
         assert (each.ci_low, each.ci_high) == (-1, 1) or each.difference == 0, each
 
 
+@pytest.mark.parametrize("few", ["ID", "OOD"])
+def test_a_threshold_that_is_the_last_of_few_images_tells_no_detectors_apart(few: str) -> None:
+    """At 95 % it is that of 19 images, and not of 20; of a group, if it is that of one of its datasets."""
+    many, first, second = np.linspace(0, 1, 300), np.arange(20) / 1e3, 2 + np.arange(20) / 1e3
+    for count, told in ((19, False), (20, True)):
+        sets = [(many, each[:count]) if few == "OOD" else (each[:count], many) for each in (first, second)]
+        found = {
+            name: sample(inside, {"few": outside, "many": many}, {"all": ["few", "many"]})
+            for name, (inside, outside) in zip("ab", sets, strict=True)
+        }
+        by = {(each.dataset, each.metric): each for each in differences(found)}
+        metric = f"fpr95_{few.lower()}"
+        for dataset in ("few", "all"):
+            assert (by[dataset, metric].p_value < 1e-3) is told, (count, dataset)
+            assert told or (by[dataset, metric].p_value, by[dataset, metric].ci_low) == (1, -1)
+            assert by[dataset, "auroc"].p_value < 1e-3
+
+
 def test_a_group_shares_the_id_rows_and_its_error_is_that_of_the_mean() -> None:
     rng = np.random.default_rng(3)
     scores = related(rng, 200, 400, better=0.2)
