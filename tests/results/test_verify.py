@@ -426,7 +426,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     ),
     "results of an earlier version": (
         of_earlier_version,
-        r"metrics +format: expected results 4; found results 2: results of another version",
+        r"metrics +format: expected results 5; found results 2: results of another version",
     ),
     "killed while it extracted": (
         document(of_run("manifest.json"), "datasets", "test", "features", value=None),
