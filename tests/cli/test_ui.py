@@ -35,6 +35,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Once).handle_request()
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[int]:
     """A port that somebody has; the run is in a store that no server shows yet."""
+    (tmp_path / "manifest.json").write_text('{"datasets": {}}')
     session = tracking.Session(files.at(str(tmp_path)), "sqlite:///nowhere.db", "1", "r1")
     monkeypatch.setattr(runs, "located", lambda run: session.run)
     monkeypatch.setattr(tracking, "session_of", lambda run: session)
