@@ -842,6 +842,7 @@ def test_a_command_that_is_interrupted_has_status_130_and_says_how_to_go_on(case
 def test_a_command_that_is_interrupted_again_waits_for_no_thread(monkeypatch, working):
     ended, done = [], threading.Event()
     monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(inline, "THREADS", "of this test alone")
     commands = typer.Typer(cls=Commands)
 
     @commands.callback()
