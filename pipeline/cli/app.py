@@ -31,9 +31,9 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             text = "interrupted; what was finished is kept, and the same command goes on from there"
             Console(stderr=True).print(text)
-            from pipeline.cluster.inline import THREADS
-
-            if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
+            # not imported for this: its import may be what was interrupted
+            inline = sys.modules.get("pipeline.cluster.inline")
+            if inline and any(thread.name.startswith(inline.THREADS) for thread in threading.enumerate()):
                 sys.stdout.flush()
                 os._exit(130)  # interrupted again: Python would wait for them at its end, too
             raise typer.Exit(130) from None

@@ -76,8 +76,8 @@ def _written(folder: Path, given: str) -> str:
     if not place or rest.startswith("//") or not Path(place).exists():
         return given
     path = Path(place).absolute()
-    own = f"./{path.relative_to(folder).as_posix()}" if path.is_relative_to(folder) else path
-    return f"{own}{mark}{rest}"
+    below = path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
+    return f"{f'./{path.relative_to(folder).as_posix()}' if below else path}{mark}{rest}"
 
 
 @app.command()

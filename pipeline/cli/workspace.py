@@ -95,8 +95,10 @@ def compare(
         raise UserError("--format openood: has its own metrics and groups. Leave out --metric and --dataset.")
     with aside("compare", "reads the runs", quiet) as stage:
         from pipeline.results.evaluation import opened
+        from pipeline.workspace.runs import is_search
 
-        evaluations = list(dict.fromkeys(map(opened, folders)))  # a run that is named twice is one
+        named = [folder for folder in folders if not is_search(folder)] or folders  # `NAME/*` has these, too
+        evaluations = list(dict.fromkeys(map(opened, named)))  # a run that is named twice is one
         stage.doing("compares them")
         from pipeline.results.comparing import compared
         from pipeline.results.report import leaderboards

@@ -6,8 +6,8 @@ classifier again. None has zero width: equal or separated scores of a few rows l
 * Averages over rows and pairs (AUROC, average precision): the variance of DeLong et al. 1988 ("Comparing the
   areas under two or more correlated receiver operating characteristic curves", Biometrics 44) from what each
   row adds to the value, on the logit scale, with a quantile of Student's t whose degrees of freedom come from
-  the fourth moments, for few rows decide near 0 and 1; and are Welch's at most, for few rows have hardly any
-  fourth moments. Never wider than what is possible for so many rows: the
+  the fourth moments, for few rows decide near 0 and 1; and are Welch's at most, though two at least,
+  for few rows have hardly any fourth moments. Never wider than what is possible for so many rows: the
   variance of an AUROC is at most value (1 - value) / (rows of the smaller set), so Wilson's interval of it.
 * A rate at a quantile of the other set (FPR95): Wilson's interval of the rate, and the rates at the limits of
   the quantile by order statistics, joined by squares (Zou and Donner 2008, "Construction of confidence limits

@@ -161,10 +161,12 @@ class Network:
         named = [] if weights is None or loading.is_name(weights) else [str(loading.resolve(weights))]
         read = {str(Path(path).absolute()) for path in (*named, *opened)} | _own_modules()
         entries = {path: storage.find(path) for path in [*beside.INSTALLED, *sorted(read)]}
+        states = {path: _state(path, entry) for path, entry in entries.items()}
         for path, entry in entries.items():
-            if entry is not None and entry.modified > (_PROCESS if path in imported else started):
+            changed = 0.0 if entry is None else max(entry.modified, storage.touched(path) / 1e9)
+            if changed > (_PROCESS if path in imported else started):
                 return None
-        return {path: _state(path, entry) for path, entry in entries.items()}
+        return states
 
 
 def _same(record: Record) -> bool:

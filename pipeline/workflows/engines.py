@@ -67,7 +67,7 @@ def engine_for(
         try:
             yield chosen
         except KeyboardInterrupt:
-            if name == "inline" and asked.threads != 1:
+            if chosen.here and chosen.cpus() > 1:
                 display.say(
                     "interrupted; what threads have begun is finished first, another Ctrl-C leaves it"
                 )

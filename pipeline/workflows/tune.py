@@ -38,6 +38,7 @@ from pipeline.workspace.artifacts import Damaged, Kept, Store, mend
 from pipeline.workspace.claims import opened
 from pipeline.workspace.files import Place
 from pipeline.workspace.patience import Unavailable
+from pipeline.workspace.runs import SEARCH
 
 MOST = 1000
 """Points of one search: each is a column of 8 bytes a row on disk, and 64 KiB of memory in a scoring task."""
@@ -335,7 +336,7 @@ def _write(ready: Prepared, metric: str, points: tuple[Point, ...], artifacts: l
         "artifacts": artifacts,
     }
     rows = [asdict(point) for point in points]
-    files.write_json(ready.folder / "tune.json", {**record, "metric": metric, "points": rows})
+    files.write_json(ready.folder / SEARCH, {**record, "metric": metric, "points": rows})
     for row in rows:
         row["parameters"] = json.dumps(row["parameters"])
         row |= {f"{metric}/{name}": value for name, value in row.pop("values").items()}

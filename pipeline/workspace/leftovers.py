@@ -16,7 +16,7 @@ KINDS = {"models": 1, "manifests": 1, "features": 1, "fits": 1, "scores": 2}
 YOUNG = 3600.0
 """Seconds for which a manifest is left alone: it may be of a run that still checks its config."""
 
-RECORDS = (runs.MANIFEST, "tune.json")
+RECORDS = (runs.MANIFEST, runs.SEARCH)
 """Files of a run folder that name what it refers to."""
 
 

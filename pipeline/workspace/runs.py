@@ -15,6 +15,9 @@ from pipeline.workspace.files import Place
 
 MANIFEST = "manifest.json"
 
+SEARCH = "tune.json"
+"""What a search of `tune` leaves in a folder of its own, beside those of runs."""
+
 LATEST = "latest"
 """File beside the folders of a name that holds the id of the newest."""
 
@@ -89,6 +92,12 @@ def located(run: str) -> Place:
             "`ood-pipeline runs` lists them."
         )
     return folder
+
+
+def is_search(folder: str) -> bool:
+    """Whether there is a search of `tune`, and no run, at a path or URI."""
+    place = files.at(folder)
+    return (place / SEARCH).is_file() and not (place / MANIFEST).is_file()
 
 
 def all_of(workspace: Place) -> Iterator[Place]:

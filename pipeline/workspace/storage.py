@@ -126,13 +126,9 @@ def touched(path: str) -> int:
     """When anything of a local file changed last, in nanoseconds since 1970.
 
     It tells of another file that took its place with its time stamp, and cannot be set; a copy has another.
-    0 in a store, and where there is no file.
-
-    Raises:
-        UserError: a URI that names no usable storage.
+    0 in a store, which is not asked, and where there is no file.
     """
-    system, place = located(path)
-    found = status(Path(place)) if system is None else None
+    found = None if is_remote(path) else status(Path(located(path)[1]))
     return 0 if found is None else found.st_ctime_ns
 
 

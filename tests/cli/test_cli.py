@@ -861,6 +861,18 @@ def test_a_command_that_is_interrupted_again_waits_for_no_thread(monkeypatch, wo
     assert ended == [130] * working
 
 
+def test_a_command_that_is_interrupted_imports_nothing_more(monkeypatch):
+    monkeypatch.delitem(sys.modules, inline.__name__)
+    commands = typer.Typer(cls=Commands)
+
+    @commands.callback(invoke_without_command=True)
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    assert CliRunner().invoke(commands, []).exit_code == 130
+    assert inline.__name__ not in sys.modules
+
+
 def test_an_evaluation_that_is_under_way_is_refused(case, command):
     name = prepare(loading.load(case.config())).folder.name
     with claims.opened(case.workspace) as ours, ours.alone(f"runs/{case.raw['name']}/{name}"):

@@ -57,8 +57,9 @@ def test_what_lies_below_the_config_moves_with_it(init: Callable[..., Result], t
     model = ("--model", "more/net.py:build", "--weights", "more/weights")
     (tmp_path / "net.py").rename(tmp_path / "more" / "net.py")
     (tmp_path / "more" / "weights").touch()
-    assert init("more/a.yaml", *model, "--id", "more/val", "--far-ood", "val").exit_code == 0
-    moved = (tmp_path / "more").rename(tmp_path / "moved")
+    assert init("more/a.yaml", *model, "--id", "more/val", "--far-ood", "more/../val").exit_code == 0
+    (tmp_path / "away").mkdir()
+    moved = (tmp_path / "more").rename(tmp_path / "away" / "moved")
     found = loading.load(str(moved / "a.yaml"))
     assert (found.model.name, found.model.weights) == (f"{moved}/net.py:build", f"{moved}/weights")
     assert [each.path for each in found.datasets] == [str(moved / "val"), str(tmp_path / "val")]

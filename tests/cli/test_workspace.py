@@ -25,6 +25,7 @@ from pipeline.stages import prepare
 from pipeline.workflows import run
 from pipeline.workflows.progress import Quiet
 from pipeline.workspace import claims, files, leftovers
+from pipeline.workspace.runs import SEARCH
 
 SHIPPED = "package://pipeline.quickstart/resnet.safetensors"
 
@@ -193,8 +194,11 @@ def test_all_that_a_shell_finds_below_a_name_is_compared_each_run_once(
     runs: tuple[Path, list[Path]],
 ) -> None:
     _, (first, second, _) = runs
+    search = first.parent / "0123456789ab"
+    search.mkdir()
+    (search / SEARCH).write_text("{}")
     found = sorted(map(str, first.parent.glob("*")))
-    assert found == sorted([str(first), str(second), str(first.parent / "latest")])
+    assert found == sorted(map(str, [first, second, search, first.parent / "latest"]))
     columns = json.loads(command("compare", *found, str(second), "--json"))["cells"]
     assert {(cell["column"], cell["runs"]) for cell in columns} == {
         (f"small/{folder.name}", 1) for folder in (first, second)

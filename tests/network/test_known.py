@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +39,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Model:
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """A network whose file reads another, with weights of its own."""
     (tmp_path / "net.py").write_text(CODE)
     (tmp_path / "width.txt").write_text("5")
     save(tmp_path, 0)
     for path in tmp_path.iterdir():  # not changed while it is read
         os.utime(path, (1e9, 1e9))
+    monkeypatch.setattr(known, "_PROCESS", time.time())  # nor after it was imported
     return Model(
         source="factory",
         name=f"{tmp_path / 'net.py'}:build",
@@ -117,6 +119,20 @@ def test_weights_in_the_place_of_others_like_them_are_another_network(model: Mod
 
 def test_what_may_have_changed_while_it_was_read_is_not_noted(model: Model, tmp_path: Path) -> None:
     os.utime(tmp_path / "width.txt", (4e9, 4e9))
+    noted(model, tmp_path)
+    assert is_loaded(Network(model, 0, tmp_path / "workspace"))
+
+
+def test_a_file_that_was_replaced_while_it_was_read_is_not_noted(model: Model, tmp_path: Path) -> None:
+    swap = """
+    other = Path(__file__).with_name("other")
+    other.write_text("5")
+    os.utime(other, (1e9, 1e9))
+    other.replace(other.with_name("width.txt"))
+    return """
+    code = CODE.replace("    return ", swap.lstrip("\n"))
+    (tmp_path / "net.py").write_text(f"import os\n{code}")
+    os.utime(tmp_path / "net.py", (1e9, 1e9))
     noted(model, tmp_path)
     assert is_loaded(Network(model, 0, tmp_path / "workspace"))
 

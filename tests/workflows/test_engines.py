@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.cluster import inline
 from pipeline.cluster.logs import Logs
 from pipeline.workflows.engines import engine_for
 from pipeline.workflows.progress import Quiet
@@ -23,10 +24,11 @@ class Heard(Quiet):
         self.said.append(text)
 
 
-@pytest.mark.parametrize(("threads", "lines"), [(2, 1), (1, 0)])
+@pytest.mark.parametrize(("threads", "lines"), [(2, 1), (1, 0), (None, 0)])
 def test_who_interrupts_threads_is_told_that_they_finish_what_they_have_begun(
-    tmp_path: Path, threads: int, lines: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None, lines: int
 ) -> None:
+    monkeypatch.setattr(inline, "cpus", lambda: 1)
     heard, asked = Heard(), SimpleNamespace(engine="inline", threads=threads)
     logs = Logs(files.at(str(tmp_path / "logs")), 0)
     with (
