@@ -202,6 +202,15 @@ def test_weights_of_a_network_fit_a_module_around_it(tmp_path):
     assert torch.equal(around["net"]["own"].weight, state["weight"])
 
 
+def test_a_prefix_is_taken_off_weights_from_before_batch_norms_counted_batches(tmp_path):
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+    state = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)).state_dict()
+    del state["0.num_batches_tracked"]
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "w.pt")
+    _weights.load(network, str(tmp_path / "w.pt"))
+    assert torch.equal(network[1].weight, state["1.weight"])
+
+
 def test_a_prefix_is_not_taken_off_weights_that_have_more_than_the_network(tmp_path):
     saved = {f"module.{name}": tensor for name, tensor in random_state().items()}
     torch.save({**saved, "teacher.fc.bias": torch.zeros(10)}, tmp_path / "w.pt")

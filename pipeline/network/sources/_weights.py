@@ -86,11 +86,12 @@ def _renamed(state: dict[str, Tensor], names: Set[str]) -> dict[str, Tensor]:
     """Entries by the network's own names, where only the module differs that all of them lie in.
 
     DataParallel (`module.`), torch.compile (`_orig_mod.`) and Lightning (`model.`) save them below one more,
-    and a module around a network has it below one. Only what makes every entry fit is done.
+    and a module around a network has it below one. Nothing is done unless each entry is then one of the
+    network's, which may have more: batch norms before PyTorch 0.4.1 did not count batches.
     """
     own, other = _shared(names), _shared(state)
     found = {own + name.removeprefix(other): tensor for name, tensor in state.items()}
-    return found if found.keys() == names else state
+    return found if found.keys() <= names else state
 
 
 def _shared(names: Iterable[str]) -> str:
