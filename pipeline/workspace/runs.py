@@ -7,6 +7,7 @@ everything was made again.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -95,9 +96,11 @@ def located(run: str) -> Place:
 
 
 def is_search(folder: str) -> bool:
-    """Whether there is a search of `tune`, and no run, at a path or URI."""
+    """Whether there is a search of `tune`, and no run, at a path or URI; not where nobody may look."""
     place = files.at(folder)
-    return (place / SEARCH).is_file() and not (place / MANIFEST).is_file()
+    with suppress(OSError):
+        return (place / SEARCH).is_file() and not (place / MANIFEST).is_file()
+    return False
 
 
 def all_of(workspace: Place) -> Iterator[Place]:

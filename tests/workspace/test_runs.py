@@ -20,3 +20,12 @@ def test_a_name_whose_newest_run_was_deleted_names_those_that_are_there(tmp_path
     shutil.rmtree(above / "c")
     with pytest.raises(UserError, match=r"mine: the newest run, c, is gone\. Name one .* \(a, b\), or run"):
         runs.located(str(above))
+
+
+def test_a_search_is_no_run_and_a_folder_that_nobody_may_look_into_is_no_search(tmp_path: Path) -> None:
+    assert not runs.is_search(str(tmp_path))
+    (tmp_path / runs.SEARCH).touch()
+    assert runs.is_search(str(tmp_path))
+    (tmp_path / runs.MANIFEST).touch()
+    assert not runs.is_search(str(tmp_path))
+    assert not runs.is_search(str(tmp_path / ("long" * 100)))
