@@ -175,8 +175,13 @@ def _same(record: Record) -> bool:
 
 
 def _state(path: str, entry: storage.Entry | None) -> str:
-    """What changes with a file, also where another took its place with its size and time stamp."""
-    return "" if entry is None else f"{entry.identity}-{storage.touched(path)}"
+    """What changes with a file, also where another took its place with its size and time stamp.
+
+    Of a folder, such as that of the installed packages, machines with one image share the time stamp alone.
+    """
+    if entry is None or entry.folder:
+        return "" if entry is None else entry.identity
+    return f"{entry.identity}-{storage.touched(path)}"
 
 
 def _versions() -> dict[str, str]:
