@@ -38,7 +38,7 @@ def explain(
 
     Example: `ood-pipeline explain ./workspace/runs/quickstart ood_animals_x/00000007 --nearest 3`
     """
-    apart(True)
+    apart(True)  # progress, too: it is not what a pipe is for
     from pipeline.workflows import explain as work
 
     found = work.explain(run, key, dataset or None, nearest, display(quiet))

@@ -179,9 +179,9 @@ def _state(path: str, entry: storage.Entry | None) -> str:
 
     Of a folder, such as that of the installed packages, machines with one image share the time stamp alone.
     """
-    if entry is None or entry.folder:
-        return "" if entry is None else entry.identity
-    return f"{entry.identity}-{storage.touched(path)}"
+    if entry is None:
+        return ""
+    return entry.identity if entry.folder else f"{entry.identity}-{storage.touched(path)}"
 
 
 def _versions() -> dict[str, str]:

@@ -217,8 +217,9 @@ def page(session: Session) -> str:
     """Path and query of the charts of an evaluation at any server of its store."""
     datasets = files.read_json(session.run / "manifest.json")["datasets"].values()
     roles = {dataset["role"] for dataset in datasets}
-    order = [f"auroc%2F{group}" for group in ("near_ood", "far_ood") if group in roles] or ["threshold"]
-    return _VIEW.format(session.experiment_id, session.run_id, order[0])
+    groups = (group for group in ("near_ood", "far_ood") if group in roles)
+    order = next((f"auroc%2F{group}" for group in groups), "threshold")
+    return _VIEW.format(session.experiment_id, session.run_id, order)
 
 
 def shows(session: Session, port: int) -> bool:

@@ -56,7 +56,7 @@ class ByGroup:
     detector: str
     groups: tuple[Group, ...]
     names: Mapping[int, str]
-    """Of the classes, by index, as far as they are known."""
+    """Of the classes, by index; none where groups are no classes, or the run knows none."""
 
     @property
     def name(self) -> str:
@@ -68,13 +68,13 @@ class ByGroup:
         names = list(Group.__dataclass_fields__)
         rows = [asdict(each) for each in self.groups]
         columns = {name: [row[name] for row in rows] for name in names}
-        if self.by == CLASS and self.names:
+        if self.names:
             columns["name"] = [self.names.get(int(each.value), "") for each in self.groups]
         return pa.table(columns)
 
     def shown(self, group: Group) -> str:
         """What the reader knows a group by."""
-        return class_names.shown(int(group.value), self.names) if self.by == CLASS else group.value
+        return class_names.shown(int(group.value), self.names) if self.names else group.value
 
 
 _Values = Callable[[str, pa.Table], Sequence[str | None]]
@@ -95,11 +95,12 @@ def by_group(results: Results, metadata: Metadata | None = None) -> list[ByGroup
     groupings: dict[str, _Values] = {CLASS: _predicted}
     if metadata is not None:
         groupings |= {column: partial(_known, metadata, column) for column in metadata.columns}
-    found, names = [], class_names.known(results.manifest)
+    found = []
     for by, values in groupings.items():
         one, other = (_grouped(side, values, detector) for side in both)
         groups = _groups(one, other, results.thresholds[detector])
         ranked = sorted(groups, key=lambda each: (-each.wrong, each.value))
+        names = class_names.known(results.manifest) if by == CLASS else {}
         found.append(ByGroup(by, detector, tuple(ranked), names))
     return found
 
