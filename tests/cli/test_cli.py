@@ -843,6 +843,7 @@ def test_a_command_that_is_interrupted_again_waits_for_no_thread(monkeypatch, wo
     ended, done = [], threading.Event()
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(inline, "THREADS", "of this test alone")
+    thread = threading.Thread(target=done.wait, name=f"{inline.THREADS}_0")
     commands = typer.Typer(cls=Commands)
 
     @commands.callback()
@@ -851,13 +852,15 @@ def test_a_command_that_is_interrupted_again_waits_for_no_thread(monkeypatch, wo
     @commands.command()
     def work() -> None:
         if working:
-            threading.Thread(target=done.wait, name=f"{inline.THREADS}_0").start()
+            thread.start()
         raise KeyboardInterrupt
 
     try:
         assert CliRunner().invoke(commands, ["work"]).exit_code == 130
     finally:
         done.set()
+        if working:
+            thread.join()  # the other case must not see it
     assert ended == [130] * working
 
 
